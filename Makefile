@@ -1,0 +1,22 @@
+# Each target installs what it needs into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+OUTPUT ?= outputs/quickstart
+
+.PHONY: quickstart test lint
+
+quickstart: .venv/requirements
+	$(BIN)/python run_captioning.py recipes/quickstart.json --output_dir $(OUTPUT) --resume_from_checkpoint true
+
+test: .venv/requirements-dev
+	$(BIN)/python -m pytest -n 2
+
+lint: .venv/requirements-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The stamps are newer than the requirements that they were installed from.
+.venv/%: %.txt requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -r $<
+	touch $@

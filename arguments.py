@@ -1,0 +1,370 @@
+"""A recipe JSON and flags become three dataclasses; the resolved recipe is written back.
+
+Flags win over the recipe, the recipe over the defaults. All names are fields of the three dataclasses, the third of
+which has all those of `Seq2SeqTrainingArguments`.
+"""
+
+import json
+import os
+import sys
+import types
+import typing
+from dataclasses import Field, asdict, dataclass, field, fields
+from enum import Enum
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments
+
+from errors import UserError, did_you_mean
+
+
+PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "evaluate", "rouge_score", "pillow")
+
+
+@dataclass
+class ModelArguments:
+    """Which BLIP, and how it is adapted to the run."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of a BlipForConditionalGeneration checkpoint."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Commit, branch or tag of a Hub id."})
+    config_name: str | None = field(
+        default=None, metadata={"help": "BlipConfig JSON of a model to build with random weights instead."}
+    )
+    tokenizer_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "With config_name: Hub id, folder of a tokenizer, or folder with a WordPiece vocab.txt. "
+            "Default: one is trained on the training captions."
+        },
+    )
+    vocab_size: int = field(default=4096, metadata={"help": "Most entries of a tokenizer that is trained."})
+    image_size: int | None = field(
+        default=None,
+        metadata={"help": "Side in pixels; position embeddings are interpolated. Default: the checkpoint's."},
+    )
+    freeze_vision_model: bool = field(default=False, metadata={"help": "Train the text decoder only."})
+    label_smoothing: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the uniform distribution in the training loss. Default: the checkpoint's."},
+    )
+
+    def __post_init__(self):
+        """Check the values that need nothing but themselves."""
+        if (self.model_name_or_path is None) == (self.config_name is None):
+            raise UserError(
+                "give either --model_name_or_path (a checkpoint, e.g. Salesforce/blip-image-captioning-base) "
+                "or --config_name (a config to build from, e.g. configs/blip_small.json)"
+            )
+        if self.tokenizer_name and self.model_name_or_path:
+            raise UserError("tokenizer_name goes with config_name only: a checkpoint brings its own tokenizer")
+        if self.label_smoothing is not None and not 0 <= self.label_smoothing < 1:
+            raise UserError(f"label_smoothing is {self.label_smoothing}; set it from 0 to below 1")
+
+
+@dataclass
+class DataArguments:
+    """Which images and captions."""
+
+    dataset_name: str = field(
+        default="eltorio/ROCOv2-radiology",
+        metadata={"help": "Hub id, folder (save_to_disk, parquet or Zenodo layout), or 'phantoms'."},
+    )
+    dataset_revision: str | None = field(default=None, metadata={"help": "Commit, branch or tag of a Hub id."})
+    max_caption_length: int = field(
+        default=64, metadata={"help": "WordPieces of a training caption, [DEC], prompt and [SEP] included."}
+    )
+    prompt: str | None = field(
+        default=None, metadata={"help": "Text that every caption continues; given, not learnt, and not scored."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use the first so many rows only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "The same for the validation split."})
+    max_predict_samples: int | None = field(default=None, metadata={"help": "The same for the test split."})
+    max_rejected_fraction: float = field(
+        default=0.01, metadata={"help": "Share of a split's rows that may be unusable before the run stops."}
+    )
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Processes that check and tokenise the rows."}
+    )
+
+    def __post_init__(self):
+        """Check the values that need nothing but themselves."""
+        for name in ("max_train_samples", "max_eval_samples", "max_predict_samples", "preprocessing_num_workers"):
+            _at_least(self, name, 1)
+        if not 0 <= self.max_rejected_fraction <= 1:
+            raise UserError(f"max_rejected_fraction is {self.max_rejected_fraction}; set it from 0 to 1")
+
+
+@dataclass
+class CaptioningArguments(Seq2SeqTrainingArguments):
+    """`Seq2SeqTrainingArguments` with the defaults of this recipe, and the decode settings."""
+
+    # Stages
+    do_train: bool = field(default=True, metadata={"help": "Whether to train."})
+    do_eval: bool = field(default=True, metadata={"help": "Whether to score the validation split."})
+    do_predict: bool = field(default=True, metadata={"help": "Whether to score the test split."})
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "'true': the last complete checkpoint in output_dir; or a checkpoint's folder."},
+    )
+
+    # Optimisation: the anchors of published BLIP fine-tunes on ROCOv2
+    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of AdamW."})
+    weight_decay: float = field(default=0.05, metadata={"help": "Weight decay of AdamW."})
+    num_train_epochs: float = field(default=5.0, metadata={"help": "Epochs."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Steps of linear warm-up; below 1, a share of all."})
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "bfloat16 autocast. Default: where the GPU has it.", "nargs": "?", "const": True},
+    )
+
+    # Evaluation, checkpoints, logs
+    eval_strategy: str = field(default="epoch", metadata={"help": "no, steps or epoch."})
+    save_strategy: str = field(default="epoch", metadata={"help": "no, steps, epoch or best."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept, the best one among them."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
+    metric_for_best_model: str | None = field(default="rougeL", metadata={"help": "The metric it is best by."})
+    logging_steps: float = field(default=50, metadata={"help": "Steps between logs; below 1, a share of all."})
+    # The order of the union is the Trainer's: its argument parser reads the second member
+    report_to: None | str | list[str] = field(  # noqa: RUF036
+        default="tensorboard", metadata={"help": "Where logs go."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: the collator reads them."})
+
+    # Decoding
+    predict_with_generate: bool = field(default=True, metadata={"help": "Generate captions; false: loss only."})
+    num_beams: int = field(default=3, metadata={"help": "Beams."})
+    max_new_tokens: int = field(default=64, metadata={"help": "Most tokens generated, [SEP] included."})
+    min_new_tokens: int = field(default=0, metadata={"help": "Fewest tokens generated."})
+    no_repeat_ngram_size: int = field(default=0, metadata={"help": "No n-gram of this size twice; 0: no rule."})
+    length_penalty: float = field(
+        default=1.0, metadata={"help": "Exponent of the length that a beam's score is divided by."}
+    )
+
+    package_versions: dict | None = field(
+        default=None, metadata={"help": "Written into recipe.json: the packages of the run."}
+    )
+
+    def __post_init__(self):
+        """Resolve precision and stages, then let the Trainer's arguments check themselves."""
+        for name, lowest in (
+            ("num_beams", 1),
+            ("max_new_tokens", 1),
+            ("min_new_tokens", 0),
+            ("no_repeat_ngram_size", 0),
+            ("per_device_train_batch_size", 1),
+            ("per_device_eval_batch_size", 1),
+            ("gradient_accumulation_steps", 1),
+        ):
+            _at_least(self, name, lowest)
+        if self.min_new_tokens > self.max_new_tokens:
+            raise UserError(
+                f"min_new_tokens {self.min_new_tokens} exceeds max_new_tokens {self.max_new_tokens}; lower the former"
+            )
+        for name, instead in REPLACED_FIELDS.items():
+            if getattr(self, name):
+                raise UserError(f"{name} is not used here; {instead}")
+        if self.remove_unused_columns:
+            raise UserError("remove_unused_columns must stay false: the collator reads the images from the rows")
+        if self.bf16 is None:
+            gpu = torch.cuda.is_available() and not self.use_cpu
+            self.bf16 = gpu and not self.fp16 and torch.cuda.is_bf16_supported(including_emulation=False)
+        self.dataloader_pin_memory &= torch.cuda.is_available()  # else torch warns at each loader
+        if not (self.do_train and self.do_eval):
+            self.eval_strategy, self.load_best_model_at_end = "no", False
+        if not self.predict_with_generate and self.metric_for_best_model not in ("loss", "eval_loss"):
+            self.metric_for_best_model = "loss"
+        super().__post_init__()
+
+    def decoding(self) -> dict[str, Any]:
+        """Return the keyword arguments of `generate`; nothing is sampled."""
+        settings = {"num_beams": self.num_beams, "max_new_tokens": self.max_new_tokens, "do_sample": False}
+        if self.min_new_tokens:
+            settings["min_new_tokens"] = self.min_new_tokens
+        if self.no_repeat_ngram_size:
+            settings["no_repeat_ngram_size"] = self.no_repeat_ngram_size
+        if (
+            self.num_beams > 1
+        ):  # `GenerationConfig.save_pretrained` refuses it for greedy search, where it does nothing
+            settings["length_penalty"] = self.length_penalty
+        return settings
+
+
+# Fields of `Seq2SeqTrainingArguments` that would be ignored, or wrong for BLIP
+REPLACED_FIELDS = {
+    "hub_token": "it would be stored in clear in training_args.bin: run `hf auth login` or set HF_TOKEN",
+    "label_smoothing_factor": "the Trainer's smoother does not shift BLIP's labels: set --label_smoothing",
+    "generation_num_beams": "set --num_beams",
+    "generation_max_length": "set --max_new_tokens",
+    "generation_config": "set --num_beams, --max_new_tokens and the other decode settings",
+    "push_to_hub": "pushing is not built yet: upload the output folder with `hf upload`",
+    "use_liger_kernel": "there is no Liger kernel for BLIP",
+}
+DATACLASSES = (ModelArguments, DataArguments, CaptioningArguments)
+
+
+# --- Parse ----------------------------------------------------------------------------------------------------
+
+
+class RecipeParser(HfArgumentParser):
+    """An `HfArgumentParser` whose errors are `UserError`s instead of a usage of 200 lines."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `message` as a UserError."""
+        raise UserError(f"{message}; see `python run_captioning.py --help`")
+
+
+def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, CaptioningArguments]:
+    """Parse `[recipe.json] [--flag value ...]` into the three dataclasses.
+
+    Raises:
+        UserError: the recipe is missing or malformed, a key or flag is unknown, a value has the wrong type or range.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = RecipeParser(
+        DATACLASSES,
+        prog="run_captioning.py",
+        usage="%(prog)s [recipe.json] [--flag value ...]",
+        description=__doc__,
+        allow_abbrev=False,
+    )
+    if argv and not argv[0].startswith("-"):
+        parser.set_defaults(**read_recipe(argv.pop(0)))
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        if not flag.startswith("-"):
+            raise UserError(f"'{flag}' is no flag; the recipe goes first, then --flag value")
+        near = did_you_mean(flag.lstrip("-").replace("-", "_"), _fields())
+        raise UserError(f"unknown flag '{flag}'{near}")
+    values = vars(namespace)
+    values["output_dir"] = values["output_dir"] or default_output_dir(values)
+    try:
+        return parser.parse_dict(values)
+    except UserError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:  # the Trainer's arguments check themselves by these
+        raise UserError(" ".join(str(error).split())) from error
+
+
+def read_recipe(path: str) -> dict[str, Any]:
+    """Read a recipe and check that each key is a field of the three dataclasses and its value of the field's type.
+
+    Raises:
+        UserError: naming the file and the key.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"recipe '{path}' cannot be read: {reason}; recipes are in recipes/") from error
+    try:
+        recipe = json.loads(text, object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"recipe '{path}' is not valid JSON: {error}") from error
+    if not isinstance(recipe, dict):
+        raise UserError(f"recipe '{path}' must be one JSON object of names and values")
+    known = _fields()
+    for key, value in recipe.items():
+        if key not in known:
+            raise UserError(f"recipe '{path}': unknown key '{key}'{did_you_mean(key, known)}")
+        if not _fits(value, known[key].type):
+            raise UserError(
+                f"recipe '{path}': '{key}' is {json.dumps(value)}, which is no {_type_name(known[key].type)}"
+            )
+    return recipe
+
+
+def default_output_dir(values: dict[str, Any]) -> str:
+    """Return `outputs/<model>-<dataset>`."""
+    model = Path(values["model_name_or_path"] or values["config_name"] or "model")
+    name = model.stem if model.suffix == ".json" else model.name
+    return os.path.join("outputs", f"{name}-{Path(values['dataset_name']).name}")
+
+
+def _fields() -> dict[str, Field]:
+    """Return all fields by name, with their types resolved."""
+    found = {}
+    for dataclass_type in DATACLASSES:
+        hints = typing.get_type_hints(dataclass_type)
+        for item in fields(dataclass_type):
+            if item.init:
+                item.type = hints[item.name]
+                found[item.name] = item
+    return found
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if hint in (None, types.NoneType):
+        return value is None
+    if origin is typing.Literal:
+        return value in arguments
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return value in [member.value for member in hint]
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if origin in (list, dict):
+        return isinstance(value, origin)
+    return hint is Any or (isinstance(hint, type) and isinstance(value, hint))
+
+
+def _type_name(hint: Any) -> str:
+    names = [getattr(argument, "__name__", str(argument)) for argument in typing.get_args(hint) or (hint,)]
+    return " or ".join("null" if name == "NoneType" else name for name in names)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if repeated := {key for key in keys if keys.count(key) > 1}:
+        raise ValueError(f"key '{sorted(repeated)[0]}' stands twice")
+    return dict(pairs)
+
+
+def _at_least(arguments: Any, name: str, lowest: int) -> None:
+    value = getattr(arguments, name)
+    if value is not None and value < lowest:
+        raise UserError(f"{name} is {value}; set --{name} to {lowest} or more")
+
+
+# --- Write back -----------------------------------------------------------------------------------------------
+
+# Where a run stands, not what it is: left out, so that a rerun does not depend on them
+PLACE_FIELDS = {
+    "output_dir", "resume_from_checkpoint", "hub_token", "disable_tqdm", "local_rank", "run_name", "log_level",
+    "log_level_replica", "gradient_checkpointing", "gradient_checkpointing_kwargs", "package_versions",
+}  # fmt: skip
+# Written although they are defaults: what a reader of a recipe looks for first
+SPOKEN_FIELDS = {
+    "seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm",
+    "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+    "bf16", "fp16", "num_beams", "max_new_tokens", "min_new_tokens", "no_repeat_ngram_size", "length_penalty",
+}  # fmt: skip
+
+
+def resolved_recipe(model_args: ModelArguments, data_args: DataArguments, args: CaptioningArguments) -> dict[str, Any]:
+    """Return a recipe that repeats this run: our fields, the Trainer's that are not at their default, versions."""
+    recipe = asdict(model_args) | asdict(data_args)
+    defaults = CaptioningArguments(output_dir=args.output_dir)  # resolved on this machine, as `args` were
+    for item in fields(args):
+        value = getattr(args, item.name)
+        spoken = item.name in SPOKEN_FIELDS or value != getattr(defaults, item.name)
+        if spoken and item.init and item.name not in PLACE_FIELDS:
+            recipe[item.name] = _plain(value)
+    return recipe | {"package_versions": {name: version(name) for name in PACKAGES}}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value.to_dict() if hasattr(value, "to_dict") else value

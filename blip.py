@@ -1,0 +1,249 @@
+"""Load BLIP from the Hub or a folder, or build one from a config; encode images, score and generate captions.
+
+Weights on disk stay plain BLIP: stock `BlipForConditionalGeneration` and `BlipProcessor` load what is saved.
+"""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers.implementations import BertWordPieceTokenizer
+from torch import nn
+from transformers import (
+    AutoTokenizer,
+    BertTokenizer,
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipProcessor,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+from errors import UserError
+
+
+BERT_SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+REPOSITORY = Path(__file__).parent
+
+
+# --- Load and build -------------------------------------------------------------------------------------------
+
+
+def load_blip(name: str, revision: str | None = None) -> tuple[BlipForConditionalGeneration, BlipProcessor]:
+    """Load a captioning checkpoint and its processor from the Hub or a folder, in float32.
+
+    The image processor is the PIL one whatever is installed: torchvision resizes to other pixels, which gives
+    other scores (T11).
+
+    Raises:
+        UserError: there is no such checkpoint, or it is not one of `BlipForConditionalGeneration`.
+    """
+    try:
+        config = BlipConfig.from_pretrained(name, revision=revision)
+        if config.model_type != "blip" or "text_config" not in config.to_dict():
+            raise UserError(f"model '{name}' is no BLIP checkpoint")
+        # float32: a checkpoint saved in half precision would otherwise be trained in it
+        model, loading = BlipForConditionalGeneration.from_pretrained(
+            name, revision=revision, dtype=torch.float32, output_loading_info=True
+        )
+        image_processor = BlipImageProcessorPil.from_pretrained(name, revision=revision)
+        tokenizer = load_tokenizer(name, revision)
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model '{name}' cannot be loaded: {_first_line(error)}; give a folder of a saved model or a Hub id"
+        ) from error
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
+        raise UserError(
+            f"model '{name}' lacks {len(missing)} weights of a captioning BLIP ('{missing[0]}', ...); "
+            "give a BlipForConditionalGeneration checkpoint such as Salesforce/blip-image-captioning-base"
+        )
+    return model, BlipProcessor(image_processor, _match_special_tokens(tokenizer, model.config))
+
+
+def build_blip(
+    config_name: str, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> tuple[BlipForConditionalGeneration, BlipProcessor]:
+    """Build a BLIP with random weights from a `BlipConfig` JSON file, folder or Hub id.
+
+    Vocabulary size and special tokens come from `tokenizer`, which must hold `[DEC]` as its `bos_token`.
+
+    Raises:
+        UserError: the config cannot be read.
+    """
+    path = config_name if os.path.exists(config_name) else REPOSITORY / config_name
+    try:
+        config = BlipConfig.from_pretrained(path if os.path.exists(path) else config_name)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"config '{config_name}' cannot be loaded: {_first_line(error)}") from error
+    if config.vision_config.initializer_range < 1e-4:
+        # The default of BlipVisionConfig is 1e-10: harmless when weights are loaded, a dead encoder when not
+        config.vision_config.initializer_range = config.initializer_range
+    text = config.text_config
+    text.vocab_size = len(tokenizer)
+    text.bos_token_id = tokenizer.bos_token_id
+    text.pad_token_id = tokenizer.pad_token_id
+    text.sep_token_id = text.eos_token_id = tokenizer.sep_token_id
+    torch.manual_seed(seed)
+    model = BlipForConditionalGeneration(config)
+    side = config.vision_config.image_size
+    image_processor = BlipImageProcessorPil(size={"height": side, "width": side})
+    return model, BlipProcessor(image_processor, tokenizer)
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from the Hub, from a saved folder, or from a folder with a WordPiece `vocab.txt` alone."""
+    vocab_file = Path(name) / "vocab.txt"
+    if vocab_file.is_file() and not (Path(name) / "tokenizer.json").is_file():
+        # T13: `BertTokenizerFast(vocab_file=...)` is silently ignored in transformers 5
+        tokens = vocab_file.read_text(encoding="utf-8").splitlines()
+        return BertTokenizer(vocab={token: index for index, token in enumerate(tokens)})
+    return AutoTokenizer.from_pretrained(name, revision=revision)
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
+    """Train a lower-casing WordPiece tokenizer of at most `vocab_size` entries on `captions`."""
+    trainer = BertWordPieceTokenizer(lowercase=True)
+    trainer.train_from_iterator(
+        captions, vocab_size=vocab_size, special_tokens=BERT_SPECIAL_TOKENS, show_progress=False
+    )
+    return BertTokenizer(vocab=trainer.get_vocab())
+
+
+def add_blip_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Append BLIP's `[DEC]` (the start of a caption) and `[ENC]` to a BERT tokenizer that lacks them."""
+    tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
+    return tokenizer
+
+
+def _match_special_tokens(tokenizer: PreTrainedTokenizerBase, config: BlipConfig) -> PreTrainedTokenizerBase:
+    """Drop a start or end token of the tokenizer that is not the model's.
+
+    The Trainer overwrites the ids of the text config with those of the tokenizer: a tokenizer that calls `[CLS]`
+    its `bos_token` would move the start of generation away from the start of training (T3).
+    """
+    if tokenizer.bos_token_id != config.text_config.bos_token_id:
+        tokenizer.bos_token = None
+    if tokenizer.eos_token_id != config.text_config.sep_token_id:
+        tokenizer.eos_token = None
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+# --- Adapt to the run -----------------------------------------------------------------------------------------
+
+
+def check_lengths(model: BlipForConditionalGeneration, max_caption_length: int, start_length: int, new_tokens: int):
+    """Raise UserError if a caption in training or generation would outgrow the model's position embeddings."""
+    positions = model.config.text_config.max_position_embeddings
+    if max_caption_length > positions:
+        raise UserError(
+            f"max_caption_length {max_caption_length} exceeds the model's {positions} text positions; "
+            f"set --max_caption_length to {positions} or less"
+        )
+    if start_length + new_tokens > positions:
+        raise UserError(
+            f"max_new_tokens {new_tokens} after {start_length} start and prompt tokens exceeds the model's "
+            f"{positions} text positions; set --max_new_tokens to {positions - start_length} or less"
+        )
+
+
+def resize_images(model: BlipForConditionalGeneration, processor: BlipProcessor, image_size: int) -> None:
+    """Make model and processor take square images of another side, by interpolating the position embedding.
+
+    Done once in the weights, with the model's own bicubic interpolation, instead of in every `forward`: so the
+    saved model is plain BLIP at its new size and nobody needs `interpolate_pos_encoding=True`.
+
+    Raises:
+        UserError: `image_size` (pixels) is no multiple of the patch size.
+    """
+    vision = model.config.vision_config
+    if image_size < vision.patch_size or image_size % vision.patch_size:
+        raise UserError(
+            f"image_size {image_size} is not a multiple of the model's patch size {vision.patch_size}; "
+            f"set --image_size to {max(1, round(image_size / vision.patch_size)) * vision.patch_size}"
+        )
+    embeddings = model.vision_model.embeddings
+    num_patches = (image_size // vision.patch_size) ** 2
+    if num_patches != embeddings.num_patches:
+        tokens = torch.empty(1, 1 + num_patches, embeddings.embed_dim)  # only its shape is read
+        with torch.no_grad():
+            positions = embeddings.interpolate_pos_encoding(tokens, image_size, image_size)
+        embeddings.position_embedding = nn.Parameter(positions.detach().clone())
+        embeddings.num_patches, embeddings.num_positions = num_patches, 1 + num_patches
+    embeddings.image_size = vision.image_size = image_size
+    processor.image_processor.size = {"height": image_size, "width": image_size}
+
+
+def set_label_smoothing(model: BlipForConditionalGeneration, label_smoothing: float) -> None:
+    """Set the smoothing of the training loss where BLIP keeps it (T5); the evaluation loss never has any."""
+    model.config.text_config.label_smoothing = model.text_decoder.label_smoothing = label_smoothing
+
+
+def set_decoding(model: BlipForConditionalGeneration, settings: dict[str, Any]) -> None:
+    """Write the decode settings into `generation_config`, so that `generation_config.json` tells a stranger.
+
+    Stock BLIP does not read them back into the text decoder that generates (T7): they are a record, and
+    `generate_captions` is always handed its settings explicitly.
+    """
+    text = model.config.text_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=text.bos_token_id, eos_token_id=text.sep_token_id, pad_token_id=text.pad_token_id, **settings
+    )
+
+
+# --- Encode, score, generate ----------------------------------------------------------------------------------
+
+
+def encode_images(model: BlipForConditionalGeneration, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Encode `pixel_values` `[B, 3, H, W]` into `image_embeds` `[B, P + 1, D]`."""
+    return model.vision_model(pixel_values=pixel_values).last_hidden_state
+
+
+def caption_logits(
+    model: BlipForConditionalGeneration,
+    image_embeds: torch.Tensor,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+) -> torch.Tensor:
+    """Return the logits `[B, L, V]` of the token after each of `input_ids` `[B, L]`."""
+    return model.text_decoder(
+        input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=image_embeds, use_cache=False
+    ).logits
+
+
+def generate_captions(
+    model: BlipForConditionalGeneration, image_embeds: torch.Tensor, start_ids: list[int], **settings: Any
+) -> torch.Tensor:
+    """Generate captions as `BlipForConditionalGeneration.generate(pixel_values, prompt)` does, token for token.
+
+    Args:
+        model: the model.
+        image_embeds: `[B, P + 1, D]`, from `encode_images`.
+        start_ids: `[DEC]` and the tokens of the prompt, the same for every image; never a reference (T1).
+        settings: the decode settings, `num_beams` and so on.
+
+    Returns:
+        The new tokens `[B, T]`, without `start_ids`, padded behind `[SEP]`.
+    """
+    text = model.config.text_config
+    # One tensor per call: `generate` may write into it (T10)
+    input_ids = torch.tensor([start_ids], device=image_embeds.device).repeat(len(image_embeds), 1)
+    generated = model.text_decoder.generate(
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        encoder_hidden_states=image_embeds,
+        encoder_attention_mask=torch.ones(image_embeds.shape[:2], dtype=torch.long, device=image_embeds.device),
+        eos_token_id=text.sep_token_id,
+        pad_token_id=text.pad_token_id,
+        **settings,
+    )
+    return generated[:, len(start_ids) :]

@@ -1,0 +1,129 @@
+"""Examples to batch: decode and preprocess images, pad captions, `[DEC]` first, `-100` where nothing is learnt.
+
+Images are never flipped (T14): in radiology left and right matter.
+"""
+
+import io
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch.nn.utils.rnn import pad_sequence
+from transformers import BlipProcessor
+
+
+IGNORE_INDEX = -100  # the target that `torch.nn.functional.cross_entropy` leaves out
+MIN_IMAGE_SIDE = 8  # pixels; a tracking pixel or a stripe is no radiology image
+
+
+@dataclass
+class CaptioningCollator:
+    """Collate rows of a tokenised ROCOv2 split into a BLIP batch.
+
+    Args:
+        processor: supplies the image processor and the padding token.
+        bos_token_id: `text_config.bos_token_id`, `[DEC]` (T3). The tokenizer writes `[CLS]` at position 0, but
+            `generate` starts from `[DEC]`, and so did BLIP's own training (github.com/salesforce/BLIP,
+            models/blip.py, `text.input_ids[:, 0] = self.tokenizer.bos_token_id`).
+        prompt_length: number of prompt tokens that follow `[DEC]` in every row; they are given, not learnt.
+    """
+
+    processor: BlipProcessor
+    bos_token_id: int
+    prompt_length: int = 0
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Return `pixel_values` float32 `[B, 3, H, W]` and `input_ids`, `attention_mask`, `labels` int64 `[B, L]`.
+
+        `L` is the longest caption of the batch. `labels` stand where their tokens stand: BLIP shifts them itself.
+
+        Raises:
+            ValueError: an image cannot be read; the message names its `image_id`.
+        """
+        rows = [torch.tensor(example["input_ids"]) for example in examples]
+        input_ids = pad_sequence(rows, batch_first=True, padding_value=self.processor.tokenizer.pad_token_id)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, tokens in enumerate(rows):
+            attention_mask[row, : len(tokens)] = 1
+        input_ids[:, 0] = self.bos_token_id
+        labels = input_ids.masked_fill(attention_mask == 0, IGNORE_INDEX)
+        labels[:, : 1 + self.prompt_length] = IGNORE_INDEX
+        return {
+            "pixel_values": self.pixel_values(examples),
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": labels,
+        }
+
+    def pixel_values(self, examples: list[dict[str, Any]]) -> torch.Tensor:
+        """Decode, resize and normalise the images of `examples` into float32 `[B, 3, H, W]`."""
+        images = []
+        for example in examples:
+            try:
+                images.append(open_image(example["image"]))
+            except ValueError as error:
+                raise ValueError(f"image '{example.get('image_id')}': {error}") from error
+        return self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+
+
+def open_image(image: dict[str, Any] | Image.Image | None) -> Image.Image:
+    """Decode an image completely and turn it upright by its EXIF orientation.
+
+    Args:
+        image: what `datasets.Image(decode=False)` yields, `{"bytes": ..., "path": ...}`, or a PIL image.
+
+    Returns:
+        An image that `BlipImageProcessorPil` converts to RGB without loss of meaning: 16-bit and float modes
+        are rescaled to 8 bits here (T12), the other modes are left to it (it lays transparency on white).
+
+    Raises:
+        ValueError: the image cannot be used; the message says why.
+    """
+    if not isinstance(image, Image.Image):
+        image = _open(image)
+    try:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+    except Exception as error:  # PIL's decoders raise whatever their format's parser raises
+        raise ValueError(f"cannot be decoded: {error}") from error
+    if min(image.size) < MIN_IMAGE_SIDE:
+        raise ValueError(f"is {image.width}x{image.height} pixels; the shorter side needs at least {MIN_IMAGE_SIDE}")
+    return _to_8_bit(image) if image.mode.startswith(("I", "F")) else image
+
+
+def _open(image: dict[str, Any] | None) -> Image.Image:
+    if not image or (image.get("bytes") is None and not image.get("path")):
+        raise ValueError("no image")
+    content = image.get("bytes")
+    try:
+        return Image.open(image["path"] if content is None else io.BytesIO(content))
+    except FileNotFoundError as error:
+        raise ValueError("image file is missing") from error
+    except UnidentifiedImageError as error:
+        if content is None:
+            with open(image["path"], "rb") as file:
+                content = file.read(16)
+        what = f"starts with {bytes(content[:16])!r}" if content else "is empty"
+        raise ValueError(f"not an image: {what}") from error
+    except Exception as error:  # as above
+        raise ValueError(f"cannot be opened: {error}") from error
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Rescale a one-channel image of 16 bits or more to mode L (T12: `convert` would clip it to white).
+
+    The divisor is the full range of the bits in use, since scanners write 10, 12 or 14 bits into 16-bit files;
+    an 8-bit image in a 16-bit file keeps its values. Float or negative values are stretched from their extremes.
+    """
+    values = np.asarray(image).astype(np.float64)
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        raise ValueError("holds no finite value")
+    low, high = float(finite.min()), float(finite.max())
+    if image.mode.startswith("I") and low >= 0:
+        low, high = 0.0, 2.0 ** max(8, math.ceil(math.log2(high + 1))) - 1
+    scaled = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) * (255 / max(high - low, 1e-12))
+    return Image.fromarray(scaled.round().astype(np.uint8))

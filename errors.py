@@ -1,0 +1,25 @@
+"""The one exception for a user's mistake, and how a command ends on it: one line on standard error, exit status 2."""
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable
+
+
+class UserError(ValueError):
+    """A mistake of the user's; the message is one line: what is wrong, where, and the mend."""
+
+
+def exit_on_user_error(main: Callable[[], object]) -> None:
+    """Run `main`; a `UserError` ends the process with its line on standard error and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        message = " ".join(str(error).split())
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return `"; did you mean 'x'?"` for the nearest of the `known` names, or an empty string if none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean '{near[0]}'?" if near else ""

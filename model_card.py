@@ -1,0 +1,63 @@
+"""The model card: `README.md` of the output folder, from a Jinja template."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import jinja2
+
+from report import SUMMARY_ROWS
+
+
+TEMPLATE = jinja2.Template(
+    """---
+library_name: transformers
+pipeline_tag: image-to-text
+tags: [blip, radiology, image-captioning]
+---
+
+# {{ name }}
+
+A BLIP captioning model for radiology images, trained and scored by `run_captioning.py`. It is a research artefact and
+**not for clinical use**: it states findings that are not there and misses some that are.
+
+## Scores
+{% for split, scores in splits.items() %}
+{{ split }}: {% for metric, value in scores.items() -%}
+{{ metric }} {{ "%.4f"|format(value) }}{{ ", " if not loop.last else "." }}
+{%- endfor %}
+{% endfor %}
+ROUGE is `rouge_score` F1 without stemmer, mean over captions, from 0 to 1, against the full caption; `loss` is the
+token-level negative log-likelihood in nats.
+
+## Use
+
+The decode settings are passed explicitly: stock BLIP does not read `generation_config.json` into its text decoder.
+
+```python
+from PIL import Image
+from transformers import BlipForConditionalGeneration, BlipProcessor, GenerationConfig
+
+folder = "{{ folder }}"
+model, processor = BlipForConditionalGeneration.from_pretrained(folder), BlipProcessor.from_pretrained(folder)
+settings = GenerationConfig.from_pretrained(folder)
+inputs = processor(images=Image.open("image.png"), return_tensors="pt")
+tokens = model.generate(**inputs, generation_config=settings)
+print(processor.decode(tokens[0], skip_special_tokens=True))
+```
+
+`recipe.json` repeats the run: `python run_captioning.py recipe.json`.
+""",
+    keep_trailing_newline=True,
+)
+
+
+def write_model_card(output_dir: str, metrics: Mapping[str, float]) -> None:
+    """Write `README.md` into `output_dir`; `metrics` are those that `run_captioning.main` returns."""
+    folder = Path(output_dir)
+    splits = {
+        name: {row: metrics[prefix + row] for row in SUMMARY_ROWS if prefix + row in metrics}
+        for name, prefix in (("Validation", "eval_"), ("Test", "predict_"))
+        if f"{prefix}loss" in metrics
+    }
+    card = TEMPLATE.render(name=folder.resolve().name, folder=folder.name, splits=splits)
+    (folder / "README.md").write_text(card, encoding="utf-8")

@@ -1,0 +1,430 @@
+"""Any source of radiology images with captions, in one schema: `image`, `image_id`, `caption`, `cui`.
+
+`load_rocov2` reads the source, `check_rows` marks the rows that cannot be used, `tokenise` adds `input_ids`, `usable`
+leaves the marked rows out. None of them copies the images: each `map` writes only its own small columns, which are
+joined to the memory-mapped table.
+
+As a command, any source becomes a folder that `--dataset_name` and `datasets.load_from_disk` take:
+
+    python rocov2.py eltorio/ROCOv2-radiology data/rocov2
+    python rocov2.py path/to/zenodo data/rocov2
+"""
+
+import argparse
+import csv
+import json
+import logging
+import os
+import re
+import unicodedata
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    List,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+    load_from_disk,
+)
+from transformers import PreTrainedTokenizerBase
+
+from collator import open_image
+from errors import UserError, did_you_mean, exit_on_user_error
+from phantoms import load_phantoms
+
+
+logger = logging.getLogger("captioning.rocov2")
+
+SPLITS = ("train", "validation", "test")
+SPLIT_NAMES = {"valid": "validation", "val": "validation", "dev": "validation"}
+ZENODO_SPLITS = {"train": "train", "valid": "validation", "test": "test"}
+CLEAN_COLUMNS = Features(
+    {
+        "image_id": Value("string"),
+        "caption": Value("string"),
+        "cui": List(Value("string")),
+        "rejected": Value("string"),  # why the row cannot be used, null where it can
+    }
+)
+REQUIRED_COLUMNS = ("image", "image_id", "caption")
+CHECK_BATCH_SIZE = 64  # rows whose images are in memory at once
+
+
+# --- Sources --------------------------------------------------------------------------------------------------
+
+
+def load_rocov2(name: str, revision: str | None = None) -> DatasetDict:
+    """Load a source into those of the splits `train`, `validation`, `test` that it has, rows as they are.
+
+    Args:
+        name: a Hub id; a folder made by `save_to_disk`; a folder of parquet files named by split; a folder in
+            the layout of Zenodo record 10821435, its zips extracted or not; or `phantoms`.
+        revision: commit, branch or tag, for a Hub id.
+
+    Returns:
+        Splits with at least the columns `image` (undecoded: the collator does it), `image_id` and `caption`.
+
+    Raises:
+        UserError: the source does not exist, cannot be read, or lacks a column.
+    """
+    if name == "phantoms":
+        splits = load_phantoms()
+    elif os.path.isdir(name):
+        splits = _load_folder(Path(name))
+    elif os.path.exists(name):
+        raise UserError(f"dataset '{name}' is a file; give the folder that holds it")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"dataset folder '{name}' does not exist")
+    else:
+        splits = _load_from_hub(name, revision)
+    if not isinstance(splits, DatasetDict):
+        raise UserError(f"dataset '{name}' is a single split; save a DatasetDict of {', '.join(SPLITS)}")
+    splits = {SPLIT_NAMES.get(split, split): rows for split, rows in splits.items()}
+    if not set(splits) & set(SPLITS):
+        raise UserError(f"dataset '{name}' has none of the splits {', '.join(SPLITS)}, but {', '.join(splits)}")
+    return DatasetDict({split: _checked_columns(splits[split], name, split) for split in SPLITS if split in splits})
+
+
+def dataset_commit(rows: Dataset) -> str | None:
+    """Return the commit hash on the Hub from which `rows` were read, None for a local source."""
+    for address in rows.info.download_checksums or {}:
+        if match := re.match(r"hf://datasets/.+@([0-9a-f]{40})/", address):
+            return match[1]
+    return None
+
+
+def _load_folder(folder: Path) -> DatasetDict | Dataset:
+    try:
+        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+            return load_from_disk(str(folder))
+        if files := _parquet_files(folder):
+            return load_dataset("parquet", data_files=files)
+        if any(folder.glob("*_captions.csv")):
+            return _load_zenodo(folder)
+    except UserError:
+        raise
+    except Exception as error:  # pyarrow and datasets raise errors of many unrelated classes
+        cause = error.__cause__ or error  # `from_generator` wraps what the generator raised
+        if isinstance(cause, UserError):
+            raise cause from error
+        raise UserError(f"dataset folder '{folder}' cannot be read: {_one_line(cause)}") from error
+    raise UserError(
+        f"dataset folder '{folder}' holds none of dataset_dict.json (save_to_disk), [data/]<split>-*.parquet, "
+        "<split>_captions.csv (Zenodo)"
+    )
+
+
+def _parquet_files(folder: Path) -> dict[str, list[str]]:
+    files: dict[str, list[str]] = {}
+    for place in (folder / "data", folder):
+        for path in sorted(place.glob("*.parquet")):
+            split = re.split(r"[-.]", path.name)[0]
+            files.setdefault(split, []).append(str(path))
+        if files:
+            break
+    return files
+
+
+def _load_from_hub(name: str, revision: str | None) -> DatasetDict:
+    try:
+        return load_dataset(name, revision=revision)
+    except Exception as error:  # the Hub client raises errors of many unrelated classes
+        at = f" at revision '{revision}'" if revision else ""
+        hint = did_you_mean(name, ["phantoms", "eltorio/ROCOv2-radiology"])
+        raise UserError(
+            f"dataset '{name}'{at} is no local folder and cannot be loaded from the Hub: {_one_line(error)}{hint}"
+        ) from error
+
+
+def _checked_columns(rows: Dataset, name: str, split: str) -> Dataset:
+    missing = [column for column in REQUIRED_COLUMNS if column not in rows.column_names]
+    if missing:
+        raise UserError(
+            f"dataset '{name}', split '{split}': column '{missing[0]}' is missing, it has "
+            f"{', '.join(rows.column_names)}; rename the column that holds it"
+        )
+    rows = rows.select_columns([c for c in (*REQUIRED_COLUMNS, "cui") if c in rows.column_names])
+    try:
+        return rows.cast_column("image", Image(decode=False))
+    except Exception as error:  # pyarrow's classes again
+        raise UserError(
+            f"dataset '{name}', split '{split}': column 'image' holds no images: {_one_line(error)}"
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+# --- Zenodo record 10821435 -----------------------------------------------------------------------------------
+
+
+def _load_zenodo(folder: Path) -> DatasetDict:
+    splits = {}
+    for name, split in ZENODO_SPLITS.items():
+        captions = folder / f"{name}_captions.csv"
+        if not captions.is_file():
+            continue
+        # `_concepts` holds the manual concepts and the automatic ones, `_concepts_manual` only the former
+        concepts = [folder / f"{name}_concepts{kind}.csv" for kind in ("", "_manual")]
+        images = [folder / f"{name}_images", folder / name, folder / f"{name}_images.zip"]
+        if not any(path.exists() for path in images):
+            raise UserError(f"'{captions}' has no images beside it: '{images[0]}' and '{images[2]}' do not exist")
+        sources = {
+            "captions": captions,
+            "concepts": next((path for path in concepts if path.is_file()), None),
+            "images": next(path for path in images if path.exists()),
+        }
+        # The times are part of the cache key: a changed folder is read again
+        times = [path.stat().st_mtime_ns for path in sources.values() if path]
+        arguments = {key: str(path) if path else None for key, path in sources.items()} | {"times": str(times)}
+        features = Features(
+            {"image": Image(decode=False)} | {k: v for k, v in CLEAN_COLUMNS.items() if k != "rejected"}
+        )
+        splits[split] = Dataset.from_generator(_zenodo_rows, features=features, gen_kwargs=arguments, split=split)
+    return DatasetDict(splits)
+
+
+def _zenodo_rows(captions: str, concepts: str | None, images: str, times: str) -> Iterator[dict[str, Any]]:
+    cuis = {row["ID"]: row["CUIs"] for row in _read_csv(concepts, "CUIs")} if concepts else {}
+    archive = zipfile.ZipFile(images) if images.endswith(".zip") else None
+    # The zips hold the images in a folder or not, depending on the version of the record
+    members = {Path(name).name: name for name in archive.namelist()} if archive else {}
+    for row in _read_csv(captions, "Caption"):
+        file_name = f"{Path(row['ID']).name}.jpg"  # the bare name: an id is no path out of the folder
+        if archive is None:
+            image = {"path": os.path.join(images, file_name), "bytes": None}
+        else:
+            image = {"path": None, "bytes": archive.read(members[file_name]) if file_name in members else None}
+        concept_ids = [cui.strip() for cui in (cuis.get(row["ID"]) or "").split(";") if cui.strip()]
+        yield {"image": image, "image_id": row["ID"], "caption": row["Caption"], "cui": concept_ids}
+
+
+def _read_csv(path: str, column: str) -> Iterator[dict[str, str]]:
+    csv.field_size_limit(2**27)  # characters; the module's default of 2**17 refuses a long caption
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file)
+        if not {"ID", column} <= set(rows.fieldnames or ()):
+            raise UserError(f"'{path}' has the columns {rows.fieldnames}; ID and {column} are needed")
+        yield from rows
+
+
+# --- Checks ---------------------------------------------------------------------------------------------------
+
+
+def check_rows(
+    dataset: DatasetDict,
+    max_rejected_fraction: float,
+    rejected_file: str | os.PathLike,
+    num_proc: int | None = None,
+) -> DatasetDict:
+    """Decode every image once and mark the rows that cannot be used: in `rejected`, with the reason.
+
+    Args:
+        dataset: what `load_rocov2` returned.
+        max_rejected_fraction: of each split, from 0 to 1.
+        rejected_file: where the marked rows are listed, one JSON object a line.
+        num_proc: processes; the result is cached by `datasets`.
+
+    Returns:
+        The same rows with the columns `image` and those of `CLEAN_COLUMNS`.
+
+    Raises:
+        UserError: a split has no usable row, or more rejected ones than `max_rejected_fraction` allows.
+    """
+    checked = DatasetDict({split: _check_split(rows, split, num_proc) for split, rows in dataset.items()})
+    reasons = {split: list(enumerate(rows["rejected"])) for split, rows in checked.items()}
+    with open(rejected_file, "w", encoding="utf-8") as file:
+        for split, rows in checked.items():
+            for row, reason in reasons[split]:
+                if reason:
+                    entry = {"split": split, "row": row, "image_id": rows[row]["image_id"], "reason": reason}
+                    file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+    for split, rows in checked.items():
+        counts = Counter(reason.split(":")[0] for _, reason in reasons[split] if reason)
+        number = counts.total()
+        if number == len(rows):
+            raise UserError(f"split '{split}' has no usable row out of {len(rows)}; see {rejected_file}")
+        summary = ", ".join(f"{count} x {reason}" for reason, count in counts.most_common(3))
+        if number > max_rejected_fraction * len(rows):
+            raise UserError(
+                f"split '{split}': {number} of {len(rows)} rows cannot be used ({summary}); see {rejected_file}, "
+                f"or raise --max_rejected_fraction above {max_rejected_fraction:g}"
+            )
+        if number:
+            logger.warning("%s: %d of %d rows left out (%s)", split, number, len(rows), summary)
+    _warn_of_leaks(checked)
+    return checked
+
+
+def usable(rows: Dataset, max_samples: int | None = None) -> Dataset:
+    """Return the first `max_samples` rows (default: all) that `check_rows` did not mark."""
+    keep = [row for row, reason in enumerate(rows["rejected"]) if not reason]
+    return rows.select(keep[:max_samples]).remove_columns("rejected")
+
+
+def _check_split(rows: Dataset, split: str, num_proc: int | None) -> Dataset:
+    columns = rows.column_names
+    checked = rows.map(
+        _check_batch,
+        batched=True,
+        batch_size=CHECK_BATCH_SIZE,
+        num_proc=num_proc,
+        remove_columns=columns,
+        features=CLEAN_COLUMNS,
+        desc=f"Checking {split}",
+    )
+    if not len(rows):
+        return checked.add_column("image", [])
+    return concatenate_datasets([rows.select_columns("image"), _mark_repeated(checked)], axis=1)
+
+
+def _check_batch(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    clean: dict[str, list[Any]] = {column: [] for column in CLEAN_COLUMNS}
+    cuis = batch.get("cui") or [None] * len(batch["image"])
+    for image, image_id, caption, cui in zip(batch["image"], batch["image_id"], batch["caption"], cuis, strict=True):
+        clean["image_id"].append("" if image_id is None else str(image_id))
+        clean["caption"].append("" if caption is None else str(caption))
+        clean["cui"].append(_clean_cui(cui))
+        clean["rejected"].append(_reason_to_reject(image, clean["image_id"][-1], clean["caption"][-1]))
+    return clean
+
+
+def _reason_to_reject(image: dict[str, Any] | None, image_id: str, caption: str) -> str | None:
+    if not image_id.strip():
+        return "blank image_id"
+    # Separators, controls and format characters print nothing: one ROCOv2 caption is only U+202F
+    if all(unicodedata.category(character)[0] in "ZC" for character in caption):
+        return "blank caption"
+    try:
+        open_image(image)
+    except ValueError as error:
+        return f"unreadable image: {error}"
+    return None
+
+
+def _clean_cui(cui: list[str] | str | None) -> list[str]:
+    """Return the concepts as a list; the Hub's ROCOv2 says "no concept" by the literal `["nan"]`."""
+    concepts = cui.split(";") if isinstance(cui, str) else cui or []
+    concepts = [str(concept).strip() for concept in concepts if concept is not None]
+    return [concept for concept in concepts if concept and concept.lower() != "nan"]
+
+
+def _mark_repeated(checked: Dataset) -> Dataset:
+    """Mark each usable row whose `image_id` an earlier usable row of the split has."""
+    seen: set[str] = set()
+    rejected = []
+    for image_id, reason in zip(checked["image_id"], checked["rejected"], strict=True):
+        rejected.append("repeated image_id" if reason is None and image_id in seen else reason)
+        if reason is None:
+            seen.add(image_id)
+    return checked.remove_columns("rejected").add_column("rejected", rejected, feature=Value("string"))
+
+
+def _warn_of_leaks(checked: DatasetDict) -> None:
+    train = set(checked["train"]["image_id"]) if "train" in checked else set()
+    for split, rows in checked.items():
+        shared = len(train & set(rows["image_id"])) if split != "train" else 0
+        if shared:
+            logger.warning(
+                "%d image ids of split '%s' are in split 'train' too; if they are the same images, "
+                "the scores on '%s' are flattered",
+                shared,
+                split,
+                split,
+            )
+
+
+# --- Tokens ---------------------------------------------------------------------------------------------------
+
+
+def tokenise(
+    dataset: DatasetDict,
+    tokenizer: PreTrainedTokenizerBase,
+    max_caption_length: int,
+    prompt_ids: list[int],
+    num_proc: int | None = None,
+) -> DatasetDict:
+    """Add the column `input_ids`: `[CLS]`, the prompt, the caption, `[SEP]`; the collator writes `[DEC]` over `[CLS]`.
+
+    Args:
+        dataset: what `check_rows` returned.
+        tokenizer: a WordPiece tokenizer with `[CLS]` and `[SEP]`.
+        max_caption_length: most tokens of a row, start, prompt and `[SEP]` included; a longer caption is cut.
+        prompt_ids: tokens of the prompt, without special tokens.
+        num_proc: processes; the result is cached by `datasets`.
+
+    Raises:
+        UserError: `max_caption_length` leaves no room for a caption token.
+    """
+    room = max_caption_length - len(prompt_ids) - 2
+    if room < 1:
+        raise UserError(
+            f"max_caption_length {max_caption_length} leaves no room for a caption beside [DEC], [SEP] and "
+            f"{len(prompt_ids)} prompt tokens; set --max_caption_length to {len(prompt_ids) + 3} or more"
+        )
+    start, end = [tokenizer.cls_token_id, *prompt_ids], [tokenizer.sep_token_id]
+    tokenised = DatasetDict()
+    for split, rows in dataset.items():
+        tokens = rows.select_columns("caption").map(
+            _tokenise_batch,
+            batched=True,
+            fn_kwargs={"tokenizer": tokenizer, "start": start, "end": end, "room": room},
+            num_proc=num_proc,
+            remove_columns="caption",
+            desc=f"Tokenising {split}",
+        )
+        cut = sum(tokens["cut"])
+        if cut:
+            logger.info("%s: %d of %d captions are cut to %d tokens", split, cut, len(rows), max_caption_length)
+        tokenised[split] = concatenate_datasets([rows, tokens.remove_columns("cut")], axis=1)
+    return tokenised
+
+
+def _tokenise_batch(
+    batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, start: list[int], end: list[int], room: int
+) -> dict[str, list[Any]]:
+    captions = tokenizer(batch["caption"], add_special_tokens=False, verbose=False)["input_ids"]
+    return {
+        "input_ids": [start + tokens[:room] + end for tokens in captions],
+        "cut": [len(tokens) > room for tokens in captions],
+    }
+
+
+# --- Command --------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Load any source, leave the unusable rows out and store the rest with `save_to_disk`."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("source", help="Hub id, folder (save_to_disk, parquet, Zenodo) or 'phantoms'")
+    parser.add_argument("folder", help="new folder to write; the rows left out are listed in its rejected.jsonl")
+    parser.add_argument("--revision", help="commit, branch or tag of a Hub id")
+    parser.add_argument("--max_rejected_fraction", type=float, default=0.01)
+    parser.add_argument("--num_proc", type=int)
+    arguments = parser.parse_args(argv)
+    folder = Path(arguments.folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"'{folder}' exists and is not an empty folder; name a new one")
+    dataset = load_rocov2(arguments.source, arguments.revision)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        checked = check_rows(dataset, arguments.max_rejected_fraction, folder / "rejected.jsonl", arguments.num_proc)
+        stored = DatasetDict({split: usable(rows).cast_column("image", Image()) for split, rows in checked.items()})
+        stored.save_to_disk(str(folder), num_proc=arguments.num_proc)
+    except OSError as error:
+        raise UserError(f"folder '{folder}' cannot be written: {error}") from error
+    print(f"{folder}: " + ", ".join(f"{split} {len(rows):,}" for split, rows in stored.items()))
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,238 @@
+#!/usr/bin/env python
+"""Fine-tune BLIP on radiology images and captions, score it by beam search, and keep all that a rerun needs.
+
+    python run_captioning.py --model_name_or_path Salesforce/blip-image-captioning-base
+    python run_captioning.py recipes/rocov2_blip_base.json --num_train_epochs 3
+    python run_captioning.py --model_name_or_path outputs/my-run --do_train false
+
+The first trains on ROCOv2 from the Hub, the second runs a recipe (flags win), the third scores a saved model.
+"""
+
+import json
+import logging
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict
+from transformers import BlipForConditionalGeneration, BlipProcessor, set_seed
+
+import blip
+import rocov2
+from arguments import CaptioningArguments, DataArguments, ModelArguments, parse_arguments, resolved_recipe
+from collator import CaptioningCollator
+from errors import UserError, exit_on_user_error
+from metrics import decode_captions
+from model_card import write_model_card
+from report import summary, write_predictions
+from trainer import CaptioningTrainer, last_complete_checkpoint
+
+
+logger = logging.getLogger("captioning.run_captioning")
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Run the recipe given by `argv` (default: the command line) and return all its metrics.
+
+    Raises:
+        UserError: a mistake in the recipe, the data or the folders; its message is one line.
+    """
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("captioning").setLevel(logging.INFO)  # ours; the libraries' chatter stays off
+    model_args, data_args, args = parse_arguments(argv)
+    checkpoint = prepare_output_dir(args)
+    set_seed(args.seed)
+
+    with args.main_process_first(desc="loading the data"):
+        dataset = load_data(model_args, data_args, args)
+        model, processor = load_model(model_args, dataset, args)
+        prompt_ids = processor.tokenizer(data_args.prompt or "", add_special_tokens=False)["input_ids"]
+        blip.check_lengths(model, data_args.max_caption_length, 1 + len(prompt_ids), args.max_new_tokens)
+        splits = tokenise(dataset, processor, prompt_ids, data_args)
+
+    write_recipe(model_args, data_args, args, model, dataset)
+    trainer = make_trainer(model, processor, splits, prompt_ids, args)
+    metrics: dict[str, float] = {}
+    if args.do_train:
+        metrics |= train(trainer, checkpoint)
+    if args.do_eval:
+        metrics |= predict(trainer, splits["validation"], "validation", "eval")
+    if args.do_predict:
+        metrics |= predict(trainer, splits["test"], "test", "predict")
+
+    if trainer.is_world_process_zero():
+        write_model_card(args.output_dir, metrics)
+        print(summary(metrics, Path(args.output_dir) / "predictions"))
+    return metrics
+
+
+# --- Output folder --------------------------------------------------------------------------------------------
+
+
+def prepare_output_dir(args: CaptioningArguments) -> str | None:
+    """Make the output folder, check that it can be written, and return the checkpoint to resume from, if any."""
+    output_dir = args.output_dir
+    try:
+        os.makedirs(output_dir, exist_ok=True)
+        tempfile.TemporaryFile(dir=output_dir).close()
+    except OSError as error:
+        raise UserError(
+            f"output folder '{output_dir}' cannot be written: {error.strerror}; set --output_dir"
+        ) from error
+    wish = args.resume_from_checkpoint
+    if not args.do_train or wish is None or wish.lower() == "false":
+        if args.do_train and any(Path(output_dir).glob("checkpoint-*")):
+            raise UserError(
+                f"output folder '{output_dir}' holds checkpoints of an earlier run; continue it with "
+                "--resume_from_checkpoint true, or set another --output_dir"
+            )
+        return None
+    if wish.lower() == "true":
+        checkpoint = last_complete_checkpoint(output_dir)
+        logger.info("Resuming from %s", checkpoint or f"the start: '{output_dir}' holds no complete checkpoint")
+        return checkpoint
+    if not (Path(wish) / "trainer_state.json").is_file():
+        raise UserError(f"resume_from_checkpoint '{wish}' is no complete checkpoint; give 'true' for the last one")
+    return wish
+
+
+def write_recipe(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: CaptioningArguments,
+    model: BlipForConditionalGeneration,
+    dataset: DatasetDict,
+) -> None:
+    """Write `recipe.json`: what was run, at which commits, with which packages; tell what a resumed run changes."""
+    model_args.model_revision = getattr(model.config, "_commit_hash", None) or model_args.model_revision
+    data_args.dataset_revision = rocov2.dataset_commit(next(iter(dataset.values()))) or data_args.dataset_revision
+    recipe = resolved_recipe(model_args, data_args, args)
+    for name, wanted in (args.package_versions or {}).items():
+        if recipe["package_versions"].get(name) != wanted:
+            logger.warning(
+                "The recipe was run with %s %s, here is %s: the numbers may differ",
+                name,
+                wanted,
+                recipe["package_versions"].get(name, "none"),
+            )
+    path = Path(args.output_dir) / "recipe.json"
+    if args.resume_from_checkpoint and path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        for key in sorted(key for key in recipe.keys() | before.keys() if recipe.get(key) != before.get(key)):
+            logger.warning("Resuming with another recipe: %s was %s, is %s", key, before.get(key), recipe.get(key))
+    if args.should_save:
+        path.write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+
+
+# --- Data and model -------------------------------------------------------------------------------------------
+
+
+def load_data(model_args: ModelArguments, data_args: DataArguments, args: CaptioningArguments) -> DatasetDict:
+    """Load and check the splits that the run's stages need; list the rows set aside in `rejected.jsonl`."""
+    stages = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
+    learns_tokenizer = model_args.config_name is not None and model_args.tokenizer_name is None
+    needed = [split for split, wanted in stages.items() if wanted or (split == "train" and learns_tokenizer)]
+    dataset = rocov2.load_rocov2(data_args.dataset_name, data_args.dataset_revision)
+    for split in needed:
+        if split not in dataset:
+            stage = {"train": "do_train", "validation": "do_eval", "test": "do_predict"}[split]
+            raise UserError(
+                f"dataset '{data_args.dataset_name}' has no split '{split}', only {', '.join(dataset)}; "
+                f"add it or set --{stage} false"
+            )
+        if not len(dataset[split]):
+            raise UserError(f"dataset '{data_args.dataset_name}': split '{split}' is empty")
+    return rocov2.check_rows(
+        DatasetDict({split: dataset[split] for split in needed}),
+        data_args.max_rejected_fraction,
+        Path(args.output_dir) / "rejected.jsonl",
+        data_args.preprocessing_num_workers,
+    )
+
+
+def load_model(
+    model_args: ModelArguments, dataset: DatasetDict, args: CaptioningArguments
+) -> tuple[BlipForConditionalGeneration, BlipProcessor]:
+    """Load the checkpoint, or build the model of `config_name`, and adapt it to the run."""
+    if model_args.model_name_or_path:
+        model, processor = blip.load_blip(model_args.model_name_or_path, model_args.model_revision)
+    else:
+        if model_args.tokenizer_name:
+            tokenizer = blip.load_tokenizer(model_args.tokenizer_name)
+        else:
+            captions = rocov2.usable(dataset["train"])["caption"]
+            tokenizer = blip.train_tokenizer(captions, model_args.vocab_size)
+        model, processor = blip.build_blip(model_args.config_name, blip.add_blip_tokens(tokenizer), args.seed)
+    if model_args.image_size:
+        blip.resize_images(model, processor, model_args.image_size)
+    if model_args.label_smoothing is not None:
+        blip.set_label_smoothing(model, model_args.label_smoothing)
+    if model_args.freeze_vision_model:
+        model.vision_model.requires_grad_(False)
+    blip.set_decoding(model, args.decoding())
+    return model, processor
+
+
+def tokenise(
+    dataset: DatasetDict, processor: BlipProcessor, prompt_ids: list[int], data_args: DataArguments
+) -> DatasetDict:
+    """Add `input_ids` to each split, and keep the usable rows, as many as the run asks for."""
+    tokenised = rocov2.tokenise(
+        dataset, processor.tokenizer, data_args.max_caption_length, prompt_ids, data_args.preprocessing_num_workers
+    )
+    samples = {
+        "train": data_args.max_train_samples,
+        "validation": data_args.max_eval_samples,
+        "test": data_args.max_predict_samples,
+    }
+    return DatasetDict({split: rocov2.usable(rows, samples[split]) for split, rows in tokenised.items()})
+
+
+# --- Train, evaluate, predict ---------------------------------------------------------------------------------
+
+
+def make_trainer(
+    model: BlipForConditionalGeneration,
+    processor: BlipProcessor,
+    splits: DatasetDict,
+    prompt_ids: list[int],
+    args: CaptioningArguments,
+) -> CaptioningTrainer:
+    """Wire model, data and collator together; training and generation start from the same `[DEC]` and prompt."""
+    bos_token_id = model.config.text_config.bos_token_id
+    return CaptioningTrainer(
+        model=model,
+        args=args,
+        processing_class=processor,
+        data_collator=CaptioningCollator(processor, bos_token_id, prompt_length=len(prompt_ids)),
+        train_dataset=splits.get("train"),
+        eval_dataset=splits.get("validation"),
+        start_ids=[bos_token_id, *prompt_ids],
+        decoding=args.decoding(),
+    )
+
+
+def train(trainer: CaptioningTrainer, checkpoint: str | None) -> dict[str, float]:
+    """Train, save model, processor and trainer state, and return the training metrics."""
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    trainer.save_metrics("train", result.metrics)
+    return result.metrics
+
+
+def predict(trainer: CaptioningTrainer, rows: Dataset, split: str, prefix: str) -> dict[str, float]:
+    """Score and caption a split; write `<prefix>_results.json` and `predictions/<split>.jsonl`."""
+    output = trainer.predict(rows, metric_key_prefix=prefix)
+    trainer.save_metrics(prefix, output.metrics)
+    nll, _, *tokens = output.predictions
+    if tokens and trainer.is_world_process_zero():
+        path = Path(trainer.args.output_dir) / "predictions" / f"{split}.jsonl"
+        predictions = decode_captions(tokens[0], trainer.tokenizer)
+        write_predictions(path, rows["image_id"], rows["caption"], predictions, nll)
+    return output.metrics
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

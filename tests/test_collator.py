@@ -1,0 +1,177 @@
+"""From files as they are found to the tensors that BLIP is trained on."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_png
+from PIL import Image
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+from collator import CaptioningCollator, open_image
+
+
+def encode(image: Image.Image, format: str, **options) -> dict:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def gradient(levels: int, dtype) -> np.ndarray:
+    """A 32 x 32 image from 0 to `levels`, left to right."""
+    return np.tile(np.linspace(0, levels, 32), (32, 1)).round().astype(dtype)
+
+
+# --- Batch ----------------------------------------------------------------------------------------------------
+
+
+def test_batch_has_the_shapes_and_types_of_the_contract(collator, splits):
+    rows = [splits["train"][i] for i in range(5)]
+    batch = collator(rows)
+    longest = max(len(row["input_ids"]) for row in rows)
+    assert set(batch) == {"pixel_values", "input_ids", "attention_mask", "labels"}
+    assert batch["pixel_values"].shape == (5, 3, 32, 32)
+    assert batch["pixel_values"].dtype == torch.float32
+    for key in ("input_ids", "attention_mask", "labels"):
+        assert batch[key].shape == (5, longest)
+        assert batch[key].dtype == torch.int64
+
+
+def test_every_caption_starts_with_dec(collator, splits, model):
+    """T3: the tokenizer writes `[CLS]` there."""
+    rows = [splits["train"][i] for i in range(5)]
+    assert {row["input_ids"][0] for row in rows} == {collator.processor.tokenizer.cls_token_id}
+    assert set(collator(rows)["input_ids"][:, 0].tolist()) == {model.config.text_config.bos_token_id}
+
+
+def test_padding_and_start_are_no_targets(collator, splits):
+    """T4: `labels = input_ids` would train on padding."""
+    rows = [splits["train"][i] for i in range(5)]
+    batch = collator(rows)
+    for row, labels, mask in zip(rows, batch["labels"], batch["attention_mask"], strict=True):
+        length = len(row["input_ids"])
+        assert labels[0] == -100
+        assert labels[1:length].tolist() == row["input_ids"][1:]
+        assert (labels[length:] == -100).all()
+        assert mask.tolist() == [1] * length + [0] * (len(mask) - length)
+
+
+def test_prompt_is_given_and_not_learnt(processor, splits):
+    collator = CaptioningCollator(processor, bos_token_id=9, prompt_length=2)
+    row = dict(splits["train"][0]) | {"input_ids": [2, 40, 41, 42, 43, 3]}
+    batch = collator([row])
+    assert batch["input_ids"].tolist() == [[9, 40, 41, 42, 43, 3]]
+    assert batch["labels"].tolist() == [[-100, -100, -100, 42, 43, 3]]
+
+
+def test_pixel_values_are_those_of_the_pil_image_processor(collator, splits):
+    """T11: torchvision's resize gives other pixels."""
+    assert isinstance(collator.processor.image_processor, BlipImageProcessorPil)
+    rows = [splits["train"][i] for i in range(4)]
+    images = [Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB") for row in rows]
+    expected = BlipImageProcessorPil(size={"height": 32, "width": 32})(images, return_tensors="pt")["pixel_values"]
+    assert torch.equal(collator(rows)["pixel_values"], expected)
+
+
+def test_images_are_never_flipped(make_trainer, splits):
+    """T14: the COCO recipe flips; here left and right matter. Forty draws of a left-bright image stay left-bright."""
+    pixels = np.zeros((32, 32), np.uint8)
+    pixels[:, :12] = 255
+    image = encode(Image.fromarray(pixels), "PNG")
+    rows = splits["train"].remove_columns("image").select(range(10))
+    rows = rows.add_column("image", [image] * 10)
+    trainer = make_trainer(splits=splits | {"train": rows})
+    for _ in range(4):
+        for batch in trainer.get_train_dataloader():
+            halves = batch["pixel_values"].mean(dim=(1, 2))
+            assert (halves[:, :12].mean(1) > halves[:, 12:].mean(1) + 1).all()
+
+
+def test_an_image_that_breaks_after_the_check_is_named(collator, splits):
+    row = dict(splits["train"][3]) | {"image": {"bytes": b"", "path": None}}
+    with pytest.raises(ValueError, match="image_0003"):
+        collator([row])
+
+
+# --- Images ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 16])
+def test_sixteen_bit_images_keep_their_gray_values(bits):
+    """T12: `convert("RGB")` clips mode I;16 to white. Scanners use 10 to 16 of the 16 bits."""
+    file = encode(Image.fromarray(gradient(2**bits - 1, np.uint16)), "PNG")
+    stock = Image.open(io.BytesIO(file["bytes"]))
+    assert stock.mode == "I;16"
+    opened = np.asarray(open_image(file)).astype(int)
+    assert abs(opened - gradient(255, np.uint8)).max() <= 1
+    if bits > 10:
+        assert (np.asarray(stock.convert("RGB")) == 255).mean() > 0.8
+
+
+def test_a_dark_sixteen_bit_image_stays_dark():
+    opened = np.asarray(open_image(encode(Image.fromarray(gradient(33000, np.uint16)), "PNG")))
+    assert 127 <= opened.max() <= 129
+
+
+def test_float_images_are_stretched_and_nan_is_black():
+    pixels = gradient(1, np.float32) - 0.5
+    pixels[0, :] = np.nan
+    opened = np.asarray(open_image(encode(Image.fromarray(pixels), "TIFF")))
+    assert (opened.min(), opened.max(), opened[0].max()) == (0, 255, 0)
+
+
+def test_exif_rotation_is_applied():
+    pixels = np.zeros((20, 30), np.uint8)
+    pixels[:5] = 255  # a bright top edge
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to view
+    opened = open_image(encode(Image.fromarray(pixels), "PNG", exif=exif))
+    assert opened.size == (20, 30)
+    assert np.asarray(opened)[:, -5:].min() == 255
+
+
+def test_cmyk_and_transparent_palette_images_get_their_colours(collator):
+    red = Image.new("RGB", (16, 16), (200, 30, 30))
+    expected = collator.pixel_values([{"image": encode(red, "PNG")}])
+    cmyk = collator.pixel_values([{"image": encode(red.convert("CMYK"), "TIFF")}])
+    assert torch.allclose(cmyk, expected, atol=0.1)
+    palette = Image.new("P", (16, 16), 1)
+    palette.putpalette([0, 0, 0, 200, 30, 30])
+    hidden = collator.pixel_values([{"image": encode(palette, "PNG", transparency=1)}])
+    shown = collator.pixel_values([{"image": encode(palette, "PNG", transparency=0)}])
+    white = collator.pixel_values([{"image": encode(Image.new("RGB", (16, 16), "white"), "PNG")}])
+    assert torch.allclose(shown, expected, atol=0.02)
+    assert torch.allclose(hidden, white)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "is empty"),
+        (b"<!DOCTYPE html><html>404</html>", "not an image: starts with b'<!DOCTYPE"),
+        (make_png(0)[:200], "cannot be decoded"),
+        (make_png(0, (1, 1)), "1x1 pixels"),
+        (make_png(0, (300, 2)), "300x2 pixels"),
+        (None, "no image"),
+    ],
+)
+def test_what_is_no_image_is_said_to_be_none(content, reason, tmp_path):
+    with pytest.raises(ValueError, match=reason):
+        open_image({"bytes": content, "path": None})
+    if content is not None:
+        (tmp_path / "image.jpg").write_bytes(content)
+        with pytest.raises(ValueError, match=reason):
+            open_image({"bytes": None, "path": str(tmp_path / "image.jpg")})
+
+
+def test_a_truncated_jpeg_is_not_used_half_gray():
+    file = encode(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)), "JPEG")
+    open_image(file)
+    with pytest.raises(ValueError, match="truncated"):
+        open_image({"bytes": file["bytes"][:-500], "path": None})
+
+
+def test_a_missing_file_is_named_as_such(tmp_path):
+    with pytest.raises(ValueError, match="missing"):
+        open_image({"bytes": None, "path": str(tmp_path / "gone.jpg")})

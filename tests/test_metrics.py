@@ -1,0 +1,101 @@
+"""The scores, against `rouge_score` itself and Google's published cases."""
+
+import json
+import socket
+
+import numpy as np
+import pytest
+from conftest import SHARED, make_captions
+from rouge_score import rouge_scorer
+from transformers import EvalPrediction
+
+from metrics import ROUGE_TYPES, CaptionMetric, compute_metrics, decode_captions, rouge
+
+
+def pairs(number=20):
+    captions = make_captions(number)
+    return captions[::-1], captions
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("the network is unplugged")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def test_rouge_equals_rouge_score():
+    predictions, references = pairs()
+    scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=False)
+    ours = CaptionMetric().compute(predictions=predictions, references=references)
+    for name in ROUGE_TYPES:
+        expected = [scorer.score(r, p)[name].fmeasure for p, r in zip(predictions, references, strict=True)]
+        assert rouge(predictions, references)[name].tolist() == pytest.approx(expected, abs=1e-12)
+        assert ours[name] == pytest.approx(np.mean(expected), abs=1e-9)
+    assert len(set(rouge(predictions, references)["rougeL"].round(3))) > 3, "the pairs are too alike to tell"
+
+
+def test_rouge_by_hand():
+    scores = rouge(["the left lung is clear"], ["left lung clear"])
+    assert scores["rouge1"][0] == pytest.approx(2 * (3 / 5) * (3 / 3) / (3 / 5 + 3 / 3))
+    assert scores["rouge2"][0] == pytest.approx(2 * (1 / 4) * (1 / 2) / (1 / 4 + 1 / 2))
+    assert scores["rougeL"][0] == pytest.approx(0.75)
+    assert rouge(["clear lung left"], ["left lung clear"])["rougeL"][0] == pytest.approx(1 / 3)
+
+
+def test_rouge_equals_the_published_cases():
+    folder = SHARED / "google_rouge"
+    if not folder.is_dir():
+        pytest.skip("Google's ROUGE cases are not beside the project")
+    predictions = (folder / "prediction.txt").read_text().splitlines()
+    references = (folder / "target.txt").read_text().splitlines()
+    cases = json.loads((folder / "expected.json").read_text())["cases"]
+    checked = 0
+    for case in cases:
+        if case["metric"] in ROUGE_TYPES and not case["use_stemmer"] and "line" in case:
+            line = case["line"]
+            score = rouge([predictions[line]], [references[line]])[case["metric"]][0]
+            assert score == pytest.approx(case["fmeasure"], abs=5e-6), case  # they are given to five digits
+            checked += 1
+    assert checked >= 4
+
+
+def test_the_metric_works_with_the_network_unplugged(no_network):
+    predictions, references = pairs()
+    metric = CaptionMetric()
+    metric.add_batch(predictions=predictions[:10], references=references[:10])
+    metric.add_batch(predictions=predictions[10:], references=references[10:])
+    assert metric.compute() == CaptionMetric().compute(predictions=predictions, references=references)
+
+
+def test_unique_captions_is_a_share():
+    scores = CaptionMetric().compute(predictions=["a", "a", "b", "a"], references=["a", "b", "c", "d"])
+    assert scores["unique_captions"] == 0.5
+
+
+def test_compute_metrics_scores_texts_and_counts_new_tokens(processor):
+    tokenizer = processor.tokenizer
+    texts = ["an effusion", "chest radiograph shows an effusion"]
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.sep_token_id] for text in texts]
+    tokens = np.full((2, 30), -100)
+    tokens[0, : len(ids[0])], tokens[1, : len(ids[1])] = ids[0], ids[1]
+    tokens[0, len(ids[0]) : 20] = tokenizer.pad_token_id  # `generate` pads with it, the gathering with -100
+    prediction = EvalPrediction((np.array([3.0, 9.0]), np.array([1, 3]), tokens), np.zeros((2, 4)))
+    scores = compute_metrics(prediction, ["an effusion", "an effusion"], tokenizer)
+    assert scores["loss"] == pytest.approx(12 / 4)  # not (3/1 + 9/3) / 2, which is the same, nor the mean of sums
+    assert scores["perplexity"] == pytest.approx(np.exp(3.0))
+    assert scores["rougeL"] == pytest.approx((1 + 2 * (2 / 5) * 1 / (2 / 5 + 1)) / 2)
+    assert scores["gen_len"] == pytest.approx((len(ids[0]) + len(ids[1])) / 2)
+
+
+def test_loss_weighs_captions_by_their_tokens(processor):
+    prediction = EvalPrediction((np.array([1.0, 90.0]), np.array([1, 9])), np.zeros((2, 4)))
+    assert compute_metrics(prediction, ["a", "b"], processor.tokenizer)["loss"] == pytest.approx(91 / 10)
+
+
+def test_decode_leaves_out_special_tokens_and_padding(processor):
+    tokenizer = processor.tokenizer
+    ids = tokenizer("an effusion")["input_ids"]
+    assert decode_captions(np.array([[tokenizer.bos_token_id, *ids, 0, -100]]), tokenizer) == ["an effusion"]

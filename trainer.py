@@ -1,0 +1,164 @@
+"""`CaptioningTrainer`: the token-normalised loss, evaluation that encodes each image once, and sound checkpoints."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase, Seq2SeqTrainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+
+from blip import caption_logits, encode_images, generate_captions
+from collator import IGNORE_INDEX
+from metrics import compute_metrics
+
+
+logger = logging.getLogger("captioning.trainer")
+
+
+class CaptioningTrainer(Seq2SeqTrainer):
+    """A `Seq2SeqTrainer` whose losses, generation and metrics are right for BLIP.
+
+    `processing_class` is the whole `BlipProcessor`, so that checkpoints hold all of it (T8).
+
+    Args:
+        start_ids: `[DEC]` and the tokens of the prompt, from which generation starts.
+        decoding: the keyword arguments of `generate`.
+        kwargs: those of `Seq2SeqTrainer`; datasets must have the columns of a tokenised split.
+    """
+
+    def __init__(self, *, start_ids: list[int], decoding: dict[str, Any], **kwargs):
+        super().__init__(compute_metrics=self._compute_metrics, **kwargs)
+        self.start_ids = start_ids
+        self.decoding = decoding
+        # `compute_loss` below normalises over the accumulated batch; with this set the Trainer counts its labels
+        # and does not divide by the accumulation steps again
+        self.model_accepts_loss_kwargs = True
+        self.add_callback(LogBeforeCheckpoint())
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the processor."""
+        return self.processing_class.tokenizer
+
+    # --- Training ---------------------------------------------------------------------------------------------
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Return the sum of token NLLs over the number of caption tokens in the whole accumulated batch (T2).
+
+        BLIP's own loss is the mean over the tokens of one micro-batch, whatever `num_items_in_batch` says. Label
+        smoothing is `config.text_config.label_smoothing`, in training only (T5).
+        """
+        labels = inputs["labels"]
+        outputs = model(**{key: value for key, value in inputs.items() if key != "labels"}, use_cache=False)
+        smoothing = self.model.config.text_config.label_smoothing if model.training else 0.0
+        nll = token_nll(outputs.logits, labels, label_smoothing=smoothing)
+        if num_items_in_batch is None:
+            num_items_in_batch = (labels[:, 1:] != IGNORE_INDEX).sum()
+        loss = nll.sum() / torch.as_tensor(num_items_in_batch, device=nll.device).flatten()[0]
+        if self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # the count is over all processes, which average gradients
+        return (loss, outputs) if return_outputs else loss
+
+    def train(self, *args, **kwargs) -> TrainOutput:
+        """Train; the `train_loss` returned is the mean over all steps of the run, also of those before a resume."""
+        output = super().train(*args, **kwargs)
+        output.metrics["train_loss"] = mean_training_loss(self.state.log_history)
+        return output._replace(training_loss=output.metrics["train_loss"])
+
+    # --- Evaluation -------------------------------------------------------------------------------------------
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):
+        """Score and caption one batch, encoding its images once.
+
+        The decoder generates from the image and the fixed prompt: stock `prediction_step` hands it the reference
+        as a prompt (T1).
+
+        Returns:
+            `(None, (nll, num_tokens[, new_tokens]), labels)`, see `metrics.compute_metrics`. There is no loss per
+            batch: the Trainer would average it over batches of different token counts (T6).
+        """
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs["labels"]
+        with torch.no_grad(), self.compute_loss_context_manager():
+            image_embeds = encode_images(self.model, inputs["pixel_values"])
+            logits = caption_logits(self.model, image_embeds, inputs["input_ids"], inputs["attention_mask"])
+            nll = token_nll(logits, labels).double().sum(dim=1)
+            outputs = (nll, (labels[:, 1:] != IGNORE_INDEX).sum(dim=1))
+            if self.args.predict_with_generate:
+                outputs += (generate_captions(self.model, image_embeds, self.start_ids, **self.decoding),)
+        return None, outputs, labels
+
+    def evaluation_loop(self, dataloader, *args, **kwargs):
+        """Run the stock loop; `_compute_metrics` scores against the full captions of `dataloader`'s split."""
+        self._references = list(dataloader.dataset["caption"])
+        # `evaluate` asks for `gather`, which would count the rows that pad the last batch of several processes
+        self.gather_function = self.accelerator.gather_for_metrics
+        return super().evaluation_loop(dataloader, *args, **kwargs)
+
+    def _compute_metrics(self, prediction) -> dict[str, float]:
+        return compute_metrics(prediction, self._references, self.tokenizer)
+
+
+class LogBeforeCheckpoint(TrainerCallback):
+    """Close the running mean of the logged loss before each checkpoint, which does not hold it.
+
+    A resumed run would otherwise log another loss than one that was never interrupted.
+    """
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Ask for a log when the step ends in a checkpoint."""
+        control.should_log |= control.should_save
+
+    on_epoch_end = on_step_end
+
+
+def token_nll(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
+    """Return the negative log-likelihood `[B, L - 1]` in nats of each label, 0 where it is -100.
+
+    Args:
+        logits: `[B, L, V]`; position i predicts label i + 1.
+        labels: `[B, L]`, -100 where nothing is learnt.
+        label_smoothing: the weight of the uniform distribution in the target, as in `torch.nn.CrossEntropyLoss`.
+    """
+    targets = labels[:, 1:]
+    nll = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(),
+        targets.flatten(),
+        reduction="none",
+        ignore_index=IGNORE_INDEX,
+        label_smoothing=label_smoothing,
+    )
+    return nll.view(targets.shape)
+
+
+def mean_training_loss(log_history: list[dict[str, float]]) -> float:
+    """Return the mean over steps of the losses in a `trainer_state.json` log, each the mean since the one before."""
+    total, last_step = 0.0, 0
+    for entry in log_history:
+        if "loss" in entry:
+            total += entry["loss"] * (entry["step"] - last_step)
+            last_step = entry["step"]
+    return total / max(last_step, 1)
+
+
+def last_complete_checkpoint(output_dir: str) -> str | None:
+    """Return the newest checkpoint that was written to its end, or None; each incomplete one is logged.
+
+    The Trainer writes `trainer_state.json` last: a run that was killed while saving left none, or half of one.
+    """
+    checkpoints = {}
+    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+        if path.is_dir() and step.isdigit():
+            checkpoints[int(step)] = path
+    for step in sorted(checkpoints, reverse=True):
+        try:
+            if json.loads((checkpoints[step] / "trainer_state.json").read_text())["global_step"] == step:
+                return str(checkpoints[step])
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        logger.warning("%s is incomplete and is passed over", checkpoints[step])
+    return None
