@@ -97,20 +97,43 @@ def build_blip(
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from the Hub, from a saved folder, or from a folder with a WordPiece `vocab.txt` alone."""
+    """Load a tokenizer from the Hub, from a saved folder, or from a folder with a WordPiece `vocab.txt` alone.
+
+    Raises:
+        UserError: there is none, or it has no `[CLS]` and `[SEP]`.
+    """
     vocab_file = Path(name) / "vocab.txt"
     if vocab_file.is_file() and not (Path(name) / "tokenizer.json").is_file():
         # T13: `BertTokenizerFast(vocab_file=...)` is silently ignored in transformers 5
         tokens = vocab_file.read_text(encoding="utf-8").splitlines()
         return BertTokenizer(vocab={token: index for index, token in enumerate(tokens)})
-    return AutoTokenizer.from_pretrained(name, revision=revision)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"tokenizer '{name}' cannot be loaded: {_first_line(error)}") from error
+    if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
+        raise UserError(f"tokenizer '{name}' has no [CLS] or [SEP]; BLIP needs a BERT tokenizer")
+    return tokenizer
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
-    """Train a lower-casing WordPiece tokenizer of at most `vocab_size` entries on `captions`."""
+    """Train a lower-casing WordPiece tokenizer of at most `vocab_size` entries on `captions`.
+
+    The same captions give the same vocabulary in every process. `tokenizers` numbers the continuation characters
+    (`##a`) in the order of a randomly seeded hash map and breaks ties between merges by these numbers, so they are
+    fixed beforehand here.
+    """
+    captions = list(captions)
     trainer = BertWordPieceTokenizer(lowercase=True)
+    continuations = set()
+    for caption in captions:
+        for word, _ in trainer.pre_tokenizer.pre_tokenize_str(trainer.normalizer.normalize_str(caption)):
+            continuations.update(f"##{character}" for character in word[1:])
     trainer.train_from_iterator(
-        captions, vocab_size=vocab_size, special_tokens=BERT_SPECIAL_TOKENS, show_progress=False
+        captions,
+        vocab_size=vocab_size,
+        special_tokens=BERT_SPECIAL_TOKENS + sorted(continuations),
+        show_progress=False,
     )
     return BertTokenizer(vocab=trainer.get_vocab())
 

@@ -34,6 +34,7 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
+from pyarrow.parquet import read_metadata
 from transformers import PreTrainedTokenizerBase
 
 from collator import open_image
@@ -104,8 +105,12 @@ def dataset_commit(rows: Dataset) -> str | None:
 def _load_folder(folder: Path) -> DatasetDict | Dataset:
     try:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+            states = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("*/state.json")}
+            _refuse_empty_splits(folder, {split: len(state["_data_files"]) for split, state in states.items()})
             return load_from_disk(str(folder))
         if files := _parquet_files(folder):
+            counts = {split: sum(read_metadata(path).num_rows for path in paths) for split, paths in files.items()}
+            _refuse_empty_splits(folder, counts)
             return load_dataset("parquet", data_files=files)
         if any(folder.glob("*_captions.csv")):
             return _load_zenodo(folder)
@@ -120,6 +125,13 @@ def _load_folder(folder: Path) -> DatasetDict | Dataset:
         f"dataset folder '{folder}' holds none of dataset_dict.json (save_to_disk), [data/]<split>-*.parquet, "
         "<split>_captions.csv (Zenodo)"
     )
+
+
+def _refuse_empty_splits(folder: Path, counts: dict[str, int]) -> None:
+    """Raise UserError on a split that holds nothing: `datasets` says so by an error that does not name it."""
+    for split, count in counts.items():
+        if not count:
+            raise UserError(f"dataset folder '{folder}': split '{split}' is empty; add rows or take it away")
 
 
 def _parquet_files(folder: Path) -> dict[str, list[str]]:
@@ -239,8 +251,11 @@ def check_rows(
         The same rows with the columns `image` and those of `CLEAN_COLUMNS`.
 
     Raises:
-        UserError: a split has no usable row, or more rejected ones than `max_rejected_fraction` allows.
+        UserError: a split is empty, has no usable row, or more rejected ones than `max_rejected_fraction` allows.
     """
+    for split, rows in dataset.items():
+        if not len(rows):
+            raise UserError(f"split '{split}' is empty; add rows or leave it out")
     checked = DatasetDict({split: _check_split(rows, split, num_proc) for split, rows in dataset.items()})
     reasons = {split: list(enumerate(rows["rejected"])) for split, rows in checked.items()}
     with open(rejected_file, "w", encoding="utf-8") as file:
@@ -283,8 +298,6 @@ def _check_split(rows: Dataset, split: str, num_proc: int | None) -> Dataset:
         features=CLEAN_COLUMNS,
         desc=f"Checking {split}",
     )
-    if not len(rows):
-        return checked.add_column("image", [])
     return concatenate_datasets([rows.select_columns("image"), _mark_repeated(checked)], axis=1)
 
 

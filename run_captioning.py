@@ -141,8 +141,6 @@ def load_data(model_args: ModelArguments, data_args: DataArguments, args: Captio
                 f"dataset '{data_args.dataset_name}' has no split '{split}', only {', '.join(dataset)}; "
                 f"add it or set --{stage} false"
             )
-        if not len(dataset[split]):
-            raise UserError(f"dataset '{data_args.dataset_name}': split '{split}' is empty")
     return rocov2.check_rows(
         DatasetDict({split: dataset[split] for split in needed}),
         data_args.max_rejected_fraction,

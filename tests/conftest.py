@@ -9,6 +9,7 @@ import tempfile
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="captioning-tests-")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"  # the tests themselves run in several processes, and start more
 
 import copy
 import json
@@ -16,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PIL
 
@@ -26,8 +26,6 @@ from arguments import CaptioningArguments
 from collator import CaptioningCollator
 from trainer import CaptioningTrainer
 
-
-torch.set_num_threads(1)  # the tests themselves run in several processes
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"  # real data of development, absent elsewhere
 TINY_CONFIG = {
@@ -79,7 +77,12 @@ def make_rows(number: int, start: int = 0, **columns) -> Dataset:
         "caption": make_captions(number),
         "cui": [["C1306645", "C0817096"], ["nan"]] * (number // 2) + [[]] * (number % 2),
     }
-    features = {"image": Image(), "image_id": Value("string"), "caption": Value("string"), "cui": List(Value("string"))}
+    features = {
+        "image": Image(),
+        "image_id": Value("string"),
+        "caption": Value("string"),
+        "cui": List(Value("string")),
+    }
     return Dataset.from_dict(rows | columns, features=Features(features))
 
 

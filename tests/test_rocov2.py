@@ -285,7 +285,9 @@ def test_tokens_are_cached(parquet_folder, processor, tmp_path, monkeypatch):
 
 
 def run_command(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "rocov2.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "rocov2.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
+    )
 
 
 def test_the_command_stores_any_source_for_load_from_disk(tmp_path):

@@ -120,9 +120,7 @@ def test_prompt_starts_generation_and_is_no_part_of_the_prediction(make_trainer,
     batch = batch_of(trainer, splits["test"])
     _, (_, _, tokens), _ = trainer.prediction_step(model, batch, False)
     prompt = processor(text=["chest radiograph"] * 4, return_tensors="pt")["input_ids"]
-    expected = model.generate(
-        pixel_values=batch["pixel_values"], input_ids=prompt, num_beams=3, max_new_tokens=12
-    )
+    expected = model.generate(pixel_values=batch["pixel_values"], input_ids=prompt, num_beams=3, max_new_tokens=12)
     assert torch.equal(tokens, expected[:, 1 + len(prompt_ids) :])
 
 
@@ -285,8 +283,14 @@ def test_incomplete_checkpoints_are_passed_over(tmp_path, caplog):
 
 
 def test_the_running_loss_is_logged_before_each_checkpoint(make_trainer, tmp_path):
-    trainer = make_trainer(max_steps=4, save_strategy="steps", eval_strategy="no", save_steps=2, logging_steps=100,
-                           load_best_model_at_end=False)
+    trainer = make_trainer(
+        max_steps=4,
+        save_strategy="steps",
+        eval_strategy="no",
+        save_steps=2,
+        logging_steps=100,
+        load_best_model_at_end=False,
+    )
     output = trainer.train()
     steps = [entry["step"] for entry in trainer.state.log_history if "loss" in entry]
     assert steps == [2, 4]

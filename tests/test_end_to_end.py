@@ -1,0 +1,357 @@
+"""The script as its user runs it: whole output folders, reruns, runs killed in the middle, and mistakes."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED, make_rows
+from datasets import DatasetDict, Image
+from safetensors.torch import load_file
+from transformers import BlipForConditionalGeneration, BlipProcessor
+
+import run_captioning
+from errors import UserError
+from metrics import rouge
+from report import read_predictions
+
+
+ROOT = Path(run_captioning.__file__).parent
+TIMES = ("_runtime", "_per_second", "_time", "total_flos")
+
+
+def flags(config_file, dataset, folder, **values) -> list[str]:
+    values = {
+        "config_name": config_file,
+        "dataset_name": dataset,
+        "output_dir": folder,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-3,
+        "max_new_tokens": 12,
+        "per_device_train_batch_size": 4,
+        "use_cpu": True,
+        "vocab_size": 200,
+    } | values
+    return [item for key, value in values.items() for item in (f"--{key}", str(value))]
+
+
+def command(arguments: list[str]) -> list[str]:
+    return [sys.executable, "run_captioning.py", *arguments]
+
+
+def run(arguments: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run(command(arguments), cwd=ROOT, capture_output=True, text=True)
+
+
+def without_times(metrics: dict) -> dict:
+    return {key: value for key, value in metrics.items() if not key.endswith(TIMES)}
+
+
+def outcome(folder: Path) -> dict:
+    """All that a run decides: weights, scores, predictions, the logged history; no times."""
+    state = json.loads((folder / "trainer_state.json").read_text())
+    return {
+        "weights": {name: value.tolist() for name, value in load_file(folder / "model.safetensors").items()},
+        "results": without_times(json.loads((folder / "all_results.json").read_text())),
+        "predictions": {path.name: path.read_text() for path in (folder / "predictions").iterdir()},
+        "history": [without_times(entry) for entry in state["log_history"] if "train_runtime" not in entry],
+        "best": (state["best_metric"], state["best_global_step"]),
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(config_file, parquet_folder, tmp_path_factory):
+    """The output folder, metrics and standard output of one whole run."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    result = run(flags(config_file, parquet_folder, folder))
+    assert result.returncode == 0, result.stderr
+    return folder, json.loads((folder / "all_results.json").read_text()), result.stdout
+
+
+# --- A whole run ----------------------------------------------------------------------------------------------
+
+
+def test_the_output_folder_is_whole(finished):
+    folder, metrics, _ = finished
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert {
+        "README.md",
+        "recipe.json",
+        "rejected.jsonl",
+        "model.safetensors",
+        "config.json",
+        "generation_config.json",
+        "processor_config.json",
+        "tokenizer.json",
+        "trainer_state.json",
+        "all_results.json",
+        "train_results.json",
+        "eval_results.json",
+        "predict_results.json",
+        "predictions/validation.jsonl",
+        "predictions/test.jsonl",
+        "checkpoint-12/trainer_state.json",
+    } <= files
+    assert any("events.out.tfevents" in name for name in files), "no TensorBoard log"
+    for prefix in ("eval_", "predict_"):
+        names = ("loss", "perplexity", "rouge1", "rouge2", "rougeL", "gen_len", "unique_captions")
+        assert {prefix + name for name in names} <= metrics.keys()
+        assert metrics[prefix + "perplexity"] == pytest.approx(np.exp(metrics[prefix + "loss"]))
+    assert [len(read_predictions(folder / "predictions" / name)) for name in ("validation.jsonl", "test.jsonl")] == [
+        10,
+        7,
+    ]
+
+
+def test_the_run_ends_with_a_table_and_three_captions(finished):
+    _, metrics, stdout = finished
+    assert f"{metrics['predict_rougeL']:.4f}" in stdout
+    assert stdout.count("  reference ") == stdout.count("  prediction ") == 3
+
+
+def test_the_best_checkpoint_is_kept_by_rouge(finished):
+    folder, metrics, _ = finished
+    state = json.loads((folder / "trainer_state.json").read_text())
+    scores = [entry["eval_rougeL"] for entry in state["log_history"] if "eval_rougeL" in entry]
+    assert len(scores) == 2
+    assert state["best_metric"] == max(scores) == metrics["eval_rougeL"]
+
+
+def test_stock_transformers_repeats_predictions_and_losses(finished, raw_dataset):
+    folder, metrics, _ = finished
+    model, loading = BlipForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not any(loading.values())
+    model.eval()
+    processor = BlipProcessor.from_pretrained(folder)
+    settings = {"num_beams": 3, "max_new_tokens": 12}
+    rows = read_predictions(folder / "predictions" / "test.jsonl")
+    total, tokens = 0.0, 0
+    for row, example in zip(rows, raw_dataset["test"], strict=True):
+        assert (row["image_id"], row["reference"]) == (example["image_id"], example["caption"])
+        inputs = processor(images=example["image"], return_tensors="pt")
+        caption = processor.decode(model.generate(**inputs, **settings)[0], skip_special_tokens=True)
+        assert row["prediction"] == caption
+        assert row["rougeL"] == pytest.approx(rouge([caption], [example["caption"]])["rougeL"][0])
+        labels = processor.tokenizer(example["caption"], return_tensors="pt")["input_ids"]
+        input_ids = labels.clone()
+        input_ids[:, 0] = model.config.text_config.bos_token_id
+        with torch.no_grad():
+            loss = model(**inputs, input_ids=input_ids, labels=labels).loss
+        number = labels.shape[1] - 1
+        assert row["nll"] == pytest.approx(float(loss) * number, rel=1e-5)
+        total, tokens = total + float(loss) * number, tokens + number
+    assert metrics["predict_loss"] == pytest.approx(total / tokens, rel=1e-6)
+    assert metrics["predict_rougeL"] == pytest.approx(np.mean([row["rougeL"] for row in rows]), abs=1e-9)
+
+
+def test_a_run_is_repeated_by_its_recipe(finished, tmp_path):
+    folder, _, _ = finished
+    result = run([str(folder / "recipe.json"), "--output_dir", str(tmp_path / "again"), "--use_cpu", "true"])
+    assert result.returncode == 0, result.stderr
+    assert "may differ" not in result.stderr
+    assert outcome(tmp_path / "again") == outcome(folder)
+
+
+def test_a_saved_model_is_scored_alone(finished, parquet_folder, tmp_path):
+    folder, metrics, _ = finished
+    arguments = ["--model_name_or_path", str(folder), "--dataset_name", str(parquet_folder), "--do_train", "false"]
+    again = run_captioning.main([*arguments, "--output_dir", str(tmp_path), "--max_new_tokens", "12", "--use_cpu"])
+    for key in ("predict_loss", "predict_rougeL", "eval_rougeL"):
+        assert again[key] == metrics[key]
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_captions_must_be_learnt_from_images(config_file, tmp_path):
+    """Captions that only the image tells apart: a run that does not look, or shuffles, cannot score them right."""
+    shades = {"black image": 0, "gray image of the middle": 128, "white image without any structure": 255}
+
+    def rows(number):
+        names = [list(shades)[i % 3] for i in range(number)]
+        images = [np.full((32, 32), shades[name], np.uint8) for name in names]
+        return make_rows(number, image=images, caption=names)
+
+    dataset = DatasetDict(train=rows(48), validation=rows(6), test=rows(9))
+    dataset.save_to_disk(str(tmp_path / "shades"))
+    metrics = run_captioning.main(
+        flags(config_file, tmp_path / "shades", tmp_path / "run", num_train_epochs=12, learning_rate=5e-3)
+    )
+    assert metrics["predict_rougeL"] > 0.99
+    assert metrics["predict_unique_captions"] == pytest.approx(3 / 9)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"image_size": 48},
+        {"freeze_vision_model": True},
+        {"label_smoothing": 0.2},
+        {"prompt": "a picture of"},
+        {"gradient_checkpointing": True},
+        {"max_caption_length": 8},
+        {"num_beams": 1, "min_new_tokens": 5, "no_repeat_ngram_size": 2},
+        {"predict_with_generate": False},
+        {"preprocessing_num_workers": 2, "dataloader_num_workers": 1},
+        {"max_train_samples": 8, "max_eval_samples": 3, "max_predict_samples": 2},
+    ],
+    ids=lambda values: next(iter(values)),
+)
+def test_options_reach_the_run(config_file, parquet_folder, tmp_path, values, capsys):
+    metrics = run_captioning.main(flags(config_file, parquet_folder, tmp_path / "run", max_steps=2, **values))
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    recipe = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    name, value = next(iter(values.items()))
+    if name == "gradient_checkpointing":
+        name = "activation_checkpointing"
+    assert recipe.get(name, value) == value
+    if "image_size" in values:
+        assert config["vision_config"]["image_size"] == 48
+        assert BlipProcessor.from_pretrained(tmp_path / "run").image_processor.size["height"] == 48
+    if "label_smoothing" in values:
+        assert config["text_config"]["label_smoothing"] == 0.2
+    if "predict_with_generate" in values:
+        assert "predict_rougeL" not in metrics
+        assert not (tmp_path / "run" / "predictions").exists()
+    if "max_predict_samples" in values:
+        assert len(read_predictions(tmp_path / "run" / "predictions" / "test.jsonl")) == 2
+    if "min_new_tokens" in values:
+        assert metrics["predict_gen_len"] >= 5
+    if "prompt" in values:
+        assert "a picture of" not in (tmp_path / "run" / "predictions" / "test.jsonl").read_text()
+
+
+def test_a_frozen_vision_tower_stays_as_it_was(config_file, parquet_folder, tmp_path):
+    frozen, trained = tmp_path / "frozen", tmp_path / "trained"
+    for folder, freeze in ((frozen, True), (trained, False)):
+        arguments = flags(config_file, parquet_folder, folder, max_steps=2, save_strategy="steps", save_steps=1)
+        run_captioning.main(
+            [*arguments, "--freeze_vision_model", str(freeze), "--eval_strategy", "steps", "--eval_steps", "1",
+             "--load_best_model_at_end", "false", "--do_predict", "false"]
+        )  # fmt: skip
+
+    def changed(folder, part):
+        first, last = (load_file(folder / f"checkpoint-{step}" / "model.safetensors") for step in (1, 2))
+        return [name for name in first if name.startswith(part) and not torch.equal(first[name], last[name])]
+
+    assert not changed(frozen, "vision_model")
+    assert changed(frozen, "text_decoder")
+    assert changed(trained, "vision_model")
+
+
+def test_real_radiographs_end_with_the_whole_folder(config_file, tmp_path):
+    dataset = SHARED / "chest_xrays_rocov2_schema"
+    if not dataset.is_dir():
+        pytest.skip("the real radiographs are not beside the project")
+    metrics = run_captioning.main(flags(config_file, dataset, tmp_path / "run", num_train_epochs=1))
+    assert metrics["predict_loss"] < np.log(200)
+    assert len(read_predictions(tmp_path / "run" / "predictions" / "test.jsonl")) == 16
+
+
+# --- Killed and resumed ---------------------------------------------------------------------------------------
+
+
+def kill_when(arguments: list[str], condition) -> None:
+    """Start a run and send it SIGKILL once `condition()` holds."""
+    process = subprocess.Popen(command(arguments), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not condition() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+
+
+def test_a_run_killed_in_the_middle_and_resumed_ends_as_if_never_killed(config_file, parquet_folder, tmp_path):
+    arguments = {"num_train_epochs": 4, "logging_steps": 5, "gradient_accumulation_steps": 2}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run(flags(config_file, parquet_folder, whole, **arguments)).returncode == 0
+    resume = [*flags(config_file, parquet_folder, killed, **arguments), "--resume_from_checkpoint", "true"]
+    kill_when(resume, lambda: (killed / "recipe.json").exists())  # before there is any checkpoint
+    kill_when(resume, lambda: (killed / "checkpoint-6" / "trainer_state.json").exists())
+    (killed / "checkpoint-9").mkdir(exist_ok=True)  # as a run that is killed while saving leaves it
+    (killed / "checkpoint-9" / "model.safetensors").write_bytes(b"half")
+    (killed / "checkpoint-9" / "trainer_state.json").unlink(missing_ok=True)
+    result = run(resume)
+    assert result.returncode == 0, result.stderr
+    assert "checkpoint-9 is incomplete and is passed over" in result.stderr
+    assert f"Resuming from {killed / 'checkpoint-6'}" in result.stderr
+    assert outcome(killed) == outcome(whole)
+
+
+def test_a_finished_run_is_not_trained_over_by_accident(finished, config_file, parquet_folder):
+    folder, _, _ = finished
+    before = outcome(folder)
+    with pytest.raises(UserError, match=r"holds checkpoints of an earlier run.*--resume_from_checkpoint true"):
+        run_captioning.main(flags(config_file, parquet_folder, folder))
+    assert outcome(folder) == before
+
+
+def test_a_resumed_run_tells_what_changed_in_its_recipe(config_file, parquet_folder, tmp_path, caplog):
+    folder = tmp_path / "run"
+    run_captioning.main(flags(config_file, parquet_folder, folder, num_train_epochs=1))
+    resume = {"num_train_epochs": 1, "resume_from_checkpoint": "true", "num_beams": 2}
+    run_captioning.main(flags(config_file, parquet_folder, folder, **resume))
+    assert "Resuming with another recipe: num_beams was 3, is 2" in caplog.text
+
+
+# --- Mistakes -------------------------------------------------------------------------------------------------
+
+
+def test_a_mistake_ends_with_status_2_and_one_line(config_file, parquet_folder, tmp_path):
+    result = run(flags(config_file, parquet_folder, tmp_path / "run", num_beams=0))
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == ["error: num_beams is 0; set --num_beams to 1 or more"]
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"dataset_name": "./nowhere"}, "dataset folder './nowhere' does not exist"),
+        ({"config_name": "nowhere.json"}, "config 'nowhere.json' cannot be loaded"),
+        ({"max_caption_length": 65}, "max_caption_length 65 exceeds the model's 64 text positions"),
+        ({"max_new_tokens": 64}, "set --max_new_tokens to 63 or less"),
+        ({"image_size": 33}, "image_size 33 is not a multiple of the model's patch size 8; set --image_size to 32"),
+        ({"resume_from_checkpoint": "nowhere"}, "resume_from_checkpoint 'nowhere' is no complete checkpoint"),
+        ({"output_dir": "/dev/null/run"}, "output folder '/dev/null/run' cannot be written"),
+        ({"tokenizer_name": "./nowhere"}, "tokenizer './nowhere' cannot be loaded"),
+    ],
+    ids=lambda values: next(iter(values)) if isinstance(values, dict) else "",
+)
+def test_mistakes_are_named_with_their_mend(config_file, parquet_folder, tmp_path, values, message):
+    with pytest.raises(UserError, match=message):
+        run_captioning.main(flags(config_file, parquet_folder, tmp_path / "run", **values))
+
+
+def test_missing_and_empty_splits_are_named(config_file, raw_dataset, tmp_path):
+    incomplete = DatasetDict({split: rows for split, rows in raw_dataset.items() if split != "test"})
+    incomplete.save_to_disk(str(tmp_path / "incomplete"))
+    with pytest.raises(UserError, match="no split 'test', only train, validation; add it or set --do_predict false"):
+        run_captioning.main(flags(config_file, tmp_path / "incomplete", tmp_path / "run"))
+    empty = DatasetDict({**raw_dataset, "validation": raw_dataset["validation"].select([])})
+    empty.save_to_disk(str(tmp_path / "empty"))
+    (tmp_path / "parquet").mkdir()
+    for split, rows in empty.items():
+        rows.to_parquet(str(tmp_path / "parquet" / f"{split}-0.parquet"))
+    for folder in ("empty", "parquet"):
+        with pytest.raises(UserError, match="split 'validation' is empty"):
+            run_captioning.main(flags(config_file, tmp_path / folder, tmp_path / "run"))
+
+
+def test_bad_rows_are_set_aside_and_the_run_goes_on(config_file, tmp_path):
+    test = make_rows(7, start=200)
+    images = [dict(image) for image in test.cast_column("image", Image(decode=False))["image"]]
+    images[2] = {"bytes": b"<html>", "path": None}
+    test = make_rows(7, start=200, image=images, caption=["\u202f", *test["caption"][1:]])
+    DatasetDict(train=make_rows(8), validation=make_rows(4, 100), test=test).save_to_disk(str(tmp_path / "data"))
+    arguments = flags(config_file, tmp_path / "data", tmp_path / "run", max_steps=1)
+    with pytest.raises(UserError, match="2 of 7 rows cannot be used"):
+        run_captioning.main(arguments)
+    run_captioning.main([*arguments, "--max_rejected_fraction", "0.3"])
+    rejected = [json.loads(line) for line in (tmp_path / "run" / "rejected.jsonl").read_text().splitlines()]
+    assert [entry["row"] for entry in rejected] == [0, 2]
+    ids = [row["image_id"] for row in read_predictions(tmp_path / "run" / "predictions" / "test.jsonl")]
+    assert ids == [f"image_{i:04d}" for i in (201, 203, 204, 205, 206)]
