@@ -110,7 +110,9 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
-        raise UserError(f"tokenizer '{name}' cannot be loaded: {_first_line(error)}") from error
+        raise UserError(
+            f"tokenizer '{name}' cannot be loaded: {_first_line(error)}; give a folder, with a vocab.txt at least"
+        ) from error
     if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
         raise UserError(f"tokenizer '{name}' has no [CLS] or [SEP]; BLIP needs a BERT tokenizer")
     return tokenizer

@@ -40,7 +40,7 @@ from transformers import BlipForConditionalGeneration, BlipProcessor, Generation
 folder = "{{ folder }}"
 model, processor = BlipForConditionalGeneration.from_pretrained(folder), BlipProcessor.from_pretrained(folder)
 settings = GenerationConfig.from_pretrained(folder)
-inputs = processor(images=Image.open("image.png"), return_tensors="pt")
+inputs = processor(images=Image.open("image.png"){{ prompt }}, return_tensors="pt")
 tokens = model.generate(**inputs, generation_config=settings)
 print(processor.decode(tokens[0], skip_special_tokens=True))
 ```
@@ -51,13 +51,21 @@ print(processor.decode(tokens[0], skip_special_tokens=True))
 )
 
 
-def write_model_card(output_dir: str, metrics: Mapping[str, float]) -> None:
-    """Write `README.md` into `output_dir`; `metrics` are those that `run_captioning.main` returns."""
+def write_model_card(output_dir: str, metrics: Mapping[str, float], prompt: str | None = None) -> None:
+    """Write `README.md` into `output_dir`.
+
+    Args:
+        output_dir: the folder of the run.
+        metrics: those that `run_captioning.main` returns.
+        prompt: the text that every caption continues.
+    """
     folder = Path(output_dir)
     splits = {
         name: {row: metrics[prefix + row] for row in SUMMARY_ROWS if prefix + row in metrics}
         for name, prefix in (("Validation", "eval_"), ("Test", "predict_"))
         if f"{prefix}loss" in metrics
     }
-    card = TEMPLATE.render(name=folder.resolve().name, folder=folder.name, splits=splits)
+    card = TEMPLATE.render(
+        name=folder.resolve().name, folder=folder.name, splits=splits, prompt=f", text={prompt!r}" if prompt else ""
+    )
     (folder / "README.md").write_text(card, encoding="utf-8")

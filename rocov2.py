@@ -146,6 +146,7 @@ def _parquet_files(folder: Path) -> dict[str, list[str]]:
 
 
 def _load_from_hub(name: str, revision: str | None) -> DatasetDict:
+    logger.info("Loading dataset '%s' from the Hub", name)
     try:
         return load_dataset(name, revision=revision)
     except Exception as error:  # the Hub client raises errors of many unrelated classes

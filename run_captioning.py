@@ -11,7 +11,6 @@ The first trains on ROCOv2 from the Hub, the second runs a recipe (flags win), t
 import json
 import logging
 import os
-import sys
 import tempfile
 from pathlib import Path
 
@@ -38,8 +37,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     Raises:
         UserError: a mistake in the recipe, the data or the folders; its message is one line.
     """
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("captioning").setLevel(logging.INFO)  # ours; the libraries' chatter stays off
+    set_up_logging()
     model_args, data_args, args = parse_arguments(argv)
     checkpoint = prepare_output_dir(args)
     set_seed(args.seed)
@@ -49,7 +47,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         model, processor = load_model(model_args, dataset, args)
         prompt_ids = processor.tokenizer(data_args.prompt or "", add_special_tokens=False)["input_ids"]
         blip.check_lengths(model, data_args.max_caption_length, 1 + len(prompt_ids), args.max_new_tokens)
-        splits = tokenise(dataset, processor, prompt_ids, data_args)
+        splits = prepare_data(dataset, processor, prompt_ids, data_args, args)
 
     write_recipe(model_args, data_args, args, model, dataset)
     trainer = make_trainer(model, processor, splits, prompt_ids, args)
@@ -62,9 +60,18 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         metrics |= predict(trainer, splits["test"], "test", "predict")
 
     if trainer.is_world_process_zero():
-        write_model_card(args.output_dir, metrics)
+        write_model_card(args.output_dir, metrics, data_args.prompt)
         print(summary(metrics, Path(args.output_dir) / "predictions"))
     return metrics
+
+
+def set_up_logging() -> None:
+    """Show our own messages on standard error, and of the Hub client only errors: it reports each retry twice."""
+    ours = logging.getLogger("captioning")
+    ours.setLevel(logging.INFO)
+    if not ours.handlers:
+        ours.addHandler(logging.StreamHandler())
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 # --- Output folder --------------------------------------------------------------------------------------------
@@ -129,7 +136,7 @@ def write_recipe(
 
 
 def load_data(model_args: ModelArguments, data_args: DataArguments, args: CaptioningArguments) -> DatasetDict:
-    """Load and check the splits that the run's stages need; list the rows set aside in `rejected.jsonl`."""
+    """Load the splits that the run's stages need, rows unchecked: that takes minutes, and mistakes come first."""
     stages = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
     learns_tokenizer = model_args.config_name is not None and model_args.tokenizer_name is None
     needed = [split for split, wanted in stages.items() if wanted or (split == "train" and learns_tokenizer)]
@@ -141,12 +148,7 @@ def load_data(model_args: ModelArguments, data_args: DataArguments, args: Captio
                 f"dataset '{data_args.dataset_name}' has no split '{split}', only {', '.join(dataset)}; "
                 f"add it or set --{stage} false"
             )
-    return rocov2.check_rows(
-        DatasetDict({split: dataset[split] for split in needed}),
-        data_args.max_rejected_fraction,
-        Path(args.output_dir) / "rejected.jsonl",
-        data_args.preprocessing_num_workers,
-    )
+    return DatasetDict({split: dataset[split] for split in needed})
 
 
 def load_model(
@@ -159,7 +161,7 @@ def load_model(
         if model_args.tokenizer_name:
             tokenizer = blip.load_tokenizer(model_args.tokenizer_name)
         else:
-            captions = rocov2.usable(dataset["train"])["caption"]
+            captions = [str(caption) for caption in dataset["train"]["caption"] if caption is not None]
             tokenizer = blip.train_tokenizer(captions, model_args.vocab_size)
         model, processor = blip.build_blip(model_args.config_name, blip.add_blip_tokens(tokenizer), args.seed)
     if model_args.image_size:
@@ -172,13 +174,21 @@ def load_model(
     return model, processor
 
 
-def tokenise(
-    dataset: DatasetDict, processor: BlipProcessor, prompt_ids: list[int], data_args: DataArguments
+def prepare_data(
+    dataset: DatasetDict,
+    processor: BlipProcessor,
+    prompt_ids: list[int],
+    data_args: DataArguments,
+    args: CaptioningArguments,
 ) -> DatasetDict:
-    """Add `input_ids` to each split, and keep the usable rows, as many as the run asks for."""
-    tokenised = rocov2.tokenise(
-        dataset, processor.tokenizer, data_args.max_caption_length, prompt_ids, data_args.preprocessing_num_workers
-    )
+    """Check the rows, add `input_ids`, and keep the usable rows, as many as the run asks for.
+
+    The rows set aside are listed in `rejected.jsonl`.
+    """
+    num_proc = data_args.preprocessing_num_workers
+    rejected_file = Path(args.output_dir) / "rejected.jsonl"
+    checked = rocov2.check_rows(dataset, data_args.max_rejected_fraction, rejected_file, num_proc)
+    tokenised = rocov2.tokenise(checked, processor.tokenizer, data_args.max_caption_length, prompt_ids, num_proc)
     samples = {
         "train": data_args.max_train_samples,
         "validation": data_args.max_eval_samples,

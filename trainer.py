@@ -36,6 +36,8 @@ class CaptioningTrainer(Seq2SeqTrainer):
         # `compute_loss` below normalises over the accumulated batch; with this set the Trainer counts its labels
         # and does not divide by the accumulation steps again
         self.model_accepts_loss_kwargs = True
+        # Tied weights are stored once. Without this, each checkpoint that is loaded back is said to lack them
+        self.model._keys_to_ignore_on_save = list(self.model._tied_weights_keys)
         self.add_callback(LogBeforeCheckpoint())
 
     @property

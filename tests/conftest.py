@@ -1,7 +1,9 @@
 """Tiny models, images and datasets, built here: nothing is downloaded, and the Hub client is told to stay offline."""
 
+import atexit
 import io
 import os
+import shutil
 import tempfile
 
 
@@ -26,6 +28,8 @@ from arguments import CaptioningArguments
 from collator import CaptioningCollator
 from trainer import CaptioningTrainer
 
+
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"  # real data of development, absent elsewhere
 TINY_CONFIG = {

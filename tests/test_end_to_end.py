@@ -13,7 +13,7 @@ import torch
 from conftest import SHARED, make_rows
 from datasets import DatasetDict, Image
 from safetensors.torch import load_file
-from transformers import BlipForConditionalGeneration, BlipProcessor
+from transformers import BlipForConditionalGeneration, BlipProcessor, GenerationConfig
 
 import run_captioning
 from errors import UserError
@@ -128,13 +128,13 @@ def test_stock_transformers_repeats_predictions_and_losses(finished, raw_dataset
     assert not any(loading.values())
     model.eval()
     processor = BlipProcessor.from_pretrained(folder)
-    settings = {"num_beams": 3, "max_new_tokens": 12}
+    settings = GenerationConfig.from_pretrained(folder)
     rows = read_predictions(folder / "predictions" / "test.jsonl")
     total, tokens = 0.0, 0
     for row, example in zip(rows, raw_dataset["test"], strict=True):
         assert (row["image_id"], row["reference"]) == (example["image_id"], example["caption"])
         inputs = processor(images=example["image"], return_tensors="pt")
-        caption = processor.decode(model.generate(**inputs, **settings)[0], skip_special_tokens=True)
+        caption = processor.decode(model.generate(**inputs, generation_config=settings)[0], skip_special_tokens=True)
         assert row["prediction"] == caption
         assert row["rougeL"] == pytest.approx(rouge([caption], [example["caption"]])["rougeL"][0])
         labels = processor.tokenizer(example["caption"], return_tensors="pt")["input_ids"]

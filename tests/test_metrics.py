@@ -42,6 +42,7 @@ def test_rouge_by_hand():
     assert scores["rouge1"][0] == pytest.approx(2 * (3 / 5) * (3 / 3) / (3 / 5 + 3 / 3))
     assert scores["rouge2"][0] == pytest.approx(2 * (1 / 4) * (1 / 2) / (1 / 4 + 1 / 2))
     assert scores["rougeL"][0] == pytest.approx(0.75)
+    assert rouge(["nodules"], ["nodule"])["rouge1"][0] == 0, "words are not stemmed"
     assert rouge(["clear lung left"], ["left lung clear"])["rougeL"][0] == pytest.approx(1 / 3)
 
 

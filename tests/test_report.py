@@ -58,3 +58,6 @@ def test_the_card_tells_the_scores_and_the_limits(tmp_path):
     assert "Test: loss 1.2500, rougeL 0.1250." in card
     assert "not for clinical use" in card
     assert json.dumps(METRICS["train_loss"]) not in card
+    assert "text=" not in card
+    write_model_card(str(tmp_path), METRICS, prompt='a "picture" of')
+    assert """Image.open("image.png"), text='a "picture" of',""" in (tmp_path / "README.md").read_text()

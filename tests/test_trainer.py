@@ -180,19 +180,20 @@ def test_training_loss_and_gradients_equal_stock_blip_on_one_batch(make_trainer,
 
 def test_label_smoothing_is_that_of_the_config_and_in_training_only(make_trainer, splits, model):
     """T5: the Trainer's own smoother compares each logit with its input instead of the next token."""
-    trainer = make_trainer()
+    trainer = make_trainer(max_steps=40, learning_rate=5e-3, do_eval=False, save_strategy="no")
+    trainer.train()  # before that, every loss is about as bad as any other
     batch = batch_of(trainer, splits["train"], 8)
     plain = model.eval()(**batch).loss.item()
     model.config.text_config.label_smoothing = model.text_decoder.label_smoothing = 0.1
     smoothed = model(**batch).loss.item()
-    assert abs(smoothed - plain) > 0.01
+    assert smoothed > plain + 0.1
     assert trainer.compute_loss(model.train(), dict(batch)).item() == pytest.approx(smoothed, rel=1e-6)
     assert trainer.compute_loss(model.eval(), dict(batch)).item() == pytest.approx(plain, rel=1e-6)
     _, (nll, num_tokens, _), _ = trainer.prediction_step(model, batch, False)
     assert float(nll.sum() / num_tokens.sum()) == pytest.approx(plain, rel=1e-6)
     stock = stock_trainer(trainer, model)
     stock.label_smoother = LabelSmoother(epsilon=0.1)
-    assert stock.compute_loss(model, dict(batch)).item() != pytest.approx(smoothed, rel=0.01)
+    assert stock.compute_loss(model, dict(batch)).item() > 1.1 * smoothed, "the smoother shifts now"
 
 
 def test_eval_loss_is_the_token_level_loss_whatever_the_batch_size(make_trainer, splits, model):
