@@ -149,6 +149,28 @@ def test_stock_transformers_repeats_predictions_and_losses(finished, raw_dataset
     assert metrics["predict_rougeL"] == pytest.approx(np.mean([row["rougeL"] for row in rows]), abs=1e-9)
 
 
+def test_a_prompt_is_given_in_training_and_generation_alike(config_file, parquet_folder, raw_dataset, tmp_path):
+    """Stock BLIP, handed the same prompt, repeats predictions and losses; the prompt is no target."""
+    prompt = "chest radiograph"
+    run_captioning.main(flags(config_file, parquet_folder, tmp_path, prompt=prompt, num_train_epochs=1))
+    model = BlipForConditionalGeneration.from_pretrained(tmp_path).eval()
+    processor = BlipProcessor.from_pretrained(tmp_path)
+    settings = GenerationConfig.from_pretrained(tmp_path)
+    start = len(processor.tokenizer(prompt)["input_ids"]) - 1
+    rows = read_predictions(tmp_path / "predictions" / "test.jsonl")
+    for row, example in zip(rows, raw_dataset["test"], strict=True):
+        inputs = processor(images=example["image"], text=prompt, return_tensors="pt")
+        tokens = model.generate(**inputs, generation_config=settings)[0]
+        assert row["prediction"] == processor.decode(tokens[start:], skip_special_tokens=True)
+        input_ids = processor.tokenizer(f"{prompt} {example['caption']}", return_tensors="pt")["input_ids"]
+        input_ids[:, 0] = model.config.text_config.bos_token_id
+        labels = input_ids.clone()
+        labels[:, :start] = -100
+        with torch.no_grad():
+            loss = model(pixel_values=inputs["pixel_values"], input_ids=input_ids, labels=labels).loss
+        assert row["nll"] == pytest.approx(float(loss) * (labels.shape[1] - start), rel=1e-5)
+
+
 def test_a_run_is_repeated_by_its_recipe(finished, tmp_path):
     folder, _, _ = finished
     result = run([str(folder / "recipe.json"), "--output_dir", str(tmp_path / "again"), "--use_cpu", "true"])
@@ -190,7 +212,6 @@ def test_captions_must_be_learnt_from_images(config_file, tmp_path):
         {"image_size": 48},
         {"freeze_vision_model": True},
         {"label_smoothing": 0.2},
-        {"prompt": "a picture of"},
         {"gradient_checkpointing": True},
         {"max_caption_length": 8},
         {"num_beams": 1, "min_new_tokens": 5, "no_repeat_ngram_size": 2},
@@ -217,11 +238,12 @@ def test_options_reach_the_run(config_file, parquet_folder, tmp_path, values, ca
         assert "predict_rougeL" not in metrics
         assert not (tmp_path / "run" / "predictions").exists()
     if "max_predict_samples" in values:
+        state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+        assert state["epoch"] == 1.0, "two steps of 4 rows are the 8 training rows"
+        assert len(read_predictions(tmp_path / "run" / "predictions" / "validation.jsonl")) == 3
         assert len(read_predictions(tmp_path / "run" / "predictions" / "test.jsonl")) == 2
     if "min_new_tokens" in values:
         assert metrics["predict_gen_len"] >= 5
-    if "prompt" in values:
-        assert "a picture of" not in (tmp_path / "run" / "predictions" / "test.jsonl").read_text()
 
 
 def test_a_frozen_vision_tower_stays_as_it_was(config_file, parquet_folder, tmp_path):
@@ -267,7 +289,8 @@ def kill_when(arguments: list[str], condition) -> None:
 def test_a_run_killed_in_the_middle_and_resumed_ends_as_if_never_killed(config_file, parquet_folder, tmp_path):
     arguments = {"num_train_epochs": 4, "logging_steps": 5, "gradient_accumulation_steps": 2}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert run(flags(config_file, parquet_folder, whole, **arguments)).returncode == 0
+    uninterrupted = run(flags(config_file, parquet_folder, whole, **arguments))
+    assert uninterrupted.returncode == 0, uninterrupted.stderr
     resume = [*flags(config_file, parquet_folder, killed, **arguments), "--resume_from_checkpoint", "true"]
     kill_when(resume, lambda: (killed / "recipe.json").exists())  # before there is any checkpoint
     kill_when(resume, lambda: (killed / "checkpoint-6" / "trainer_state.json").exists())
@@ -278,6 +301,9 @@ def test_a_run_killed_in_the_middle_and_resumed_ends_as_if_never_killed(config_f
     assert result.returncode == 0, result.stderr
     assert "checkpoint-9 is incomplete and is passed over" in result.stderr
     assert f"Resuming from {killed / 'checkpoint-6'}" in result.stderr
+    first_epoch = "'epoch': '1'}"  # of the evaluation that ends it: the resumed run must not train it again
+    assert first_epoch in uninterrupted.stdout + uninterrupted.stderr
+    assert first_epoch not in result.stdout + result.stderr
     assert outcome(killed) == outcome(whole)
 
 
