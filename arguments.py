@@ -5,6 +5,7 @@ which has all those of `Seq2SeqTrainingArguments`.
 """
 
 import json
+import math
 import os
 import sys
 import types
@@ -19,6 +20,7 @@ import torch
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
 from errors import UserError, did_you_mean
+from metrics import METRIC_NAMES
 
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "evaluate", "rouge_score", "pillow")
@@ -62,6 +64,8 @@ class ModelArguments:
             )
         if self.tokenizer_name and self.model_name_or_path:
             raise UserError("tokenizer_name goes with config_name only: a checkpoint brings its own tokenizer")
+        _at_least(self, "vocab_size", 100)
+        _at_least(self, "image_size", 1)
         if self.label_smoothing is not None and not 0 <= self.label_smoothing < 1:
             raise UserError(f"label_smoothing is {self.label_smoothing}; set it from 0 to below 1")
 
@@ -97,6 +101,14 @@ class DataArguments:
             _at_least(self, name, 1)
         if not 0 <= self.max_rejected_fraction <= 1:
             raise UserError(f"max_rejected_fraction is {self.max_rejected_fraction}; set it from 0 to 1")
+
+    def max_samples(self) -> dict[str, int | None]:
+        """Return by split how many rows the run uses at most, None for all."""
+        return {
+            "train": self.max_train_samples,
+            "validation": self.max_eval_samples,
+            "test": self.max_predict_samples,
+        }
 
 
 @dataclass
@@ -159,6 +171,10 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
             ("per_device_train_batch_size", 1),
             ("per_device_eval_batch_size", 1),
             ("gradient_accumulation_steps", 1),
+            ("eval_accumulation_steps", 1),
+            ("dataloader_num_workers", 0),
+            ("seed", 0),
+            ("num_train_epochs", 0),
         ):
             _at_least(self, name, lowest)
         if self.min_new_tokens > self.max_new_tokens:
@@ -170,6 +186,15 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
                 raise UserError(f"{name} is not used here; {instead}")
         if self.remove_unused_columns:
             raise UserError("remove_unused_columns must stay false: the collator reads the images from the rows")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
+            raise UserError(f"learning_rate is {self.learning_rate}; set --learning_rate to a number from 0 up")
+        if not math.isfinite(self.length_penalty):
+            raise UserError(f"length_penalty is {self.length_penalty}; set --length_penalty to a number")
+        if self.seed >= 2**32:
+            raise UserError(f"seed is {self.seed}; set --seed below 2**32")
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            # The Trainer would sort the evaluation too, and predictions would meet the references of other images
+            raise UserError(f"train_sampling_strategy is '{self.train_sampling_strategy}'; set random or sequential")
         if self.bf16 is None:
             gpu = torch.cuda.is_available() and not self.use_cpu
             self.bf16 = gpu and not self.fp16 and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -178,7 +203,24 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
             self.eval_strategy, self.load_best_model_at_end = "no", False
         if not self.predict_with_generate and self.metric_for_best_model not in ("loss", "eval_loss"):
             self.metric_for_best_model = "loss"
+        self._check_best_model()
         super().__post_init__()
+
+    def _check_best_model(self) -> None:
+        """Check here what the Trainer would find out at the end of the first epoch."""
+        metric = (self.metric_for_best_model or "loss").removeprefix("eval_")
+        if metric not in METRIC_NAMES:
+            hint = did_you_mean(metric, METRIC_NAMES) or f"; there are {', '.join(METRIC_NAMES)}"
+            raise UserError(f"metric_for_best_model '{self.metric_for_best_model}' is not measured{hint}")
+        if self.greater_is_better is None:
+            self.greater_is_better = metric not in ("loss", "perplexity")
+        if self.save_strategy == "no":
+            self.load_best_model_at_end = False
+        if self.load_best_model_at_end and self.save_strategy not in ("best", self.eval_strategy):
+            raise UserError(
+                f"eval_strategy is {self.eval_strategy} and save_strategy {self.save_strategy}: set both alike, or "
+                "--load_best_model_at_end false"
+            )
 
     def decoding(self) -> dict[str, Any]:
         """Return the keyword arguments of `generate`; nothing is sampled."""
@@ -202,6 +244,8 @@ REPLACED_FIELDS = {
     "generation_max_length": "set --max_new_tokens",
     "generation_config": "set --num_beams, --max_new_tokens and the other decode settings",
     "push_to_hub": "pushing is not built yet: upload the output folder with `hf upload`",
+    "batch_eval_metrics": "scores are computed over the whole split",
+    "dataloader_drop_last": "it would drop rows of the evaluation too",
     "use_liger_kernel": "there is no Liger kernel for BLIP",
 }
 DATACLASSES = (ModelArguments, DataArguments, CaptioningArguments)
@@ -239,7 +283,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
         flag = unknown[0].split("=")[0]
         if not flag.startswith("-"):
             raise UserError(f"'{flag}' is no flag; the recipe goes first, then --flag value")
-        near = did_you_mean(flag.lstrip("-").replace("-", "_"), _fields())
+        near = did_you_mean(flag, [f"--{name}" for name in _fields()])
         raise UserError(f"unknown flag '{flag}'{near}")
     values = vars(namespace)
     values["output_dir"] = values["output_dir"] or default_output_dir(values)
@@ -258,7 +302,7 @@ def read_recipe(path: str) -> dict[str, Any]:
         UserError: naming the file and the key.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(f"recipe '{path}' cannot be read: {reason}; recipes are in recipes/") from error

@@ -22,9 +22,10 @@ from transformers import (
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from errors import UserError
+from errors import UserError, as_user_error
 
 
+EXAMPLE_CHECKPOINT = "Salesforce/blip-image-captioning-base"
 BERT_SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 # BLIP starts its position embedding as small as a weight, below a tenth of the patch embeddings that it is added to:
 # a model trained from nothing finds out late where in the image a thing is. Without this factor the quickstart ends
@@ -45,27 +46,31 @@ def load_blip(name: str, revision: str | None = None) -> tuple[BlipForConditiona
     Raises:
         UserError: there is no such checkpoint, or it is not one of `BlipForConditionalGeneration`.
     """
-    try:
-        config = BlipConfig.from_pretrained(name, revision=revision)
-        if config.model_type != "blip" or "text_config" not in config.to_dict():
-            raise UserError(f"model '{name}' is no BLIP checkpoint")
+    with as_user_error(f"model '{name}' cannot be loaded", "give a folder of a saved BLIP or a Hub id"):
+        model_type = BlipConfig.get_config_dict(name, revision=revision)[0].get("model_type")
+        if model_type != "blip":
+            raise UserError(f"model '{name}' is no BLIP but {model_type}; give one such as {EXAMPLE_CHECKPOINT}")
         # float32: a checkpoint saved in half precision would otherwise be trained in it
         model, loading = BlipForConditionalGeneration.from_pretrained(
             name, revision=revision, dtype=torch.float32, output_loading_info=True
         )
         image_processor = BlipImageProcessorPil.from_pretrained(name, revision=revision)
-        tokenizer = load_tokenizer(name, revision)
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
+    side = model.config.vision_config.image_size
+    if image_processor.size != {"height": side, "width": side}:
         raise UserError(
-            f"model '{name}' cannot be loaded: {_first_line(error)}; give a folder of a saved model or a Hub id"
-        ) from error
+            f"model '{name}': its processor makes images of {image_processor.size}, it takes {side} pixels"
+        )
+    tokenizer = load_tokenizer(name, revision)
+    if len(tokenizer) > model.config.text_config.vocab_size:
+        raise UserError(
+            f"model '{name}': its tokenizer has {len(tokenizer)} entries, its embedding "
+            f"{model.config.text_config.vocab_size}; give the tokenizer that it was trained with"
+        )
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise UserError(
             f"model '{name}' lacks {len(missing)} weights of a captioning BLIP ('{missing[0]}', ...); "
-            "give a BlipForConditionalGeneration checkpoint such as Salesforce/blip-image-captioning-base"
+            f"give a BlipForConditionalGeneration checkpoint such as {EXAMPLE_CHECKPOINT}"
         )
     return model, BlipProcessor(image_processor, _match_special_tokens(tokenizer, model.config))
 
@@ -78,13 +83,11 @@ def build_blip(
     Vocabulary size and special tokens come from `tokenizer`, which must hold `[DEC]` as its `bos_token`.
 
     Raises:
-        UserError: the config cannot be read.
+        UserError: the config cannot be read, or describes no model.
     """
     path = config_name if os.path.exists(config_name) else REPOSITORY / config_name
-    try:
+    with as_user_error(f"config '{config_name}' cannot be loaded", "configs/ has examples"):
         config = BlipConfig.from_pretrained(path if os.path.exists(path) else config_name)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"config '{config_name}' cannot be loaded: {_first_line(error)}") from error
     if config.vision_config.initializer_range < 1e-4:
         # The default of BlipVisionConfig is 1e-10: harmless when weights are loaded, a dead encoder when not
         config.vision_config.initializer_range = config.initializer_range
@@ -94,7 +97,8 @@ def build_blip(
     text.pad_token_id = tokenizer.pad_token_id
     text.sep_token_id = text.eos_token_id = tokenizer.sep_token_id
     torch.manual_seed(seed)
-    model = BlipForConditionalGeneration(config)
+    with as_user_error(f"config '{config_name}' builds no model", "configs/ has examples"):
+        model = BlipForConditionalGeneration(config)
     with torch.no_grad():
         model.vision_model.embeddings.position_embedding *= POSITION_SCALE
     side = config.vision_config.image_size
@@ -109,18 +113,20 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
         UserError: there is none, or it has no `[CLS]` and `[SEP]`.
     """
     vocab_file = Path(name) / "vocab.txt"
-    if vocab_file.is_file() and not (Path(name) / "tokenizer.json").is_file():
-        # T13: `BertTokenizerFast(vocab_file=...)` is silently ignored in transformers 5
-        tokens = vocab_file.read_text(encoding="utf-8").splitlines()
-        return BertTokenizer(vocab={token: index for index, token in enumerate(tokens)})
-    try:
+    with as_user_error(f"tokenizer '{name}' cannot be loaded", "give a folder, with a vocab.txt at least"):
+        if vocab_file.is_file() and not (Path(name) / "tokenizer.json").is_file():
+            # T13: `BertTokenizerFast(vocab_file=...)` is silently ignored in transformers 5
+            tokens = vocab_file.read_text(encoding="utf-8").splitlines()
+            if missing := set(BERT_SPECIAL_TOKENS) - set(tokens):
+                raise UserError(f"'{vocab_file}' lacks {sorted(missing)[0]}; give a BERT vocabulary, one entry a line")
+            return BertTokenizer(vocab={token: index for index, token in enumerate(tokens)})
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"tokenizer '{name}' cannot be loaded: {_first_line(error)}; give a folder, with a vocab.txt at least"
-        ) from error
     if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
         raise UserError(f"tokenizer '{name}' has no [CLS] or [SEP]; BLIP needs a BERT tokenizer")
+    if (
+        len(tokenizer) <= len(BERT_SPECIAL_TOKENS) + 2
+    ):  # T13 again: a folder without tokenizer files gives an empty one
+        raise UserError(f"tokenizer '{name}' has no words: tokenizer.json and vocab.txt are missing")
     return tokenizer
 
 
@@ -165,10 +171,6 @@ def _match_special_tokens(tokenizer: PreTrainedTokenizerBase, config: BlipConfig
     return tokenizer
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-
-
 # --- Adapt to the run -----------------------------------------------------------------------------------------
 
 
@@ -181,9 +183,10 @@ def check_lengths(model: BlipForConditionalGeneration, max_caption_length: int, 
             f"set --max_caption_length to {positions} or less"
         )
     if start_length + new_tokens > positions:
+        room = positions - start_length
         raise UserError(
             f"max_new_tokens {new_tokens} after {start_length} start and prompt tokens exceeds the model's "
-            f"{positions} text positions; set --max_new_tokens to {positions - start_length} or less"
+            f"{positions} text positions; {f'set --max_new_tokens to {room} or less' if room > 0 else 'shorten --prompt'}"
         )
 
 

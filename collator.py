@@ -100,7 +100,7 @@ def _open(image: dict[str, Any] | None) -> Image.Image:
     content = image.get("bytes")
     try:
         return Image.open(image["path"] if content is None else io.BytesIO(content))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError("image file is missing") from error
     except UnidentifiedImageError as error:
         if content is None:

@@ -2,7 +2,8 @@
 
 import difflib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -17,6 +18,23 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
         message = " ".join(str(error).split())
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
+
+
+@contextmanager
+def as_user_error(what: str, mend: str = "") -> Iterator[None]:
+    """Turn any exception of the block into a `UserError`: `what`, the first line of its message, the mend.
+
+    For blocks that only read what the user named: torch, transformers and pyarrow raise errors of many unrelated
+    classes on a damaged file or an impossible value.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        reason = f"{type(error).__name__}: {lines[0][:300].rstrip('.')}" if lines else type(error).__name__
+        raise UserError(f"{what}: {reason}{'; ' if mend else ''}{mend}") from error
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -16,6 +16,7 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
+METRIC_NAMES = ("loss", "perplexity", *ROUGE_TYPES, "gen_len", "unique_captions")
 
 
 class CaptionMetric(evaluate.Metric):

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import jinja2
 
-from report import SUMMARY_ROWS
+from metrics import METRIC_NAMES
+from report import write_whole
 
 
 TEMPLATE = jinja2.Template(
@@ -51,21 +52,27 @@ print(processor.decode(tokens[0], skip_special_tokens=True))
 )
 
 
-def write_model_card(output_dir: str, metrics: Mapping[str, float], prompt: str | None = None) -> None:
+def write_model_card(
+    output_dir: str, metrics: Mapping[str, float], prompt: str | None = None, model_name: str | None = None
+) -> None:
     """Write `README.md` into `output_dir`.
 
     Args:
         output_dir: the folder of the run.
         metrics: those that `run_captioning.main` returns.
         prompt: the text that every caption continues.
+        model_name: folder or Hub id of the model, where it is not in `output_dir`.
     """
     folder = Path(output_dir)
     splits = {
-        name: {row: metrics[prefix + row] for row in SUMMARY_ROWS if prefix + row in metrics}
+        name: {row: metrics[prefix + row] for row in METRIC_NAMES if prefix + row in metrics}
         for name, prefix in (("Validation", "eval_"), ("Test", "predict_"))
         if f"{prefix}loss" in metrics
     }
     card = TEMPLATE.render(
-        name=folder.resolve().name, folder=folder.name, splits=splits, prompt=f", text={prompt!r}" if prompt else ""
+        name=folder.resolve().name,
+        folder=model_name or folder.name,
+        splits=splits,
+        prompt=f", text={prompt!r}" if prompt else "",
     )
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    write_whole(folder / "README.md", card)

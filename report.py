@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from metrics import rouge
+from metrics import METRIC_NAMES, rouge
 
 
-SUMMARY_ROWS = ("loss", "perplexity", "rouge1", "rouge2", "rougeL", "gen_len", "unique_captions")
 EXAMPLES = 3
+PREDICTION_KEYS = ("image_id", "reference", "prediction", "rougeL", "nll")
 
 
 def write_predictions(
@@ -27,14 +27,16 @@ def write_predictions(
         nll: `[N]`, the negative log-likelihood of the whole reference in nats.
     """
     scores = rouge(predictions, references)["rougeL"]
+    rows = zip(image_ids, references, predictions, scores.tolist(), nll.tolist(), strict=True)
+    lines = [json.dumps(dict(zip(PREDICTION_KEYS, row, strict=True)), ensure_ascii=False) for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    with open(unfinished, "w", encoding="utf-8") as file:
-        for image_id, reference, prediction, score, loss in zip(
-            image_ids, references, predictions, scores, nll, strict=True
-        ):
-            row = {"image_id": image_id, "reference": reference, "prediction": prediction}
-            file.write(json.dumps(row | {"rougeL": float(score), "nll": float(loss)}, ensure_ascii=False) + "\n")
+    write_whole(path, "".join(f"{line}\n" for line in lines))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a UTF-8 file that appears whole or not at all, also if the process is killed."""
+    unfinished = path.with_name(f"{path.name}.tmp")
+    unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)
 
 
@@ -53,7 +55,7 @@ def summary(metrics: Mapping[str, float], predictions_dir: Path) -> str:
         name: prefix for name, prefix in (("validation", "eval_"), ("test", "predict_")) if f"{prefix}loss" in metrics
     }
     lines = [" " * 18 + "".join(f"{name:>12}" for name in columns)]
-    for row in SUMMARY_ROWS:
+    for row in METRIC_NAMES:
         values = [metrics.get(prefix + row) for prefix in columns.values()]
         if any(value is not None for value in values):
             lines.append(f"{row:<18}" + "".join(f"{'-' if v is None else f'{v:.4f}':>12}" for v in values))

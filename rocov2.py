@@ -12,12 +12,14 @@ As a command, any source becomes a folder that `--dataset_name` and `datasets.lo
 
 import argparse
 import csv
+import hashlib
 import json
 import logging
 import os
 import re
 import unicodedata
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +36,7 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
+from huggingface_hub import HfApi
 from pyarrow.parquet import read_metadata
 from transformers import PreTrainedTokenizerBase
 
@@ -82,24 +85,34 @@ def load_rocov2(name: str, revision: str | None = None) -> DatasetDict:
         splits = _load_folder(Path(name))
     elif os.path.exists(name):
         raise UserError(f"dataset '{name}' is a file; give the folder that holds it")
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+    elif _is_local(name):
         raise UserError(f"dataset folder '{name}' does not exist")
     else:
         splits = _load_from_hub(name, revision)
     if not isinstance(splits, DatasetDict):
         raise UserError(f"dataset '{name}' is a single split; save a DatasetDict of {', '.join(SPLITS)}")
+    named = Counter(SPLIT_NAMES.get(split, split) for split in splits)
+    if repeated := [split for split, count in named.items() if count > 1]:
+        raise UserError(f"dataset '{name}' has split '{repeated[0]}' under two names: {', '.join(splits)}; keep one")
     splits = {SPLIT_NAMES.get(split, split): rows for split, rows in splits.items()}
     if not set(splits) & set(SPLITS):
         raise UserError(f"dataset '{name}' has none of the splits {', '.join(SPLITS)}, but {', '.join(splits)}")
     return DatasetDict({split: _checked_columns(splits[split], name, split) for split in SPLITS if split in splits})
 
 
-def dataset_commit(rows: Dataset) -> str | None:
-    """Return the commit hash on the Hub from which `rows` were read, None for a local source."""
-    for address in rows.info.download_checksums or {}:
-        if match := re.match(r"hf://datasets/.+@([0-9a-f]{40})/", address):
-            return match[1]
-    return None
+def dataset_commit(name: str, revision: str | None = None) -> str | None:
+    """Return the commit hash that `revision` of a Hub dataset names now; `revision` itself where none can be had."""
+    if _is_local(name):
+        return revision
+    try:
+        return HfApi().dataset_info(name, revision=revision).sha
+    except (OSError, ValueError) as error:  # without a network the set may still be in the cache
+        logger.info("The commit of dataset '%s' is not known: %s", name, _one_line(error))
+        return revision
+
+
+def _is_local(name: str) -> bool:
+    return name == "phantoms" or os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def _load_folder(folder: Path) -> DatasetDict | Dataset:
@@ -197,9 +210,8 @@ def _load_zenodo(folder: Path) -> DatasetDict:
             "concepts": next((path for path in concepts if path.is_file()), None),
             "images": next(path for path in images if path.exists()),
         }
-        # The times are part of the cache key: a changed folder is read again
-        times = [path.stat().st_mtime_ns for path in sources.values() if path]
-        arguments = {key: str(path) if path else None for key, path in sources.items()} | {"times": str(times)}
+        arguments = {key: str(path) if path else None for key, path in sources.items()}
+        arguments["state"] = _state([path for path in sources.values() if path])
         features = Features(
             {"image": Image(decode=False)} | {k: v for k, v in CLEAN_COLUMNS.items() if k != "rejected"}
         )
@@ -207,19 +219,34 @@ def _load_zenodo(folder: Path) -> DatasetDict:
     return DatasetDict(splits)
 
 
-def _zenodo_rows(captions: str, concepts: str | None, images: str, times: str) -> Iterator[dict[str, Any]]:
+def _state(paths: list[Path]) -> str:
+    """Return a digest of names, sizes and times: part of the cache key, so that a changed folder is read again."""
+    files = [entry for path in paths for entry in (os.scandir(path) if path.is_dir() else (path,))]
+    listing = sorted((file.name, (status := file.stat()).st_size, status.st_mtime_ns) for file in files)
+    return hashlib.sha256(repr(listing).encode()).hexdigest()
+
+
+def _zenodo_rows(captions: str, concepts: str | None, images: str, state: str) -> Iterator[dict[str, Any]]:
     cuis = {row["ID"]: row["CUIs"] for row in _read_csv(concepts, "CUIs")} if concepts else {}
     archive = zipfile.ZipFile(images) if images.endswith(".zip") else None
     # The zips hold the images in a folder or not, depending on the version of the record
-    members = {Path(name).name: name for name in archive.namelist()} if archive else {}
+    files = {Path(name).stem: name for name in (archive.namelist() if archive else os.listdir(images))}
     for row in _read_csv(captions, "Caption"):
-        file_name = f"{Path(row['ID']).name}.jpg"  # the bare name: an id is no path out of the folder
-        if archive is None:
-            image = {"path": os.path.join(images, file_name), "bytes": None}
-        else:
-            image = {"path": None, "bytes": archive.read(members[file_name]) if file_name in members else None}
+        # Only names that the folder itself lists: an id is no path out of it
+        file = files.get(row["ID"])
+        image = {"path": os.path.join(images, file or f"{Path(row['ID']).name}.jpg"), "bytes": None}
+        if archive and file:
+            image = {"path": None, "bytes": _read_member(archive, file)}
         concept_ids = [cui.strip() for cui in (cuis.get(row["ID"]) or "").split(";") if cui.strip()]
         yield {"image": image, "image_id": row["ID"], "caption": row["Caption"], "cui": concept_ids}
+
+
+def _read_member(archive: zipfile.ZipFile, name: str) -> bytes:
+    """Return the member's content, empty if it is damaged: the row is then set aside, and not the whole set."""
+    try:
+        return archive.read(name)
+    except (zipfile.BadZipFile, zlib.error, EOFError):
+        return b""
 
 
 def _read_csv(path: str, column: str) -> Iterator[dict[str, str]]:
@@ -254,6 +281,8 @@ def check_rows(
     Raises:
         UserError: a split is empty, has no usable row, or more rejected ones than `max_rejected_fraction` allows.
     """
+    if not 0 <= max_rejected_fraction <= 1:
+        raise UserError(f"max_rejected_fraction is {max_rejected_fraction}; set it from 0 to 1")
     for split, rows in dataset.items():
         if not len(rows):
             raise UserError(f"split '{split}' is empty; add rows or leave it out")
@@ -328,7 +357,7 @@ def _reason_to_reject(image: dict[str, Any] | None, image_id: str, caption: str)
 
 def _clean_cui(cui: list[str] | str | None) -> list[str]:
     """Return the concepts as a list; the Hub's ROCOv2 says "no concept" by the literal `["nan"]`."""
-    concepts = cui.split(";") if isinstance(cui, str) else cui or []
+    concepts = cui.split(";") if isinstance(cui, str) else cui if isinstance(cui, list) else [cui]
     concepts = [str(concept).strip() for concept in concepts if concept is not None]
     return [concept for concept in concepts if concept and concept.lower() != "nan"]
 
@@ -427,6 +456,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num_proc", type=int)
     arguments = parser.parse_args(argv)
     folder = Path(arguments.folder)
+    if arguments.num_proc is not None and arguments.num_proc < 1:
+        raise UserError(f"num_proc is {arguments.num_proc}; set --num_proc to 1 or more")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"'{folder}' exists and is not an empty folder; name a new one")
     dataset = load_rocov2(arguments.source, arguments.revision)

@@ -21,10 +21,10 @@ import blip
 import rocov2
 from arguments import CaptioningArguments, DataArguments, ModelArguments, parse_arguments, resolved_recipe
 from collator import CaptioningCollator
-from errors import UserError, exit_on_user_error
+from errors import UserError, as_user_error, exit_on_user_error
 from metrics import decode_captions
 from model_card import write_model_card
-from report import summary, write_predictions
+from report import summary, write_predictions, write_whole
 from trainer import CaptioningTrainer, last_complete_checkpoint
 
 
@@ -49,8 +49,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         blip.check_lengths(model, data_args.max_caption_length, 1 + len(prompt_ids), args.max_new_tokens)
         splits = prepare_data(dataset, processor, prompt_ids, data_args, args)
 
-    write_recipe(model_args, data_args, args, model, dataset)
-    trainer = make_trainer(model, processor, splits, prompt_ids, args)
+    write_recipe(model_args, data_args, args, model)
+    with as_user_error("the Trainer cannot be set up with these arguments"):
+        trainer = make_trainer(model, processor, splits, prompt_ids, args)
     metrics: dict[str, float] = {}
     if args.do_train:
         metrics |= train(trainer, checkpoint)
@@ -60,7 +61,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         metrics |= predict(trainer, splits["test"], "test", "predict")
 
     if trainer.is_world_process_zero():
-        write_model_card(args.output_dir, metrics, data_args.prompt)
+        if not keeps_record(args):
+            write_model_card(args.output_dir, metrics, data_args.prompt, None if args.do_train else model.name_or_path)
         print(summary(metrics, Path(args.output_dir) / "predictions"))
     return metrics
 
@@ -83,10 +85,9 @@ def prepare_output_dir(args: CaptioningArguments) -> str | None:
     try:
         os.makedirs(output_dir, exist_ok=True)
         tempfile.TemporaryFile(dir=output_dir).close()
-    except OSError as error:
-        raise UserError(
-            f"output folder '{output_dir}' cannot be written: {error.strerror}; set --output_dir"
-        ) from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"output folder '{output_dir}' cannot be written: {reason}; set --output_dir") from error
     wish = args.resume_from_checkpoint
     if not args.do_train or wish is None or wish.lower() == "false":
         if args.do_train and any(Path(output_dir).glob("checkpoint-*")):
@@ -109,37 +110,50 @@ def write_recipe(
     data_args: DataArguments,
     args: CaptioningArguments,
     model: BlipForConditionalGeneration,
-    dataset: DatasetDict,
 ) -> None:
-    """Write `recipe.json`: what was run, at which commits, with which packages; tell what a resumed run changes."""
+    """Write `recipe.json`: what was run, at which commits, with which packages; tell what a resumed run changes.
+
+    Raises:
+        UserError: the run that is to be resumed has another model.
+    """
     model_args.model_revision = getattr(model.config, "_commit_hash", None) or model_args.model_revision
-    data_args.dataset_revision = rocov2.dataset_commit(next(iter(dataset.values()))) or data_args.dataset_revision
     recipe = resolved_recipe(model_args, data_args, args)
     for name, wanted in (args.package_versions or {}).items():
-        if recipe["package_versions"].get(name) != wanted:
-            logger.warning(
-                "The recipe was run with %s %s, here is %s: the numbers may differ",
-                name,
-                wanted,
-                recipe["package_versions"].get(name, "none"),
-            )
+        found = recipe["package_versions"].get(name, "none")
+        if found != wanted:
+            logger.warning("The recipe ran with %s %s, here is %s: the numbers may differ", name, wanted, found)
     path = Path(args.output_dir) / "recipe.json"
-    if args.resume_from_checkpoint and path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
+    if args.do_train and args.resume_from_checkpoint and path.is_file():
+        with as_user_error(f"'{path}' of the run to resume cannot be read", "delete it"):
+            before = json.loads(path.read_text(encoding="utf-8"))
         for key in sorted(key for key in recipe.keys() | before.keys() if recipe.get(key) != before.get(key)):
+            if hasattr(model_args, key) and key != "label_smoothing":
+                raise UserError(
+                    f"cannot resume in '{args.output_dir}': {key} was {before.get(key)}, is {recipe.get(key)}; "
+                    "set it back, or another --output_dir"
+                )
             logger.warning("Resuming with another recipe: %s was %s, is %s", key, before.get(key), recipe.get(key))
-    if args.should_save:
-        path.write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+    if args.should_save and not keeps_record(args):
+        write_whole(path, json.dumps(recipe, indent=2) + "\n")
+
+
+def keeps_record(args: CaptioningArguments) -> bool:
+    """Tell whether the output folder holds a trained model whose recipe and card a run that only scores must keep."""
+    return not args.do_train and (Path(args.output_dir) / "model.safetensors").is_file()
 
 
 # --- Data and model -------------------------------------------------------------------------------------------
 
 
 def load_data(model_args: ModelArguments, data_args: DataArguments, args: CaptioningArguments) -> DatasetDict:
-    """Load the splits that the run's stages need, rows unchecked: that takes minutes, and mistakes come first."""
+    """Load the splits that the run's stages need, rows unchecked: that takes minutes, and mistakes come first.
+
+    The commit on the Hub that the data came from is written into `data_args.dataset_revision`.
+    """
     stages = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
     learns_tokenizer = model_args.config_name is not None and model_args.tokenizer_name is None
     needed = [split for split, wanted in stages.items() if wanted or (split == "train" and learns_tokenizer)]
+    data_args.dataset_revision = rocov2.dataset_commit(data_args.dataset_name, data_args.dataset_revision)
     dataset = rocov2.load_rocov2(data_args.dataset_name, data_args.dataset_revision)
     for split in needed:
         if split not in dataset:
@@ -148,7 +162,14 @@ def load_data(model_args: ModelArguments, data_args: DataArguments, args: Captio
                 f"dataset '{data_args.dataset_name}' has no split '{split}', only {', '.join(dataset)}; "
                 f"add it or set --{stage} false"
             )
-    return DatasetDict({split: dataset[split] for split in needed})
+    limits = data_args.max_samples()
+    # A trial run on few samples must not wait for the check of all rows; a few more make up for those set aside
+    enough = {
+        split: len(dataset[split]) if limits[split] is None else limits[split] * 51 // 50 + 10 for split in needed
+    }
+    return DatasetDict(
+        {split: dataset[split].select(range(min(enough[split], len(dataset[split])))) for split in needed}
+    )
 
 
 def load_model(
@@ -189,12 +210,8 @@ def prepare_data(
     rejected_file = Path(args.output_dir) / "rejected.jsonl"
     checked = rocov2.check_rows(dataset, data_args.max_rejected_fraction, rejected_file, num_proc)
     tokenised = rocov2.tokenise(checked, processor.tokenizer, data_args.max_caption_length, prompt_ids, num_proc)
-    samples = {
-        "train": data_args.max_train_samples,
-        "validation": data_args.max_eval_samples,
-        "test": data_args.max_predict_samples,
-    }
-    return DatasetDict({split: rocov2.usable(rows, samples[split]) for split, rows in tokenised.items()})
+    limits = data_args.max_samples()
+    return DatasetDict({split: rocov2.usable(rows, limits[split]) for split, rows in tokenised.items()})
 
 
 # --- Train, evaluate, predict ---------------------------------------------------------------------------------

@@ -84,7 +84,8 @@ class CaptioningTrainer(Seq2SeqTrainer):
         """
         inputs = self._prepare_inputs(inputs)
         labels = inputs["labels"]
-        with torch.no_grad(), self.compute_loss_context_manager():
+        # The mixed precision of training: accelerate puts it on `model.forward`, which is not called here
+        with torch.no_grad(), self.accelerator.autocast():
             image_embeds = encode_images(self.model, inputs["pixel_values"])
             logits = caption_logits(self.model, image_embeds, inputs["input_ids"], inputs["attention_mask"])
             nll = token_nll(logits, labels).double().sum(dim=1)

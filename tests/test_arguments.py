@@ -105,6 +105,8 @@ def test_stages_that_are_off_switch_off_what_needs_them():
     args = parse_arguments([*MODEL, "--predict_with_generate", "false"])[2]
     assert (args.metric_for_best_model, args.greater_is_better) == ("loss", False)
     assert parse_arguments(MODEL)[2].greater_is_better
+    assert parse_arguments([*MODEL, "--metric_for_best_model", "perplexity"])[2].greater_is_better is False
+    assert parse_arguments([*MODEL, "--save_strategy", "no"])[2].load_best_model_at_end is False
 
 
 def test_decode_settings_that_do_nothing_are_left_out():
@@ -163,7 +165,7 @@ def test_a_missing_recipe_is_named():
     [
         ([], "give either --model_name_or_path"),
         ([*MODEL, "--config_name", "x"], "give either --model_name_or_path"),
-        ([*MODEL, "--num_beam", "3"], "unknown flag '--num_beam'; did you mean 'num_beams'"),
+        ([*MODEL, "--num_beam", "3"], "unknown flag '--num_beam'; did you mean '--num_beams'"),
         ([*MODEL, "stray"], "'stray' is no flag"),
         ([*MODEL, "--num_beams", "three"], "invalid int value: 'three'"),
         ([*MODEL, "--num_beams", "0"], "num_beams is 0; set --num_beams to 1 or more"),
@@ -174,7 +176,17 @@ def test_a_missing_recipe_is_named():
         ([*MODEL, "--label_smoothing", "1"], "label_smoothing is 1.0"),
         ([*MODEL, "--tokenizer_name", "x"], "tokenizer_name goes with config_name"),
         ([*MODEL, "--eval_strategy", "sometimes"], "sometimes"),
-        ([*MODEL, "--eval_strategy", "steps"], "save and eval strategy"),
+        ([*MODEL, "--eval_strategy", "steps"], "eval_strategy is steps and save_strategy epoch: set both alike"),
+        ([*MODEL, "--metric_for_best_model", "rougel"], "'rougel' is not measured; did you mean 'rougeL'"),
+        ([*MODEL, "--metric_for_best_model", "bleu"], "there are loss, perplexity"),
+        ([*MODEL, "--learning_rate", "nan"], "learning_rate is nan"),
+        ([*MODEL, "--learning_rate", "-1"], "learning_rate is -1"),
+        ([*MODEL, "--seed", "-1"], "seed is -1"),
+        ([*MODEL, "--seed", str(10**30)], "below 2\\*\\*32"),
+        ([*MODEL, "--length_penalty", "nan"], "length_penalty is nan"),
+        ([*MODEL, "--vocab_size", "1"], "vocab_size is 1"),
+        ([*MODEL, "--train_sampling_strategy", "group_by_length"], "set random or sequential"),
+        ([*MODEL, "--dataloader_drop_last", "true"], "drop rows of the evaluation"),
         ([*MODEL, "--remove_unused_columns", "true"], "remove_unused_columns must stay false"),
     ],
 )

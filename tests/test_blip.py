@@ -81,11 +81,46 @@ def test_an_unknown_model_is_named(name):
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match="is no BLIP but None"):
         blip.load_blip(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(UserError, match=r"BLIP|cannot be loaded"):
+    with pytest.raises(UserError, match="is no BLIP but bert"):
         blip.load_blip(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "model.safetensors").write_bytes(b""), "cannot be loaded"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "cannot be loaded"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer '.*' cannot be loaded"),
+        (lambda folder: [(folder / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")], "tokenizer"),
+        (lambda folder: BlipImageProcessorPil(size={"height": 48, "width": 48}).save_pretrained(folder), "32 pixels"),
+    ],
+    ids=["weights", "config", "tokenizer", "no tokenizer", "processor"],
+)
+def test_a_damaged_model_folder_is_named(saved, damage, message):
+    damage(saved)
+    if "pixels" in message:
+        (saved / "processor_config.json").unlink()
+    with pytest.raises(UserError, match=message):
+        blip.load_blip(str(saved))
+
+
+@pytest.mark.parametrize(
+    "part", [{"hidden_size": 30}, {"hidden_size": "x"}, {"hidden_act": "none"}, {"patch_size": 0}]
+)
+def test_a_config_that_builds_no_model_is_named(processor, tmp_path, part):
+    config = TINY_CONFIG | {"vision_config": TINY_CONFIG["vision_config"] | {"num_attention_heads": 4} | part}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"config\.json' (builds no model|cannot be loaded)"):
+        blip.build_blip(str(tmp_path / "config.json"), processor.tokenizer, seed=0)
+
+
+def test_a_vocabulary_without_special_tokens_is_named(tmp_path):
+    (tmp_path / "vocab.txt").write_text("an\neffusion\n")
+    with pytest.raises(UserError, match=r"lacks \[CLS\]"):
+        blip.load_tokenizer(str(tmp_path))
 
 
 def test_an_unreadable_config_is_named(processor, tmp_path):

@@ -188,6 +188,15 @@ def test_a_saved_model_is_scored_alone(finished, parquet_folder, tmp_path):
     assert not (tmp_path / "model.safetensors").exists()
 
 
+def test_scoring_into_the_folder_of_a_run_keeps_its_record(config_file, parquet_folder, tmp_path):
+    arguments = flags(config_file, parquet_folder, tmp_path, max_steps=1)
+    run_captioning.main(arguments)
+    before = {name: (tmp_path / name).read_text() for name in ("recipe.json", "README.md")}
+    score = ["--model_name_or_path", str(tmp_path), "--dataset_name", str(parquet_folder), "--do_train", "false"]
+    run_captioning.main([*score, "--output_dir", str(tmp_path), "--max_new_tokens", "9", "--use_cpu", "true"])
+    assert {name: (tmp_path / name).read_text() for name in before} == before
+
+
 def test_captions_must_be_learnt_from_images(config_file, tmp_path):
     """Captions that only the image tells apart: a run that does not look, or shuffles, cannot score them right."""
     shades = {"black image": 0, "gray image of the middle": 128, "white image without any structure": 255}
@@ -228,7 +237,7 @@ def test_options_reach_the_run(config_file, parquet_folder, tmp_path, values, ca
     name, value = next(iter(values.items()))
     if name == "gradient_checkpointing":
         name = "activation_checkpointing"
-    assert recipe.get(name, value) == value
+    assert recipe[name] == value
     if "image_size" in values:
         assert config["vision_config"]["image_size"] == 48
         assert BlipProcessor.from_pretrained(tmp_path / "run").image_processor.size["height"] == 48
@@ -321,6 +330,8 @@ def test_a_resumed_run_tells_what_changed_in_its_recipe(config_file, parquet_fol
     resume = {"num_train_epochs": 1, "resume_from_checkpoint": "true", "num_beams": 2}
     run_captioning.main(flags(config_file, parquet_folder, folder, **resume))
     assert "Resuming with another recipe: num_beams was 3, is 2" in caplog.text
+    with pytest.raises(UserError, match=r"cannot resume in .*: image_size was None, is 64"):
+        run_captioning.main(flags(config_file, parquet_folder, folder, **resume, image_size=64))
 
 
 # --- Mistakes -------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+import types
 import zipfile
 from pathlib import Path
 
@@ -102,9 +103,40 @@ def test_a_changed_zenodo_folder_is_read_again(tmp_path):
     assert load_rocov2(str(folder))["test"]["caption"][:] == ["New."]
 
 
-def test_zenodo_captions_without_their_image_are_set_aside(tmp_path):
+def test_an_image_changed_in_place_is_checked_again(tmp_path):
     folder = zenodo_folder(tmp_path / "zenodo")
-    (folder / "test_images" / "ROCOv2_2023_test_000005.jpg").unlink()
+    check(load_rocov2(str(folder)), tmp_path, 0.0)
+    (folder / "test_images" / "ROCOv2_2023_test_000005.jpg").write_bytes(b"now a text")
+    assert len(usable(check(load_rocov2(str(folder)), tmp_path)["test"])) == 3
+
+
+def test_zenodo_images_of_other_endings_are_found(tmp_path):
+    folder = zenodo_folder(tmp_path / "zenodo")
+    for file in (folder / "test_images").iterdir():
+        file.rename(file.with_suffix(".JPEG"))
+    check(load_rocov2(str(folder)), tmp_path, 0.0)
+
+
+def test_a_damaged_image_in_a_zip_is_set_aside(tmp_path):
+    folder = zenodo_folder(tmp_path / "zenodo", zipped=True)
+    archive = folder / "test_images.zip"
+    content = bytearray(archive.read_bytes())
+    content[content.index(b"\xff\xd8\xff") + 60] ^= 0xFF  # in the first image: its checksum is wrong now
+    archive.write_bytes(bytes(content))
+    assert len(usable(check(load_rocov2(str(folder)), tmp_path)["test"])) == 3
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_zenodo_captions_without_their_image_are_set_aside(tmp_path, zipped):
+    folder = zenodo_folder(tmp_path / "zenodo", zipped)
+    if zipped:
+        with zipfile.ZipFile(folder / "test_images.zip") as archive:
+            images = {name: archive.read(name) for name in archive.namelist() if "000005" not in name}
+        with zipfile.ZipFile(folder / "test_images.zip", "w") as archive:
+            for name, content in images.items():
+                archive.writestr(name, content)
+    else:
+        (folder / "test_images" / "ROCOv2_2023_test_000005.jpg").unlink()
     dataset = check(load_rocov2(str(folder)), tmp_path)
     assert len(usable(dataset["test"])) == 3
     [line] = (tmp_path / "rejected.jsonl").read_text().splitlines()
@@ -127,12 +159,20 @@ def test_real_radiographs(tmp_path):
     assert {split: len(usable(rows)) for split, rows in dataset.items()} == {"train": 64, "validation": 14, "test": 16}
 
 
-def test_the_commit_of_a_hub_dataset_is_found():
-    rows = make_rows(2)
-    assert dataset_commit(rows) is None
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    rows.info.download_checksums = {f"hf://datasets/eltorio/ROCOv2-radiology@{commit}/data/train-0.parquet": {}}
-    assert dataset_commit(rows) == commit
+def test_the_commit_of_a_hub_dataset_is_found(monkeypatch, tmp_path):
+    """The Hub is out of reach here: its one answer is a stand-in."""
+    assert dataset_commit("nobody/nothing", "main") == "main", "without a network the revision stays as it is"
+    asked = []
+
+    def dataset_info(self, name, revision):
+        asked.append((name, revision))
+        return types.SimpleNamespace(sha="0123456789abcdef")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
+    assert dataset_commit("eltorio/ROCOv2-radiology", "v1") == "0123456789abcdef"
+    assert dataset_commit("phantoms") is None
+    assert dataset_commit(str(tmp_path)) is None
+    assert asked == [("eltorio/ROCOv2-radiology", "v1")]
 
 
 def test_no_copy_of_the_images_is_made(parquet_folder, tmp_path):
@@ -168,6 +208,12 @@ def test_a_folder_that_holds_no_dataset(tmp_path):
         load_rocov2(str(tmp_path))
     with pytest.raises(UserError, match="is a file"):
         load_rocov2(str(tmp_path / "train-0.parquet"))
+
+
+def test_a_split_under_two_names_is_refused(tmp_path):
+    DatasetDict(dev=make_rows(2), validation=make_rows(2)).save_to_disk(str(tmp_path))
+    with pytest.raises(UserError, match="split 'validation' under two names"):
+        load_rocov2(str(tmp_path))
 
 
 def test_a_missing_column_is_named(raw_dataset, tmp_path):

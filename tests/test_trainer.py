@@ -250,6 +250,27 @@ def test_scores_are_against_the_full_captions(make_trainer, checked, processor):
     assert all(len(label) < len(reference) for label, reference in zip(labels, references, strict=True))
 
 
+def test_evaluation_runs_in_the_precision_of_training(make_trainer, splits, model):
+    """Accelerate puts autocast on `model.forward`, which evaluation does not call."""
+    seen = []
+    model.text_decoder.cls.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    for bf16, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        trainer = make_trainer(bf16=bf16, max_new_tokens=2)
+        trainer.prediction_step(model, batch_of(trainer, splits["test"], 2), False)
+        assert set(seen) == {dtype}
+        seen.clear()
+
+
+def test_gradient_checkpointing_changes_no_gradient(make_trainer, model):
+    def make(model, **arguments):
+        return make_trainer(model=model, activation_checkpointing=True, **arguments)
+
+    loss, gradients = one_step(make_trainer, model, 8, 1)
+    other_loss, others = one_step(make, model, 8, 1)
+    assert other_loss == pytest.approx(loss, rel=1e-6)
+    assert all(torch.allclose(gradients[name], others[name], atol=1e-6) for name in gradients)
+
+
 def test_loss_only_evaluation_generates_nothing(make_trainer, monkeypatch):
     monkeypatch.setattr("trainer.generate_captions", None)
     metrics = make_trainer(predict_with_generate=False).evaluate()
