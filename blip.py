@@ -184,9 +184,10 @@ def check_lengths(model: BlipForConditionalGeneration, max_caption_length: int, 
         )
     if start_length + new_tokens > positions:
         room = positions - start_length
+        mend = f"set --max_new_tokens to {room} or less" if room > 0 else "shorten --prompt"
         raise UserError(
             f"max_new_tokens {new_tokens} after {start_length} start and prompt tokens exceeds the model's "
-            f"{positions} text positions; {f'set --max_new_tokens to {room} or less' if room > 0 else 'shorten --prompt'}"
+            f"{positions} text positions; {mend}"
         )
 
 
