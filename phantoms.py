@@ -29,9 +29,7 @@ FEATURES = Features(
 )
 ATTRIBUTES = ("modality", "region", "finding", "side", "place", "size")
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Attributes: what an image can show, and which combinations each split may draw
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Attributes: what an image can show, and which combinations each split may draw ----------------------------
 
 # The concepts that ROCOv2 itself uses. ROCOv2 gives the region of radiographs only; here every image has both.
 CUIS = {
@@ -85,9 +83,7 @@ def combinations(split: str) -> list[dict[str, str | None]]:
     return kept
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Captions: one table of words both writes and reads
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Captions: one table of words both writes and reads --------------------------------------------------------
 
 # A wording may not occur in those of another value of the same attribute: `read_attributes` could not tell them apart.
 WORDS = {
@@ -180,9 +176,8 @@ def oracle_captions(captions: list[str], seed: int = 0) -> list[str]:
     return [reword(read_attributes(caption), rng) for caption in captions]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Images: coordinates run from -1 to 1, x to the right, y down; gray values from 0 (black) to 1 (white)
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Images -----------------------------------------------------------------------------------------------------
+# Coordinates run from -1 to 1, x to the right, y down; gray values from 0 (black) to 1 (white).
 
 _AXIS = np.linspace(-1, 1, SIDE, dtype=np.float32)
 RADIUS = {"small": 0.13, "large": 0.27}
@@ -383,9 +378,7 @@ def draw(attributes: dict[str, str | None], rng: np.random.Generator) -> np.ndar
     return (canvas.clip(0, 1) * rng.uniform(225, 255)).astype(np.uint8)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Dataset
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Dataset ---------------------------------------------------------------------------------------------------
 
 
 def _examples(split: str, seed: int, size: int, edition: str):

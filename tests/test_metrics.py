@@ -2,13 +2,16 @@
 
 import json
 import socket
+from pathlib import Path
 
+import evaluate
 import numpy as np
 import pytest
 from conftest import SHARED, make_captions
 from rouge_score import rouge_scorer
 from transformers import EvalPrediction
 
+import metrics
 from metrics import ROUGE_TYPES, CaptionMetric, compute_metrics, decode_captions, rouge
 
 
@@ -69,6 +72,11 @@ def test_the_metric_works_with_the_network_unplugged(no_network):
     metric.add_batch(predictions=predictions[:10], references=references[:10])
     metric.add_batch(predictions=predictions[10:], references=references[10:])
     assert metric.compute() == CaptionMetric().compute(predictions=predictions, references=references)
+
+
+def test_the_file_is_a_metric_for_evaluate(no_network):
+    metric = evaluate.load(str(Path(metrics.__file__)))
+    assert metric.compute(predictions=["a b"], references=["a c"])["rougeL"] == pytest.approx(0.5)
 
 
 def test_unique_captions_is_a_share():
