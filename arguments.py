@@ -162,7 +162,20 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
     )
 
     def __post_init__(self):
-        """Resolve precision and stages, then let the Trainer's arguments check themselves."""
+        """Check our values, resolve precision and stages, then let the Trainer's arguments check themselves."""
+        self._check_values()
+        if self.bf16 is None:
+            gpu = torch.cuda.is_available() and not self.use_cpu
+            self.bf16 = gpu and not self.fp16 and torch.cuda.is_bf16_supported(including_emulation=False)
+        self.dataloader_pin_memory &= torch.cuda.is_available()  # else torch warns at each loader
+        if not (self.do_train and self.do_eval):
+            self.eval_strategy, self.load_best_model_at_end = "no", False
+        if not self.predict_with_generate and self.metric_for_best_model not in ("loss", "eval_loss"):
+            self.metric_for_best_model = "loss"
+        self._check_best_model()
+        super().__post_init__()
+
+    def _check_values(self) -> None:
         for name, lowest in (
             ("num_beams", 1),
             ("max_new_tokens", 1),
@@ -195,16 +208,6 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
         if self.train_sampling_strategy not in ("random", "sequential"):
             # The Trainer would sort the evaluation too, and predictions would meet the references of other images
             raise UserError(f"train_sampling_strategy is '{self.train_sampling_strategy}'; set random or sequential")
-        if self.bf16 is None:
-            gpu = torch.cuda.is_available() and not self.use_cpu
-            self.bf16 = gpu and not self.fp16 and torch.cuda.is_bf16_supported(including_emulation=False)
-        self.dataloader_pin_memory &= torch.cuda.is_available()  # else torch warns at each loader
-        if not (self.do_train and self.do_eval):
-            self.eval_strategy, self.load_best_model_at_end = "no", False
-        if not self.predict_with_generate and self.metric_for_best_model not in ("loss", "eval_loss"):
-            self.metric_for_best_model = "loss"
-        self._check_best_model()
-        super().__post_init__()
 
     def _check_best_model(self) -> None:
         """Check here what the Trainer would find out at the end of the first epoch."""
@@ -229,9 +232,8 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
             settings["min_new_tokens"] = self.min_new_tokens
         if self.no_repeat_ngram_size:
             settings["no_repeat_ngram_size"] = self.no_repeat_ngram_size
-        if (
-            self.num_beams > 1
-        ):  # `GenerationConfig.save_pretrained` refuses it for greedy search, where it does nothing
+        # It does nothing in greedy search, and `GenerationConfig.save_pretrained` then refuses it
+        if self.num_beams > 1:
             settings["length_penalty"] = self.length_penalty
         return settings
 
