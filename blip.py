@@ -3,6 +3,7 @@
 Weights on disk stay plain BLIP: stock `BlipForConditionalGeneration` and `BlipProcessor` load what is saved.
 """
 
+import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,6 +25,8 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 
 from errors import UserError, as_user_error
 
+
+logger = logging.getLogger("captioning.blip")
 
 EXAMPLE_CHECKPOINT = "Salesforce/blip-image-captioning-base"
 BERT_SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -57,9 +60,9 @@ def load_blip(name: str, revision: str | None = None) -> tuple[BlipForConditiona
         image_processor = BlipImageProcessorPil.from_pretrained(name, revision=revision)
     side = model.config.vision_config.image_size
     if image_processor.size != {"height": side, "width": side}:
-        raise UserError(
-            f"model '{name}': its processor makes images of {image_processor.size}, it takes {side} pixels"
-        )
+        # The position embedding decides: the model cannot take images of another size
+        logger.warning("The processor of '%s' is for %s; images are made %d pixels", name, image_processor.size, side)
+        image_processor.size = {"height": side, "width": side}
     tokenizer = load_tokenizer(name, revision)
     if len(tokenizer) > model.config.text_config.vocab_size:
         raise UserError(

@@ -12,6 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from blip import caption_logits, encode_images, generate_captions
 from collator import IGNORE_INDEX
+from errors import as_user_error
 from metrics import compute_metrics
 
 
@@ -63,6 +64,16 @@ class CaptioningTrainer(Seq2SeqTrainer):
         if self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # the count is over all processes, which average gradients
         return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, *args, **kwargs):
+        """Build the stock optimizer; arguments that it refuses are the user's."""
+        with as_user_error("the optimizer cannot be built", "check --optim and --optim_args"):
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args, **kwargs):
+        """Build the stock schedule; arguments that it refuses are the user's."""
+        with as_user_error("the schedule cannot be built", "check --lr_scheduler_type and --lr_scheduler_kwargs"):
+            return super().create_scheduler(*args, **kwargs)
 
     def train(self, *args, **kwargs) -> TrainOutput:
         """Train; the `train_loss` returned is the mean over all steps of the run, also of those before a resume."""
