@@ -7,9 +7,12 @@ which has all those of `Seq2SeqTrainingArguments`.
 import json
 import math
 import os
+import platform
 import sys
 import types
 import typing
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import Field, asdict, dataclass, field, fields
 from enum import Enum
 from importlib.metadata import version
@@ -20,6 +23,7 @@ import torch
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
 from errors import UserError, did_you_mean
+from hub import RUN_FIELDS, download_recipe, is_hub_recipe
 from metrics import METRIC_NAMES
 
 
@@ -94,6 +98,14 @@ class DataArguments:
     preprocessing_num_workers: int | None = field(
         default=None, metadata={"help": "Processes that check and tokenise the rows."}
     )
+    language: str = field(default="en", metadata={"help": "Language of the captions (ISO 639), for the model card."})
+    license: str | None = field(
+        default=None,
+        metadata={
+            "help": "Licence of the trained model (a Hub licence id), for the model card. Default: that of ROCOv2 or "
+            "the phantoms where the data is one of them, else 'other'."
+        },
+    )
 
     def __post_init__(self):
         """Check the values that need nothing but themselves."""
@@ -157,8 +169,14 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
         default=1.0, metadata={"help": "Exponent of the length that a beam's score is divided by."}
     )
 
+    push_to_hub: bool = field(
+        default=False, metadata={"help": "Push checkpoints during training, and the whole run at its end."}
+    )
     package_versions: dict | None = field(
         default=None, metadata={"help": "Written into recipe.json: the packages of the run."}
+    )
+    hardware: dict | None = field(
+        default=None, metadata={"help": "Written into recipe.json: the device of the run, and its threads."}
     )
 
     def __post_init__(self):
@@ -197,6 +215,8 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
         for name, instead in REPLACED_FIELDS.items():
             if getattr(self, name):
                 raise UserError(f"{name} is not used here; {instead}")
+        if self.push_to_hub and not self.do_train:
+            raise UserError("push_to_hub goes with do_train; a finished run is pushed by --push_only <output folder>")
         if self.remove_unused_columns:
             raise UserError("remove_unused_columns must stay false: the collator reads the images from the rows")
         if not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
@@ -245,12 +265,31 @@ REPLACED_FIELDS = {
     "generation_num_beams": "set --num_beams",
     "generation_max_length": "set --max_new_tokens",
     "generation_config": "set --num_beams, --max_new_tokens and the other decode settings",
-    "push_to_hub": "pushing is not built yet: upload the output folder with `hf upload`",
+    "hub_revision": "a run is pushed to the main branch",
     "batch_eval_metrics": "scores are computed over the whole split",
     "dataloader_drop_last": "it would drop rows of the evaluation too",
     "use_liger_kernel": "there is no Liger kernel for BLIP",
 }
 DATACLASSES = (ModelArguments, DataArguments, CaptioningArguments)
+
+
+@dataclass
+class PushArguments:
+    """A finished run, pushed alone."""
+
+    push_only: str = field(metadata={"help": "Output folder of a finished run; nothing is run, it is only pushed."})
+    hub_model_id: str | None = field(default=None, metadata={"help": "<user>/<name>; default: the folder's name."})
+    hub_private_repo: bool | None = field(
+        default=None, metadata={"help": "Whether a new repository is private.", "nargs": "?", "const": True}
+    )
+
+
+# Of a recipe, what a flag makes void
+REPLACED_BY_FLAG = {
+    "model_name_or_path": ("model_revision", "config_name", "tokenizer_name"),
+    "config_name": ("model_name_or_path", "model_revision"),
+    "dataset_name": ("dataset_revision",),
+}
 
 
 # --- Parse ----------------------------------------------------------------------------------------------------
@@ -274,20 +313,15 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
     parser = RecipeParser(
         DATACLASSES,
         prog="run_captioning.py",
-        usage="%(prog)s [recipe.json] [--flag value ...]",
+        usage="%(prog)s [recipe.json | hf://user/model/recipe.json] [--flag value ...]\n"
+        "       %(prog)s --push_only output_folder [--hub_model_id user/name] [--hub_private_repo true]",
         description=__doc__,
         allow_abbrev=False,
     )
     if argv and not argv[0].startswith("-"):
-        parser.set_defaults(**read_recipe(argv.pop(0)))
-    namespace, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flag = unknown[0].split("=")[0]
-        if not flag.startswith("-"):
-            raise UserError(f"'{flag}' is no flag; the recipe goes first, then --flag value")
-        near = did_you_mean(flag, [f"--{name}" for name in _fields()])
-        raise UserError(f"unknown flag '{flag}'{near}")
-    values = vars(namespace)
+        recipe = read_recipe(argv.pop(0))
+        parser.set_defaults(**_without_replaced(recipe, flags=_flags(argv)))
+    values = _parse(parser, argv, _fields())
     values["output_dir"] = values["output_dir"] or default_output_dir(values)
     try:
         return parser.parse_dict(values)
@@ -297,14 +331,51 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
         raise UserError(" ".join(str(error).split())) from error
 
 
+def parse_push_arguments(argv: list[str] | None = None) -> PushArguments | None:
+    """Parse `--push_only <output folder> ...`; return None where a run is asked for.
+
+    Raises:
+        UserError: beside `--push_only` stands a flag that has no effect on it.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "push_only" not in _flags(argv):
+        return None
+    parser = RecipeParser((PushArguments,), prog="run_captioning.py", allow_abbrev=False)
+    return PushArguments(**_parse(parser, argv, [item.name for item in fields(PushArguments)]))
+
+
+def _parse(parser: RecipeParser, argv: list[str], known: Iterable[str]) -> dict[str, Any]:
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        if not flag.startswith("-"):
+            raise UserError(f"'{flag}' is no flag; the recipe goes first, then --flag value")
+        raise UserError(f"unknown flag '{flag}'{did_you_mean(flag, [f'--{name}' for name in known])}")
+    return vars(namespace)
+
+
+def _flags(argv: list[str]) -> set[str]:
+    return {item.split("=")[0].removeprefix("--") for item in argv if item.startswith("--")}
+
+
+def _without_replaced(recipe: dict[str, Any], flags: set[str]) -> dict[str, Any]:
+    """Leave out what a flag makes void: the revision of another model or data set, the other kind of model."""
+    replaced = {name for flag in flags for name in REPLACED_BY_FLAG.get(flag, ()) if name not in flags}
+    return {key: value for key, value in recipe.items() if key not in replaced}
+
+
 def read_recipe(path: str) -> dict[str, Any]:
     """Read a recipe and check that each key is a field of the three dataclasses and its value of the field's type.
+
+    Args:
+        path: a file, or `hf://<user>/<model>[@<revision>]/recipe.json`.
 
     Raises:
         UserError: naming the file and the key.
     """
+    from_hub = is_hub_recipe(path)
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = Path(download_recipe(path) if from_hub else path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(f"recipe '{path}' cannot be read: {reason}; recipes are in recipes/") from error
@@ -321,6 +392,11 @@ def read_recipe(path: str) -> dict[str, Any]:
         if not _fits(value, known[key].type):
             raise UserError(
                 f"recipe '{path}': '{key}' is {json.dumps(value)}, which is no {_type_name(known[key].type)}"
+            )
+        if from_hub and key in PLACE_FIELDS - set(RUN_FIELDS):
+            # A stranger's recipe says what is run, not where it is written and whose repository it is pushed to
+            raise UserError(
+                f"recipe '{path}' sets '{key}', which a recipe from the Hub must not; download and edit it"
             )
     return recipe
 
@@ -383,10 +459,15 @@ def _at_least(arguments: Any, name: str, lowest: int) -> None:
 
 # --- Write back -----------------------------------------------------------------------------------------------
 
-# Where a run stands, not what it is: left out, so that a rerun does not depend on them
-PLACE_FIELDS = {
-    "output_dir", "resume_from_checkpoint", "hub_token", "disable_tqdm", "local_rank", "run_name", "log_level",
-    "log_level_replica", "gradient_checkpointing", "gradient_checkpointing_kwargs", "package_versions",
+# Where a run's output goes
+DESTINATION_FIELDS = {
+    "output_dir", "resume_from_checkpoint", "run_name", "push_to_hub", "hub_model_id", "hub_strategy",
+    "hub_private_repo", "hub_always_push", "hub_token",
+}  # fmt: skip
+# Left out of a written recipe, so that a rerun does not depend on them; the last four are written otherwise
+PLACE_FIELDS = DESTINATION_FIELDS | {
+    "disable_tqdm", "local_rank", "log_level", "log_level_replica", "gradient_checkpointing",
+    "gradient_checkpointing_kwargs", *RUN_FIELDS,
 }  # fmt: skip
 # Written although they are defaults: what a reader of a recipe looks for first
 SPOKEN_FIELDS = {
@@ -405,7 +486,26 @@ def resolved_recipe(model_args: ModelArguments, data_args: DataArguments, args: 
         spoken = item.name in SPOKEN_FIELDS or value != getattr(defaults, item.name)
         if spoken and item.init and item.name not in PLACE_FIELDS:
             recipe[item.name] = _plain(value)
-    return recipe | {"package_versions": {name: version(name) for name in PACKAGES}}
+    return recipe | {"package_versions": {name: version(name) for name in PACKAGES}, "hardware": _hardware(args)}
+
+
+def _hardware(args: CaptioningArguments) -> dict[str, Any]:
+    """Return what of this machine the last digits of a run depend on."""
+    gpu = args.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(args.device) if gpu else args.device.type,
+        "processor": _processor_name(),
+        "processes": args.world_size,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _processor_name() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def _plain(value: Any) -> Any:

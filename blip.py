@@ -227,15 +227,41 @@ def set_label_smoothing(model: BlipForConditionalGeneration, label_smoothing: fl
 
 
 def set_decoding(model: BlipForConditionalGeneration, settings: dict[str, Any]) -> None:
-    """Write the decode settings into `generation_config`, so that `generation_config.json` tells a stranger.
+    """Write the decode settings where a stranger, and stock `generate`, find them in the saved model.
 
-    Stock BLIP does not read them back into the text decoder that generates (T7): they are a record, and
-    `generate_captions` is always handed its settings explicitly.
+    `generation_config.json` has all of them, but stock BLIP generates by its text decoder, whose own settings are
+    made from the text config when the model is loaded (T7). Loading drops `num_beams` and the other old generation
+    parameters from a config (transformers 5.23.0, `PreTrainedConfig.__init__`) and leaves the numbers of new tokens:
+    so a greedy search can be made what `model.generate(pixel_values=...)` does, a beam search cannot.
     """
     text = model.config.text_config
+    plain = plain_generate_suffices(settings)
+    for name in ("max_new_tokens", "min_new_tokens"):
+        vars(text).pop(name, None)  # those of an earlier fine-tune
+        if plain and name in settings:
+            setattr(text, name, settings[name])
+    model.text_decoder.generation_config = GenerationConfig.from_model_config(text)
     model.generation_config = GenerationConfig(
         bos_token_id=text.bos_token_id, eos_token_id=text.sep_token_id, pad_token_id=text.pad_token_id, **settings
     )
+
+
+def plain_generate_suffices(settings: dict[str, Any]) -> bool:
+    """Tell whether a saved model decodes by these settings without being handed them: see `set_decoding`."""
+    return settings["num_beams"] == 1 and not settings.get("no_repeat_ngram_size")
+
+
+def tell_other_decoding(model: BlipForConditionalGeneration, settings: dict[str, Any]) -> None:
+    """Log where the settings that a checkpoint was evaluated with, by its own record, are not those of this run."""
+    recorded = model.generation_config.to_dict()
+    if not recorded.get("num_beams"):
+        return
+    for name in ("num_beams", "max_new_tokens", "min_new_tokens", "no_repeat_ngram_size", "length_penalty"):
+        was, now = recorded.get(name) or 0, settings.get(name) or 0
+        if was != now:
+            logger.warning(
+                "The model's own scores are with %s %s, this run's with %s: --%s %s", name, was, now, name, was
+            )
 
 
 # --- Encode, score, generate ----------------------------------------------------------------------------------

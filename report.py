@@ -1,4 +1,4 @@
-"""What a run leaves for its reader: predictions as JSON lines, and a summary on the terminal."""
+"""What a run leaves for its reader: predictions as JSON lines, the training curve, a summary on the terminal."""
 
 import json
 import os
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from metrics import METRIC_NAMES, rouge
 
@@ -44,6 +45,33 @@ def read_predictions(path: Path) -> list[dict[str, object]]:
     """Read a file of `write_predictions`."""
     with open(path, encoding="utf-8") as file:
         return [json.loads(line) for line in file]
+
+
+def draw_training_curve(output_dir: Path) -> None:
+    """Draw `training_curve.png` from `trainer_state.json`: losses in nats and ROUGE-L, by optimizer step.
+
+    A run that did not train has none.
+    """
+    state = output_dir / "trainer_state.json"
+    if not state.is_file():
+        return
+    log = json.loads(state.read_text(encoding="utf-8"))["log_history"]
+    figure = Figure(figsize=(8, 3), dpi=120, layout="constrained")  # inches; not pyplot, which keeps global state
+    losses, scores = figure.subplots(1, 2)
+    for axes, key, label in (
+        (losses, "loss", "training"),
+        (losses, "eval_loss", "validation"),
+        (scores, "eval_rougeL", "validation"),
+    ):
+        points = [(entry["step"], entry[key]) for entry in log if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="" if key == "loss" else "o", label=label)
+            axes.legend(frameon=False)
+    losses.set(xlabel="step", ylabel="loss (nats a token)")
+    scores.set(xlabel="step", ylabel="ROUGE-L")
+    unfinished = output_dir / "training_curve.png.tmp"
+    figure.savefig(unfinished, format="png", metadata={"Software": None})
+    os.replace(unfinished, output_dir / "training_curve.png")
 
 
 def summary(metrics: Mapping[str, float], predictions_dir: Path) -> str:

@@ -36,12 +36,12 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
-from huggingface_hub import HfApi
 from pyarrow.parquet import read_metadata
 from transformers import PreTrainedTokenizerBase
 
 from collator import open_image
 from errors import UserError, did_you_mean, exit_on_user_error
+from hub import pin_revision
 from phantoms import load_phantoms
 
 
@@ -86,7 +86,7 @@ def load_rocov2(name: str, revision: str | None = None) -> DatasetDict:
     elif os.path.exists(name):
         raise UserError(f"dataset '{name}' is a file; give the folder that holds it")
     elif _is_local(name):
-        raise UserError(f"dataset folder '{name}' does not exist")
+        raise UserError(f"dataset folder '{name}' does not exist; set --dataset_name")
     else:
         splits = _load_from_hub(name, revision)
     if not isinstance(splits, DatasetDict):
@@ -101,14 +101,12 @@ def load_rocov2(name: str, revision: str | None = None) -> DatasetDict:
 
 
 def dataset_commit(name: str, revision: str | None = None) -> str | None:
-    """Return the commit hash that `revision` of a Hub dataset names now; `revision` itself where none can be had."""
-    if _is_local(name):
-        return revision
-    try:
-        return HfApi().dataset_info(name, revision=revision).sha
-    except (OSError, ValueError) as error:  # without a network the set may still be in the cache
-        logger.info("The commit of dataset '%s' is not known: %s", name, _one_line(error))
-        return revision
+    """Return the commit that `revision` of a Hub dataset names; `revision` itself for another source.
+
+    Raises:
+        UserError: the revision is not, or no longer, there.
+    """
+    return revision if _is_local(name) else pin_revision(name, revision, kind="dataset")
 
 
 def _is_local(name: str) -> bool:

@@ -4,8 +4,11 @@
     python run_captioning.py --model_name_or_path Salesforce/blip-image-captioning-base
     python run_captioning.py recipes/rocov2_blip_base.json --num_train_epochs 3
     python run_captioning.py --model_name_or_path outputs/my-run --do_train false
+    python run_captioning.py hf://user/model/recipe.json
+    python run_captioning.py --push_only outputs/my-run --hub_model_id user/model
 
-The first trains on ROCOv2 from the Hub, the second runs a recipe (flags win), the third scores a saved model.
+The first trains on ROCOv2 from the Hub, the second runs a recipe (flags win), the third scores a saved model, the
+fourth repeats a published run, the fifth pushes a finished one.
 """
 
 import json
@@ -19,12 +22,20 @@ from transformers import BlipForConditionalGeneration, BlipProcessor, set_seed
 
 import blip
 import rocov2
-from arguments import CaptioningArguments, DataArguments, ModelArguments, parse_arguments, resolved_recipe
+from arguments import (
+    CaptioningArguments,
+    DataArguments,
+    ModelArguments,
+    parse_arguments,
+    parse_push_arguments,
+    resolved_recipe,
+)
 from collator import CaptioningCollator
 from errors import UserError, as_user_error, exit_on_user_error
+from hub import PushCheckpoints, Repository, open_repository, pin_revision
 from metrics import decode_captions
-from model_card import write_model_card
-from report import summary, write_predictions, write_whole
+from model_card import push, push_finished_run, write_model_card
+from report import draw_training_curve, summary, write_predictions, write_whole
 from trainer import CaptioningTrainer, last_complete_checkpoint
 
 
@@ -34,10 +45,15 @@ logger = logging.getLogger("captioning.run_captioning")
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run the recipe given by `argv` (default: the command line) and return all its metrics.
 
+    With `--push_only <output folder>` a finished run is pushed instead, and there are no metrics.
+
     Raises:
-        UserError: a mistake in the recipe, the data or the folders; its message is one line.
+        UserError: a mistake in the recipe, the data or the folders, or a push that failed; its message is one line.
     """
     set_up_logging()
+    if push_args := parse_push_arguments(argv):
+        push_finished_run(push_args.push_only, push_args.hub_model_id, push_args.hub_private_repo)
+        return {}
     model_args, data_args, args = parse_arguments(argv)
     checkpoint = prepare_output_dir(args)
     set_seed(args.seed)
@@ -49,9 +65,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         blip.check_lengths(model, data_args.max_caption_length, 1 + len(prompt_ids), args.max_new_tokens)
         splits = prepare_data(dataset, processor, prompt_ids, data_args, args)
 
-    write_recipe(model_args, data_args, args, model)
+    write_recipe(model_args, data_args, args)
+    repository = open_repository(args)
     with as_user_error("the Trainer cannot be set up with these arguments"):
-        trainer = make_trainer(model, processor, splits, prompt_ids, args)
+        trainer = make_trainer(model, processor, splits, prompt_ids, args, repository)
     metrics: dict[str, float] = {}
     if args.do_train:
         metrics |= train(trainer, checkpoint)
@@ -61,9 +78,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         metrics |= predict(trainer, splits["test"], "test", "predict")
 
     if trainer.is_world_process_zero():
-        if not keeps_record(args):
-            write_model_card(args.output_dir, metrics, data_args.prompt, None if args.do_train else model.name_or_path)
+        draw_training_curve(Path(args.output_dir))
+        write_model_card(Path(args.output_dir), args.hub_model_id)
         print(summary(metrics, Path(args.output_dir) / "predictions"))
+        if repository:
+            push(repository)
     return metrics
 
 
@@ -88,6 +107,11 @@ def prepare_output_dir(args: CaptioningArguments) -> str | None:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"output folder '{output_dir}' cannot be written: {reason}; set --output_dir") from error
+    if not args.do_train and (Path(output_dir) / "model.safetensors").is_file():
+        raise UserError(
+            f"output folder '{output_dir}' holds a trained model, whose recipe and scores must stay together; set "
+            "another --output_dir for these scores"
+        )
     wish = args.resume_from_checkpoint
     if not args.do_train or wish is None or wish.lower() == "false":
         if args.do_train and any(Path(output_dir).glob("checkpoint-*")):
@@ -105,23 +129,17 @@ def prepare_output_dir(args: CaptioningArguments) -> str | None:
     return wish
 
 
-def write_recipe(
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    args: CaptioningArguments,
-    model: BlipForConditionalGeneration,
-) -> None:
-    """Write `recipe.json`: what was run, at which commits, with which packages; tell what a resumed run changes.
+def write_recipe(model_args: ModelArguments, data_args: DataArguments, args: CaptioningArguments) -> None:
+    """Write `recipe.json`: what was run, at which commits, with which packages, on which hardware.
+
+    What differs from the recipe that was given, or from the run that is resumed, is told before any work is done.
 
     Raises:
         UserError: the run that is to be resumed has another model.
     """
-    model_args.model_revision = getattr(model.config, "_commit_hash", None) or model_args.model_revision
     recipe = resolved_recipe(model_args, data_args, args)
-    for name, wanted in (args.package_versions or {}).items():
-        found = recipe["package_versions"].get(name, "none")
-        if found != wanted:
-            logger.warning("The recipe ran with %s %s, here is %s: the numbers may differ", name, wanted, found)
+    tell_differences("package", args.package_versions, recipe["package_versions"])
+    tell_differences("hardware", args.hardware, recipe["hardware"])
     path = Path(args.output_dir) / "recipe.json"
     if args.do_train and args.resume_from_checkpoint and path.is_file():
         with as_user_error(f"'{path}' of the run to resume cannot be read", "delete it"):
@@ -133,13 +151,18 @@ def write_recipe(
                     "set it back, or another --output_dir"
                 )
             logger.warning("Resuming with another recipe: %s was %s, is %s", key, before.get(key), recipe.get(key))
-    if args.should_save and not keeps_record(args):
+    if args.should_save:
         write_whole(path, json.dumps(recipe, indent=2) + "\n")
 
 
-def keeps_record(args: CaptioningArguments) -> bool:
-    """Tell whether the output folder holds a trained model whose recipe and card a run that only scores must keep."""
-    return not args.do_train and (Path(args.output_dir) / "model.safetensors").is_file()
+def tell_differences(kind: str, given: dict[str, object] | None, here: dict[str, object]) -> None:
+    """Log what the recipe was run with and this run is not: bit for bit the same holds on one machine only."""
+    for name, wanted in (given or {}).items():
+        found = here.get(name, "none")
+        if found != wanted:
+            logger.warning(
+                "The recipe ran with %s %s '%s', here is '%s': the numbers may differ", kind, name, wanted, found
+            )
 
 
 # --- Data and model -------------------------------------------------------------------------------------------
@@ -175,9 +198,16 @@ def load_data(model_args: ModelArguments, data_args: DataArguments, args: Captio
 def load_model(
     model_args: ModelArguments, dataset: DatasetDict, args: CaptioningArguments
 ) -> tuple[BlipForConditionalGeneration, BlipProcessor]:
-    """Load the checkpoint, or build the model of `config_name`, and adapt it to the run."""
+    """Load the checkpoint, or build the model of `config_name`, and adapt it to the run.
+
+    The commit on the Hub that the checkpoint came from is written into `model_args.model_revision`.
+    """
     if model_args.model_name_or_path:
-        model, processor = blip.load_blip(model_args.model_name_or_path, model_args.model_revision)
+        name = model_args.model_name_or_path
+        model_args.model_revision = pin_revision(name, model_args.model_revision)
+        model, processor = blip.load_blip(name, model_args.model_revision)
+        if not args.do_train:
+            blip.tell_other_decoding(model, args.decoding())
     else:
         if model_args.tokenizer_name:
             tokenizer = blip.load_tokenizer(model_args.tokenizer_name)
@@ -223,6 +253,7 @@ def make_trainer(
     splits: DatasetDict,
     prompt_ids: list[int],
     args: CaptioningArguments,
+    repository: Repository | None = None,
 ) -> CaptioningTrainer:
     """Wire model, data and collator together; training and generation start from the same `[DEC]` and prompt."""
     bos_token_id = model.config.text_config.bos_token_id
@@ -235,6 +266,7 @@ def make_trainer(
         eval_dataset=splits.get("validation"),
         start_ids=[bos_token_id, *prompt_ids],
         decoding=args.decoding(),
+        callbacks=[PushCheckpoints(repository)] if repository else [],
     )
 
 
@@ -243,20 +275,22 @@ def train(trainer: CaptioningTrainer, checkpoint: str | None) -> dict[str, float
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
-    trainer.save_metrics("train", result.metrics)
-    return result.metrics
+    metrics = result.metrics | {"train_samples": len(trainer.train_dataset)}
+    trainer.save_metrics("train", metrics)
+    return metrics
 
 
 def predict(trainer: CaptioningTrainer, rows: Dataset, split: str, prefix: str) -> dict[str, float]:
     """Score and caption a split; write `<prefix>_results.json` and `predictions/<split>.jsonl`."""
     output = trainer.predict(rows, metric_key_prefix=prefix)
-    trainer.save_metrics(prefix, output.metrics)
+    metrics = output.metrics | {f"{prefix}_samples": len(rows)}
+    trainer.save_metrics(prefix, metrics)
     nll, _, *tokens = output.predictions
     if tokens and trainer.is_world_process_zero():
         path = Path(trainer.args.output_dir) / "predictions" / f"{split}.jsonl"
         predictions = decode_captions(tokens[0], trainer.tokenizer)
         write_predictions(path, rows["image_id"], rows["caption"], predictions, nll)
-    return output.metrics
+    return metrics
 
 
 if __name__ == "__main__":

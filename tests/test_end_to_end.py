@@ -81,6 +81,7 @@ def test_the_output_folder_is_whole(finished):
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert {
         "README.md",
+        "training_curve.png",
         "recipe.json",
         "rejected.jsonl",
         "model.safetensors",
@@ -188,13 +189,54 @@ def test_a_saved_model_is_scored_alone(finished, parquet_folder, tmp_path):
     assert not (tmp_path / "model.safetensors").exists()
 
 
-def test_scoring_into_the_folder_of_a_run_keeps_its_record(config_file, parquet_folder, tmp_path):
-    arguments = flags(config_file, parquet_folder, tmp_path, max_steps=1)
-    run_captioning.main(arguments)
-    before = {name: (tmp_path / name).read_text() for name in ("recipe.json", "README.md")}
-    score = ["--model_name_or_path", str(tmp_path), "--dataset_name", str(parquet_folder), "--do_train", "false"]
-    run_captioning.main([*score, "--output_dir", str(tmp_path), "--max_new_tokens", "9", "--use_cpu", "true"])
-    assert {name: (tmp_path / name).read_text() for name in before} == before
+def test_scores_with_other_settings_are_kept_out_of_the_folder_of_a_run(finished, parquet_folder):
+    folder, _, _ = finished
+    before = outcome(folder)
+    score = ["--model_name_or_path", str(folder), "--dataset_name", str(parquet_folder), "--do_train", "false"]
+    with pytest.raises(UserError, match=r"holds a trained model.*set another --output_dir"):
+        run_captioning.main([*score, "--output_dir", str(folder), "--max_new_tokens", "9", "--use_cpu", "true"])
+    assert outcome(folder) == before
+
+
+def test_a_run_tells_that_a_model_was_evaluated_by_other_settings(finished, parquet_folder, tmp_path, caplog):
+    folder, _, _ = finished
+    score = ["--model_name_or_path", str(folder), "--dataset_name", str(parquet_folder), "--do_train", "false"]
+    run_captioning.main(
+        [*score, "--output_dir", str(tmp_path / "a"), "--num_beams", "2", "--max_new_tokens", "9", "--use_cpu"]
+    )
+    assert "The model's own scores are with num_beams 3, not 2; for them, --num_beams 3" in caplog.text
+    assert "The model's own scores are with max_new_tokens 12, not 9" in caplog.text
+    caplog.clear()
+    run_captioning.main([*score, "--output_dir", str(tmp_path / "b"), "--max_new_tokens", "12", "--use_cpu", "true"])
+    assert "own scores" not in caplog.text
+
+
+def test_other_packages_and_hardware_are_told_before_training(finished, tmp_path, caplog):
+    recipe = json.loads((finished[0] / "recipe.json").read_text())
+    recipe["package_versions"]["torch"] = "1.0"
+    recipe["hardware"]["device"] = "NVIDIA H100"
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    run_captioning.main([str(tmp_path / "recipe.json"), "--output_dir", str(tmp_path / "run"), "--max_steps", "1"])
+    assert "The recipe ran with package torch '1.0', here is '2.13.0" in caplog.text
+    assert "The recipe ran with hardware device 'NVIDIA H100', here is 'cpu'" in caplog.text
+    assert caplog.text.count("may differ") == 2
+
+
+@pytest.mark.parametrize("values", [{}, {"min_new_tokens": 5}])
+def test_a_greedy_run_is_what_plain_generate_does(config_file, parquet_folder, raw_dataset, tmp_path, values):
+    run_captioning.main(flags(config_file, parquet_folder, tmp_path / "run", num_beams=1, max_new_tokens=25, **values))
+    model = BlipForConditionalGeneration.from_pretrained(tmp_path / "run").eval()
+    processor = BlipProcessor.from_pretrained(tmp_path / "run")
+    rows = read_predictions(tmp_path / "run" / "predictions" / "test.jsonl")
+    for row, example in zip(rows, raw_dataset["test"], strict=True):
+        tokens = model.generate(pixel_values=processor(images=example["image"], return_tensors="pt")["pixel_values"])
+        assert row["prediction"] == processor.decode(tokens[0], skip_special_tokens=True).strip()
+    # What an earlier fine-tune left in the config must not reach a run with beams, nor what it saves
+    again = flags(config_file, parquet_folder, tmp_path / "beams", max_steps=1, model_name_or_path=tmp_path / "run")
+    again = again[2:]  # without config_name
+    run_captioning.main(again)
+    text = json.loads((tmp_path / "beams" / "config.json").read_text())["text_config"]
+    assert not {"max_new_tokens", "min_new_tokens"} & text.keys()
 
 
 def test_captions_must_be_learnt_from_images(config_file, tmp_path):

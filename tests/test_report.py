@@ -1,12 +1,12 @@
-"""Predictions on disk, the summary on the terminal, and the card."""
+"""Predictions on disk, the training curve, and the summary on the terminal."""
 
 import json
 
 import numpy as np
 import pytest
+from PIL import Image as PIL
 
-from model_card import write_model_card
-from report import read_predictions, summary, write_predictions
+from report import draw_training_curve, read_predictions, summary, write_predictions
 
 
 METRICS = {"eval_loss": 1.5, "eval_rougeL": 0.25, "predict_loss": 1.25, "predict_rougeL": 0.125, "train_loss": 3.0}
@@ -51,13 +51,14 @@ def test_summary_of_a_run_without_test_split(tmp_path):
     assert lines[1].split() == ["loss", "1.5000"]
 
 
-def test_the_card_tells_the_scores_and_the_limits(tmp_path):
-    write_model_card(str(tmp_path), METRICS)
-    card = (tmp_path / "README.md").read_text()
-    assert "Validation: loss 1.5000, rougeL 0.2500." in card
-    assert "Test: loss 1.2500, rougeL 0.1250." in card
-    assert "not for clinical use" in card
-    assert json.dumps(METRICS["train_loss"]) not in card
-    assert "text=" not in card
-    write_model_card(str(tmp_path), METRICS, prompt='a "picture" of')
-    assert """Image.open("image.png"), text='a "picture" of',""" in (tmp_path / "README.md").read_text()
+def test_the_training_curve_is_drawn_from_the_log(tmp_path):
+    log = [{"step": 5, "loss": 2.0}, {"step": 5, "eval_loss": 2.1, "eval_rougeL": 0.1}, {"step": 9, "loss": 1.0}]
+    draw_training_curve(tmp_path)
+    assert not list(tmp_path.iterdir()), "a run that did not train has no curve"
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    draw_training_curve(tmp_path)
+    first = (tmp_path / "training_curve.png").read_bytes()
+    assert min(PIL.open(tmp_path / "training_curve.png").size) > 200
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": log[:2]}))
+    draw_training_curve(tmp_path)
+    assert (tmp_path / "training_curve.png").read_bytes() != first

@@ -1,0 +1,442 @@
+"""To the Hub and back: pinned commits, recipes read from a repository, and what a push sends and how it fails.
+
+Only files on a list are pushed, from a copy in which no path of this machine is left. The Trainer's own push is not
+used: it uploads `training_args.bin` and TensorBoard logs, which hold paths and would hold a token (T15), rewrites the
+card (T16), lets a failed upload pass without a word, and uploads files that training goes on to write.
+"""
+
+import json
+import logging
+import os
+import re
+import shlex
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+from urllib.parse import unquote
+
+from huggingface_hub import HfApi, get_token, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+
+from errors import UserError
+
+
+logger = logging.getLogger("captioning.hub")
+
+Result = TypeVar("Result")
+
+PROJECT = Path(__file__).parent
+COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
+HUB_RECIPE = re.compile(r"hf://(?P<repo>[^/@\s]+/[^/@\s]+)(@(?P<revision>[^/\s]+))?(/(?P<file>\S+))?")
+MODEL_FILES = (
+    "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
+    "processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.txt",
+)  # fmt: skip
+RECORD_FILES = (
+    "README.md", "recipe.json", "*_results.json", "trainer_state.json", "training_curve.png", "predictions/*.jsonl",
+)  # fmt: skip
+# Files of a repository that may be there before the first push: those that the Hub's web page creates
+BLANK_FILES = {".gitattributes", "README.md", "LICENSE"}
+# Keys of a recipe that may differ between two runs that are the same
+RUN_FIELDS = ("package_versions", "hardware")
+# The client itself retries uploads, but not these three calls (huggingface_hub 2.4.0)
+UNRETRIED_CALLS = ("/api/repos/create", "/api/validate-yaml", "/commit/")
+TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
+RETRY_WAITS = (1.0, 4.0)  # seconds before the second and the third try
+LONGEST_RETRY_AFTER = 60.0  # seconds; a rate limit that asks for more ends the push
+
+
+# --- Read -----------------------------------------------------------------------------------------------------
+
+
+def pin_revision(name: str, revision: str | None, kind: str = "model") -> str | None:
+    """Return the commit hash that `revision` of a Hub repository names now; `revision` itself where none can be had.
+
+    Args:
+        name: Hub id.
+        revision: commit, branch or tag; None: the main branch.
+        kind: `model` or `dataset`.
+
+    Raises:
+        UserError: `revision` is not, or no longer, in the repository; the message says where its main branch is.
+    """
+    if os.path.exists(name):
+        return revision
+    api = HfApi()
+    try:
+        if revision is None or not COMMIT_HASH.fullmatch(revision):
+            return api.resolve_revision(name, repo_type=kind, revision=revision).resolved
+        found = api.repo_info(name, repo_type=kind, revision=revision).sha
+    except RevisionNotFoundError as error:
+        raise UserError(_moved(api, name, revision, kind)) from error
+    except (HFValidationError, RepositoryNotFoundError):
+        return revision  # loading it says what is wrong
+    except Exception as error:  # the cache may still have it
+        reason = describe_fault(error)
+        logger.warning("The commit of %s '%s' cannot be checked: %s", kind, name, reason)
+        return revision
+    if found != revision:
+        raise UserError(_moved(api, name, revision, kind))
+    return revision
+
+
+def _moved(api: HfApi, name: str, revision: str | None, kind: str) -> str:
+    try:
+        now = f"its main branch is at {api.repo_info(name, repo_type=kind).sha}"
+    except Exception:
+        now = "its main branch cannot be read either"
+    return (
+        f"{kind} '{name}' has moved: revision {revision} is not there, {now}; "
+        f"to go on with other contents, set --{kind}_revision to that commit"
+    )
+
+
+def is_hub_recipe(name: str) -> bool:
+    """Tell whether the name of a recipe is an address on the Hub."""
+    return name.startswith("hf://")
+
+
+def download_recipe(address: str) -> str:
+    """Download `hf://<user>/<model>[@<revision>][/recipe.json]` and return the path of the local copy.
+
+    Raises:
+        UserError: the address is malformed, or there is no such file.
+    """
+    match = HUB_RECIPE.fullmatch(address)
+    if not match:
+        raise UserError(f"recipe '{address}' is no address; write hf://<user>/<model>/recipe.json")
+    file = match["file"] or "recipe.json"
+    revision = unquote(match["revision"]) if match["revision"] else None
+    try:
+        return hf_hub_download(match["repo"], file, revision=revision)
+    except RepositoryNotFoundError as error:
+        reason = "there is no such repository, or it is private: `hf auth login`"
+        raise UserError(f"recipe '{address}' cannot be read: {reason}") from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"recipe '{address}' cannot be read: there is no revision '{revision}'") from error
+    except EntryNotFoundError as error:
+        if isinstance(error, HfHubHTTPError):
+            reason = f"the repository has no file '{file}'; a model of another recipe cannot be rerun"
+            raise UserError(f"recipe '{address}' cannot be read: {reason}") from error
+        raise UserError(f"recipe '{address}' cannot be read: {describe_fault(error)}") from error
+    except Exception as error:
+        raise UserError(f"recipe '{address}' cannot be read: {describe_fault(error)}") from error
+
+
+# --- Faults ---------------------------------------------------------------------------------------------------
+
+
+def describe_fault(error: BaseException) -> str:
+    """Return in one line why a call of the Hub's client failed, and what helps where it is known."""
+    text = " ".join(str(error).split())
+    if text.startswith("Invalid metadata in README.md"):
+        return f"400, the Hub rejects the card: {text[:300]}; mend README.md"
+    for cause in _causes(error):
+        if isinstance(cause, OfflineModeIsEnabled):
+            return "offline mode: HF_HUB_OFFLINE is set"
+        if isinstance(cause, HfHubHTTPError):
+            return _describe_status(cause)
+        if isinstance(cause, HTTPError):
+            return f"the Hub cannot be reached, or the connection broke ({type(cause).__name__}: {cause})"[:300]
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+
+
+def _describe_status(error: HfHubHTTPError) -> str:
+    status = error.response.status_code
+    said = f" ({' '.join(error.server_message.split())[:200]})" if error.server_message else ""
+    if status == 401:
+        what = "the token is not accepted" if get_token() else "there is no token"
+        return f"401, {what}{said}: run `hf auth login` or set HF_TOKEN to a token that may write"
+    meanings = {
+        403: "the token may not do this",
+        404: "there is no such repository, or the token may not see it",
+        409: "the name is taken, or another push is going on",
+        429: "too many requests: wait some minutes",
+    }
+    meaning = meanings.get(status, "a fault of the Hub" if status >= 500 else "the Hub rejects the request")
+    return f"{status}, {meaning}{said}"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _with_retries(call: Callable[[], Result]) -> Result:
+    """Return `call()`, tried again after a transient fault of a call that the client does not retry itself."""
+    for seconds in RETRY_WAITS:
+        try:
+            return call()
+        except Exception as error:
+            asked = _seconds_to_retry(error)
+            if asked is None or asked > LONGEST_RETRY_AFTER:
+                raise
+            time.sleep(max(seconds, asked))
+    return call()
+
+
+def _seconds_to_retry(error: Exception) -> float | None:
+    """Return for how long the server asks to wait, 0 if it does not say, None if another try is of no use."""
+    for cause in _causes(error):
+        if isinstance(cause, HTTPError):
+            request = cause.response.request if isinstance(cause, HfHubHTTPError) else cause.request
+            if not any(call in request.url.path for call in UNRETRIED_CALLS):
+                return None
+            if not isinstance(cause, HfHubHTTPError):
+                # A refused connection stays refused; one that broke may have been an accident
+                return None if type(cause).__name__ == "ConnectError" else 0.0
+            if cause.response.status_code not in TRANSIENT_STATUS:
+                return None
+            asked = cause.response.headers.get("Retry-After", "")
+            return float(asked) if asked.isdigit() else 0.0
+        if isinstance(cause, json.JSONDecodeError):  # the answer of a proxy, or of a server that is down
+            return 0.0
+    return None
+
+
+# --- Push -----------------------------------------------------------------------------------------------------
+
+
+class Repository:
+    """The model repository that an output folder is pushed to.
+
+    Args:
+        output_dir: the output folder.
+        model_id: `<user>/<name>` or `<name>`; default: the folder's name.
+        private: whether a new repository is private; None: as the user's account says.
+        strategy: when checkpoints are pushed, as in `TrainingArguments.hub_strategy`.
+        always_push: push a checkpoint also while the one before is still being uploaded.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        model_id: str | None = None,
+        private: bool | None = None,
+        strategy: str | HubStrategy = HubStrategy.EVERY_SAVE,
+        always_push: bool = False,
+    ):
+        self.output_dir = Path(output_dir)
+        self.model_id = model_id or self.output_dir.resolve().name
+        self.private = private
+        self.strategy = HubStrategy(strategy)
+        self.always_push = always_push
+        self.repo_id: str | None = None
+        self._api = HfApi()
+        self._uploads: list[Future] = []
+
+    @property
+    def push_command(self) -> str:
+        """The command that pushes the output folder later."""
+        command = f"python run_captioning.py --push_only {shlex.quote(str(self.output_dir))}"
+        command += f" --hub_model_id {shlex.quote(self.model_id)}"
+        return command + (f" --hub_private_repo {self.private}" if self.private is not None else "")
+
+    def open(self) -> None:
+        """Create the repository unless it exists.
+
+        Raises:
+            UserError: it cannot be created, or holds the model of another run; the message is the bare reason.
+        """
+        for leftover in self.output_dir.glob(".push-*"):  # of a run that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        try:
+            url = _with_retries(lambda: self._api.create_repo(self.model_id, private=self.private, exist_ok=True))
+        except KeyError as error:  # a 409 that does not say where one's own repository of this name is
+            raise UserError(f"409, the name '{self.model_id}' is taken; set another --hub_model_id") from error
+        except Exception as error:
+            raise UserError(describe_fault(error)) from error
+        if self._holds_another_run(url.repo_id):
+            raise UserError(
+                f"409, the name is taken: '{url.repo_id}' holds another model; set another --hub_model_id, or delete "
+                "that repository"
+            )
+        self.repo_id = url.repo_id
+
+    def _holds_another_run(self, repo_id: str) -> bool:
+        try:
+            files = set(self._api.list_repo_files(repo_id))
+            if not files - BLANK_FILES:
+                return False
+            if "recipe.json" not in files:
+                return True
+            theirs = json.loads(Path(self._api.hf_hub_download(repo_id, "recipe.json")).read_text(encoding="utf-8"))
+            ours = json.loads(public_recipe((self.output_dir / "recipe.json").read_text(encoding="utf-8")))
+        except (HTTPError, EntryNotFoundError) as error:
+            logger.info("What '%s' holds cannot be read: %s", repo_id, describe_fault(error))
+            return False  # the push itself will tell
+        except ValueError:
+            return True
+        for recipe in (theirs, ours):
+            for name in RUN_FIELDS:
+                recipe.pop(name, None)
+        return theirs != ours
+
+    def push_checkpoint(self, folder: Path) -> None:
+        """Start to upload a checkpoint; training goes on meanwhile, and a fault is no more than a warning.
+
+        The model goes to the top of the repository and, by `strategy`, all that a resume needs to `last-checkpoint`
+        or `checkpoint-<step>`. As in the Trainer, a checkpoint is left out while the one before is still on its way.
+        """
+        if self.repo_id is None or self.strategy == HubStrategy.END:
+            return
+        if not self.always_push and not all(upload.done() for upload in self._uploads):
+            return
+        files = _select(folder, (*MODEL_FILES, "trainer_state.json")) | _select(self.output_dir, ("recipe.json",))
+        if self.strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            place = "last-checkpoint" if self.strategy == HubStrategy.CHECKPOINT else folder.name
+            state = {path: source for path, source in _select(folder, ("**/*",)).items()}
+            files |= {f"{place}/{path}": source for path, source in state.items() if path != "training_args.bin"}
+        message = f"Training, step {folder.name.removeprefix(f'{PREFIX_CHECKPOINT_DIR}-')}"
+        disable_progress_bars()  # they would run through those of the training
+        try:
+            stage = self._stage(files)
+        except OSError as error:
+            logger.warning("%s cannot be pushed: %s; training goes on", folder, error)
+            return
+        self._uploads.append(self._api.run_as_future(self._upload_checkpoint, stage, message))
+
+    def _upload_checkpoint(self, stage: Path, message: str) -> None:
+        try:
+            self._upload(stage, message)
+        except Exception as error:
+            logger.warning("%s is not on the Hub: %s; training goes on", message, describe_fault(error))
+
+    def push(self, write_card: Callable[[str], None]) -> str:
+        """Push the finished output folder, once the uploads of checkpoints have ended, and return its address.
+
+        Args:
+            write_card: called with the repository's id, `<user>/<name>`, before the files are laid out.
+
+        Raises:
+            UserError: with the reason and the command that pushes it later; the output folder is as it was.
+        """
+        wait(self._uploads)
+        enable_progress_bars()
+        try:
+            if self.repo_id is None:
+                self.open()
+            return str(
+                self._upload(self._stage(_select(self.output_dir, MODEL_FILES + RECORD_FILES)), "End of training")
+            )
+        except Exception as error:
+            reason = str(error) if isinstance(error, UserError) else describe_fault(error)
+            raise UserError(
+                f"the model is complete in '{self.output_dir}' but not on the Hub: {reason}; push it later with: "
+                f"{self.push_command}"
+            ) from error
+
+    def _stage(self, files: dict[str, Path]) -> Path:
+        """Lay out what is pushed in a folder of its own: training may rewrite or delete its files meanwhile."""
+        stage = Path(tempfile.mkdtemp(prefix=".push-", dir=self.output_dir))
+        for path, source in files.items():
+            target = stage / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if rewrite := REWRITTEN.get(source.name):
+                target.write_text(rewrite(source.read_text(encoding="utf-8")), encoding="utf-8")
+            else:
+                _link_or_copy(source, target)
+        return stage
+
+    def _upload(self, stage: Path, message: str) -> str:
+        try:
+            commit = _with_retries(
+                lambda: self._api.upload_folder(repo_id=self.repo_id, folder_path=stage, commit_message=message)
+            )
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+        return commit.commit_url
+
+
+def open_repository(args: TrainingArguments) -> Repository | None:
+    """Create the repository to push to, in the first process of a run that asks for one; None elsewhere.
+
+    A fault is told at once but does not stop the run: hours of training are worth more than their upload, which is
+    tried again at the end.
+    """
+    wanted, args.push_to_hub = args.push_to_hub, False  # where the Trainer sees it, it pushes by its own means
+    if not wanted or not args.should_save:
+        return None
+    repository = Repository(
+        args.output_dir, args.hub_model_id, args.hub_private_repo, args.hub_strategy, args.hub_always_push
+    )
+    try:
+        repository.open()
+    except UserError as error:
+        logger.warning("Nothing can be pushed now: %s. The run goes on and tries again at its end", error)
+    return repository
+
+
+class PushCheckpoints(TrainerCallback):
+    """Hand each checkpoint to a `Repository` as soon as it is complete."""
+
+    def __init__(self, repository: Repository):
+        self.repository = repository
+
+    def on_save(self, args, state, control, **kwargs):
+        """Start the upload, in the first process."""
+        if state.is_world_process_zero:
+            self.repository.push_checkpoint(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+
+def _select(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
+    """Return the files of `folder` that one of the patterns names, by their path in the repository."""
+    found = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path for path in found}
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)  # gigabytes of weights need no second copy on the disk
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+# --- What must not leave the machine ---------------------------------------------------------------------------
+
+
+def public_recipe(text: str) -> str:
+    """Return a recipe without paths of this machine: `configs/x.json` for a file of this project, else `./<name>`."""
+    return json.dumps(_without_paths(json.loads(text)), indent=2) + "\n"
+
+
+def _public_state(text: str) -> str:
+    """Return a `trainer_state.json` that names its best checkpoint without the folders above it."""
+    state = json.loads(text)
+    if state.get("best_model_checkpoint"):
+        state["best_model_checkpoint"] = Path(state["best_model_checkpoint"]).name
+    return json.dumps(_without_paths(state), indent=2, sort_keys=True) + "\n"
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    if os.path.isabs(value):
+        path = Path(value)
+        inside = path.is_relative_to(PROJECT)
+        return path.relative_to(PROJECT).as_posix() if inside else f"./{PurePosixPath(path.as_posix()).name}"
+    return value.replace(f"{Path.home()}{os.sep}", "")
+
+
+REWRITTEN: dict[str, Callable[[str], str]] = {"recipe.json": public_recipe, "trainer_state.json": _public_state}
