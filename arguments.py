@@ -393,11 +393,9 @@ def read_recipe(path: str) -> dict[str, Any]:
             raise UserError(
                 f"recipe '{path}': '{key}' is {json.dumps(value)}, which is no {_type_name(known[key].type)}"
             )
-        if from_hub and key in PLACE_FIELDS - set(RUN_FIELDS):
-            # A stranger's recipe says what is run, not where it is written and whose repository it is pushed to
-            raise UserError(
-                f"recipe '{path}' sets '{key}', which a recipe from the Hub must not; download and edit it"
-            )
+        if from_hub and key in DESTINATION_FIELDS:
+            # A stranger's recipe says what is run, not where it is written and which repository it is pushed to
+            raise UserError(f"recipe '{path}' sets '{key}'; a recipe from the Hub must not: download and edit it")
     return recipe
 
 

@@ -256,11 +256,18 @@ def tell_other_decoding(model: BlipForConditionalGeneration, settings: dict[str,
     recorded = model.generation_config.to_dict()
     if not recorded.get("num_beams"):
         return
-    for name in ("num_beams", "max_new_tokens", "min_new_tokens", "no_repeat_ngram_size", "length_penalty"):
-        was, now = recorded.get(name) or 0, settings.get(name) or 0
+    unset = {
+        "num_beams": 1,
+        "max_new_tokens": 0,
+        "min_new_tokens": 0,
+        "no_repeat_ngram_size": 0,
+        "length_penalty": 1.0,
+    }
+    for name, default in unset.items():
+        was, now = recorded.get(name) or default, settings.get(name) or default
         if was != now:
             logger.warning(
-                "The model's own scores are with %s %s, this run's with %s: --%s %s", name, was, now, name, was
+                "The model's own scores are with %s %s, not %s; for them, --%s %s", name, was, now, name, was
             )
 
 

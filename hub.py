@@ -299,25 +299,28 @@ class Repository:
             return
         if not self.always_push and not all(upload.done() for upload in self._uploads):
             return
-        files = _select(folder, (*MODEL_FILES, "trainer_state.json")) | _select(self.output_dir, ("recipe.json",))
+        message = f"Training, step {folder.name.removeprefix(f'{PREFIX_CHECKPOINT_DIR}-')}"
+        model = _select(folder, (*MODEL_FILES, "trainer_state.json")) | _select(self.output_dir, ("recipe.json",))
+        commits = {message: model}
         if self.strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             place = "last-checkpoint" if self.strategy == HubStrategy.CHECKPOINT else folder.name
-            state = {path: source for path, source in _select(folder, ("**/*",)).items()}
-            files |= {f"{place}/{path}": source for path, source in state.items() if path != "training_args.bin"}
-        message = f"Training, step {folder.name.removeprefix(f'{PREFIX_CHECKPOINT_DIR}-')}"
+            state = {path: file for path, file in _select(folder, ("**/*",)).items() if path != "training_args.bin"}
+            # A commit of its own: the weights are on the Hub by then, and are not uploaded twice
+            commits[f"{message}, checkpoint"] = {f"{place}/{path}": file for path, file in state.items()}
         disable_progress_bars()  # they would run through those of the training
         try:
-            stage = self._stage(files)
+            stages = {title: self._stage(files) for title, files in commits.items()}
         except OSError as error:
             logger.warning("%s cannot be pushed: %s; training goes on", folder, error)
             return
-        self._uploads.append(self._api.run_as_future(self._upload_checkpoint, stage, message))
+        self._uploads.append(self._api.run_as_future(self._upload_checkpoint, stages))
 
-    def _upload_checkpoint(self, stage: Path, message: str) -> None:
-        try:
-            self._upload(stage, message)
-        except Exception as error:
-            logger.warning("%s is not on the Hub: %s; training goes on", message, describe_fault(error))
+    def _upload_checkpoint(self, stages: dict[str, Path]) -> None:
+        for message, stage in stages.items():
+            try:
+                self._upload(stage, message)
+            except Exception as error:
+                logger.warning("%s is not on the Hub: %s; training goes on", message, describe_fault(error))
 
     def push(self, write_card: Callable[[str], None]) -> str:
         """Push the finished output folder, once the uploads of checkpoints have ended, and return its address.
@@ -333,9 +336,9 @@ class Repository:
         try:
             if self.repo_id is None:
                 self.open()
-            return str(
-                self._upload(self._stage(_select(self.output_dir, MODEL_FILES + RECORD_FILES)), "End of training")
-            )
+            write_card(self.repo_id)
+            stage = self._stage(_select(self.output_dir, MODEL_FILES + RECORD_FILES))
+            return self._upload(stage, "End of training")
         except Exception as error:
             reason = str(error) if isinstance(error, UserError) else describe_fault(error)
             raise UserError(
