@@ -13,7 +13,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from blip import caption_logits, encode_images, generate_captions
 from collator import IGNORE_INDEX
 from errors import as_user_error
+from hub import Repository
 from metrics import compute_metrics
+from model_card import push, write_model_card
 
 
 logger = logging.getLogger("captioning.trainer")
@@ -80,6 +82,18 @@ class CaptioningTrainer(Seq2SeqTrainer):
         output = super().train(*args, **kwargs)
         output.metrics["train_loss"] = mean_training_loss(self.state.log_history)
         return output._replace(training_loss=output.metrics["train_loss"])
+
+    # --- Hub --------------------------------------------------------------------------------------------------
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Write the recipe's card; the Trainer's own has an empty `model-index` for BLIP (T16)."""
+        if self.is_world_process_zero():
+            write_model_card(Path(self.args.output_dir), self.args.hub_model_id)
+
+    def push_to_hub(self, *args, **kwargs) -> None:
+        """Push the output folder as `run_captioning.py` does; the stock push uploads `training_args.bin` (T15)."""
+        if self.is_world_process_zero():
+            push(Repository(self.args.output_dir, self.args.hub_model_id, self.args.hub_private_repo))
 
     # --- Evaluation -------------------------------------------------------------------------------------------
 

@@ -9,10 +9,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hub_server import HubServer
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from test_end_to_end import ROOT, outcome, without_times
 from transformers import BlipProcessor
@@ -247,6 +248,25 @@ def test_the_model_of_another_run_is_not_replaced(hub, home, finished):
     recipe = json.loads((finished / "recipe.json").read_text())
     (finished / "recipe.json").write_text(json.dumps(recipe | {"seed": 7}))
     assert "holds another model" in run(hub, home, [*push, "tester/blank"], code=2).stderr
+
+
+def test_the_methods_of_the_trainer_push_the_same(make_trainer, finished, monkeypatch):
+    """T15, T16: called by hand, they must not upload what the stock ones do."""
+    trainer = make_trainer(output_dir=str(finished), hub_model_id="tester/model")
+    (finished / "README.md").unlink()
+    trainer.create_model_card()
+    assert 'name = "tester/model"' in (finished / "README.md").read_text()
+    pushed = {}
+
+    def upload_folder(self, repo_id, folder_path, commit_message):
+        pushed.update(files_of(Path(folder_path)))
+        return SimpleNamespace(commit_url="https://hub/commit")
+
+    for name, answer in (("create_repo", SimpleNamespace(repo_id="tester/model")), ("list_repo_files", [])):
+        monkeypatch.setattr(HfApi, name, lambda self, *args, answer=answer, **kwargs: answer)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    trainer.push_to_hub()
+    assert "model.safetensors" in pushed and "training_args.bin" not in pushed
 
 
 def test_an_edited_card_is_pushed_as_it_is(hub, home, finished):
