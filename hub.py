@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote
 
@@ -51,6 +51,7 @@ MODEL_FILES = (
 RECORD_FILES = (
     "README.md", "recipe.json", "*_results.json", "trainer_state.json", "training_curve.png", "predictions/*.jsonl",
 )  # fmt: skip
+REWRITTEN_FILES = ("recipe.json", "trainer_state.json")  # those that hold paths of this machine
 # Files of a repository that may be there before the first push: those that the Hub's web page creates
 BLANK_FILES = {".gitattributes", "README.md", "LICENSE"}
 # Keys of a recipe that may differ between two runs that are the same
@@ -272,22 +273,14 @@ class Repository:
 
     def _holds_another_run(self, repo_id: str) -> bool:
         try:
-            files = set(self._api.list_repo_files(repo_id))
-            if not files - BLANK_FILES:
-                return False
-            if "recipe.json" not in files:
-                return True
-            theirs = json.loads(Path(self._api.hf_hub_download(repo_id, "recipe.json")).read_text(encoding="utf-8"))
-            ours = json.loads(public_recipe((self.output_dir / "recipe.json").read_text(encoding="utf-8")))
-        except (HTTPError, EntryNotFoundError) as error:
+            files = set(self._api.list_repo_files(repo_id)) - BLANK_FILES
+            theirs = Path(self._api.hf_hub_download(repo_id, "recipe.json")) if "recipe.json" in files else None
+        except Exception as error:
             logger.info("What '%s' holds cannot be read: %s", repo_id, describe_fault(error))
             return False  # the push itself will tell
-        except ValueError:
-            return True
-        for recipe in (theirs, ours):
-            for name in RUN_FIELDS:
-                recipe.pop(name, None)
-        return theirs != ours
+        if not files or theirs is None:
+            return bool(files)
+        return _what_was_run(theirs) != _what_was_run(self.output_dir / "recipe.json")
 
     def push_checkpoint(self, folder: Path) -> None:
         """Start to upload a checkpoint; training goes on meanwhile, and a fault is no more than a warning.
@@ -352,8 +345,8 @@ class Repository:
         for path, source in files.items():
             target = stage / path
             target.parent.mkdir(parents=True, exist_ok=True)
-            if rewrite := REWRITTEN.get(source.name):
-                target.write_text(rewrite(source.read_text(encoding="utf-8")), encoding="utf-8")
+            if source.name in REWRITTEN_FILES:
+                target.write_text(without_local_paths(source.read_text(encoding="utf-8")), encoding="utf-8")
             else:
                 _link_or_copy(source, target)
         return stage
@@ -415,31 +408,29 @@ def _link_or_copy(source: Path, target: Path) -> None:
 # --- What must not leave the machine ---------------------------------------------------------------------------
 
 
-def public_recipe(text: str) -> str:
-    """Return a recipe without paths of this machine: `configs/x.json` for a file of this project, else `./<name>`."""
+def without_local_paths(text: str) -> str:
+    """Return a JSON file without absolute paths: `./configs/x.json` for a file of this project, else `./<name>`."""
     return json.dumps(_without_paths(json.loads(text)), indent=2) + "\n"
 
 
-def _public_state(text: str) -> str:
-    """Return a `trainer_state.json` that names its best checkpoint without the folders above it."""
-    state = json.loads(text)
-    if state.get("best_model_checkpoint"):
-        state["best_model_checkpoint"] = Path(state["best_model_checkpoint"]).name
-    return json.dumps(_without_paths(state), indent=2, sort_keys=True) + "\n"
+def _what_was_run(recipe_file: Path) -> dict[str, Any] | None:
+    """Return a recipe without what may differ between two runs that are the same; None for a file that is none."""
+    try:
+        recipe = json.loads(without_local_paths(recipe_file.read_text(encoding="utf-8")))
+        return {key: value for key, value in recipe.items() if key not in RUN_FIELDS}
+    except (ValueError, AttributeError):
+        return None
 
 
 def _without_paths(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_paths(item) for key, item in value.items()}
+        return {key: item if key == "prompt" else _without_paths(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_without_paths(item) for item in value]
     if not isinstance(value, str):
         return value
     if os.path.isabs(value):
         path = Path(value)
-        inside = path.is_relative_to(PROJECT)
-        return path.relative_to(PROJECT).as_posix() if inside else f"./{PurePosixPath(path.as_posix()).name}"
-    return value.replace(f"{Path.home()}{os.sep}", "")
-
-
-REWRITTEN: dict[str, Callable[[str], str]] = {"recipe.json": public_recipe, "trainer_state.json": _public_state}
+        return f"./{path.relative_to(PROJECT).as_posix() if path.is_relative_to(PROJECT) else path.name}"
+    home = Path.home()
+    return value.replace(f"{home}{os.sep}", "") if home.name else value

@@ -19,7 +19,8 @@ from test_end_to_end import ROOT, outcome, without_times
 from transformers import BlipProcessor
 
 import run_captioning
-from hub import public_recipe
+from errors import UserError
+from hub import pin_revision, without_local_paths
 from report import read_predictions
 
 
@@ -385,6 +386,24 @@ def test_a_hub_model_captions_with_and_without_the_two_tokens_in_its_tokenizer(
     assert "some/blip" in (home / "run/README.md").read_text()
 
 
+def test_a_commit_that_is_answered_with_another_has_moved(monkeypatch):
+    """What a mirror or a cache before the Hub may do; the Hub itself does not, so its answer is a stand-in."""
+    monkeypatch.setattr(HfApi, "repo_info", lambda self, *args, **kwargs: SimpleNamespace(sha="1" * 40))
+    with pytest.raises(
+        UserError, match=f"has moved: revision {'0' * 40} is not there, its main branch is at {'1' * 40}"
+    ):
+        pin_revision("some/model", "0" * 40)
+    assert pin_revision("some/model", "1" * 40) == "1" * 40
+    assert pin_revision("some/model", "main") == "1" * 40
+
+
+def test_what_a_killed_run_left_of_a_push_is_cleared(hub, home, finished):
+    leftover = finished / ".push-abc" / "last-checkpoint"
+    leftover.mkdir(parents=True)
+    run(hub, home, ["--push_only", finished, "--hub_model_id", "tester/model"])
+    assert not list(finished.glob(".push-*"))
+
+
 # --- Without a server -----------------------------------------------------------------------------------------
 
 
@@ -395,12 +414,14 @@ def test_paths_of_this_machine_are_taken_out_of_a_recipe():
         "tokenizer_name": "relative/vocab",
         "optim_args": f"file={Path.home()}/x",
         "lr_scheduler_kwargs": {"path": "/a/b"},
+        "prompt": "/ findings",
     }
-    public = json.loads(public_recipe(json.dumps(recipe)))
+    public = json.loads(without_local_paths(json.dumps(recipe)))
     assert public == {
-        "config_name": "configs/blip_small.json",
+        "config_name": "./configs/blip_small.json",
         "dataset_name": "./rocov2",
         "tokenizer_name": "relative/vocab",
         "optim_args": "file=x",
         "lr_scheduler_kwargs": {"path": "./b"},
+        "prompt": "/ findings",
     }
