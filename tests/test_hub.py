@@ -246,6 +246,7 @@ def test_the_model_of_another_run_is_not_replaced(hub, home, finished):
         run(hub, home, [*push, name])
     assert "model.safetensors" in hub.files("tester/blank")
     assert "model.safetensors" in hub.files("tester/new-name"), "a name without a user is the user's own"
+    assert 'name = "tester/new-name"' in hub.files("tester/new-name")["README.md"].decode()
     recipe = json.loads((finished / "recipe.json").read_text())
     (finished / "recipe.json").write_text(json.dumps(recipe | {"seed": 7}))
     assert "holds another model" in run(hub, home, [*push, "tester/blank"], code=2).stderr
