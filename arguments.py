@@ -355,7 +355,7 @@ def _parse(parser: RecipeParser, argv: list[str], known: Iterable[str]) -> dict[
 
 
 def _flags(argv: list[str]) -> set[str]:
-    return {item.split("=")[0].removeprefix("--") for item in argv if item.startswith("--")}
+    return {item.split("=")[0].removeprefix("--").replace("-", "_") for item in argv if item.startswith("--")}
 
 
 def _without_replaced(recipe: dict[str, Any], flags: set[str]) -> dict[str, Any]:
@@ -457,10 +457,10 @@ def _at_least(arguments: Any, name: str, lowest: int) -> None:
 
 # --- Write back -----------------------------------------------------------------------------------------------
 
-# Where a run's output goes
+# Where a run's output and logs go
 DESTINATION_FIELDS = {
     "output_dir", "resume_from_checkpoint", "run_name", "push_to_hub", "hub_model_id", "hub_strategy",
-    "hub_private_repo", "hub_always_push", "hub_token",
+    "hub_private_repo", "hub_always_push", "hub_token", "report_to", "project", "trackio_space_id",
 }  # fmt: skip
 # Left out of a written recipe, so that a rerun does not depend on them; the last four are written otherwise
 PLACE_FIELDS = DESTINATION_FIELDS | {

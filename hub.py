@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote
 
-from huggingface_hub import HfApi, get_token, hf_hub_download
+import httpx2
+from huggingface_hub import HfApi, get_token, hf_hub_download, set_client_factory
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -29,7 +30,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, validate_repo_id
+from huggingface_hub.utils._http import default_client_factory
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
@@ -41,6 +43,7 @@ logger = logging.getLogger("captioning.hub")
 Result = TypeVar("Result")
 
 PROJECT = Path(__file__).parent
+LOCAL_PATH = re.compile(r"""(?<![\w.:/-])(?:file://)?(?:/|(?:\.\./)+)[^\s,;"']+""")
 COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
 HUB_RECIPE = re.compile(r"hf://(?P<repo>[^/@\s]+/[^/@\s]+)(@(?P<revision>[^/\s]+))?(/(?P<file>\S+))?")
 MODEL_FILES = (
@@ -59,6 +62,8 @@ RUN_FIELDS = ("package_versions", "hardware")
 # The client itself retries uploads, but not these three calls (huggingface_hub 2.4.0)
 UNRETRIED_CALLS = ("/api/repos/create", "/api/validate-yaml", "/commit/")
 TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
+ORIGIN_FIELDS = ("model_name_or_path", "config_name", "dataset_name")
+TIMEOUT = 60.0  # seconds without a byte; the client's own default is to wait for ever
 RETRY_WAITS = (1.0, 4.0)  # seconds before the second and the third try
 LONGEST_RETRY_AFTER = 60.0  # seconds; a rate limit that asks for more ends the push
 
@@ -153,6 +158,8 @@ def describe_fault(error: BaseException) -> str:
             return "offline mode: HF_HUB_OFFLINE is set"
         if isinstance(cause, HfHubHTTPError):
             return _describe_status(cause)
+        if isinstance(cause, json.JSONDecodeError):
+            return "the Hub's answer is no JSON: its server is down, a proxy answers, or HF_ENDPOINT is wrong"
         if isinstance(cause, HTTPError):
             return f"the Hub cannot be reached, or the connection broke ({type(cause).__name__}: {cause})"[:300]
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
@@ -180,6 +187,17 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
+def _limit_waiting() -> None:
+    """Make the Hub's client give up on a server that is silent for `TIMEOUT`: a run must not hang on its upload."""
+
+    def client() -> httpx2.Client:
+        made = default_client_factory()
+        made.timeout = TIMEOUT
+        return made
+
+    set_client_factory(client)
+
+
 def _with_retries(call: Callable[[], Result]) -> Result:
     """Return `call()`, tried again after a transient fault of a call that the client does not retry itself."""
     for seconds in RETRY_WAITS:
@@ -201,8 +219,8 @@ def _seconds_to_retry(error: Exception) -> float | None:
             if not any(call in request.url.path for call in UNRETRIED_CALLS):
                 return None
             if not isinstance(cause, HfHubHTTPError):
-                # A refused connection stays refused; one that broke may have been an accident
-                return None if type(cause).__name__ == "ConnectError" else 0.0
+                # A refused connection stays refused, a silent server silent; one that broke may be an accident
+                return None if isinstance(cause, httpx2.ConnectError | httpx2.TimeoutException) else 0.0
             if cause.response.status_code not in TRANSIENT_STATUS:
                 return None
             asked = cause.response.headers.get("Retry-After", "")
@@ -224,6 +242,9 @@ class Repository:
         private: whether a new repository is private; None: as the user's account says.
         strategy: when checkpoints are pushed, as in `TrainingArguments.hub_strategy`.
         always_push: push a checkpoint also while the one before is still being uploaded.
+
+    Raises:
+        UserError: `model_id` cannot be the name of a repository.
     """
 
     def __init__(
@@ -235,7 +256,12 @@ class Repository:
         always_push: bool = False,
     ):
         self.output_dir = Path(output_dir)
-        self.model_id = model_id or self.output_dir.resolve().name
+        folder_name = re.sub(r"[^A-Za-z0-9._]+", "-", self.output_dir.resolve().name).strip("-.")
+        self.model_id = model_id or folder_name
+        try:
+            validate_repo_id(self.model_id)
+        except HFValidationError as error:
+            raise UserError(f"hub_model_id '{self.model_id}': {error}; set --hub_model_id to <user>/<name>") from error
         self.private = private
         self.strategy = HubStrategy(strategy)
         self.always_push = always_push
@@ -258,29 +284,41 @@ class Repository:
         """
         for leftover in self.output_dir.glob(".push-*"):  # of a run that was killed
             shutil.rmtree(leftover, ignore_errors=True)
+        _limit_waiting()
         try:
-            url = _with_retries(lambda: self._api.create_repo(self.model_id, private=self.private, exist_ok=True))
+            repo_id, is_new = _with_retries(self._create)
         except KeyError as error:  # a 409 that does not say where one's own repository of this name is
             raise UserError(f"409, the name '{self.model_id}' is taken; set another --hub_model_id") from error
         except Exception as error:
             raise UserError(describe_fault(error)) from error
-        if self._holds_another_run(url.repo_id):
-            raise UserError(
-                f"409, the name is taken: '{url.repo_id}' holds another model; set another --hub_model_id, or delete "
-                "that repository"
-            )
-        self.repo_id = url.repo_id
+        if not is_new:
+            self._refuse_another_model(repo_id)
+        self.repo_id = repo_id
 
-    def _holds_another_run(self, repo_id: str) -> bool:
+    def _create(self) -> tuple[str, bool]:
+        """Return the repository's id and whether it is new."""
+        try:
+            return self._api.create_repo(self.model_id, private=self.private).repo_id, True
+        except HfHubHTTPError as error:
+            if error.response.status_code not in (401, 402, 403, 409):
+                raise
+        # It may be there although this token may not create it
+        return self._api.create_repo(self.model_id, private=self.private, exist_ok=True).repo_id, False
+
+    def _refuse_another_model(self, repo_id: str) -> None:
+        """Raise UserError unless the repository is blank, or holds a model of the same start and the same data."""
         try:
             files = set(self._api.list_repo_files(repo_id)) - BLANK_FILES
-            theirs = Path(self._api.hf_hub_download(repo_id, "recipe.json")) if "recipe.json" in files else None
+            theirs = None
+            if "recipe.json" in files:  # forced: the cache may hold an older one
+                theirs = Path(self._api.hf_hub_download(repo_id, "recipe.json", force_download=True))
         except Exception as error:
-            logger.info("What '%s' holds cannot be read: %s", repo_id, describe_fault(error))
-            return False  # the push itself will tell
-        if not files or theirs is None:
-            return bool(files)
-        return _what_was_run(theirs) != _what_was_run(self.output_dir / "recipe.json")
+            raise UserError(f"what '{repo_id}' holds cannot be read: {describe_fault(error)}") from error
+        if files and (theirs is None or _origin(theirs) != _origin(self.output_dir / "recipe.json")):
+            raise UserError(
+                f"409, the name is taken: '{repo_id}' holds another model; set another --hub_model_id, or delete that "
+                "repository"
+            )
 
     def push_checkpoint(self, folder: Path) -> None:
         """Start to upload a checkpoint; training goes on meanwhile, and a fault is no more than a warning.
@@ -316,13 +354,13 @@ class Repository:
                 logger.warning("%s is not on the Hub: %s; training goes on", message, describe_fault(error))
 
     def push(self, write_card: Callable[[str], None]) -> str:
-        """Push the finished output folder, once the uploads of checkpoints have ended, and return its address.
+        """Push the finished output folder after the uploads of checkpoints; return the address of the commit.
 
         Args:
             write_card: called with the repository's id, `<user>/<name>`, before the files are laid out.
 
         Raises:
-            UserError: with the reason and the command that pushes it later; the output folder is as it was.
+            UserError: with the reason and the command that pushes it later.
         """
         wait(self._uploads)
         enable_progress_bars()
@@ -409,16 +447,24 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 def without_local_paths(text: str) -> str:
-    """Return a JSON file without absolute paths: `./configs/x.json` for a file of this project, else `./<name>`."""
-    return json.dumps(_without_paths(json.loads(text)), indent=2) + "\n"
+    """Return a JSON object in which a path is `./configs/x.json` if of this project, and else no more than `./<name>`.
+
+    A relative path gets its `./`, too: `data/rocov2` would be read as an id on the Hub by whoever reruns the recipe.
+    """
+    content = json.loads(text)
+    for name, revision in (("model_name_or_path", "model_revision"), ("dataset_name", "dataset_revision")):
+        given = content.get(name)
+        if given and given != "phantoms" and not COMMIT_HASH.fullmatch(content.get(revision) or ""):
+            content[name] = _public_path(given)
+    return json.dumps(_without_paths(content), indent=2) + "\n"
 
 
-def _what_was_run(recipe_file: Path) -> dict[str, Any] | None:
-    """Return a recipe without what may differ between two runs that are the same; None for a file that is none."""
+def _origin(recipe_file: Path) -> list[Any] | None:
+    """Return what a model was made from: two runs of one origin may share a repository. None for a broken recipe."""
     try:
         recipe = json.loads(without_local_paths(recipe_file.read_text(encoding="utf-8")))
-        return {key: value for key, value in recipe.items() if key not in RUN_FIELDS}
-    except (ValueError, AttributeError):
+        return [recipe[name] for name in ORIGIN_FIELDS]
+    except (ValueError, KeyError, TypeError):
         return None
 
 
@@ -427,10 +473,13 @@ def _without_paths(value: Any) -> Any:
         return {key: item if key == "prompt" else _without_paths(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_without_paths(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    if os.path.isabs(value):
-        path = Path(value)
-        return f"./{path.relative_to(PROJECT).as_posix() if path.is_relative_to(PROJECT) else path.name}"
-    home = Path.home()
-    return value.replace(f"{home}{os.sep}", "") if home.name else value
+    if isinstance(value, str):
+        return LOCAL_PATH.sub(lambda match: _public_path(match[0].removeprefix("file://")), value)
+    return value
+
+
+def _public_path(path: str) -> str:
+    if os.path.isabs(path) and Path(path).is_relative_to(PROJECT):
+        return f"./{Path(path).relative_to(PROJECT).as_posix()}"
+    inside = not os.path.isabs(path) and ".." not in Path(path).parts
+    return f"./{Path(path).as_posix() if inside else Path(path).name}"

@@ -17,7 +17,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
 from blip import plain_generate_suffices
-from errors import UserError
+from errors import UserError, as_user_error
 from hub import COMMIT_HASH, PROJECT, Repository
 from report import read_predictions, write_whole
 
@@ -28,6 +28,13 @@ TEMPLATE = PROJECT / "model_card_template.md"
 ROCOV2 = "eltorio/ROCOv2-radiology"
 CAPTION_WIDTH = 300  # characters of a caption in the table of examples
 NAME_LINE = re.compile(r'^name = "(.*)"$', re.MULTILINE)
+# What a recipe leaves out where it is the default, or was written before there was the key
+RECIPE_DEFAULTS = {
+    "do_train": True,
+    "language": "en",
+    "license": None,
+    "hardware": {"device": "unknown", "processor": "unknown", "threads": "unknown", "processes": 1},
+}
 SPLITS = {"test": "predict", "validation": "eval"}  # split to the prefix of its metrics
 SCORE_COLUMNS = {
     "rougeL": "ROUGE-L",
@@ -89,6 +96,8 @@ def push_finished_run(folder: str, model_id: str | None = None, private: bool | 
     for file in ("model.safetensors", "recipe.json", "README.md"):
         if not (Path(folder) / file).is_file():
             raise UserError(f"push_only: '{folder}' holds no finished run, it has no {file}; give an output folder")
+    with as_user_error(f"push_only: the card of '{folder}' cannot be written", "recipe.json must be that of the run"):
+        render(Path(folder), "name")
     push(Repository(folder, model_id, private))
 
 
@@ -96,7 +105,7 @@ def _rename_card(output_dir: Path, name: str) -> None:
     """Write the card anew under another name, unless somebody has edited it."""
     card = (output_dir / "README.md").read_text(encoding="utf-8")
     named = NAME_LINE.search(card)
-    if named and card == render(output_dir, named[1]):
+    if named and card == render(output_dir, json.loads(f'"{named[1]}"')):
         write_model_card(output_dir, name)
     else:
         logger.info("'%s' was edited and is pushed as it is", output_dir / "README.md")
@@ -107,11 +116,13 @@ def _rename_card(output_dir: Path, name: str) -> None:
 
 def render(output_dir: Path, name: str) -> str:
     """Return the card of the run in `output_dir` as Markdown with its YAML metadata."""
-    recipe = {"do_train": True} | _read_json(output_dir / "recipe.json")
+    recipe = RECIPE_DEFAULTS | _read_json(output_dir / "recipe.json")
     results = _read_json(output_dir / "all_results.json")
     data = _data_of(recipe, output_dir)
     start = recipe["model_name_or_path"]
     base = start and (_hub_id(start, recipe["model_revision"]) or _folder_name(start))
+    if not base and not recipe["do_train"]:
+        base = Path(recipe["config_name"]).stem  # of random weights that were scored as they are
     licence, licence_text = LICENCES[data["kind"]]
     if data["kind"] == "phantoms" and base:
         licence, licence_text = "other", f"{licence_text} The licence of {base} applies to what was made from it."
@@ -132,7 +143,8 @@ def render(output_dir: Path, name: str) -> str:
         metadata,
         template_path=str(TEMPLATE),
         name=name,
-        python_name=json.dumps(name if recipe["do_train"] else base),
+        python_name=json.dumps(name if recipe["do_train"] else base, ensure_ascii=False),
+        settings=None if recipe["do_train"] else _settings(recipe),
         trained=recipe["do_train"],
         base=f"[{base}](https://huggingface.co/{base})" if base and "/" in base else base and f"`{base}`",
         config_name=recipe["config_name"] and Path(recipe["config_name"]).name,
@@ -148,11 +160,11 @@ def render(output_dir: Path, name: str) -> str:
         examples_split=examples_split,
         prompt=recipe["prompt"] and repr(recipe["prompt"]),
         autocast="bfloat16" if recipe["bf16"] else "float16" if recipe["fp16"] else None,
-        plain_generate=plain_generate_suffices(recipe),
+        plain_generate=recipe["do_train"] and plain_generate_suffices(recipe),
         package_versions=recipe["package_versions"],
         recipe_address=f"hf://{name}/recipe.json" if "/" in name else f"{name}/recipe.json",
         missing_paths=_missing_paths(recipe),
-        facts=_facts(recipe, results, base or f"random weights, {recipe['config_name']}", data),
+        facts=_facts(recipe, results, base or "random weights", data),
         has_curve=(output_dir / "training_curve.png").is_file(),
         history=_history(_read_json(output_dir / "trainer_state.json")),
         licence_text=licence_text,
@@ -198,10 +210,8 @@ def _first_predictions(output_dir: Path) -> list[dict[str, Any]]:
 
 
 def _hub_id(given: str, revision: str | None) -> str | None:
-    """Return the Hub id that a run was given, None for a path of its machine."""
-    pinned = revision is not None and COMMIT_HASH.fullmatch(revision)
-    is_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", given)
-    return given if is_id and (pinned or not Path(given).exists()) else None
+    """Return the Hub id that a run was given, None for a path: what came from the Hub has its commit in the recipe."""
+    return given if revision and COMMIT_HASH.fullmatch(revision) else None
 
 
 def _folder_name(path: str) -> str:
@@ -227,7 +237,7 @@ def _eval_results(results: Mapping[str, float], data: Mapping[str, Any]) -> list
                     metric_value=float(results[f"{prefix}_{key}"]),
                 )
                 for key in ("rougeL", "rouge1", "rouge2", "loss")
-                if f"{prefix}_{key}" in results
+                if math.isfinite(results.get(f"{prefix}_{key}", math.nan))  # the Hub refuses a card with another
             ]
     return []
 
@@ -281,13 +291,24 @@ def _decoding(recipe: Mapping[str, Any]) -> str:
 
 def _missing_paths(recipe: Mapping[str, Any]) -> list[str]:
     """Return what a stranger must add to rerun the recipe: what was read from the folders of a machine."""
-    notes = []
+    folders = []
     if recipe["dataset_name"] != "phantoms" and not _hub_id(recipe["dataset_name"], recipe["dataset_revision"]):
-        notes.append("The data was read from a folder: add `--dataset_name <your copy>`.")
-    start = recipe["model_name_or_path"]
-    if start and not _hub_id(start, recipe["model_revision"]):
-        notes.append("So was the model that training started from: to train again, add `--model_name_or_path` too.")
-    return notes
+        folders.append("`--dataset_name`")
+    start, config = recipe["model_name_or_path"], recipe["config_name"]
+    if start and recipe["do_train"] and not _hub_id(start, recipe["model_revision"]):
+        folders.append("`--model_name_or_path` (to train again)")
+    if config and not (PROJECT / config).is_relative_to(PROJECT):
+        folders.append("`--config_name`")
+    if recipe["tokenizer_name"] and Path(recipe["tokenizer_name"]).is_absolute():
+        folders.append("`--tokenizer_name`")
+    return folders
+
+
+def _settings(recipe: Mapping[str, Any]) -> str:
+    """Return the decode settings as Python, for a model whose own `generation_config.json` may have others."""
+    names = ["num_beams", "max_new_tokens"] + [n for n in ("min_new_tokens", "no_repeat_ngram_size") if recipe[n]]
+    names += ["length_penalty"] if recipe["num_beams"] > 1 else []
+    return f"GenerationConfig({', '.join(f'{name}={recipe[name]!r}' for name in names)})"
 
 
 def _facts(

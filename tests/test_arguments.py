@@ -232,3 +232,17 @@ def test_the_resolved_recipe_holds_no_place_and_no_secret():
     written = resolved_recipe(*parse_arguments([*MODEL, "--output_dir", "/tmp/secret-place"]))
     assert not {"output_dir", "resume_from_checkpoint", "hub_token", "local_rank"} & written.keys()
     assert "secret-place" not in json.dumps(written)
+
+
+def test_a_flag_makes_void_what_it_replaces(recipe):
+    """Also with dashes, which the parser takes: the revision of one model means nothing for another."""
+    path = recipe(
+        {"model_name_or_path": "a/b", "model_revision": "0" * 40, "dataset_name": "c/d", "dataset_revision": "v1"}
+    )
+    for flag in ("--model_name_or_path", "--model-name-or-path"):
+        model_args, data_args, _ = parse_arguments([path, flag, "e/f"])
+        assert (model_args.model_name_or_path, model_args.model_revision) == ("e/f", "main")
+        assert data_args.dataset_revision == "v1"
+    assert parse_arguments([path, "--dataset_name", "phantoms"])[1].dataset_revision is None
+    model_args, _, _ = parse_arguments([path, "--config_name", "configs/blip_small.json"])
+    assert (model_args.model_name_or_path, model_args.model_revision) == (None, "main")

@@ -4,8 +4,10 @@ The script runs in processes of its own: the client reads its settings once.
 """
 
 import json
+import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +23,7 @@ from transformers import BlipProcessor
 import run_captioning
 from errors import UserError
 from hub import pin_revision, without_local_paths
+from model_card import write_model_card
 from report import read_predictions
 
 
@@ -248,7 +251,7 @@ def test_the_model_of_another_run_is_not_replaced(hub, home, finished):
     assert "model.safetensors" in hub.files("tester/new-name"), "a name without a user is the user's own"
     assert 'name = "tester/new-name"' in hub.files("tester/new-name")["README.md"].decode()
     recipe = json.loads((finished / "recipe.json").read_text())
-    (finished / "recipe.json").write_text(json.dumps(recipe | {"seed": 7}))
+    (finished / "recipe.json").write_text(json.dumps(recipe | {"dataset_name": "phantoms"}))
     assert "holds another model" in run(hub, home, [*push, "tester/blank"], code=2).stderr
 
 
@@ -398,6 +401,41 @@ def test_a_commit_that_is_answered_with_another_has_moved(monkeypatch):
     assert pin_revision("some/model", "main") == "1" * 40
 
 
+def test_a_repository_whose_contents_cannot_be_read_is_not_replaced(hub, home, finished):
+    """The guard of another's model must not give way to a fault."""
+    hub.add_repository("tester/taken", {"recipe.json": b"{}", "model.safetensors": b"mine"})
+    push = ["--push_only", finished, "--hub_model_id", "tester/taken"]
+    for step in ("tree", "resolve"):
+        hub.fail(step, 403)
+        assert "what 'tester/taken' holds cannot be read: 403" in run(hub, home, push, code=2).stderr
+        hub.heal()
+    assert "holds another model" in run(hub, home, push, code=2).stderr
+    assert hub.files("tester/taken")["model.safetensors"] == b"mine"
+
+
+def test_a_silent_server_does_not_hold_up_the_run(finished, home):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        script = f"import hub; hub.TIMEOUT = 0.5; hub.Repository({str(finished)!r}, 'a/b').push(print)"
+        environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+        environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}", "NO_PROXY": "127.0.0.1"}
+        command = [sys.executable, "-c", script]
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert "the connection broke (ReadTimeout" in result.stderr
+
+
+def test_the_name_of_the_repository_is_checked_before_training(hub, home, local_run):
+    result = run(hub, home, [*local_run, *PUSH[:2], "no such name"], code=2)
+    assert "error: hub_model_id 'no such name'" in result.stderr.splitlines()[-1]
+    assert not (home / "out" / "run" / "model.safetensors").exists()
+
+
+def test_a_folder_with_an_odd_name_is_pushed_under_a_fitting_one(hub, home, finished):
+    folder = finished.rename(finished.with_name('R\u00f6ntgen "x"'))
+    write_model_card(folder)
+    run(hub, home, ["--push_only", folder])
+    assert 'name = "tester/R-ntgen-x"' in hub.files("tester/R-ntgen-x")["README.md"].decode()
+
+
 def test_what_a_killed_run_left_of_a_push_is_cleared(hub, home, finished):
     leftover = finished / ".push-abc" / "last-checkpoint"
     leftover.mkdir(parents=True)
@@ -413,7 +451,8 @@ def test_paths_of_this_machine_are_taken_out_of_a_recipe():
         "config_name": str(ROOT / "configs" / "blip_small.json"),
         "dataset_name": "/data/secret/rocov2",
         "tokenizer_name": "relative/vocab",
-        "optim_args": f"file={Path.home()}/x",
+        "model_name_or_path": "outputs/base",
+        "optim_args": "file=/secret/x,y=../../secret/z",
         "lr_scheduler_kwargs": {"path": "/a/b"},
         "prompt": "/ findings",
     }
@@ -422,7 +461,8 @@ def test_paths_of_this_machine_are_taken_out_of_a_recipe():
         "config_name": "./configs/blip_small.json",
         "dataset_name": "./rocov2",
         "tokenizer_name": "relative/vocab",
-        "optim_args": "file=x",
+        "model_name_or_path": "./outputs/base",
+        "optim_args": "file=./x,y=./z",
         "lr_scheduler_kwargs": {"path": "./b"},
         "prompt": "/ findings",
     }

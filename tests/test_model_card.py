@@ -90,11 +90,14 @@ def test_a_local_copy_of_rocov2_is_recognised_by_its_ids(folder):
 
 
 def test_paths_of_the_machine_are_not_in_the_card(folder):
-    change(folder, dataset_name="/home/me/my data", model_name_or_path="/home/me/start", config_name=None)
+    change(folder, dataset_name="/home/me/my data", config_name="/home/me/tiny.json", tokenizer_name="/home/me/vocab")
+    card = render(folder, "user/model")
+    assert "/home/me" not in card and "`--config_name`" in card and "`--tokenizer_name`" in card
+    change(folder, model_name_or_path="/home/me/start", config_name=None)
     card = render(folder, "user/model")
     assert "/home/me" not in card
     assert (metadata(folder).datasets, metadata(folder).base_model) == (["my-data"], "start")
-    assert "add `--dataset_name <your copy>`" in card and "add `--model_name_or_path` too" in card
+    assert "has to be added: `--dataset_name`, `--model_name_or_path` (to train again)" in card
 
 
 def test_scores_stand_beside_split_beams_and_number_of_captions(folder):
@@ -113,12 +116,36 @@ def test_scores_stand_beside_split_beams_and_number_of_captions(folder):
     assert "This run was not scored." in render(folder, "a")
 
 
-def test_a_run_that_only_scored_names_the_model_it_scored(folder):
-    change(folder, do_train=False, model_name_or_path="user/model", model_revision="0" * 40, config_name=None)
-    card = render(folder, "check")
-    assert "[user/model](https://huggingface.co/user/model), scored on" in card
-    assert 'name = "user/model"' in card
-    assert "| epochs |" not in card
+def test_a_run_that_only_scored_has_its_own_settings(finished, parquet_folder, tmp_path, raw_dataset, capsys):
+    """The record beside the scored model may have others."""
+    arguments = ["--model_name_or_path", str(finished), "--do_train", "false", "--dataset_name", str(parquet_folder)]
+    decoding = ["--num_beams", "2", "--max_new_tokens", "7", "--no_repeat_ngram_size", "2", "--use_cpu", "true"]
+    run_captioning.main([*arguments, *decoding, "--output_dir", str(tmp_path / "check")])
+    card = (tmp_path / "check" / "README.md").read_text()
+    assert "`run`, scored on" in card and "| epochs |" not in card and "alone does not" in card
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1].replace('"run"', repr(str(finished)))
+    for row, example in zip(
+        read_predictions(tmp_path / "check/predictions/test.jsonl"), raw_dataset["test"], strict=True
+    ):
+        example["image"].save(tmp_path / "image.png")
+        capsys.readouterr()
+        exec(compile(code.replace("image.png", str(tmp_path / "image.png")), "card", "exec"), {})
+        assert capsys.readouterr().out == row["prediction"] + "\n"
+    change(tmp_path / "check", model_name_or_path="user/model", model_revision="0" * 40)
+    assert 'name = "user/model"' in render(tmp_path / "check", "check")
+
+
+def test_scores_that_are_no_numbers_are_left_out_of_the_metadata(folder):
+    """The Hub refuses a card with them."""
+    change(folder, "all_results.json", predict_loss=float("nan"))
+    assert {result.metric_name for result in metadata(folder).eval_results} == {"ROUGE-L", "ROUGE-1", "ROUGE-2"}
+
+
+def test_a_recipe_of_before_there_was_hardware_in_it(folder):
+    recipe = json.loads((folder / "recipe.json").read_text())
+    del recipe["hardware"], recipe["language"], recipe["license"]
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    assert "unknown threads" in render(folder, "a/b")
 
 
 def test_text_of_the_data_shows_as_it_is_in_a_markdown_table(folder):
