@@ -43,6 +43,7 @@ logger = logging.getLogger("captioning.hub")
 Result = TypeVar("Result")
 
 PROJECT = Path(__file__).parent
+# An absolute path, a file:// address, or a path out of the current folder, inside a longer text too
 LOCAL_PATH = re.compile(r"""(?<![\w.:/-])(?:file://)?(?:/|(?:\.\./)+)[^\s,;"']+""")
 COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
 HUB_RECIPE = re.compile(r"hf://(?P<repo>[^/@\s]+/[^/@\s]+)(@(?P<revision>[^/\s]+))?(/(?P<file>\S+))?")
@@ -57,11 +58,12 @@ RECORD_FILES = (
 REWRITTEN_FILES = ("recipe.json", "trainer_state.json")  # those that hold paths of this machine
 # Files of a repository that may be there before the first push: those that the Hub's web page creates
 BLANK_FILES = {".gitattributes", "README.md", "LICENSE"}
-# Keys of a recipe that may differ between two runs that are the same
+# Keys of a recipe that say on what it was run; a rerun tells where they differ
 RUN_FIELDS = ("package_versions", "hardware")
 # The client itself retries uploads, but not these three calls (huggingface_hub 2.4.0)
 UNRETRIED_CALLS = ("/api/repos/create", "/api/validate-yaml", "/commit/")
 TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
+# Keys of a recipe that two models which follow each other in one repository have in common
 ORIGIN_FIELDS = ("model_name_or_path", "config_name", "dataset_name")
 TIMEOUT = 60.0  # seconds without a byte; the client's own default is to wait for ever
 RETRY_WAITS = (1.0, 4.0)  # seconds before the second and the third try
@@ -280,7 +282,7 @@ class Repository:
         """Create the repository unless it exists.
 
         Raises:
-            UserError: it cannot be created, or holds the model of another run; the message is the bare reason.
+            UserError: it cannot be created, or holds the model of another origin; the message is the bare reason.
         """
         for leftover in self.output_dir.glob(".push-*"):  # of a run that was killed
             shutil.rmtree(leftover, ignore_errors=True)
@@ -308,7 +310,7 @@ class Repository:
     def _refuse_another_model(self, repo_id: str) -> None:
         """Raise UserError unless the repository is blank, or holds a model of the same start and the same data."""
         try:
-            files = set(self._api.list_repo_files(repo_id)) - BLANK_FILES
+            files = self._files(repo_id) - BLANK_FILES
             theirs = None
             if "recipe.json" in files:  # forced: the cache may hold an older one
                 theirs = Path(self._api.hf_hub_download(repo_id, "recipe.json", force_download=True))
@@ -319,6 +321,12 @@ class Repository:
                 f"409, the name is taken: '{repo_id}' holds another model; set another --hub_model_id, or delete that "
                 "repository"
             )
+
+    def _files(self, repo_id: str) -> set[str]:
+        try:
+            return set(self._api.list_repo_files(repo_id))
+        except HfHubHTTPError:  # a mirror may not have this address, but the older one
+            return {file.rfilename for file in self._api.model_info(repo_id).siblings}
 
     def push_checkpoint(self, folder: Path) -> None:
         """Start to upload a checkpoint; training goes on meanwhile, and a fault is no more than a warning.
