@@ -133,6 +133,8 @@ def test_a_run_that_only_scored_has_its_own_settings(finished, parquet_folder, t
         assert capsys.readouterr().out == row["prediction"] + "\n"
     change(tmp_path / "check", model_name_or_path="user/model", model_revision="0" * 40)
     assert 'name = "user/model"' in render(tmp_path / "check", "check")
+    change(tmp_path / "check", num_beams=1, no_repeat_ngram_size=0)
+    assert "alone does not" in render(tmp_path / "check", "check"), "its config was not written by this run"
 
 
 def test_scores_that_are_no_numbers_are_left_out_of_the_metadata(folder):
