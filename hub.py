@@ -22,11 +22,11 @@ from urllib.parse import unquote
 import httpx2
 from huggingface_hub import HfApi, get_token, hf_hub_download, set_client_factory
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
     HTTPError,
     OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -96,8 +96,7 @@ def pin_revision(name: str, revision: str | None, kind: str = "model") -> str | 
     except (HFValidationError, RepositoryNotFoundError):
         return revision  # loading it says what is wrong
     except Exception as error:  # the cache may still have it
-        reason = describe_fault(error)
-        logger.warning("The commit of %s '%s' cannot be checked: %s", kind, name, reason)
+        logger.warning("The commit of %s '%s' cannot be checked: %s", kind, name, describe_fault(error))
         return revision
     if found != revision:
         raise UserError(_moved(api, name, revision, kind))
@@ -133,18 +132,16 @@ def download_recipe(address: str) -> str:
     revision = unquote(match["revision"]) if match["revision"] else None
     try:
         return hf_hub_download(match["repo"], file, revision=revision)
-    except RepositoryNotFoundError as error:
-        reason = "there is no such repository, or it is private: `hf auth login`"
-        raise UserError(f"recipe '{address}' cannot be read: {reason}") from error
-    except RevisionNotFoundError as error:
-        raise UserError(f"recipe '{address}' cannot be read: there is no revision '{revision}'") from error
-    except EntryNotFoundError as error:
-        if isinstance(error, HfHubHTTPError):
-            reason = f"the repository has no file '{file}'; a model of another recipe cannot be rerun"
-            raise UserError(f"recipe '{address}' cannot be read: {reason}") from error
-        raise UserError(f"recipe '{address}' cannot be read: {describe_fault(error)}") from error
     except Exception as error:
-        raise UserError(f"recipe '{address}' cannot be read: {describe_fault(error)}") from error
+        if isinstance(error, RepositoryNotFoundError):
+            reason = "there is no such repository, or it is private: `hf auth login`"
+        elif isinstance(error, RevisionNotFoundError):
+            reason = f"there is no revision '{revision}'"
+        elif isinstance(error, RemoteEntryNotFoundError):
+            reason = f"the repository has no file '{file}'; a model of another recipe cannot be rerun"
+        else:
+            reason = describe_fault(error)
+        raise UserError(f"recipe '{address}' cannot be read: {reason}") from error
 
 
 # --- Faults ---------------------------------------------------------------------------------------------------
