@@ -19,7 +19,7 @@ from safetensors import safe_open
 from blip import plain_generate_suffices
 from errors import UserError, as_user_error
 from hub import COMMIT_HASH, PROJECT, Repository
-from report import read_predictions, write_whole
+from predictions import read_predictions, write_whole
 
 
 logger = logging.getLogger("captioning.model_card")

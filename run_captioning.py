@@ -35,7 +35,8 @@ from errors import UserError, as_user_error, exit_on_user_error
 from hub import PushCheckpoints, Repository, open_repository, pin_revision
 from metrics import decode_captions
 from model_card import push, push_finished_run, write_model_card
-from report import draw_training_curve, summary, write_predictions, write_whole
+from predictions import write_predictions, write_whole
+from report import draw_training_curve, summary
 from trainer import CaptioningTrainer, last_complete_checkpoint
 
 

@@ -21,7 +21,7 @@ from blip import load_blip
 from collator import CaptioningCollator
 from metrics import decode_captions, rouge
 from phantoms import attribute_accuracy, oracle_captions
-from report import read_predictions
+from predictions import read_predictions
 from rocov2 import load_rocov2
 
 

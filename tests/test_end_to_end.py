@@ -18,7 +18,7 @@ from transformers import BlipForConditionalGeneration, BlipProcessor, Generation
 import run_captioning
 from errors import UserError
 from metrics import rouge
-from report import read_predictions
+from predictions import read_predictions
 
 
 ROOT = Path(run_captioning.__file__).parent

@@ -24,7 +24,7 @@ import run_captioning
 from errors import UserError
 from hub import pin_revision, without_local_paths
 from model_card import write_model_card
-from report import read_predictions
+from predictions import read_predictions
 
 
 TOKEN = "hf_SentinelOfASecretToken"

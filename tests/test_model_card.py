@@ -10,7 +10,7 @@ from test_end_to_end import flags
 
 import run_captioning
 from model_card import LICENCES, markdown, render, write_model_card
-from report import read_predictions
+from predictions import read_predictions
 
 
 @pytest.fixture(scope="module")

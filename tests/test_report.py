@@ -1,4 +1,4 @@
-"""Predictions on disk, the training curve, and the summary on the terminal."""
+"""The training curve, and the summary on the terminal."""
 
 import json
 
@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image as PIL
 
-from report import draw_training_curve, read_predictions, summary, write_predictions
+from predictions import write_predictions
+from report import draw_training_curve, summary
 
 
 METRICS = {"eval_loss": 1.5, "eval_rougeL": 0.25, "predict_loss": 1.25, "predict_rougeL": 0.125, "train_loss": 3.0}
@@ -18,21 +19,6 @@ def predictions(tmp_path):
     references = ["Left lung — clear.", "A\nbreak", "no", "fourth"]
     write_predictions(path, list("abcd"), references, ["lung clear", "a break", "yes", "x"], np.arange(4.0))
     return path
-
-
-def test_predictions_have_the_keys_of_the_contract(predictions):
-    rows = read_predictions(predictions)
-    assert [list(row) for row in rows] == [["image_id", "reference", "prediction", "rougeL", "nll"]] * 4
-    assert [row["rougeL"] for row in rows] == pytest.approx([0.8, 1.0, 0.0, 0.0])
-    assert rows[0]["reference"] == "Left lung — clear."
-    assert rows[3]["nll"] == 3.0
-
-
-def test_predictions_appear_whole_or_not_at_all(predictions):
-    before = predictions.read_text()
-    with pytest.raises(ValueError, match="zip"):
-        write_predictions(predictions, ["a"], ["x"], ["y"], np.arange(2.0))
-    assert predictions.read_text() == before
 
 
 def test_summary_shows_both_splits_and_three_examples(predictions):
