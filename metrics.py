@@ -1,26 +1,38 @@
-"""Scores of generated captions, as an `evaluate.Metric` that needs no network.
+"""Scores of generated captions, as an `evaluate.Metric` that needs no network, and as a command.
 
-ROUGE is `rouge_score` 0.1.2, F1, no stemmer, mean over captions, from 0 to 1, against the full caption.
-`evaluate.load("rouge")` is not used: it downloads its script and returns a bootstrap median, random in the fourth
-digit.
+    python metrics.py outputs/my-run/predictions/test.jsonl
+    python metrics.py run.csv --references test_captions.csv --train train_captions.csv
+    python metrics.py a/predictions/test.jsonl --against b/predictions/test.jsonl
+
+ROUGE is that of `rouge_score` 0.1.2, F1, no stemmer, mean over captions, from 0 to 1, against the full caption: the
+same tokens and the same formula, so the same floats, from a faster longest common subsequence. It is not
+`evaluate.load("rouge")`, whose script is a download, and whose result is a bootstrap median, random in the fourth
+digit. The scores of other implementations are in `library_metrics.py`; floors, intervals and the command in
+`scoring.py`. This file imports none of its neighbours, so that `evaluate.load("path/to/metrics.py")` works.
 """
 
 import math
-from collections.abc import Sequence
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 import datasets
 import evaluate
 import numpy as np
-from rouge_score import rouge_scorer
+from rouge_score.tokenize import tokenize
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
-METRIC_NAMES = ("loss", "perplexity", *ROUGE_TYPES, "gen_len", "unique_captions")
+METRIC_NAMES = ("loss", "perplexity", *ROUGE_TYPES, "imageclef_rouge1", "gen_len", "unique_captions")
+NUMBER = re.compile(r"\d+")
+WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 class CaptionMetric(evaluate.Metric):
-    """`rouge1`, `rouge2`, `rougeL` and `unique_captions` of predictions against one reference each.
+    """`rouge1`, `rouge2`, `rougeL`, `imageclef_rouge1`, `unique_captions` of predictions against one reference each.
 
     `CaptionMetric().compute(predictions=[...], references=[...])` returns a dict of floats, each from 0 to 1.
     """
@@ -37,8 +49,12 @@ class CaptionMetric(evaluate.Metric):
         )
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
-        scores = {name: float(values.mean()) for name, values in rouge(predictions, references).items()}
+        values = rouge(predictions, references) | {"imageclef_rouge1": imageclef_rouge1(predictions, references)}
+        scores = {name: float(score.mean()) for name, score in values.items()}
         return scores | {"unique_captions": len(set(predictions)) / len(predictions)}
+
+
+# --- ROUGE ----------------------------------------------------------------------------------------------------
 
 
 def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, np.ndarray]:
@@ -47,9 +63,93 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, np
     Raises:
         ValueError: there are not as many predictions as references.
     """
-    scorer = rouge_scorer.RougeScorer(list(ROUGE_TYPES), use_stemmer=False)
-    scores = [scorer.score(reference, text) for text, reference in zip(predictions, references, strict=True)]
-    return {name: np.array([score[name].fmeasure for score in scores]) for name in ROUGE_TYPES}
+    # Each text once: many systems repeat themselves, and a floor is one caption for all images
+    words = {text: rouge_tokens(text) for text in {*predictions, *references}}
+    bigrams = {text: list(pairwise(tokens)) for text, tokens in words.items()}
+    return {
+        "rouge1": _scores(overlap, words, predictions, references),
+        "rouge2": _scores(overlap, bigrams, predictions, references),
+        "rougeL": _scores(lcs_length, words, predictions, references),
+    }
+
+
+def _scores(
+    common: Callable[[Sequence, Sequence], int],
+    tokens: Mapping[str, Sequence],
+    predictions: Sequence[str],
+    references: Sequence[str],
+) -> np.ndarray:
+    """Return the F1 of each pair, `[N]`, where `common` counts what two token lists share."""
+    pairs = [(tokens[text], tokens[reference]) for text, reference in zip(predictions, references, strict=True)]
+    counts = np.array([(common(a, b), len(a), len(b)) for a, b in pairs]).reshape(-1, 3)
+    return f1(*counts.T)
+
+
+def rouge_tokens(text: str) -> list[str]:
+    """Return the words of `text` that `rouge_score` compares: lower case, ASCII letters and digits."""
+    return tokenize(text, None)
+
+
+def overlap(a: Sequence, b: Sequence) -> int:
+    """Return how many items the two have in common, each as often as it occurs in both."""
+    counts = Counter(b)
+    common = 0
+    for item in a:
+        if counts[item] > 0:
+            counts[item] -= 1
+            common += 1
+    return common
+
+
+def lcs_length(a: Sequence, b: Sequence) -> int:
+    """Return the length of the longest common subsequence of two word lists.
+
+    The rows of the usual table are bits of one integer (Hyyrö, Bit-parallel LCS-length computation revisited, 2004):
+    a bit of `state` is 0 where the row before has grown by one, so that each word of `b` costs one addition.
+    """
+    positions: dict[object, int] = {}
+    for i, word in enumerate(a):
+        positions[word] = positions.get(word, 0) | 1 << i
+    full = state = (1 << len(a)) - 1
+    for word in b:
+        if word in positions:
+            matches = state & positions[word]
+            state = (state + matches | state - matches) & full
+    return len(a) - state.bit_count()
+
+
+def f1(common: np.ndarray, predicted: np.ndarray, stated: np.ndarray) -> np.ndarray:
+    """Return the F1 of counts, by the very operations of `rouge_score`, so that not even the last bit differs."""
+    precision, recall = common / np.maximum(predicted, 1), common / np.maximum(stated, 1)
+    total = precision + recall
+    return np.divide(2 * precision * recall, total, out=np.zeros(len(total)), where=total > 0)
+
+
+# --- ImageCLEF ------------------------------------------------------------------------------------------------
+
+
+def imageclef_normalise(caption: str) -> str:
+    """Return a caption as the official evaluator compares it: lower case, digits to "number", no ASCII punctuation.
+
+    The order matters: "3.5" becomes "numbernumber" (ImageCLEFmedical Caption 2023 to 2026, `evaluator.py`,
+    `preprocess_caption`, github.com/taubsity/clef-caption-evaluation-2026).
+    """
+    return NUMBER.sub("number", caption.lower()).translate(WITHOUT_PUNCTUATION)
+
+
+def imageclef_rouge1(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
+    """Return the official ROUGE-1 of each pair, float64 `[N]`: F1 of the normalised captions, 1 where both are empty.
+
+    Raises:
+        ValueError: there are not as many predictions as references.
+    """
+    words = {text: rouge_tokens(imageclef_normalise(text)) for text in {*predictions, *references}}
+    scores = _scores(overlap, words, predictions, references)
+    both_empty = [not text and not reference for text, reference in zip(predictions, references, strict=True)]
+    return np.where(both_empty, 1.0, scores)
+
+
+# --- The Trainer's metrics ------------------------------------------------------------------------------------
 
 
 def decode_captions(tokens: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -70,8 +170,8 @@ def compute_metrics(
         tokenizer: decodes the tokens.
 
     Returns:
-        `loss` (token-level, nats) and `perplexity`; with generated tokens also `rouge1`, `rouge2`, `rougeL`,
-        `unique_captions` and `gen_len`, the mean number of new tokens, the closing `[SEP]` included.
+        `loss` (token-level, nats) and `perplexity`; with generated tokens also the scores of `CaptionMetric` and
+        `gen_len`, the mean number of new tokens, the closing `[SEP]` included.
     """
     nll, num_tokens, *generated = prediction.predictions
     # T6: a mean of batch means is not the token-level loss, and moves with the batch size
@@ -83,3 +183,11 @@ def compute_metrics(
         scores |= CaptionMetric().compute(predictions=captions, references=list(references))
         scores["gen_len"] = float(new_tokens.sum(axis=1).mean())
     return scores
+
+
+if __name__ == "__main__":
+    from scoring import main
+
+    from errors import exit_on_user_error
+
+    exit_on_user_error(main)

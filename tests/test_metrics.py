@@ -1,5 +1,6 @@
 """The scores, against `rouge_score` itself and Google's published cases."""
 
+import csv
 import json
 import socket
 from pathlib import Path
@@ -12,7 +13,16 @@ from rouge_score import rouge_scorer
 from transformers import EvalPrediction
 
 import metrics
-from metrics import ROUGE_TYPES, CaptionMetric, compute_metrics, decode_captions, rouge
+from metrics import (
+    ROUGE_TYPES,
+    CaptionMetric,
+    compute_metrics,
+    decode_captions,
+    imageclef_normalise,
+    imageclef_rouge1,
+    lcs_length,
+    rouge,
+)
 
 
 def pairs(number=20):
@@ -40,6 +50,28 @@ def test_rouge_equals_rouge_score():
     assert len(set(rouge(predictions, references)["rougeL"].round(3))) > 3, "the pairs are too alike to tell"
 
 
+def real_captions() -> list[str]:
+    path = SHARED / "roco_captions_ccby" / "test.csv"
+    if not path.is_file():
+        pytest.skip("the real captions are not beside the project")
+    with open(path, encoding="utf-8", newline="") as file:
+        return [row["caption"] for row in csv.DictReader(file)]
+
+
+def test_rouge_equals_rouge_score_to_the_last_bit_on_real_captions():
+    captions = real_captions()[:1500]
+    order = np.random.default_rng(0).permutation(len(captions))
+    words = [captions[i].split() for i in order]
+    # Half of each caption and half of another, so that scores of all sizes occur; and what breaks formulas
+    predictions = [f"{text[: len(text) // 2]} {' '.join(w[::2])}" for text, w in zip(captions, words, strict=True)]
+    predictions += ["", "?!", captions[0], "", "the the the"]
+    captions += [captions[1], captions[2], "", "", "the"]
+    scorer = rouge_scorer.RougeScorer(list(ROUGE_TYPES), use_stemmer=False)
+    expected = [scorer.score(reference, text) for text, reference in zip(predictions, captions, strict=True)]
+    for name, values in rouge(predictions, captions).items():
+        assert values.tolist() == [score[name].fmeasure for score in expected]
+
+
 def test_rouge_by_hand():
     scores = rouge(["the left lung is clear"], ["left lung clear"])
     assert scores["rouge1"][0] == pytest.approx(2 * (3 / 5) * (3 / 3) / (3 / 5 + 3 / 3))
@@ -64,6 +96,49 @@ def test_rouge_equals_the_published_cases():
             assert score == pytest.approx(case["fmeasure"], abs=5e-6), case  # they are given to five digits
             checked += 1
     assert checked >= 4
+
+
+def test_the_common_subsequence_is_that_of_the_usual_table():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        a, b = (list(rng.integers(4, size=rng.integers(0, 90))) for _ in range(2))
+        table = np.zeros((len(a) + 1, len(b) + 1), dtype=int)
+        for i, x in enumerate(a):
+            for j, y in enumerate(b):
+                table[i + 1, j + 1] = table[i, j] + 1 if x == y else max(table[i, j + 1], table[i + 1, j])
+        assert lcs_length(a, b) == table[-1, -1]
+
+
+def test_predictions_and_references_must_be_as_many():
+    for score in (rouge, imageclef_rouge1):
+        with pytest.raises(ValueError, match="zip"):
+            score(["a"], ["a", "b"])
+
+
+# --- ImageCLEF ------------------------------------------------------------------------------------------------
+
+
+def test_imageclef_normalises_in_the_official_order():
+    assert imageclef_normalise("A 3.5-cm Mass (arrow), 12th!") == "a numbernumbercm mass arrow numberth"
+    assert imageclef_normalise("٣ x_y É") == "number xy é", "all decimal digits, ASCII punctuation only"
+
+
+def test_imageclef_rouge1_equals_the_official_evaluators():
+    """`evaluator.py` of 2026 scores the normalised pair by evaluate's ROUGE, which is rouge_score."""
+    captions = real_captions()[:800]
+    predictions = [" ".join(text.split()[::2]) for text in captions[::-1]]
+    scorer = rouge_scorer.RougeScorer(["rouge1"], use_stemmer=False)
+    pairs = [(imageclef_normalise(r), imageclef_normalise(p)) for p, r in zip(predictions, captions, strict=True)]
+    expected = [scorer.score(*pair)["rouge1"].fmeasure for pair in pairs]
+    assert imageclef_rouge1(predictions, captions).tolist() == expected
+    assert np.mean(expected) != rouge(predictions, captions)["rouge1"].mean()
+
+
+def test_imageclef_scores_two_empty_captions_1():
+    assert imageclef_rouge1(["", "", "a", "?"], ["", "a", "", "!"]).tolist() == [1.0, 0.0, 0.0, 0.0]
+
+
+# --- The metric -----------------------------------------------------------------------------------------------
 
 
 def test_the_metric_works_with_the_network_unplugged(no_network):

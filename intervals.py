@@ -1,0 +1,143 @@
+"""How sure a score is: bootstrap intervals of one system's scores, and a paired test of two systems.
+
+Everything is resampled by caption, seeded, and computed for all resamples at once. The interval is the percentile
+bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13), the test is approximate
+randomisation (Noreen, Computer-Intensive Methods for Testing Hypotheses, 1989).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+
+RESAMPLES = 1000
+RANDOMISATIONS = 10_000
+LEVEL = 0.95
+CHUNK = 2**24  # random numbers drawn at a time: 128 MB
+
+
+def mean(sums: np.ndarray, number: int) -> np.ndarray:
+    """Return the mean `[...]` of one statistic per caption from its sums `[..., 1]` over `number` captions."""
+    return sums[..., 0] / number
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score of a set of captions that is a function of sums over them.
+
+    Attributes:
+        statistics: float `[N, S]`, what each caption adds. For a mean over captions S is 1; BLEU is no mean, its
+            statistics are the matched and the possible n-grams.
+        combine: makes scores `[...]` of sums `[..., S]` over `number` captions.
+    """
+
+    statistics: np.ndarray
+    combine: Callable[[np.ndarray, int], np.ndarray] = mean
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> "Score":
+        """Return the mean of one value per caption, `[N]`."""
+        return cls(np.asarray(values, dtype=np.float64)[:, None])
+
+    @property
+    def value(self) -> float:
+        """The score of all captions."""
+        return float(self.combine(self.statistics.sum(axis=0), len(self.statistics)))
+
+    def of_rows(self, rows: np.ndarray) -> float:
+        """Return the score of some of the captions, given by index or by a boolean mask."""
+        part = self.statistics[rows]
+        return float(self.combine(part.sum(axis=0), len(part)))
+
+
+# --- Intervals ------------------------------------------------------------------------------------------------
+
+
+def resampling_counts(number: int, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+    """Return how often each resample draws each of `number` captions, float32 `[resamples, number]`."""
+    rng = np.random.default_rng(seed)
+    counts = np.empty((resamples, number), dtype=np.float32)
+    for resample in counts:
+        resample[:] = np.bincount(rng.integers(number, size=number), minlength=number)
+    return counts
+
+
+def resampled(score: Score, counts: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
+    """Return the score of each resample, float64 `[resamples]`.
+
+    Args:
+        score: of N captions.
+        counts: `[resamples, N]`, see `resampling_counts`.
+        rows: bool `[N]`, the captions that are scored; default: all. A resample without any of them has nan.
+    """
+    statistics = score.statistics
+    if rows is not None:
+        counts, statistics = counts[:, rows], statistics[rows]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return score.combine(counts @ statistics, counts.sum(axis=1, dtype=np.float64))
+
+
+def interval(values: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
+    """Return the percentile interval of resampled scores `[resamples]`; nan where none is finite."""
+    finite = values[np.isfinite(values)]
+    if not len(finite):
+        return float("nan"), float("nan")
+    low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+# --- Two systems ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How much the first of two systems scores above the second on the same captions.
+
+    Attributes:
+        difference: of the two scores.
+        low: end of its 95 % bootstrap interval.
+        high: the other end.
+        p_value: of approximate randomisation, two-sided: how often a difference at least as large comes about when a
+            coin swaps the two scores of each caption.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+
+
+def compare(first: Score, second: Score, counts: np.ndarray, seed: int = 0) -> Comparison:
+    """Test two systems on the same N captions against each other.
+
+    Args:
+        first: the score of the one.
+        second: the same score of the other.
+        counts: `[resamples, N]`, see `resampling_counts`: both are resampled alike.
+        seed: of the swaps.
+
+    Raises:
+        ValueError: they have not the same captions or not the same statistics.
+    """
+    if first.statistics.shape != second.statistics.shape:
+        raise ValueError(f"statistics of shapes {first.statistics.shape} and {second.statistics.shape} are no pair")
+    difference = first.value - second.value
+    low, high = interval(resampled(first, counts) - resampled(second, counts))
+    extreme = sum(
+        int((np.abs(swapped) >= abs(difference) - 1e-12).sum()) for swapped in _swapped(first, second, seed)
+    )  # 1e-12: the sums of other orders differ in the last bits
+    return Comparison(difference, low, high, (1 + extreme) / (1 + RANDOMISATIONS))
+
+
+def _swapped(first: Score, second: Score, seed: int):
+    """Yield the differences of randomised pairs, chunk by chunk."""
+    rng = np.random.default_rng(seed)
+    number = len(first.statistics)
+    totals = first.statistics.sum(axis=0), second.statistics.sum(axis=0)
+    exchanged = second.statistics - first.statistics
+    chunk = max(1, CHUNK // max(number, 1))
+    for start in range(0, RANDOMISATIONS, chunk):
+        swaps = rng.integers(2, size=(min(chunk, RANDOMISATIONS - start), number), dtype=np.uint8)
+        moved = swaps.astype(np.float64) @ exchanged
+        yield first.combine(totals[0] + moved, number) - second.combine(totals[1] - moved, number)
