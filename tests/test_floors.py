@@ -1,0 +1,105 @@
+"""The floors against a naive search."""
+
+import csv
+
+import numpy as np
+import pytest
+from conftest import SHARED, make_captions
+
+import floors
+from floors import constant_caption, nearest_captions, sample_rows, shuffled, typical_captions
+from metrics import lcs_length, rouge, rouge_tokens
+
+
+def real_captions(number: int) -> list[str]:
+    path = SHARED / "roco_captions_ccby" / "test.csv"
+    if not path.is_file():
+        pytest.skip("the real captions are not beside the project")
+    with open(path, encoding="utf-8", newline="") as file:
+        return [row["caption"] for row in csv.DictReader(file)][:number]
+
+
+def mean_rouge_l(caption, references):
+    return rouge([caption] * len(references), references)["rougeL"].mean()
+
+
+def test_no_caption_stays_in_its_place():
+    captions = [str(i) for i in range(50)]
+    moved = shuffled(captions)
+    assert sorted(moved) == sorted(captions)
+    assert not any(a == b for a, b in zip(captions, moved, strict=True))
+    assert shuffled(captions) == moved != shuffled(captions, seed=1)
+    assert shuffled(["a", "b"]) == ["b", "a"]
+    assert shuffled(["a"]) == ["a"]
+
+
+def test_the_constant_caption_is_that_of_a_naive_search():
+    captions = real_captions(150)
+    scores = [mean_rouge_l(caption, captions) for caption in captions]
+    found = constant_caption(captions, captions)
+    assert mean_rouge_l(found, captions) == pytest.approx(max(scores), abs=1e-12)
+    assert found == captions[int(np.argmax(scores))]
+    others = real_captions(400)[150:]
+    found = constant_caption(captions, others)
+    assert found == captions[int(np.argmax([mean_rouge_l(caption, others) for caption in captions]))]
+
+
+def test_the_bound_is_the_mean_rouge1_and_the_score_the_mean_rouge_l():
+    captions = [*real_captions(80), "", "?!", "the the the the", "word " * 90]
+    words = [rouge_tokens(caption) for caption in captions]
+    against = floors._References(words)
+    bounds = against.mean_rouge1(words)
+    for caption, own, bound in zip(captions, words, bounds, strict=True):
+        scores = rouge([caption] * len(captions), captions)
+        assert bound == pytest.approx(scores["rouge1"].mean(), abs=1e-12)
+        assert against.mean_rouge_l(own) == pytest.approx(scores["rougeL"].mean(), abs=1e-12)
+
+
+def test_all_references_are_compared_at_once_as_one_by_one():
+    rng = np.random.default_rng(0)
+    references = [list(rng.choice(list("abcdefg"), size=rng.integers(0, 30))) for _ in range(60)]
+    against = floors._References(references)
+    for length in (0, 1, 5, 63, 64, 65, 100):
+        candidate = list(rng.choice(list("abcdefgh"), size=length))
+        assert against._lcs_lengths(candidate).tolist() == [lcs_length(candidate, words) for words in references]
+
+
+def test_of_many_references_a_sample_is_taken(monkeypatch):
+    monkeypatch.setattr(floors, "MAX_REFERENCES", 30)
+    captions = make_captions(20) * 5
+    assert constant_caption(captions, captions) in captions
+    assert constant_caption(captions, captions) == constant_caption(captions, captions)
+
+
+def test_a_constant_caption_needs_captions():
+    with pytest.raises(ValueError, match="needs candidates"):
+        constant_caption([], ["a"])
+    assert constant_caption(["?"], ["!"]) == "?"
+
+
+def test_each_group_has_its_own_typical_caption():
+    captions = [
+        "CT of the chest",
+        "CT of the abdomen",
+        "CT of the chest shows",
+        "MRI knee",
+        "MRI of the knee",
+        "MRI knee",
+    ]
+    found = typical_captions(captions, ["CT"] * 3 + ["MRI"] * 3)
+    assert found == {"CT": "CT of the chest", "MRI": "MRI knee"}
+
+
+def test_the_nearest_image_is_nearest_by_angle_and_not_by_length():
+    train = np.array([[1.0, 0.0], [0.0, 1.0], [10.0, 10.0]])
+    features = np.array([[5.0, 0.5], [0.01, 0.02], [0.0, 3.0], [1.0, 0.9]])
+    assert nearest_captions(features, train, ["x", "y", "both"]) == ["x", "both", "y", "both"]
+    many = np.random.default_rng(0).normal(size=(5000, 3))
+    assert len(nearest_captions(many, train @ np.eye(2, 3), ["x", "y", "both"])) == 5000
+
+
+def test_a_sample_of_rows_is_fixed_and_sorted():
+    assert sample_rows(5, 10) == [0, 1, 2, 3, 4]
+    assert sample_rows(1000, 10) == sorted(sample_rows(1000, 10)) == sample_rows(1000, 10)
+    assert len(set(sample_rows(1000, 10))) == 10
+    assert sample_rows(5, 0) == []
