@@ -1,0 +1,429 @@
+"""The field's metrics, computed by the reference implementations' own libraries.
+
+`coco_scores` are BLEU-1 to BLEU-4, CIDEr, ROUGE-L and METEOR as `pycocoevalcap` 1.2 gives them (Chen et al., 2015,
+arXiv:1504.00325), `bertscore` is the BERTScore of ImageCLEFmedical Caption (`bert-score` 0.3.13). Both libraries are
+optional: what cannot be computed is named, with one line that says what is missing and the mend. Nothing is
+downloaded, and nothing of what the libraries print reaches the user.
+"""
+
+import contextlib
+import functools
+import io
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from errors import UserError, as_user_error
+from intervals import Score
+from metrics import lcs_length
+
+
+TOKENIZERS = {"ptb": "coco", "whitespace": "nlgeval"}  # and how the names of their scores begin
+BERTSCORE_MODEL = "microsoft/deberta-xlarge-mnli"
+
+INSTALL_JAVA = "install a Java runtime, e.g. `apt install default-jre-headless`"
+INSTALL_PYCOCOEVALCAP = "pycocoevalcap is not installed: `pip install pycocoevalcap`"
+
+ROUGE_BETA = 1.2  # of `pycocoevalcap.rouge.rouge.Rouge`; rouge_score weighs precision and recall alike
+# METEOR 1.5 for English: Denkowski and Lavie (2014), aclanthology.org/W14-3348; the jar's defaults
+ALPHA, BETA, GAMMA, DELTA = 0.85, 0.2, 0.6, 0.75
+MODULE_WEIGHTS = (1.0, 0.6, 0.8, 0.6)  # of exact, stem, synonym and paraphrase matches
+SEGMENT_STATISTICS = 23  # numbers in the jar's answer to one `SCORE` line
+
+BERTSCORE_CHUNK = 512  # pairs at a time: bert-score keeps every token's embedding, 250 KB a sentence
+
+
+class MissingError(UserError):
+    """A library, a program or weights are not at hand; the message is one line: what is missing, and the mend."""
+
+
+# Tokens
+
+
+def coco_tokens(captions: Sequence[str], tokenizer: str = "ptb") -> list[str]:
+    """Return the tokens of each caption, joined by a space, as the scorers of `pycocoevalcap` take them.
+
+    Tokenise the references once and each system's predictions once: `coco_scores_of_tokens` starts no tokeniser. The
+    captions of one list go through one Java process, as `COCOEvalCap` sends them. Do not join the lists of two
+    systems: an abbreviation at the end of a caption ("No.") is read with the start of the next caption.
+
+    Args:
+        captions: N captions. Each is made one line first: the tokeniser works by line, and the library itself only
+            takes out line feeds, so that a carriage return would shift all captions after it.
+        tokenizer: "ptb" for Stanford's PTBTokenizer, lower-case and without punctuation, as `COCOEvalCap` does, which
+            leaves brackets in as `-lrb-` and `-rrb-`: its list has them in upper case only;
+            "whitespace" to leave the text as it is but for its ends, as `nlg-eval` does.
+
+    Raises:
+        MissingError: with "ptb", `pycocoevalcap` or Java is not there.
+        ValueError: the tokenizer is neither.
+    """
+    lines = [one_line(caption) for caption in captions]
+    if tokenizer == "whitespace":
+        return [line.strip() for line in lines]
+    if tokenizer != "ptb":
+        raise ValueError(f"the tokenizer is {tokenizer!r}; it can be {' or '.join(TOKENIZERS)}")
+    if not lines:
+        return []
+    with _pycocoevalcap():
+        from pycocoevalcap.tokenizer import ptbtokenizer
+
+    # From standard input: the library writes a file into its own package folder, which can be read-only
+    options = ["edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
+    output = _java(ptbtokenizer, ["-cp", ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR, *options], lines)
+    if len(output) != len(lines):
+        raise RuntimeError(f"PTBTokenizer returned {len(output)} lines for {len(lines)} captions")
+    removed = set(ptbtokenizer.PUNCTUATIONS)
+    return [" ".join(word for word in line.rstrip().split(" ") if word not in removed) for line in output]
+
+
+def one_line(caption: str) -> str:
+    r"""Return the caption with each line break, of all that `str.splitlines` knows (`\r`, U+2028, ...), a space."""
+    return " ".join(caption.splitlines())
+
+
+# BLEU, CIDEr, ROUGE-L and METEOR
+
+
+def coco_scores(
+    predictions: Sequence[str], references: Sequence[str], tokenizer: str = "ptb", meteor: bool = True
+) -> tuple[dict[str, Score], dict[str, str]]:
+    """Score N captions against one reference each as `COCOEvalCap` or, by white space, as `nlg-eval` does.
+
+    Args:
+        predictions: N captions.
+        references: N captions, of which CIDEr takes its document frequencies.
+        tokenizer: see `coco_tokens`.
+        meteor: compute METEOR, most of the time that this takes.
+
+    Returns:
+        The scores `coco_bleu1` to `coco_bleu4`, `coco_cider` (from 0 to 10), `coco_rougeL` and `coco_meteor`, or with
+        "whitespace" the same names from `nlgeval_` on; and for each that could not be computed one line that says what
+        is missing and the mend.
+
+    Raises:
+        ValueError: there are not as many predictions as references, or none, or the tokenizer is unknown.
+    """
+    _check_pairs(predictions, references)
+    try:
+        tokens = [coco_tokens(captions, tokenizer) for captions in (predictions, references)]
+    except MissingError as error:
+        return {}, dict.fromkeys(_names(TOKENIZERS[tokenizer], meteor), str(error))
+    return coco_scores_of_tokens(*tokens, TOKENIZERS[tokenizer], meteor)
+
+
+def coco_scores_of_tokens(
+    predictions: Sequence[str],
+    references: Sequence[str | Sequence[str]],
+    prefix: str = "coco",
+    meteor: bool = True,
+) -> tuple[dict[str, Score], dict[str, str]]:
+    """Score N captions that `coco_tokens` has prepared.
+
+    The values are those of `pycocoevalcap`: `Bleu(4)` (reference length "closest", with its constants against a
+    division by zero), `Cider()`, `Rouge()` (ROUGE-L with beta 1.2) and `Meteor()`.
+
+    Args:
+        predictions: N captions, tokenised.
+        references: of each one tokenised reference, or a list of them.
+        prefix: what the names begin with: "coco", or "nlgeval" for "whitespace".
+        meteor: compute METEOR.
+
+    Returns:
+        As `coco_scores`.
+
+    Raises:
+        ValueError: there are not as many predictions as references, or none, or a caption has no reference.
+    """
+    _check_pairs(predictions, references)
+    references = [[texts] if isinstance(texts, str) else list(texts) for texts in references]
+    if not all(references):
+        raise ValueError("a caption has no reference")
+    pairs = list(zip(predictions, references, strict=True))
+    scores, missing = {}, {}
+    try:
+        bleu = _bleu_statistics(pairs)
+        scores |= {f"{prefix}_bleu{n}": Score(bleu, functools.partial(_bleu, n)) for n in range(1, 5)}
+        scores[f"{prefix}_cider"] = Score.of(_cider(pairs))
+        scores[f"{prefix}_rougeL"] = Score.of(_rouge_l(pairs))
+        if meteor:
+            scores[f"{prefix}_meteor"] = Score(_meteor_statistics(pairs), _meteor)
+    except MissingError as error:  # of what was not reached: without Java only METEOR
+        missing = {name: str(error) for name in _names(prefix, meteor) if name not in scores}
+    return scores, missing
+
+
+def meteor_of_tokens(
+    systems: Mapping[str, Sequence[str]], references: Sequence[str | Sequence[str]]
+) -> tuple[dict[str, Score], str | None]:
+    """Return the METEOR of several systems on the same N images, from one start of the jar, which takes seconds.
+
+    Args:
+        systems: of each N captions, tokenised.
+        references: as for `coco_scores_of_tokens`.
+
+    Returns:
+        The scores by system; or none, and one line that says what is missing and the mend.
+    """
+    references = [[texts] if isinstance(texts, str) else list(texts) for texts in references]
+    pairs = [pair for texts in systems.values() for pair in zip(texts, references, strict=True)]
+    try:
+        statistics = np.split(_meteor_statistics(pairs), len(systems))
+    except MissingError as error:
+        return {}, str(error)
+    return {name: Score(own, _meteor) for name, own in zip(systems, statistics, strict=True)}, None
+
+
+def _names(prefix: str, meteor: bool) -> list[str]:
+    names = ["bleu1", "bleu2", "bleu3", "bleu4", "cider", "rougeL", "meteor"]
+    return [f"{prefix}_{name}" for name in names if meteor or name != "meteor"]
+
+
+def _check_pairs(predictions: Sequence[str], references: Sequence) -> None:
+    if len(predictions) != len(references):
+        raise ValueError(f"there are {len(predictions)} predictions, but {len(references)} references")
+    if not len(predictions):
+        raise ValueError("there are no captions to score")
+
+
+def _bleu_statistics(pairs: list[tuple[str, list[str]]]) -> np.ndarray:
+    """Return float `[N, 10]`: the possible and the matched 1- to 4-grams, the length, the closest reference's length.
+
+    The scorer's own counts; its per-caption scores are no part of BLEU.
+    """
+    with _pycocoevalcap():
+        from pycocoevalcap.bleu.bleu_scorer import BleuScorer
+
+    scorer = BleuScorer(n=4)
+    for pair in pairs:
+        scorer += pair
+    counts = scorer.ctest
+    closest = [scorer._single_reflen(count["reflen"], "closest", count["testlen"]) for count in counts]
+    lengths = [[count["testlen"], length] for count, length in zip(counts, closest, strict=True)]
+    return np.hstack([[c["guess"] for c in counts], [c["correct"] for c in counts], lengths]).astype(np.float64)
+
+
+def _bleu(n: int, sums: np.ndarray, number: int) -> np.ndarray:
+    """Return BLEU-n `[...]` of sums `[..., 10]`, by `BleuScorer.compute_score`'s formula."""
+    small, tiny = 1e-9, 1e-15  # the scorer's: no division by zero, and yet 0 where nothing is possible
+    guess, correct, (length, reference_length) = sums[..., :n], sums[..., 4 : 4 + n], np.moveaxis(sums[..., 8:], -1, 0)
+    precision = np.prod((correct + tiny) / (guess + small), axis=-1) ** (1 / n)
+    ratio = (length + tiny) / (reference_length + small)
+    return precision * np.exp(np.minimum(0, 1 - 1 / ratio))
+
+
+def _cider(pairs: list[tuple[str, list[str]]]) -> np.ndarray:
+    """Return the CIDEr of each caption, `[N]`, from 0 to 10. Of a single caption it is 0: the idf is log(1 / 1)."""
+    with _pycocoevalcap():
+        from pycocoevalcap.cider.cider_scorer import CiderScorer
+
+    if not any(text.split() for _, texts in pairs for text in texts):
+        return np.zeros(len(pairs))  # the scorer asks for the largest document frequency, and there is none
+    scorer = CiderScorer()
+    for pair in pairs:
+        scorer += pair
+    return scorer.compute_score()[1]
+
+
+def _rouge_l(pairs: list[tuple[str, list[str]]]) -> np.ndarray:
+    """Return the ROUGE-L of each caption, `[N]`, from 0 to 1.
+
+    `Rouge.calc_score`'s formula over a faster longest common subsequence: the best precision and the best recall of
+    all references, not those of one. A token is what lies between two single spaces, as there.
+    """
+    scores = []
+    for text, references in pairs:
+        words, others = text.split(" "), [reference.split(" ") for reference in references]
+        common = [lcs_length(words, other) for other in others]
+        precision = max(number / len(words) for number in common)
+        recall = max(number / len(other) for number, other in zip(common, others, strict=True))
+        weighted = recall + ROUGE_BETA**2 * precision
+        scores.append((1 + ROUGE_BETA**2) * precision * recall / weighted if precision and recall else 0.0)
+    return np.array(scores)
+
+
+def _meteor_statistics(pairs: list[tuple[str, list[str]]]) -> np.ndarray:
+    """Return float `[N, 6]`, what each caption adds to METEOR's sums.
+
+    They are the weighted matches in the prediction and in the reference that fits it best, the weighted lengths of
+    both, the chunks, and the matched words (the mean of both sides). The jar's answer to a `SCORE` line is the lengths
+    and the function words of both, for each module the matched content and function words of both, the chunks and the
+    matched words of both.
+    """
+    with _pycocoevalcap():
+        from pycocoevalcap.meteor import meteor
+
+    # "|||" separates the fields. The library takes it out of predictions alone: a reference with it would become two
+    texts = [[*map(one_line, references), one_line(prediction)] for prediction, references in pairs]
+    lines = [" ||| ".join(["SCORE", *(text.replace("|||", "") for text in fields)]) for fields in texts]
+    options = ["-jar", "-Xmx2G", meteor.METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm"]
+    answer = _java(meteor, options, lines)
+    try:
+        table = np.array([line.split() for line in answer[:-1]], dtype=np.float64)
+    except ValueError as error:
+        raise RuntimeError("METEOR's answer is no table of numbers") from error
+    if table.shape != (len(pairs), SEGMENT_STATISTICS):
+        raise RuntimeError(f"METEOR's answer to {len(pairs)} captions is of shape {table.shape}")
+
+    lengths, function_words = table[:, 0:2], table[:, 2:4]
+    matches = table[:, 4:20].reshape(-1, 4, 2, 2)  # of each module content, then function words; of both sides
+    chunks, word_matches = table[:, 20], table[:, 21:23]
+    content_or_function = np.array([DELTA, 1 - DELTA])
+    weighted_matches = np.einsum("nmws,m,w->ns", matches, MODULE_WEIGHTS, content_or_function)
+    weighted_lengths = DELTA * (lengths - function_words) + (1 - DELTA) * function_words
+    # A caption that matches its reference from end to end has no fragments (`MeteorStats.addStats`)
+    whole = (matches.sum(axis=(1, 2)) == lengths).all(axis=1) & (chunks == 1)
+    chunks = np.where(whole, 0, chunks)
+    return np.column_stack([weighted_matches, weighted_lengths, chunks, word_matches.mean(axis=1)])
+
+
+def _meteor(sums: np.ndarray, number: int) -> np.ndarray:
+    """Return METEOR 1.5 `[...]` of sums `[..., 6]`: Denkowski and Lavie (2014); `computeMetrics` in the jar.
+
+    The score of a set is this function of the sums, not a mean over captions. The jar prints all 17 digits of its
+    float64; the two agree to 1e-12.
+    """
+    test_matches, reference_matches, test_length, reference_length, chunks, words = np.moveaxis(sums, -1, 0)
+    with np.errstate(divide="ignore", invalid="ignore"):  # no match at all: 0, as in the jar
+        precision, recall = test_matches / test_length, reference_matches / reference_length
+        f_mean = 1 / ((1 - ALPHA) / precision + ALPHA / recall)
+        return np.nan_to_num(f_mean * (1 - GAMMA * (chunks / words) ** BETA), nan=0.0).clip(min=0)
+
+
+@contextlib.contextmanager
+def _pycocoevalcap() -> Iterator[None]:
+    """Name the package where an import of the block fails."""
+    try:
+        yield
+    except ImportError as error:
+        raise MissingError(INSTALL_PYCOCOEVALCAP) from error
+
+
+def _java(library, options: list[str], lines: list[str]) -> list[str]:
+    """Return the lines that a jar beside the module `library` answers; the process has ended when this returns."""
+    text = "\n".join(lines).encode("utf-8", errors="replace")  # JSON can hold half a surrogate pair
+    try:
+        run = subprocess.run(["java", *options], input=text, capture_output=True, cwd=Path(library.__file__).parent)
+    except OSError as error:
+        raise MissingError(_no_java(f"`java` cannot be run ({error.strerror})", library)) from error
+    if run.returncode:
+        reason = " ".join(run.stderr.decode(errors="replace").split())[:200]
+        raise MissingError(_no_java(f"`java` failed with status {run.returncode} ({reason})", library))
+    return run.stdout.decode("utf-8").split("\n")
+
+
+def _no_java(reason: str, library) -> str:
+    without = ", or use --tokenizer whitespace" if library.__name__.endswith("ptbtokenizer") else ""
+    return f"{reason}: {INSTALL_JAVA}{without}"
+
+
+# BERTScore
+
+
+def bertscore(
+    predictions: Sequence[str],
+    references: Sequence[str],
+    model: str = BERTSCORE_MODEL,
+    num_layers: int | None = None,
+) -> tuple[Score | None, str | None]:
+    """Return the BERTScore F1 of N captions as the evaluator of ImageCLEFmedical Caption computes it, from 0 to 1.
+
+    Captions are normalised (`metrics.imageclef_normalise`), tokens weigh by their idf over the references, scores are
+    not rescaled, and two empty captions score 1. The evaluator scores pair by pair; here they are batched, which
+    changes the float32 rounding only: padding has similarity 0, and would win only where a word's cosine to every
+    token of the other caption is negative.
+
+    Args:
+        predictions: N captions.
+        references: N captions.
+        model: a model in the Hugging Face cache, or a local folder. It is never downloaded.
+        num_layers: whose output is compared; bert-score knows it for its own models, by name.
+
+    Returns:
+        The score and None; or None and one line that says what is missing and the mend.
+
+    Raises:
+        ValueError: there are not as many predictions as references, or none.
+    """
+    from metrics import imageclef_normalise
+
+    _check_pairs(predictions, references)
+    empty = np.array([not p and not r for p, r in zip(predictions, references, strict=True)])
+    predictions, references = ([imageclef_normalise(text) for text in texts] for texts in (predictions, references))
+    quiet = io.StringIO()  # bert-score warns of empty captions, transformers shows a progress bar
+    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet), _no_logs():
+        try:
+            scorer = _bert_scorer(model, num_layers)
+        except UserError as error:
+            return None, str(error)
+        scorer.compute_idf(references)
+        values = []
+        for start in range(0, len(references), BERTSCORE_CHUNK):
+            chunk = slice(start, start + BERTSCORE_CHUNK)
+            values.append(scorer.score(predictions[chunk], references[chunk])[2].double().numpy())
+    return Score.of(np.where(empty, 1.0, np.concatenate(values))), None
+
+
+def _bert_scorer(model: str, num_layers: int | None):
+    """Return a `bert_score.BERTScorer` of a model at hand, made to work with transformers 5.
+
+    Raises:
+        UserError: bert-score or the model is not there, or cannot be loaded.
+    """
+    missing = []
+    try:
+        from bert_score import BERTScorer
+        from bert_score.utils import model2layers
+    except ImportError:
+        missing.append("bert-score is not installed: `pip install bert-score`")
+    folder = _model_folder(model)
+    if folder is None:
+        mend = f"give a folder that has them, or `hf download {BERTSCORE_MODEL if Path(model).is_dir() else model}`"
+        missing.append(f"the weights of {model} are not on this machine: {mend}")
+    if missing:
+        raise MissingError("; ".join(missing))
+
+    if num_layers is None:  # the compared layer goes by the model's name, which a local folder is taken to keep
+        num_layers = {name.split("/")[-1]: layers for name, layers in model2layers.items()}.get(Path(model).name)
+        if num_layers is None:
+            raise UserError(f"bert-score does not know which layer of {model} to compare: give num_layers")
+    with as_user_error(f"the BERTScore model {model} cannot be loaded"):
+        # No processes for the idf: forked after torch has started its threads they can hang
+        scorer = BERTScorer(model_type=str(folder), num_layers=num_layers, idf=True, nthreads=0)
+    # transformers 4 loaded all weights as float32; 5 keeps the type they are stored in, which can be float16
+    scorer._model.float()
+    tokenizer = scorer._tokenizer
+    # The official tokenizer names no longest input, and the number that stands for none overflows in transformers 5
+    tokenizer.model_max_length = min(tokenizer.model_max_length, scorer._model.config.max_position_embeddings)
+    # How bert-score encodes an empty caption; a method that transformers 5 no longer has
+    tokenizer.build_inputs_with_special_tokens = lambda ids: tokenizer.encode("")
+    return scorer
+
+
+def _model_folder(model: str) -> Path | None:
+    """Return the folder of a model, local or in the Hugging Face cache, or None if its weights are not there."""
+    from huggingface_hub import snapshot_download
+
+    folder = Path(model)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(model, local_files_only=True))
+        except (ValueError, OSError):  # no name of a model, or not in the cache
+            return None
+    weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    return folder if weights else None
+
+
+@contextlib.contextmanager
+def _no_logs() -> Iterator[None]:
+    """Silence what transformers logs below an error: the classification head that BERTScore has no use for."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
