@@ -1,41 +1,77 @@
-"""Captions on disk: the predictions of a run as JSON lines."""
+"""Captions on disk: the predictions of a run as JSON lines, those of any system as CSV, and ImageCLEF submissions.
 
+The CSVs are those of ROCOv2 on Zenodo and of ImageCLEFmedical Caption: `ID,Caption`, and `ID,CUIs` with `;` between
+concepts. The rules for a submission are those of the official checker of 2026 (`submission_check.py`,
+github.com/taubsity/clef-caption-evaluation-2026).
+"""
+
+import csv
+import io
 import json
 import os
+import re
+import zipfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from errors import UserError
 from metrics import rouge
 
 
-PREDICTION_KEYS = ("image_id", "reference", "prediction", "rougeL", "nll")
+PREDICTION_KEYS = ("image_id", "reference", "prediction", "rougeL", "nll", "cui")
+MAX_FIELD = 2**27  # characters of a CSV field; the module's default refuses a long caption
+OFFICIAL_MAX_FIELD = 2**17  # the module's default, with which the official checker reads
+CUI = re.compile(r"C\d+")
+SHOWN = 3  # ids named in an error message
+ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # the zip of the same captions has the same bytes
 
 
-def write_predictions(
-    path: Path, image_ids: Sequence[str], references: Sequence[str], predictions: Sequence[str], nll: np.ndarray
-) -> None:
-    """Write one JSON object a line: `image_id`, `reference`, `prediction`, `rougeL`, `nll`.
+@dataclass(frozen=True)
+class Captions:
+    """What a system wrote for N images, beside what is true.
+
+    Attributes:
+        image_ids: N ids.
+        predictions: N captions.
+        references: N full captions.
+        cuis: the concepts of each image, empty where none are known.
+    """
+
+    image_ids: list[str]
+    predictions: list[str]
+    references: list[str]
+    cuis: list[list[str]]
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.image_ids)
+
+
+# --- The predictions of a run ---------------------------------------------------------------------------------
+
+
+def write_predictions(path: Path, captions: Captions, nll: np.ndarray) -> None:
+    """Write one JSON object a line: `image_id`, `reference`, `prediction`, `rougeL`, `nll`, `cui`.
 
     Args:
         path: the file; it appears whole or not at all.
-        image_ids: N ids.
-        references: N full captions.
-        predictions: N generated captions.
+        captions: of N images. Their concepts are written too, so that the file alone can be scored.
         nll: `[N]`, the negative log-likelihood of the whole reference in nats.
     """
-    scores = rouge(predictions, references)["rougeL"]
-    rows = zip(image_ids, references, predictions, scores.tolist(), nll.tolist(), strict=True)
-    lines = [json.dumps(dict(zip(PREDICTION_KEYS, row, strict=True)), ensure_ascii=False) for row in rows]
+    scores = rouge(captions.predictions, captions.references)["rougeL"].tolist()
+    columns = (captions.image_ids, captions.references, captions.predictions, scores, nll.tolist(), captions.cuis)
+    rows = [dict(zip(PREDICTION_KEYS, row, strict=True)) for row in zip(*columns, strict=True)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, "".join(f"{line}\n" for line in lines))
+    write_whole(path, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a UTF-8 file that appears whole or not at all, also if the process is killed."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file, text in UTF-8, that appears whole or not at all, also if the process is killed."""
     unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_text(text, encoding="utf-8")
+    unfinished.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
     os.replace(unfinished, path)
 
 
@@ -43,3 +79,257 @@ def read_predictions(path: Path) -> list[dict[str, object]]:
     """Read a file of `write_predictions`."""
     with open(path, encoding="utf-8") as file:
         return [json.loads(line) for line in file]
+
+
+# --- The captions of any system -------------------------------------------------------------------------------
+
+
+def read_captions(path: str, references: str | None = None, concepts: str | None = None) -> Captions:
+    """Read the captions of any system.
+
+    Args:
+        path: JSON lines of a run, or a CSV with `ID,Caption`.
+        references: CSV with `ID,Caption`, in whose order the captions are returned; JSON lines have their own.
+        concepts: CSV with `ID,CUIs`; JSON lines may have their own.
+
+    Raises:
+        UserError: a file cannot be read, or its ids are not those of the references.
+    """
+    if _is_csv(path):
+        if references is None:
+            raise UserError(f"'{path}' holds no reference captions; add --references with a CSV of ID,Caption")
+        predictions, own_references, cuis = read_csv(path, "Caption"), {}, {}
+    else:
+        rows = _read_json_lines(path)
+        predictions = {image_id: row["prediction"] for image_id, row in rows.items()}
+        own_references = {image_id: row["reference"] for image_id, row in rows.items() if "reference" in row}
+        cuis = {image_id: row.get("cui") or [] for image_id, row in rows.items()}
+        if references is None and len(own_references) < len(rows):
+            missing = next(image_id for image_id in rows if image_id not in own_references)
+            raise UserError(f"'{path}': '{missing}' has no reference; add --references with a CSV of ID,Caption")
+    truth = read_csv(references, "Caption") if references else own_references
+    if not truth:
+        raise UserError(f"'{references or path}' holds no captions; give a file with at least one")
+    check_ids(predictions, truth, path, references or path)
+    if concepts:
+        cuis = {image_id: split_cuis(text) for image_id, text in read_csv(concepts, "CUIs").items()}
+    ids = list(truth)
+    return Captions(ids, [predictions[i] for i in ids], [truth[i] for i in ids], [cuis.get(i, []) for i in ids])
+
+
+def check_ids(found: Sequence[str], wanted: Sequence[str], path: str, reference: str) -> None:
+    """Check that two files are about the same images.
+
+    Raises:
+        UserError: ids are missing or unknown; the line counts them and names some.
+    """
+    wanted_ids, found_ids = set(wanted), set(found)
+    missing = [image_id for image_id in wanted if image_id not in found_ids]
+    unknown = [image_id for image_id in found if image_id not in wanted_ids]
+    for ids, what in ((missing, f"of '{reference}' are missing in"), (unknown, f"not in '{reference}' are in")):
+        if ids:
+            named = ", ".join(ids[:SHOWN])
+            raise UserError(f"{len(ids)} ids {what} '{path}' ({named}); both files must be of one split")
+
+
+def read_csv(path: str, column: str) -> dict[str, str]:
+    """Read a CSV of `ID` and `column` into a dict from id to text, in the order of the file.
+
+    Like the official evaluator it takes a file without a header too; columns beyond the two are an error.
+
+    Raises:
+        UserError: the file cannot be read, has other columns, or an id twice.
+    """
+    csv.field_size_limit(MAX_FIELD)
+    texts: dict[str, str] = {}
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            for number, row in enumerate(reader := csv.reader(file)):
+                if number == 0 and row and row[0].lower() == "id":
+                    if row[1:] != [column]:
+                        raise UserError(f"'{path}' has the columns {', '.join(row)}; ID,{column} are needed")
+                elif len(row) != 2:
+                    raise UserError(
+                        f"'{path}', line {reader.line_num}: {len(row)} fields; ID and {column} are needed, the latter "
+                        "in double quotes where it holds a comma"
+                    )
+                elif row[0] in texts:
+                    raise UserError(f"'{path}', line {reader.line_num}: id '{row[0]}' for the second time; leave one")
+                else:
+                    texts[row[0]] = row[1]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"'{path}' cannot be read as a CSV of ID,{column}: {error}") from error
+    return texts
+
+
+def split_cuis(text: str) -> list[str]:
+    """Return the concepts of a field of `ID,CUIs`, which may be empty."""
+    return [cui.strip() for cui in text.split(";") if cui.strip()]
+
+
+def _is_csv(path: str) -> bool:
+    return path.lower().endswith(".csv")
+
+
+def _read_json_lines(path: str) -> dict[str, dict[str, object]]:
+    rows: dict[str, dict[str, object]] = {}
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    row = json.loads(line)
+                    image_id, texts = row["image_id"], [row["prediction"], row.get("reference", "")]
+                except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+                    raise UserError(
+                        f"'{path}', line {number} is no JSON object with image_id and prediction "
+                        f"({type(error).__name__}: {error}); give predictions of a run, or a .csv of ID,Caption"
+                    ) from error
+                if not all(isinstance(text, str) for text in (image_id, *texts)):
+                    raise UserError(f"'{path}', line {number}: image_id, prediction and reference must be texts")
+                if image_id in rows:
+                    raise UserError(f"'{path}', line {number}: id '{image_id}' for the second time; leave one")
+                rows[image_id] = row
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"'{path}' cannot be read: {error}") from error
+    return rows
+
+
+# --- ImageCLEF submission -------------------------------------------------------------------------------------
+
+
+def write_submission(folder: Path, image_ids: Sequence[str], captions: Sequence[str]) -> Path:
+    """Write `submission.csv` and `submission.zip`, which holds only it, and return the path of the first.
+
+    Every caption is in double quotes and on one line: the official checker counts lines, and its idea of a line end is
+    that of `str.splitlines`.
+
+    Raises:
+        UserError: an id cannot stand in a submission.
+    """
+    for image_id in image_ids:
+        if image_id != image_id.strip() or set(image_id) & set(',"') or len(image_id.splitlines()) != 1:
+            raise UserError(f"image id '{image_id}' cannot stand in a submission: no comma, quote or line break may")
+    lines = ["ID,Caption", *(f"{i},{_quoted(text)}" for i, text in zip(image_ids, captions, strict=True))]
+    content = "".join(f"{line}\n" for line in lines).encode("utf-8")
+    write_whole(folder / "submission.csv", content)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(zipfile.ZipInfo("submission.csv", ZIP_TIME), content, zipfile.ZIP_DEFLATED)
+    write_whole(folder / "submission.zip", buffer.getvalue())
+    return folder / "submission.csv"
+
+
+def _quoted(caption: str) -> str:
+    # A NUL ends the official reader; lone surrogates have no UTF-8
+    clean = caption.replace("\0", " ").encode("utf-8", "replace").decode("utf-8")
+    return '"' + " ".join(clean.split()).replace('"', '""') + '"'
+
+
+def check_submission(path: str, references: str | None = None) -> list[str]:
+    """Check a submission of captions (`ID,Caption`) or concepts (`ID,CUIs`) by the rules of the official checker.
+
+    Args:
+        path: `submission.csv`, or a zip with nothing else in it.
+        references: CSV of the ground truth, whose ids and their order are wanted; without it these are not checked.
+
+    Returns:
+        The faults, each one line that names its place and the mend; none for a valid submission.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    try:
+        text = _submission_content(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        return [f"the file is not UTF-8 (byte {error.start}); save it as UTF-8"]
+    except UserError:  # a ValueError too
+        raise
+    except ValueError as error:
+        return [str(error)]
+    if text.startswith("\ufeff"):
+        return ["the file starts with a byte order mark; save it as UTF-8 without BOM"]
+    lines = text.splitlines()
+    faults = [f"line {number}: blank; remove it" for number, line in enumerate(lines, 1) if not line.strip()]
+    csv.field_size_limit(OFFICIAL_MAX_FIELD)
+    try:
+        header, *rows = list(csv.reader(io.StringIO(text, newline=""))) or [[]]
+    except csv.Error as error:
+        return [*faults, f"the file is no CSV: {error}; put captions in double quotes, and double those in them"]
+    if header not in (["ID", "Caption"], ["ID", "CUIs"]):
+        return [*faults, f"line 1: the header is {','.join(header)!r}; it must be ID,Caption or ID,CUIs"]
+    for number, (row, line) in enumerate(zip(rows, lines[1:], strict=False), 2):  # as official: see `_row_faults`
+        faults += _row_faults(number, row, line, header[1])
+    return faults + _id_faults([row[0] for row in rows if row], references)
+
+
+def _submission_content(path: str) -> bytes:
+    try:
+        if not path.lower().endswith(".zip"):
+            return Path(path).read_bytes()
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            if names != ["submission.csv"]:
+                raise ValueError(f"the zip holds {', '.join(names) or 'nothing'}; it must hold submission.csv alone")
+            return archive.read("submission.csv")
+    except (OSError, zipfile.BadZipFile, RuntimeError) as error:
+        raise UserError(f"submission '{path}' cannot be read: {error}; give a submission.csv or its zip") from error
+
+
+def _row_faults(number: int, row: list[str], line: str, column: str) -> list[str]:
+    """Return the faults of a row.
+
+    The official checker takes the n-th line of the file for the n-th row. Behind a text that holds a line break it
+    looks at the wrong lines, and may refuse the file or not: `write_submission` leaves no line break in.
+    """
+    if len(row) != 2:
+        return [f"row {number}: {len(row)} fields; put the {column} in double quotes, and nothing after them"]
+    image_id, text = row
+    faults = []
+    if image_id != image_id.strip():
+        faults.append(f"row {number}: the id '{image_id}' has white space at its ends; remove it")
+    if column == "Caption":
+        _, _, raw = line.partition(",")
+        if "," in raw and not (raw.startswith('"') and raw.endswith('"')):
+            faults.append(f"row {number}: the caption holds a comma or a line break; use double quotes, and one line")
+        return faults
+    if text != text.strip():
+        faults.append(f"row {number}: the CUIs have white space at their ends; remove it")
+    cuis = [cui.strip() for cui in text.split(";")] if text.strip() else []
+    faults += [f"row {number}: '{cui}' is no concept such as C0040405" for cui in cuis if not CUI.fullmatch(cui)]
+    if len(set(cuis)) < len(cuis):
+        faults.append(f"row {number}: a concept is there twice; leave one")
+    return faults
+
+
+def _id_faults(ids: list[str], references: str | None) -> list[str]:
+    seen: set[str] = set()
+    faults = []
+    for number, image_id in enumerate(ids, 2):
+        if image_id in seen:
+            faults.append(f"row {number}: id '{image_id}' for the second time; leave one")
+        seen.add(image_id)
+    if references is None:
+        return faults
+    wanted = _ids_of(references)
+    wanted_ids = set(wanted)
+    unknown = [image_id for image_id in ids if image_id not in wanted_ids]
+    missing = [image_id for image_id in wanted if image_id not in seen]
+    for what, some in (("not among the official ones; remove them", unknown), ("missing; add them", missing)):
+        if some:
+            faults.append(f"{len(some)} ids are {what} ({', '.join(some[:SHOWN])})")
+    if not faults:
+        for number, (image_id, expected) in enumerate(zip(ids, wanted, strict=False), 2):
+            if image_id != expected:
+                return [f"row {number}: id '{image_id}' where '{expected}' is due; use the order of '{references}'"]
+    return faults
+
+
+def _ids_of(references: str) -> list[str]:
+    """Return the ids of a CSV of captions or of concepts."""
+    csv.field_size_limit(MAX_FIELD)
+    try:
+        with open(references, encoding="utf-8-sig", newline="") as file:
+            ids = [row[0].strip() for row in csv.reader(file) if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"'{references}' cannot be read as a CSV of ids: {error}") from error
+    return ids[1:] if ids and ids[0].lower() == "id" else ids
