@@ -1,0 +1,317 @@
+"""All scores of a set of captions beside their floors, and the command `metrics.py`."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rouge_score import rouge_scorer
+
+import phantoms
+import scoring
+from errors import UserError
+from intervals import Score
+from metrics import rouge
+from predictions import Captions
+from scoring import FLOORS, Training, flat, score, table
+
+
+ROOT = Path(scoring.__file__).parent
+
+
+def phantom_rows(number: int, seed: int, split: str = "train") -> tuple[list[str], list[list[str]], np.ndarray]:
+    """Captions, concepts, and features that tell one combination of attributes from another, as an image would."""
+    rng = np.random.default_rng(seed)
+    sets = phantoms.combinations(split)
+    drawn = rng.integers(len(sets), size=number)
+    cuis = [[phantoms.CUIS[sets[i]["modality"]], phantoms.CUIS[sets[i]["region"]]] for i in drawn]
+    values = sorted({str(value) for each in phantoms.combinations("train") for value in each.values()})
+    features = [[float(str(value) in map(str, sets[i].values())) for value in values] for i in drawn]
+    return [phantoms.reword(sets[i], rng) for i in drawn], cuis, np.array(features)
+
+
+@pytest.fixture(scope="module")
+def training():
+    captions, cuis, features = phantom_rows(300, seed=0)
+    return Training(captions, cuis, features, captions)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """What is true of 120 images: captions, concepts, features."""
+    return phantom_rows(120, seed=1, split="test")
+
+
+@pytest.fixture(scope="module")
+def captions(rows):
+    """A good system: the oracle, which knows what is there and words it anew."""
+    references, cuis, _ = rows
+    return Captions([f"id{i}" for i in range(120)], phantoms.oracle_captions(references, seed=5), references, cuis)
+
+
+@pytest.fixture(scope="module")
+def scores(captions, training, rows):
+    return score(captions, training, rows[2], tokenizer=None)
+
+
+def with_predictions(captions: Captions, predictions: list[str]) -> Captions:
+    return Captions(captions.image_ids, predictions, captions.references, captions.cuis)
+
+
+# --- Scores, floors, intervals --------------------------------------------------------------------------------
+
+
+def test_each_score_has_its_interval_and_every_floor(scores):
+    assert list(scores["floors"]) == list(FLOORS)
+    for name, entry in scores["scores"].items():
+        assert list(entry["floors"]) == list(FLOORS), name
+        if entry["value"] is not None:
+            assert entry["low"] <= entry["value"] <= entry["high"], name
+    assert {"rouge1", "rouge2", "rougeL", "imageclef_rouge1", "modality_f1", "concept_f1"} <= scores["scores"].keys()
+    assert scores["scores"]["measurement_f1"]["value"] is None, "phantoms have no measurements"
+    assert scores["captions"] == 120
+
+
+def test_the_values_are_means_of_rouge_score(captions, scores):
+    scorer = rouge_scorer.RougeScorer(["rougeL"])
+    pairs = list(zip(captions.references, captions.predictions, strict=True))
+    expected = np.mean([scorer.score(reference, text)["rougeL"].fmeasure for reference, text in pairs])
+    assert scores["scores"]["rougeL"]["value"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_each_floor_is_the_score_of_its_captions(captions, scores, training):
+    floors = scores["scores"]["rougeL"]["floors"]
+    constant = scores["floors"]["constant"]["caption"]
+    assert constant in training.captions
+    expected = rouge([constant] * 120, captions.references)["rougeL"].mean()
+    assert floors["constant"] == pytest.approx(expected, abs=1e-12)
+    best = max(rouge([text] * 300, training.captions)["rougeL"].mean() for text in training.captions)
+    assert rouge([constant] * 300, training.captions)["rougeL"].mean() == pytest.approx(best, abs=1e-12)
+    assert set(scores["floors"]["typical_of_modality"]["captions"]) == {"CT", "X-ray", "MRI", "ultrasound"}
+
+
+def test_floors_are_ordered_by_what_they_know(scores):
+    """Shuffled references know nothing; a constant the style; the modality's caption more; the nearest image most."""
+    floors = scores["scores"]["rougeL"]["floors"]
+    assert floors["shuffled_references"] < floors["constant"] < floors["typical_of_modality"]
+    assert floors["typical_of_modality"] < floors["nearest_image"]
+    assert scores["scores"]["modality_f1"]["floors"]["typical_of_modality"] == 1
+    assert scores["scores"]["modality_f1"]["floors"]["nearest_image"] > 0.9
+    assert floors["shuffled_images"] == pytest.approx(floors["shuffled_references"], abs=0.05)
+
+
+def test_a_system_that_looks_beats_its_floors(scores):
+    assert scores["beats_constant"]
+    assert "beats the best constant caption" in scores["verdict"]
+    assert "NOT" not in scores["verdict"]
+    gain = scores["scores"]["rougeL"]["value"] - scores["scores"]["rougeL"]["floors"]["shuffled_images"]
+    assert f"looking at the image adds {gain:+.4f}" in scores["verdict"]
+    assert scores["scores"]["concept_f1"]["value"] > 0.95
+    assert scores["scores"]["concept_f1"]["ceiling"] > 0.95
+
+
+def test_a_system_that_does_not_look_is_said_not_to_beat_a_constant(captions, training):
+    poor = score(with_predictions(captions, ["An axial image."] * 120), training, None, tokenizer=None)
+    assert not poor["beats_constant"]
+    assert "does NOT beat the best constant caption" in poor["verdict"]
+    assert "looking at the image adds +0.0000" in poor["verdict"]
+    assert "the most typical caption of the true modality" in poor["verdict"], "a higher floor is named"
+    assert poor["unique_captions"] == pytest.approx(1 / 120)
+
+
+def test_a_system_near_the_constant_is_not_said_to_beat_it(captions, training, scores):
+    constant = scores["floors"]["constant"]["caption"]
+    predictions = [constant] * 120
+    predictions[0] = captions.references[0]
+    near = score(with_predictions(captions, predictions), training, None, tokenizer=None)
+    assert not near["beats_constant"]
+    assert "is not surely above the best constant caption" in near["verdict"]
+
+
+def test_without_a_training_split_the_floors_are_made_of_the_references(captions):
+    alone = score(captions, tokenizer=None)
+    assert alone["floors"]["constant"]["caption"] in captions.references
+    assert "references themselves" in alone["floors"]["constant"]["found_among"]
+    assert "nearest_image" not in alone["floors"]
+    assert "training split" in alone["missing"]["concept_f1"]
+
+
+def test_scores_by_modality_are_those_of_its_captions(captions, scores):
+    modalities = scores["modalities"]
+    assert sum(own["captions"] for own in modalities.values()) == 120
+    rows = [i for i, cuis in enumerate(captions.cuis) if phantoms.CUIS["CT"] in cuis]
+    assert modalities["CT"]["captions"] == len(rows)
+    expected = rouge([captions.predictions[i] for i in rows], [captions.references[i] for i in rows])["rougeL"].mean()
+    assert modalities["CT"]["rougeL"]["value"] == pytest.approx(expected)
+    assert modalities["CT"]["rougeL"]["low"] < expected < modalities["CT"]["rougeL"]["high"]
+    assert "concept_f1" in modalities["CT"]
+
+
+def test_scores_are_the_same_each_time_and_fit_for_json(captions, training, rows, scores):
+    again = score(captions, training, rows[2], tokenizer=None)
+    assert json.dumps(again, allow_nan=False) == json.dumps(scores, allow_nan=False)
+
+
+def test_one_caption_can_be_scored():
+    single = score(Captions(["a"], ["a cat"], ["a dog"], [[]]), tokenizer=None)
+    assert single["scores"]["rougeL"]["value"] == pytest.approx(0.5)
+    json.dumps(single, allow_nan=False)
+    table(single)
+
+
+def test_the_names_of_the_result_files(scores):
+    names = flat(scores)
+    assert names["rougeL"] == scores["scores"]["rougeL"]["value"]
+    assert names["rougeL_shuffled_images"] == scores["scores"]["rougeL"]["floors"]["shuffled_images"]
+    assert {f"rougeL_{floor}" for floor in FLOORS} <= names.keys()
+    assert all(isinstance(value, float) for value in names.values()), "a score that is not defined is left out"
+
+
+def test_coco_metrics_stand_beside_their_floors_under_their_own_names(captions, training):
+    if not shutil.which("java"):
+        pytest.skip("there is no Java runtime")
+    found = score(captions, training, None, tokenizer="ptb")
+    assert found["missing"] == {}
+    for name in ("coco_bleu1", "coco_bleu4", "coco_cider", "coco_rougeL", "coco_meteor"):
+        entry = found["scores"][name]
+        assert entry["low"] < entry["value"] < entry["high"], name
+        assert entry["floors"]["constant"] < entry["value"], name
+        assert entry["floors"].keys() == {*FLOORS} - {"nearest_image"}
+    assert found["scores"]["coco_rougeL"]["value"] != found["scores"]["rougeL"]["value"]
+
+
+def test_of_many_captions_only_the_constant_floor_has_a_meteor(captions, training, monkeypatch):
+    if not shutil.which("java"):
+        pytest.skip("there is no Java runtime")
+    monkeypatch.setattr(scoring, "METEOR_CAPTIONS", 240)
+    found = score(captions, training, None, tokenizer="whitespace")["scores"]
+    assert found["nlgeval_meteor"]["floors"].keys() == {"constant"}
+    assert found["nlgeval_cider"]["floors"].keys() == {*FLOORS} - {"nearest_image"}
+
+
+def test_without_java_the_other_scores_are_there_and_it_is_said(captions, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    found = score(captions, tokenizer="ptb")
+    assert "rougeL" in found["scores"]
+    assert not [name for name in found["scores"] if name.startswith("coco")]
+    assert "install a Java runtime" in found["missing"]["coco_*"]
+    whitespace = score(captions, tokenizer="whitespace")
+    assert "nlgeval_bleu4" in whitespace["scores"]
+    assert "Java" in whitespace["missing"]["nlgeval_meteor"]
+
+
+# --- The command ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, captions, training):
+    """A folder with one system's captions as JSON lines and as CSV, another system's, references and training data."""
+    folder = tmp_path_factory.mktemp("files")
+
+    def write_csv(name, column, texts, prefix="id"):
+        quoted = (f'{prefix}{i},"{text}"\n' for i, text in enumerate(texts))
+        (folder / name).write_text(f"ID,{column}\n" + "".join(quoted))
+
+    for name, predictions in (("good", captions.predictions), ("poor", captions.references[::-1])):
+        rows = zip(captions.image_ids, captions.references, predictions, captions.cuis, strict=True)
+        keys = ("image_id", "reference", "prediction", "cui")
+        lines = [json.dumps(dict(zip(keys, row, strict=True))) for row in rows]
+        (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        write_csv(f"{name}.csv", "Caption", predictions)
+    write_csv("references.csv", "Caption", captions.references)
+    write_csv("concepts.csv", "CUIs", [";".join(cuis) for cuis in captions.cuis])
+    write_csv("train.csv", "Caption", training.captions, "t")
+    write_csv("train_concepts.csv", "CUIs", [";".join(cuis) for cuis in training.cuis], "t")
+    return folder
+
+
+def run(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "metrics.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_command_scores_a_run_and_any_systems_csv_alike(files, captions, training):
+    extra = ("--train", files / "train.csv", "--train_concepts", files / "train_concepts.csv", "--tokenizer", "none")
+    first = run(files / "good.jsonl", *extra, "--json")
+    given = ("--references", files / "references.csv", "--concepts", files / "concepts.csv")
+    second = run(files / "good.csv", *given, *extra, "--json")
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert first.stdout == second.stdout
+    found = json.loads(first.stdout)
+    expected = score(captions, Training(training.captions, training.cuis), None, tokenizer=None)
+    assert found == expected
+    text = run(files / "good.jsonl", *extra)
+    assert text.stdout.rstrip("\n") == table(expected)
+    assert text.stderr == ""
+    assert expected["verdict"] in text.stdout
+
+
+def command_json(capsys, *arguments) -> dict:
+    scoring.main([*map(str, arguments), "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+def test_two_systems_are_tested_pair_by_pair(files, capsys):
+    found = command_json(capsys, files / "good.jsonl", "--against", files / "poor.jsonl")
+    row = found["scores"]["rougeL"]
+    assert row["difference"] == pytest.approx(row["first"] - row["second"])
+    assert 0 < row["low"] < row["difference"] < row["high"]
+    assert row["p_value"] < 0.001
+    assert found["scores"]["measurement_f1"]["difference"] is None
+    scoring.main([str(files / "poor.jsonl"), "--against", str(files / "good.jsonl")])
+    text = capsys.readouterr().out
+    assert f"{-row['difference']:+.4f}" in text
+    assert text.splitlines()[0].startswith("120 captions")
+
+
+def test_two_systems_are_matched_by_id_and_not_by_row(files, tmp_path, capsys):
+    lines = (files / "good.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "shuffled.jsonl").write_text("".join(lines[::-1]))
+    found = command_json(capsys, files / "good.jsonl", "--against", tmp_path / "shuffled.jsonl")
+    assert found["scores"]["rougeL"]["difference"] == 0
+    assert found["scores"]["rougeL"]["p_value"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["good.csv"], "holds no reference captions; add --references"),
+        (["none.jsonl"], "cannot be read"),
+        (["good.jsonl", "--train_concepts", "train_concepts.csv"], "--train_concepts goes with --train"),
+        (["good.jsonl", "--train", "train_concepts.csv"], "has the columns ID, CUIs; ID,Caption are needed"),
+        (["good.jsonl", "--against", "short.jsonl"], "119 ids"),
+        (["good.jsonl", "--against", "other.jsonl"], "have other references for 120 images (id0)"),
+    ],
+)
+def test_a_mistake_is_one_line(files, arguments, message):
+    lines = (files / "good.jsonl").read_text().splitlines(keepends=True)
+    (files / "short.jsonl").write_text(lines[0])
+    (files / "other.jsonl").write_text("".join(lines).replace('"reference": "', '"reference": "x '))
+    paths = [str(files / item) if item.endswith(("csv", "jsonl")) else item for item in arguments]
+    with pytest.raises(UserError) as error:
+        scoring.main(paths)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_mistake_ends_the_command_with_one_line_and_status_2(files):
+    result = run(files / "good.csv")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_comparison_needs_the_same_images(captions):
+    with pytest.raises(UserError, match="1 ids"):
+        other = Captions(["x", *captions.image_ids[1:]], captions.predictions, captions.references, captions.cuis)
+        scoring.compare_captions(captions, other, "a", "b")
+
+
+def test_a_score_without_value_is_written_as_none():
+    assert scoring._finite(float("nan")) is None
+    nothing = Score(np.zeros((3, 1)), lambda sums, number: sums[..., 0] * np.nan)
+    assert scoring._entry(nothing, np.ones((2, 3))) == {"value": None, "low": None, "high": None}
