@@ -98,6 +98,10 @@ class DataArguments:
     preprocessing_num_workers: int | None = field(
         default=None, metadata={"help": "Processes that check and tokenise the rows."}
     )
+    neighbour_samples: int = field(
+        default=10_000,
+        metadata={"help": "Training images among which the nearest is sought, for a floor; 0 leaves it out."},
+    )
     language: str = field(default="en", metadata={"help": "Language of the captions (ISO 639), for the model card."})
     license: str | None = field(
         default=None,
@@ -111,6 +115,7 @@ class DataArguments:
         """Check the values that need nothing but themselves."""
         for name in ("max_train_samples", "max_eval_samples", "max_predict_samples", "preprocessing_num_workers"):
             _at_least(self, name, 1)
+        _at_least(self, "neighbour_samples", 0)
         if not 0 <= self.max_rejected_fraction <= 1:
             raise UserError(f"max_rejected_fraction is {self.max_rejected_fraction}; set it from 0 to 1")
 
@@ -167,6 +172,18 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
     no_repeat_ngram_size: int = field(default=0, metadata={"help": "No n-gram of this size twice; 0: no rule."})
     length_penalty: float = field(
         default=1.0, metadata={"help": "Exponent of the length that a beam's score is divided by."}
+    )
+
+    # Scores
+    coco_metrics: bool = field(
+        default=True, metadata={"help": "BLEU, CIDEr, METEOR of the final captions; they need a Java runtime."}
+    )
+    bertscore_model: str | None = field(
+        default=None,
+        metadata={"help": "Weights of BERTScore, e.g. microsoft/deberta-xlarge-mnli (ImageCLEF's), at hand already."},
+    )
+    write_submission: bool = field(
+        default=False, metadata={"help": "Write submission.csv and .zip for ImageCLEF, of the test split."}
     )
 
     push_to_hub: bool = field(

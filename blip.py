@@ -4,6 +4,7 @@ Weights on disk stay plain BLIP: stock `BlipForConditionalGeneration` and `BlipP
 """
 
 import logging
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -318,3 +319,32 @@ def generate_captions(
         **settings,
     )
     return generated[:, len(start_ids) :]
+
+
+def attention_maps(
+    model: BlipForConditionalGeneration, image_embeds: torch.Tensor, start_ids: list[int], tokens: torch.Tensor
+) -> torch.Tensor:
+    """Return where the decoder looked as it wrote each token: its cross-attention over the patches of one image.
+
+    Args:
+        model: the model.
+        image_embeds: `[1, P + 1, D]`, from `encode_images`.
+        start_ids: `[DEC]` and the tokens of the prompt.
+        tokens: `[T]`, what was generated after them.
+
+    Returns:
+        Float `[T, H, W]` on the grid of patches: attention weights, the mean over layers and heads, without that on
+        the `[CLS]` embedding.
+    """
+    input_ids = torch.cat([torch.tensor(start_ids, device=tokens.device), tokens])[None, :-1]
+    outputs = model.text_decoder(
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        encoder_hidden_states=image_embeds,
+        use_cache=False,
+        output_attentions=True,
+    )
+    attention = torch.stack(outputs.cross_attentions).float().mean(dim=(0, 2))[0]
+    side = math.isqrt(attention.shape[-1] - 1)
+    # The position before a token is the one that wrote it
+    return attention[len(start_ids) - 1 :, 1:].unflatten(-1, (side, side))

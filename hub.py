@@ -52,8 +52,10 @@ MODEL_FILES = (
     "processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.txt",
 )  # fmt: skip
+# Not report.html: it holds the images, which may not be the user's to publish
 RECORD_FILES = (
-    "README.md", "recipe.json", "*_results.json", "trainer_state.json", "training_curve.png", "predictions/*.jsonl",
+    "README.md", "recipe.json", "*_results.json", "scores.json", "trainer_state.json", "training_curve.png",
+    "predictions/*.jsonl", "submission.csv", "submission.zip",
 )  # fmt: skip
 REWRITTEN_FILES = ("recipe.json", "trainer_state.json")  # those that hold paths of this machine
 # Files of a repository that may be there before the first push: those that the Hub's web page creates

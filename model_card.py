@@ -20,6 +20,7 @@ from blip import plain_generate_suffices
 from errors import UserError, as_user_error
 from hub import COMMIT_HASH, PROJECT, Repository
 from predictions import read_predictions, write_whole
+from scoring import FLOORS, HEADINGS
 
 
 logger = logging.getLogger("captioning.model_card")
@@ -153,6 +154,7 @@ def render(output_dir: Path, name: str) -> str:
         data=data,
         scores=_scores(results),
         columns=SCORE_COLUMNS,
+        worth=_worth(_read_json(output_dir / "scores.json")),
         num_beams=recipe["num_beams"],
         max_new_tokens=recipe["max_new_tokens"],
         decoding=_decoding(recipe),
@@ -255,6 +257,41 @@ def _scores(results: Mapping[str, float]) -> list[dict[str, Any]]:
         for split, prefix in SPLITS.items()
         if f"{prefix}_loss" in results
     ]
+
+
+def _worth(all_scores: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the scores of the test split (validation where that was not captioned) beside what they are worth."""
+    split = next((split for split in SPLITS if split in all_scores), None)
+    if split is None:
+        return None
+    scores = all_scores[split]
+    floors = [floor for floor in FLOORS if floor in scores["floors"]]
+
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.4f}"
+
+    rows = [
+        [
+            f"`{name}`",
+            number(entry["value"]),
+            f"{number(entry['low'])} to {number(entry['high'])}",
+            *(number(entry["floors"].get(floor)) for floor in floors),
+            number(entry.get("ceiling")),
+        ]
+        for name, entry in scores["scores"].items()
+        if entry["value"] is not None
+    ]
+    constant = scores["floors"]["constant"]
+    return {
+        "split": split,
+        "verdict": scores["verdict"],
+        "headings": [HEADINGS[floor] for floor in floors],
+        "floors": {HEADINGS[floor]: FLOORS[floor] for floor in floors},
+        "rows": rows,
+        "constant": markdown(constant["caption"]),
+        "found_among": constant["found_among"],
+        "missing": {name: markdown(reason) for name, reason in scores["missing"].items()},
+    }
 
 
 def _examples(output_dir: Path) -> tuple[str | None, list[dict[str, Any]]]:

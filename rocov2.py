@@ -309,6 +309,14 @@ def check_rows(
     return checked
 
 
+def texts(rows: Dataset) -> tuple[list[str], list[list[str]]]:
+    """Return captions and concepts of the rows that have a caption; no image is read."""
+    columns = rows.select_columns([column for column in ("caption", "cui") if column in rows.column_names])[:]
+    cuis = columns.get("cui") or [None] * len(rows)
+    kept = [(text, cui) for text, cui in zip(columns["caption"], cuis, strict=True) if not _is_blank(text)]
+    return [str(text) for text, _ in kept], [_clean_cui(cui) for _, cui in kept]
+
+
 def usable(rows: Dataset, max_samples: int | None = None) -> Dataset:
     """Return the first `max_samples` rows (default: all) that `check_rows` did not mark."""
     keep = [row for row, reason in enumerate(rows["rejected"]) if not reason]
@@ -343,14 +351,18 @@ def _check_batch(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
 def _reason_to_reject(image: dict[str, Any] | None, image_id: str, caption: str) -> str | None:
     if not image_id.strip():
         return "blank image_id"
-    # Separators, controls and format characters print nothing: one ROCOv2 caption is only U+202F
-    if all(unicodedata.category(character)[0] in "ZC" for character in caption):
+    if _is_blank(caption):
         return "blank caption"
     try:
         open_image(image)
     except ValueError as error:
         return f"unreadable image: {error}"
     return None
+
+
+def _is_blank(caption: str | None) -> bool:
+    """Tell whether a caption prints nothing: separators, controls, format characters; one of ROCOv2 is only U+202F."""
+    return all(unicodedata.category(character)[0] in "ZC" for character in str(caption or ""))
 
 
 def _clean_cui(cui: list[str] | str | None) -> list[str]:

@@ -11,10 +11,7 @@ The first trains on ROCOv2 from the Hub, the second runs a recipe (flags win), t
 fourth repeats a published run, the fifth pushes a finished one.
 """
 
-import json
 import logging
-import os
-import tempfile
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict
@@ -28,19 +25,17 @@ from arguments import (
     ModelArguments,
     parse_arguments,
     parse_push_arguments,
-    resolved_recipe,
 )
 from collator import CaptioningCollator
 from errors import UserError, as_user_error, exit_on_user_error
+from floors import sample_rows
 from hub import PushCheckpoints, Repository, open_repository, pin_revision
-from metrics import decode_captions
 from model_card import push, push_finished_run, write_model_card
-from predictions import write_predictions, write_whole
+from output_folder import prepare_output_dir, write_recipe
 from report import draw_training_curve, summary
-from trainer import CaptioningTrainer, last_complete_checkpoint
-
-
-logger = logging.getLogger("captioning.run_captioning")
+from results import keep_split, training_for_floors, write_page
+from scoring import Training
+from trainer import CaptioningTrainer
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
@@ -73,15 +68,16 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     metrics: dict[str, float] = {}
     if args.do_train:
         metrics |= train(trainer, checkpoint)
+    training = training_for_floors(trainer, dataset, splits, data_args.neighbour_samples)
     if args.do_eval:
-        metrics |= predict(trainer, splits["validation"], "validation", "eval")
+        metrics |= predict(trainer, splits["validation"], "validation", "eval", training, page=not args.do_predict)
     if args.do_predict:
-        metrics |= predict(trainer, splits["test"], "test", "predict")
+        metrics |= predict(trainer, splits["test"], "test", "predict", training, page=True)
 
     if trainer.is_world_process_zero():
         draw_training_curve(Path(args.output_dir))
         write_model_card(Path(args.output_dir), args.hub_model_id)
-        print(summary(metrics, Path(args.output_dir) / "predictions"))
+        print(summary(metrics, Path(args.output_dir)))
         if repository:
             push(repository)
     return metrics
@@ -94,76 +90,6 @@ def set_up_logging() -> None:
     if not ours.handlers:
         ours.addHandler(logging.StreamHandler())
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-
-
-# --- Output folder --------------------------------------------------------------------------------------------
-
-
-def prepare_output_dir(args: CaptioningArguments) -> str | None:
-    """Make the output folder, check that it can be written, and return the checkpoint to resume from, if any."""
-    output_dir = args.output_dir
-    try:
-        os.makedirs(output_dir, exist_ok=True)
-        tempfile.TemporaryFile(dir=output_dir).close()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"output folder '{output_dir}' cannot be written: {reason}; set --output_dir") from error
-    if not args.do_train and (Path(output_dir) / "model.safetensors").is_file():
-        raise UserError(
-            f"output folder '{output_dir}' holds a trained model, whose recipe and scores must stay together; set "
-            "another --output_dir for these scores"
-        )
-    wish = args.resume_from_checkpoint
-    if not args.do_train or wish is None or wish.lower() == "false":
-        if args.do_train and any(Path(output_dir).glob("checkpoint-*")):
-            raise UserError(
-                f"output folder '{output_dir}' holds checkpoints of an earlier run; continue it with "
-                "--resume_from_checkpoint true, or set another --output_dir"
-            )
-        return None
-    if wish.lower() == "true":
-        checkpoint = last_complete_checkpoint(output_dir)
-        logger.info("Resuming from %s", checkpoint or f"the start: '{output_dir}' holds no complete checkpoint")
-        return checkpoint
-    if not (Path(wish) / "trainer_state.json").is_file():
-        raise UserError(f"resume_from_checkpoint '{wish}' is no complete checkpoint; give 'true' for the last one")
-    return wish
-
-
-def write_recipe(model_args: ModelArguments, data_args: DataArguments, args: CaptioningArguments) -> None:
-    """Write `recipe.json`: what was run, at which commits, with which packages, on which hardware.
-
-    What differs from the recipe that was given, or from the run that is resumed, is told before any work is done.
-
-    Raises:
-        UserError: the run that is to be resumed has another model.
-    """
-    recipe = resolved_recipe(model_args, data_args, args)
-    tell_differences("package", args.package_versions, recipe["package_versions"])
-    tell_differences("hardware", args.hardware, recipe["hardware"])
-    path = Path(args.output_dir) / "recipe.json"
-    if args.do_train and args.resume_from_checkpoint and path.is_file():
-        with as_user_error(f"'{path}' of the run to resume cannot be read", "delete it"):
-            before = json.loads(path.read_text(encoding="utf-8"))
-        for key in sorted(key for key in recipe.keys() | before.keys() if recipe.get(key) != before.get(key)):
-            if hasattr(model_args, key) and key != "label_smoothing":
-                raise UserError(
-                    f"cannot resume in '{args.output_dir}': {key} was {before.get(key)}, is {recipe.get(key)}; "
-                    "set it back, or another --output_dir"
-                )
-            logger.warning("Resuming with another recipe: %s was %s, is %s", key, before.get(key), recipe.get(key))
-    if args.should_save:
-        write_whole(path, json.dumps(recipe, indent=2) + "\n")
-
-
-def tell_differences(kind: str, given: dict[str, object] | None, here: dict[str, object]) -> None:
-    """Log what the recipe was run with and this run is not: bit for bit the same holds on one machine only."""
-    for name, wanted in (given or {}).items():
-        found = here.get(name, "none")
-        if found != wanted:
-            logger.warning(
-                "The recipe ran with %s %s '%s', here is '%s': the numbers may differ", kind, name, wanted, found
-            )
 
 
 # --- Data and model -------------------------------------------------------------------------------------------
@@ -186,6 +112,8 @@ def load_data(model_args: ModelArguments, data_args: DataArguments, args: Captio
                 f"dataset '{data_args.dataset_name}' has no split '{split}', only {', '.join(dataset)}; "
                 f"add it or set --{stage} false"
             )
+    if "train" in dataset and "train" not in needed and args.predict_with_generate:
+        needed.append("train")  # the floors of the scores are made of it
     limits = data_args.max_samples()
     # A trial run on few samples must not wait for the check of all rows; a few more make up for those set aside
     enough = {
@@ -235,8 +163,14 @@ def prepare_data(
 ) -> DatasetDict:
     """Check the rows, add `input_ids`, and keep the usable rows, as many as the run asks for.
 
-    The rows set aside are listed in `rejected.jsonl`.
+    The rows set aside are listed in `rejected.jsonl`. Without training, only those training images are kept that the
+    floors are made of.
     """
+    if not args.do_train and "train" in dataset:
+        sample = sample_rows(len(dataset["train"]), data_args.neighbour_samples)
+        dataset = DatasetDict({**dataset, "train": dataset["train"].select(sample)})
+        if not sample:
+            del dataset["train"]
     num_proc = data_args.preprocessing_num_workers
     rejected_file = Path(args.output_dir) / "rejected.jsonl"
     checked = rocov2.check_rows(dataset, data_args.max_rejected_fraction, rejected_file, num_proc)
@@ -281,16 +215,19 @@ def train(trainer: CaptioningTrainer, checkpoint: str | None) -> dict[str, float
     return metrics
 
 
-def predict(trainer: CaptioningTrainer, rows: Dataset, split: str, prefix: str) -> dict[str, float]:
-    """Score and caption a split; write `<prefix>_results.json` and `predictions/<split>.jsonl`."""
+def predict(
+    trainer: CaptioningTrainer, rows: Dataset, split: str, prefix: str, training: Training | None, page: bool
+) -> dict[str, float]:
+    """Caption and score a split; write `<prefix>_results.json`, predictions, scores, and the page if asked for."""
     output = trainer.predict(rows, metric_key_prefix=prefix)
     metrics = output.metrics | {f"{prefix}_samples": len(rows)}
-    trainer.save_metrics(prefix, metrics)
     nll, _, *tokens = output.predictions
-    if tokens and trainer.is_world_process_zero():
-        path = Path(trainer.args.output_dir) / "predictions" / f"{split}.jsonl"
-        predictions = decode_captions(tokens[0], trainer.tokenizer)
-        write_predictions(path, rows["image_id"], rows["caption"], predictions, nll)
+    if tokens:
+        scores = keep_split(trainer, rows, tokens[0], nll, split, training)
+        metrics |= {f"{prefix}_{name}": value for name, value in scores.items()}
+        if page:
+            write_page(trainer, rows, tokens[0], split)
+    trainer.save_metrics(prefix, metrics)
     return metrics
 
 

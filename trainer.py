@@ -5,12 +5,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from datasets import Dataset
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, Seq2SeqTrainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from blip import caption_logits, encode_images, generate_captions
+from blip import attention_maps, caption_logits, encode_images, generate_captions
 from collator import IGNORE_INDEX
 from errors import as_user_error
 from hub import Repository
@@ -118,6 +120,49 @@ class CaptioningTrainer(Seq2SeqTrainer):
             if self.args.predict_with_generate:
                 outputs += (generate_captions(self.model, image_embeds, self.start_ids, **self.decoding),)
         return None, outputs, labels
+
+    def image_features(self, rows: Dataset) -> np.ndarray:
+        """Return what the vision model makes of each image of a tokenised split, float32 `[N, D]`.
+
+        The mean over the patches: trained on captions alone, the embedding of `[CLS]` need not sum the image up.
+        """
+        self.model.eval()
+        features = []
+        for inputs in self.get_test_dataloader(rows):
+            pixel_values = self._prepare_inputs(inputs)["pixel_values"]
+            with torch.no_grad(), self.accelerator.autocast():
+                found = encode_images(self.model, pixel_values)[:, 1:].mean(dim=1)
+            features.append(self.accelerator.gather_for_metrics(found).float().cpu().numpy())
+        return np.concatenate(features)
+
+    def word_attention(self, rows: Dataset, tokens: np.ndarray) -> list[list[tuple[str, np.ndarray]]]:
+        """Return for each image the words of its caption, and where the decoder looked as it wrote them.
+
+        Args:
+            rows: N rows of a tokenised split.
+            tokens: int `[N, T]`, what was generated for them, padded with the padding token or -100.
+
+        Returns:
+            N lists of words, each with the mean over its tokens of the maps `[H, W]` of `blip.attention_maps`.
+        """
+        self.model.eval()
+        found = []
+        for row, generated in zip(rows, tokens, strict=True):
+            inputs = self._prepare_inputs(self.data_collator([row]))
+            kept = torch.tensor(generated[(generated >= 0) & (generated != self.tokenizer.pad_token_id)])
+            with torch.no_grad(), self.accelerator.autocast():
+                image_embeds = encode_images(self.model, inputs["pixel_values"])
+                maps = attention_maps(self.model, image_embeds, self.start_ids, kept.to(image_embeds.device))
+            words: list[tuple[str, list[np.ndarray]]] = []
+            names = self.tokenizer.convert_ids_to_tokens(kept.tolist())
+            for name, attention in zip(names, maps.cpu().numpy(), strict=True):
+                if name.startswith("##") and words:
+                    word, pieces = words.pop()
+                    words.append((word + name.removeprefix("##"), [*pieces, attention]))
+                elif name not in self.tokenizer.all_special_tokens:
+                    words.append((name, [attention]))
+            found.append([(word, np.mean(pieces, axis=0)) for word, pieces in words])
+        return found
 
     def evaluation_loop(self, dataloader, *args, **kwargs):
         """Run the stock loop; `_compute_metrics` scores against the full captions of `dataloader`'s split."""

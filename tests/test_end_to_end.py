@@ -1,6 +1,7 @@
 """The script as its user runs it: whole output folders, reruns, runs killed in the middle, and mistakes."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +18,9 @@ from transformers import BlipForConditionalGeneration, BlipProcessor, Generation
 
 import run_captioning
 from errors import UserError
+from floors import shuffled
 from metrics import rouge
-from predictions import read_predictions
+from predictions import check_submission, read_captions, read_predictions
 
 
 ROOT = Path(run_captioning.__file__).parent
@@ -36,6 +38,7 @@ def flags(config_file, dataset, folder, **values) -> list[str]:
         "per_device_train_batch_size": 4,
         "use_cpu": True,
         "vocab_size": 200,
+        "coco_metrics": False,  # each would start Java; test_scoring.py has them
     } | values
     return [item for key, value in values.items() for item in (f"--{key}", str(value))]
 
@@ -96,6 +99,8 @@ def test_the_output_folder_is_whole(finished):
         "predict_results.json",
         "predictions/validation.jsonl",
         "predictions/test.jsonl",
+        "scores.json",
+        "report.html",
         "checkpoint-12/trainer_state.json",
     } <= files
     assert any("events.out.tfevents" in name for name in files), "no TensorBoard log"
@@ -113,6 +118,83 @@ def test_the_run_ends_with_a_table_and_three_captions(finished):
     _, metrics, stdout = finished
     assert f"{metrics['predict_rougeL']:.4f}" in stdout
     assert stdout.count("  reference ") == stdout.count("  prediction ") == 3
+
+
+def test_scores_stand_beside_their_floors(finished, raw_dataset):
+    folder, metrics, stdout = finished
+    scores = json.loads((folder / "scores.json").read_text())
+    assert list(scores) == ["validation", "test"]
+    for prefix, split in (("eval_", "validation"), ("predict_", "test")):
+        found = scores[split]["scores"]["rougeL"]
+        assert metrics[f"{prefix}rougeL"] == pytest.approx(found["value"], abs=1e-12)
+        assert found["low"] <= found["value"] <= found["high"]
+        assert {
+            f"{prefix}rougeL_{floor}": value for floor, value in found["floors"].items()
+        }.items() <= metrics.items()
+        assert scores[split]["floors"]["constant"]["caption"] in raw_dataset["train"]["caption"]
+        assert scores[split]["floors"]["nearest_image"]["found_among"] == "24 training images"
+        assert scores[split]["verdict"] in stdout
+    rows = read_predictions(folder / "predictions" / "test.jsonl")
+    assert [row["cui"] for row in rows] == [["C1306645", "C0817096"], []] * 3 + [[]]
+    page = (folder / "report.html").read_text()
+    assert all(row["image_id"] in page for row in rows)
+    assert "image_0100" not in page, "the page shows the test split"
+
+
+def test_the_caption_of_another_image_is_what_the_model_writes_for_it(finished, raw_dataset):
+    """The floor `shuffled_images` moves captions; the model, shown the images in that order, writes these very ones."""
+    folder, metrics, _ = finished
+    model, processor = BlipForConditionalGeneration.from_pretrained(folder), BlipProcessor.from_pretrained(folder)
+    settings = GenerationConfig.from_pretrained(folder)
+    rows = shuffled(list(raw_dataset["test"]))
+    references = raw_dataset["test"]["caption"]
+    captions = []
+    for row in rows:
+        tokens = model.eval().generate(
+            **processor(images=row["image"], return_tensors="pt"), generation_config=settings
+        )
+        captions.append(processor.decode(tokens[0], skip_special_tokens=True).strip())
+    expected = rouge(captions, references)["rougeL"].mean()
+    assert metrics["predict_rougeL_shuffled_images"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_floors_of_a_scored_model_are_those_of_its_run(finished, parquet_folder, tmp_path):
+    """Without training the training split is only read; without it the floors are made of the references."""
+    folder, metrics, _ = finished
+    score = ["--model_name_or_path", str(folder), "--max_new_tokens", "12", "--use_cpu", "--coco_metrics", "false"]
+    score += ["--do_train", "false", "--do_eval", "false"]
+    arguments = [*score, "--dataset_name", str(parquet_folder), "--output_dir"]
+    again = run_captioning.main([*arguments, str(tmp_path / "again")])
+    assert {key: value for key, value in metrics.items() if "rougeL_" in key and key.startswith("predict")} == {
+        key: value for key, value in again.items() if "rougeL_" in key
+    }
+    fewer = run_captioning.main([*arguments, str(tmp_path / "fewer"), "--neighbour_samples", "0"])
+    assert fewer["predict_rougeL_constant"] == metrics["predict_rougeL_constant"]
+    assert "predict_rougeL_nearest_image" not in fewer
+    (tmp_path / "alone" / "data").mkdir(parents=True)
+    shutil.copy(parquet_folder / "data" / "test-00000-of-00001.parquet", tmp_path / "alone" / "data")
+    alone = run_captioning.main(
+        [*score, "--dataset_name", str(tmp_path / "alone"), "--output_dir", str(tmp_path / "out")]
+    )
+    assert alone["predict_rougeL"] == metrics["predict_rougeL"]
+    found = json.loads((tmp_path / "out" / "scores.json").read_text())["test"]["floors"]["constant"]
+    assert found["found_among"] == "the 7 references themselves"
+
+
+def test_a_submission_is_written_in_the_order_of_the_data(finished, parquet_folder, raw_dataset, tmp_path):
+    folder, _, _ = finished
+    arguments = ["--model_name_or_path", str(folder), "--dataset_name", str(parquet_folder), "--do_train", "false"]
+    options = ["--write_submission", "--max_new_tokens", "12", "--use_cpu", "--coco_metrics", "false"]
+    run_captioning.main([*arguments, *options, "--output_dir", str(tmp_path)])
+    references = tmp_path / "truth.csv"
+    rows = raw_dataset["test"]
+    references.write_text("ID,Caption\n" + "".join(f"{image_id},x\n" for image_id in rows["image_id"]))
+    for name in ("submission.csv", "submission.zip"):
+        assert check_submission(str(tmp_path / name), str(references)) == []
+    captions = read_captions(str(tmp_path / "submission.csv"), str(references))
+    predictions = read_predictions(tmp_path / "predictions" / "test.jsonl")
+    assert captions.predictions == [row["prediction"] for row in predictions]
+    assert not (folder / "submission.csv").exists(), "only where it is asked for"
 
 
 def test_the_best_checkpoint_is_kept_by_rouge(finished):

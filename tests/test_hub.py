@@ -113,10 +113,12 @@ def test_a_run_is_pushed_whole_without_secrets_and_a_stranger_repeats_it(hub, ho
     assert {
         "README.md", "recipe.json", "model.safetensors", "config.json", "generation_config.json",
         "processor_config.json", "tokenizer.json", "all_results.json", "predict_results.json", "trainer_state.json",
-        "training_curve.png", "predictions/test.jsonl", "predictions/validation.jsonl", "last-checkpoint/optimizer.pt",
-        "last-checkpoint/trainer_state.json", "last-checkpoint/model.safetensors",
+        "training_curve.png", "scores.json", "predictions/test.jsonl", "predictions/validation.jsonl",
+        "last-checkpoint/optimizer.pt", "last-checkpoint/trainer_state.json", "last-checkpoint/model.safetensors",
     } <= pushed.keys()  # fmt: skip
-    for name in ("model.safetensors", "all_results.json", "predictions/test.jsonl", "README.md"):
+    assert (folder / "report.html").is_file()
+    assert "report.html" not in pushed, "it holds images, which may not be the user's to publish"
+    for name in ("model.safetensors", "all_results.json", "predictions/test.jsonl", "README.md", "scores.json"):
         assert pushed[name] == (folder / name).read_bytes()
     assert not list(folder.glob(".push-*"))
     # Secrets and paths: the sentinels are in the environment and in what stays at home, and nowhere in what was sent

@@ -11,6 +11,7 @@ from test_end_to_end import flags
 import run_captioning
 from model_card import LICENCES, markdown, render, write_model_card
 from predictions import read_predictions
+from scoring import FLOORS
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,7 @@ def test_data_and_licence(folder, parquet_folder):
     data = metadata(folder)
     assert (data.license, data.datasets) == ("cc-by-nc-sa-4.0", ["eltorio/ROCOv2-radiology"])
     assert {result.dataset_revision for result in data.eval_results} == {commit}
+    (folder / "scores.json").unlink()  # else the floor that the run measured stands there
     card = render(folder, "a/b")
     assert "labels disagree between mirrors" in card and "rueckert2024rocov2" in card and ".165" in card
     change(folder, license="mit", language="de")
@@ -114,6 +116,22 @@ def test_scores_stand_beside_split_beams_and_number_of_captions(folder):
     (folder / "all_results.json").write_text("{}")
     assert metadata(folder).eval_results is None
     assert "This run was not scored." in render(folder, "a")
+
+
+def test_the_card_says_what_the_scores_are_worth(folder):
+    scores = json.loads((folder / "scores.json").read_text())["test"]
+    card = render(folder, "user/model")
+    assert f"**{scores['verdict']}**" in card
+    assert "does NOT beat" in scores["verdict"], "an untrained model that beats a constant caption"
+    row = scores["scores"]["rougeL"]
+    numbers = (row["value"], *(row["floors"][floor] for floor in FLOORS))
+    cells = next(line for line in card.splitlines() if line.startswith("| `rougeL`")).split(" | ")
+    assert [cells[1], *cells[3:8]] == [f"{number:.4f}" for number in numbers]
+    assert cells[2] == f"{row['low']:.4f} to {row['high']:.4f}"
+    assert markdown(scores["floors"]["constant"]["caption"]) in card
+    assert f"Not computed: `concept_f1`: {scores['missing']['concept_f1']}" in card
+    (folder / "scores.json").unlink()
+    assert "worth" not in render(folder, "user/model"), "a run of before there were floors"
 
 
 def test_a_run_that_only_scored_has_its_own_settings(finished, parquet_folder, tmp_path, raw_dataset, capsys):
