@@ -142,7 +142,7 @@ def test_scores_stand_beside_their_floors(finished, raw_dataset):
 
 
 def test_the_caption_of_another_image_is_what_the_model_writes_for_it(finished, raw_dataset):
-    """The floor `shuffled_images` moves captions; the model, shown the images in that order, writes these very ones."""
+    """`shuffled_images` moves captions; a model that is shown the images in that order writes these very ones."""
     folder, metrics, _ = finished
     model, processor = BlipForConditionalGeneration.from_pretrained(folder), BlipProcessor.from_pretrained(folder)
     settings = GenerationConfig.from_pretrained(folder)

@@ -282,7 +282,9 @@ def test_without_pycocoevalcap_all_says_how_to_mend_it(tokenizer, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
     scores, missing = coco_scores(["a cyst"], ["a cyst"], tokenizer)
-    assert scores == {} and [name.split("_")[1] for name in missing] == NAMES
+    needed = NAMES if tokenizer == "ptb" else ["meteor"]  # the tokeniser and METEOR are jars of the package
+    assert [name.split("_")[1] for name in missing] == needed
+    assert len(scores) == len(NAMES) - len(needed)
     assert all("`pip install pycocoevalcap`" in line for line in missing.values())
 
 

@@ -1,0 +1,194 @@
+"""How long do all default scores of 9,927 captions take on one core, floors and intervals included, and where?
+
+    python benchmarks/scoring.py [--captions test_captions.csv] [--json scoring.json]
+
+`--captions` is a CSV with a column `Caption` or `caption` (that of ROCOv2's test split has 9,927 rows); without it
+captions of the phantoms are taken, which are shorter. Predictions are captions of other images with words left out.
+Each step is measured beside what it replaces, in one run, as the median of alternating rounds: a naive search for the
+constant caption is measured on a part and multiplied. Concepts are made up: that a frequent word is there. Ends with
+status 1 if the whole takes 60 seconds or more.
+"""
+
+import os
+
+
+os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # before numpy is imported
+if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # one core, also for Java
+
+import argparse
+import contextlib
+import csv
+import io
+import json
+import platform
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from rouge_score import rouge_scorer
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import clinical
+import library_metrics
+import phantoms
+from concepts import ConceptExtractor
+from floors import constant_caption
+from intervals import Score, interval, resampled, resampling_counts
+from metrics import imageclef_rouge1, rouge
+from predictions import Captions
+from scoring import Training, score
+
+
+NUMBER, TRAINING = 9_927, 59_958  # ROCOv2's test and training split
+MANUAL_CONCEPTS, ALL_CONCEPTS = 18, 1_000  # of ROCOv2 on the Hub, and of those on Zenodo about as many as are learned
+TARGET = 60.0  # seconds
+ROUNDS = 3
+NAIVE_CANDIDATES = 5
+NAIVE_RESAMPLES = 50
+
+
+def main(arguments: argparse.Namespace) -> bool:
+    texts = read_captions(arguments.captions)
+    rng = np.random.default_rng(0)
+    references = [texts[i] for i in rng.integers(len(texts), size=NUMBER)]
+    predictions = [
+        " ".join(word for word in texts[i].split() if rng.random() < 0.8)
+        for i in rng.integers(len(texts), size=NUMBER)
+    ]
+    training = [texts[i] for i in rng.integers(len(texts), size=TRAINING)]
+    counts = resampling_counts(NUMBER)
+    rouge_l = Score.of(rouge(predictions, references)["rougeL"])
+    tokens = [library_metrics.coco_tokens(captions, "whitespace") for captions in (predictions, references)]
+
+    rows = [
+        step("ROUGE-1, 2, L", lambda: rouge(predictions, references), lambda: naive_rouge(predictions, references)),
+        step("ImageCLEF ROUGE-1", lambda: imageclef_rouge1(predictions, references)),
+        step(
+            "best constant caption",
+            lambda: constant_caption(references, references),
+            lambda: naive_constant(references),
+            NUMBER / NAIVE_CANDIDATES,
+        ),
+        step(
+            "bootstrap interval",
+            lambda: interval(resampled(rouge_l, counts)),
+            lambda: naive_bootstrap(rouge_l.statistics[:, 0]),
+            len(counts) / NAIVE_RESAMPLES,
+        ),
+        step("clinical agreement", lambda: agreement(predictions, references)),
+        step(
+            "BLEU, CIDEr, ROUGE-L",
+            lambda: library_metrics.coco_scores_of_tokens(*tokens, "nlgeval", meteor=False),
+            lambda: library_coco(*tokens),
+        ),
+    ]
+    started = time.perf_counter()
+    ConceptExtractor().fit(training, words_as_concepts(training, training, ALL_CONCEPTS))
+    seconds = time.perf_counter() - started
+    rows.append({"step": f"learn {ALL_CONCEPTS:,} concepts", "seconds": seconds, "replaces": None})
+    cuis = words_as_concepts(references, training, MANUAL_CONCEPTS)
+    captions = Captions([str(i) for i in range(NUMBER)], predictions, references, cuis)
+    training_cuis = words_as_concepts(training, training, MANUAL_CONCEPTS)
+    clinical.read_attributes.cache_clear()
+    started = time.perf_counter()
+    result = score(captions, Training(training, training_cuis))
+    total = time.perf_counter() - started
+
+    print(f"{NUMBER:,} captions, {TRAINING:,} training captions, one core of {processor()}\n")
+    print(f"{'step':<24}{'seconds':>9}{'replaces':>10}{'ratio':>9}")
+    for row in rows:
+        replaced = f"{row['replaces']:10.2f}{row['replaces'] / row['seconds']:8.0f}x" if row["replaces"] else ""
+        print(f"{row['step']:<24}{row['seconds']:9.3f}{replaced}")
+    missing = "".join(f"; not computed: {name}" for name in result["missing"])
+    reached = total < TARGET
+    print(f"\nall default scores, floors, intervals: {total:.1f} s, target {TARGET:.0f} s", end="   ")
+    print(f"{'reached' if reached else 'MISSED'}{missing}")
+    if arguments.json:
+        versions = {"python": platform.python_version(), "numpy": np.__version__}
+        record = {"captions": NUMBER, "processor": processor(), "versions": versions, "steps": rows, "total": total}
+        Path(arguments.json).write_text(json.dumps(record | {"missing": result["missing"]}, indent=2) + "\n")
+    return reached
+
+
+def read_captions(path: str | None) -> list[str]:
+    if path is None:
+        rng, sets = np.random.default_rng(0), phantoms.combinations("train")
+        return [phantoms.reword(sets[i % len(sets)], rng) for i in range(5000)]
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        return [row.get("Caption") or row.get("caption") or "" for row in csv.DictReader(file)]
+
+
+def words_as_concepts(captions: list[str], training: list[str], number: int) -> list[list[str]]:
+    """Return made-up concepts: that one of the most frequent long words of the training captions is there."""
+    words = Counter(word for text in training for word in set(text.lower().split()) if len(word) > 4)
+    numbers = {word: f"C{i:07d}" for i, (word, _) in enumerate(words.most_common(number))}
+    return [sorted({numbers[word] for word in text.lower().split() if word in numbers}) for text in captions]
+
+
+def step(name: str, ours: Callable, theirs: Callable | None = None, times: float = 1) -> dict:
+    """Return the median seconds of both, in alternating rounds; `theirs` does one of `times` parts of the work."""
+    seconds: dict[Callable, list[float]] = {ours: [], **({theirs: []} if theirs else {})}
+    for _ in range(ROUNDS):
+        for function, found in seconds.items():
+            started = time.perf_counter()
+            function()
+            found.append(time.perf_counter() - started)
+    medians = {function: statistics.median(found) for function, found in seconds.items()}
+    return {"step": name, "seconds": medians[ours], "replaces": medians[theirs] * times if theirs else None}
+
+
+def naive_rouge(predictions: list[str], references: list[str]) -> None:
+    scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"])
+    for text, reference in zip(predictions, references, strict=True):
+        scorer.score(reference, text)
+
+
+def naive_constant(references: list[str]) -> None:
+    scorer = rouge_scorer.RougeScorer(["rougeL"])
+    for candidate in references[:NAIVE_CANDIDATES]:
+        for reference in references:
+            scorer.score(reference, candidate)
+
+
+def naive_bootstrap(values: np.ndarray) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(NAIVE_RESAMPLES):
+        np.mean([values[i] for i in rng.integers(len(values), size=len(values))])
+
+
+def agreement(predictions: list[str], references: list[str]) -> None:
+    clinical.read_attributes.cache_clear()
+    clinical.agreement(predictions, references)
+
+
+def library_coco(predictions: list[str], references: list[str]) -> None:
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    truth = {i: [text] for i, text in enumerate(references)}
+    found = {i: [text] for i, text in enumerate(predictions)}
+    with contextlib.redirect_stdout(io.StringIO()):
+        for metric in (Bleu(4), Cider(), Rouge()):
+            metric.compute_score(truth, found)
+
+
+def processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--captions")
+    parser.add_argument("--json")
+    sys.exit(0 if main(parser.parse_args()) else 1)
