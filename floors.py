@@ -33,13 +33,20 @@ def sample_rows(number: int, most: int) -> list[int]:
 def nearest_captions(features: np.ndarray, train_features: np.ndarray, train_captions: Sequence[str]) -> list[str]:
     """Return for each image the caption of the training image whose features are most alike, by cosine.
 
+    What all training images have in common is taken off first: it is most of a feature, and tells none from another.
+
     Args:
         features: float `[N, H]`, of the images that are scored.
         train_features: float `[M, H]`.
         train_captions: the M captions.
     """
-    train = train_features / np.maximum(np.linalg.norm(train_features, axis=1, keepdims=True), 1e-12)
-    nearest = [(features[start : start + CHUNK] @ train.T).argmax(axis=1) for start in range(0, len(features), CHUNK)]
+    common = train_features.mean(axis=0)
+    train = train_features - common
+    train /= np.maximum(np.linalg.norm(train, axis=1, keepdims=True), 1e-12)
+    nearest = [
+        ((features[start : start + CHUNK] - common) @ train.T).argmax(axis=1)
+        for start in range(0, len(features), CHUNK)
+    ]
     return [train_captions[i] for i in np.concatenate(nearest)]
 
 

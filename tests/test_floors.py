@@ -90,12 +90,15 @@ def test_each_group_has_its_own_typical_caption():
     assert found == {"CT": "CT of the chest", "MRI": "MRI knee"}
 
 
-def test_the_nearest_image_is_nearest_by_angle_and_not_by_length():
-    train = np.array([[1.0, 0.0], [0.0, 1.0], [10.0, 10.0]])
-    features = np.array([[5.0, 0.5], [0.01, 0.02], [0.0, 3.0], [1.0, 0.9]])
-    assert nearest_captions(features, train, ["x", "y", "both"]) == ["x", "both", "y", "both"]
-    many = np.random.default_rng(0).normal(size=(5000, 3))
-    assert len(nearest_captions(many, train @ np.eye(2, 3), ["x", "y", "both"])) == 5000
+def test_the_nearest_image_is_nearest_by_angle_from_what_all_have_in_common():
+    common = np.array([100.0, 50.0])
+    train = np.array([[1, 0], [-1, 0], [0, 9], [0, -9]]) + common
+    features = np.array([[5, 0.5], [-0.01, 0.002], [1, 3], [0.9, -1]]) + common
+    assert nearest_captions(features, train, ["east", "west", "north", "south"]) == ["east", "west", "north", "south"]
+    many = np.random.default_rng(0).normal(size=(5000, 2)) + common
+    found = nearest_captions(many, train, ["east", "west", "north", "south"])
+    assert found[4999] == nearest_captions(many[4999:], train, ["east", "west", "north", "south"])[0]
+    assert len(found) == 5000
 
 
 def test_a_sample_of_rows_is_fixed_and_sorted():
