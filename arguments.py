@@ -234,6 +234,8 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
                 raise UserError(f"{name} is not used here; {instead}")
         if self.push_to_hub and not self.do_train:
             raise UserError("push_to_hub goes with do_train; a finished run is pushed by --push_only <output folder>")
+        if self.write_submission and not (self.do_predict and self.predict_with_generate):
+            raise UserError("write_submission needs captions of the test split: do_predict and predict_with_generate")
         if self.remove_unused_columns:
             raise UserError("remove_unused_columns must stay false: the collator reads the images from the rows")
         if not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):

@@ -1,6 +1,7 @@
 """The one exception for a user's mistake, and how a command ends on it: one line on standard error, exit status 2."""
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,10 +15,14 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
     """Run `main`; a `UserError` ends the process with its line on standard error and exit status 2."""
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         message = " ".join(str(error).split())
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # `... | head` has read enough; Python would say so again when it closes the stream
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 @contextmanager

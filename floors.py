@@ -13,6 +13,7 @@ from metrics import lcs_length, rouge_tokens
 
 
 MAX_REFERENCES = 10_000  # training captions that the constant caption is judged on, a seeded sample
+MIN_GROUP = 10  # captions of which one can be called typical
 WORD_BITS = 64  # words of a candidate whose matches fit into one integer
 CHUNK = 2048  # images whose neighbours are sought at a time
 
@@ -50,12 +51,17 @@ def nearest_captions(features: np.ndarray, train_features: np.ndarray, train_cap
     return [train_captions[i] for i in np.concatenate(nearest)]
 
 
-def typical_captions(captions: Sequence[str], groups: Sequence[str], seed: int = 0) -> dict[str, str]:
-    """Return for each group, such as a modality, its best constant caption among its own."""
+def typical_captions(
+    captions: Sequence[str], groups: Sequence[str], fewest: int = MIN_GROUP, seed: int = 0
+) -> dict[str, str]:
+    """Return for each group, such as a modality, its best constant caption among its own.
+
+    Groups of fewer than `fewest` captions are left out: what is typical of one caption is that caption.
+    """
     members: dict[str, list[str]] = {}
     for caption, group in zip(captions, groups, strict=True):
         members.setdefault(group, []).append(caption)
-    return {group: constant_caption(own, own, seed) for group, own in members.items()}
+    return {group: constant_caption(own, own, seed) for group, own in members.items() if len(own) >= fewest}
 
 
 # --- The best constant caption --------------------------------------------------------------------------------

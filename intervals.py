@@ -79,7 +79,7 @@ def resampled(score: Score, counts: np.ndarray, rows: np.ndarray | None = None) 
 
 
 def interval(values: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
-    """Return the percentile interval of resampled scores `[resamples]`; nan where none is finite."""
+    """Return the percentile interval of resampled scores `[resamples]`, those without a value left out."""
     finite = values[np.isfinite(values)]
     if not len(finite):
         return float("nan"), float("nan")
@@ -100,6 +100,8 @@ class Comparison:
         high: the other end.
         p_value: of approximate randomisation, two-sided: how often a difference at least as large comes about when a
             coin swaps the two scores of each caption.
+
+    All are nan where one of the scores has no value.
     """
 
     difference: float
@@ -123,11 +125,13 @@ def compare(first: Score, second: Score, counts: np.ndarray, seed: int = 0) -> C
     if first.statistics.shape != second.statistics.shape:
         raise ValueError(f"statistics of shapes {first.statistics.shape} and {second.statistics.shape} are no pair")
     difference = first.value - second.value
+    if not np.isfinite(difference):
+        return Comparison(*[float("nan")] * 4)
     low, high = interval(resampled(first, counts) - resampled(second, counts))
-    extreme = sum(
-        int((np.abs(swapped) >= abs(difference) - 1e-12).sum()) for swapped in _swapped(first, second, seed)
-    )  # 1e-12: the sums of other orders differ in the last bits
-    return Comparison(difference, low, high, (1 + extreme) / (1 + RANDOMISATIONS))
+    swapped = np.concatenate(list(_swapped(first, second, seed)))
+    swapped = np.abs(swapped[np.isfinite(swapped)])
+    extreme = int((swapped >= abs(difference) - 1e-12).sum())  # sums of other orders differ in the last bits
+    return Comparison(difference, low, high, (1 + extreme) / (1 + len(swapped)))
 
 
 def _swapped(first: Score, second: Score, seed: int):

@@ -10,6 +10,7 @@ downloaded, and nothing of what the libraries print reaches the user.
 import contextlib
 import functools
 import io
+import re
 import subprocess
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -77,7 +78,7 @@ def coco_tokens(captions: Sequence[str], tokenizer: str = "ptb") -> list[str]:
     options = ["edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
     output = _java(ptbtokenizer, ["-cp", ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR, *options], lines)
     if len(output) != len(lines):
-        raise RuntimeError(f"PTBTokenizer returned {len(output)} lines for {len(lines)} captions")
+        raise MissingError(_wrong_answer(f"{len(output)} lines for {len(lines)} captions"))
     removed = set(ptbtokenizer.PUNCTUATIONS)
     return [" ".join(word for word in line.rstrip().split(" ") if word not in removed) for line in output]
 
@@ -301,9 +302,9 @@ def _meteor_statistics(pairs: list[tuple[str, list[str]]]) -> np.ndarray:
     try:
         table = np.array([line.split() for line in answer[:-1]], dtype=np.float64)
     except ValueError as error:
-        raise RuntimeError("METEOR's answer is no table of numbers") from error
+        raise MissingError(_wrong_answer("no table of numbers")) from error
     if table.shape != (len(pairs), SEGMENT_STATISTICS):
-        raise RuntimeError(f"METEOR's answer to {len(pairs)} captions is of shape {table.shape}")
+        raise MissingError(_wrong_answer(f"a table of {table.shape} for {len(pairs)} captions"))
 
     lengths, function_words = table[:, 0:2], table[:, 2:4]
     matches = table[:, 4:20].reshape(-1, 4, 2, 2)  # of each module content, then function words; of both sides
@@ -350,6 +351,10 @@ def _java(library, options: list[str], lines: list[str]) -> list[str]:
         reason = " ".join(run.stderr.decode(errors="replace").split())[:200]
         raise MissingError(_no_java(f"`java` failed with status {run.returncode} ({reason})", library))
     return run.stdout.decode("utf-8").split("\n")
+
+
+def _wrong_answer(what: str) -> str:
+    return f"`java` runs, but answers with {what}: {INSTALL_JAVA}"
 
 
 def _no_java(reason: str, library) -> str:
@@ -410,7 +415,7 @@ def _bert_scorer(model: str, num_layers: int | None):
     Raises:
         UserError: bert-score or the model is not there, or cannot be loaded.
     """
-    missing = []
+    missing, name = [], model if _is_hub_id(model) else Path(model).name  # scores are published, paths are not
     try:
         from bert_score import BERTScorer
         from bert_score.utils import model2layers
@@ -418,16 +423,16 @@ def _bert_scorer(model: str, num_layers: int | None):
         missing.append("bert-score is not installed: `pip install bert-score`")
     folder = _model_folder(model)
     if folder is None:
-        mend = f"give a folder that has them, or `hf download {BERTSCORE_MODEL if Path(model).is_dir() else model}`"
-        missing.append(f"the weights of {model} are not on this machine: {mend}")
+        mend = f"give a folder that has them, or `hf download {model if _is_hub_id(model) else BERTSCORE_MODEL}`"
+        missing.append(f"the weights of {name} are not on this machine: {mend}")
     if missing:
         raise MissingError("; ".join(missing))
 
     if num_layers is None:  # the compared layer goes by the model's name, which a local folder is taken to keep
         num_layers = {name.split("/")[-1]: layers for name, layers in model2layers.items()}.get(Path(model).name)
         if num_layers is None:
-            raise UserError(f"bert-score does not know which layer of {model} to compare: give num_layers")
-    with as_user_error(f"the BERTScore model {model} cannot be loaded"):
+            raise UserError(f"bert-score does not know which layer of {name} to compare: give num_layers")
+    with as_user_error(f"the BERTScore model {name} cannot be loaded"):
         # No processes for the idf: forked after torch has started its threads they can hang
         scorer = BERTScorer(model_type=str(folder), num_layers=num_layers, idf=True, nthreads=0)
     # transformers 4 loaded all weights as float32; 5 keeps the type they are stored in, which can be float16
@@ -438,6 +443,10 @@ def _bert_scorer(model: str, num_layers: int | None):
     # How bert-score encodes an empty caption; a method that transformers 5 no longer has
     tokenizer.build_inputs_with_special_tokens = lambda ids: tokenizer.encode("")
     return scorer
+
+
+def _is_hub_id(model: str) -> bool:
+    return not Path(model).is_dir() and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model) is not None
 
 
 def _model_folder(model: str) -> Path | None:

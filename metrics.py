@@ -7,8 +7,9 @@
 ROUGE is that of `rouge_score` 0.1.2, F1, no stemmer, mean over captions, from 0 to 1, against the full caption: the
 same tokens and the same formula, so the same floats, from a faster longest common subsequence. It is not
 `evaluate.load("rouge")`, whose script is a download, and whose result is a bootstrap median, random in the fourth
-digit. The scores of other implementations are in `library_metrics.py`; floors, intervals and the command in
-`scoring.py`. This file imports none of its neighbours, so that `evaluate.load("path/to/metrics.py")` works.
+digit. The scores of other implementations are in `library_metrics.py`, floors and intervals in `scoring.py`, the
+command in `metrics_command.py`. This file imports none of its neighbours, so that
+`evaluate.load("path/to/metrics.py")` works.
 """
 
 import math
@@ -186,8 +187,7 @@ def compute_metrics(
 
 
 if __name__ == "__main__":
-    from scoring import main
-
     from errors import exit_on_user_error
+    from metrics_command import main
 
     exit_on_user_error(main)

@@ -288,6 +288,7 @@ def _worth(all_scores: Mapping[str, Any]) -> dict[str, Any] | None:
         "headings": [HEADINGS[floor] for floor in floors],
         "floors": {HEADINGS[floor]: FLOORS[floor] for floor in floors},
         "rows": rows,
+        "coco": any(name.startswith("coco_") for name in scores["scores"]),
         "constant": markdown(constant["caption"]),
         "found_among": constant["found_among"],
         "missing": {name: markdown(reason) for name, reason in scores["missing"].items()},

@@ -14,6 +14,10 @@ from trainer import last_complete_checkpoint
 
 logger = logging.getLogger("captioning.output_folder")
 
+RESULT_FILES = ("*_results.json", "scores.json", "report.html", "predictions/*.jsonl", "submission.*")
+# Keys of a recipe that two runs may differ in whose results stand side by side
+STAGE_FIELDS = ("do_train", "do_eval", "do_predict", "write_submission", "package_versions", "hardware")
+
 
 def prepare_output_dir(args: CaptioningArguments) -> str | None:
     """Make the output folder, check that it can be written, and return the checkpoint to resume from, if any."""
@@ -58,6 +62,8 @@ def write_recipe(model_args: ModelArguments, data_args: DataArguments, args: Cap
     tell_differences("package", args.package_versions, recipe["package_versions"])
     tell_differences("hardware", args.hardware, recipe["hardware"])
     path = Path(args.output_dir) / "recipe.json"
+    if args.should_save and not (args.do_train and args.resume_from_checkpoint):
+        remove_other_results(path, recipe)
     if args.do_train and args.resume_from_checkpoint and path.is_file():
         with as_user_error(f"'{path}' of the run to resume cannot be read", "delete it"):
             before = json.loads(path.read_text(encoding="utf-8"))
@@ -70,6 +76,26 @@ def write_recipe(model_args: ModelArguments, data_args: DataArguments, args: Cap
             logger.warning("Resuming with another recipe: %s was %s, is %s", key, before.get(key), recipe.get(key))
     if args.should_save:
         write_whole(path, json.dumps(recipe, indent=2) + "\n")
+
+
+def remove_other_results(path: Path, recipe: dict[str, object]) -> None:
+    """Remove scores, predictions and page of a run of another recipe: they would stand beside those of this one.
+
+    A run of the same recipe keeps them: one split after the other can be scored into one folder. A run that trains
+    does not: its weights are new.
+    """
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        same = not recipe["do_train"] and all(
+            before.get(key) == recipe.get(key) for key in before.keys() | recipe.keys() if key not in STAGE_FIELDS
+        )
+    except (OSError, ValueError, AttributeError):
+        same = False
+    found = [] if same else [file for pattern in RESULT_FILES for file in path.parent.glob(pattern)]
+    for file in found:
+        file.unlink()
+    if found:
+        logger.info("Removed the results of an earlier run from '%s'", path.parent)
 
 
 def tell_differences(kind: str, given: dict[str, object] | None, here: dict[str, object]) -> None:

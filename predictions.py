@@ -25,6 +25,7 @@ PREDICTION_KEYS = ("image_id", "reference", "prediction", "rougeL", "nll", "cui"
 MAX_FIELD = 2**27  # characters of a CSV field; the module's default refuses a long caption
 OFFICIAL_MAX_FIELD = 2**17  # the module's default, with which the official checker reads
 CUI = re.compile(r"C\d+")
+SHOWN_WIDTH = 400  # characters of a caption on the terminal
 SHOWN = 3  # ids named in an error message
 ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # the zip of the same captions has the same bytes
 
@@ -103,33 +104,42 @@ def read_captions(path: str, references: str | None = None, concepts: str | None
         rows = _read_json_lines(path)
         predictions = {image_id: row["prediction"] for image_id, row in rows.items()}
         own_references = {image_id: row["reference"] for image_id, row in rows.items() if "reference" in row}
-        cuis = {image_id: row.get("cui") or [] for image_id, row in rows.items()}
+        cuis = {image_id: row["cui"] for image_id, row in rows.items()}
         if references is None and len(own_references) < len(rows):
             missing = next(image_id for image_id in rows if image_id not in own_references)
             raise UserError(f"'{path}': '{missing}' has no reference; add --references with a CSV of ID,Caption")
     truth = read_csv(references, "Caption") if references else own_references
-    if not truth:
-        raise UserError(f"'{references or path}' holds no captions; give a file with at least one")
+    for captions, name in ((predictions, path), (truth, references or path)):
+        if not captions:
+            raise UserError(f"'{name}' holds no captions; give a file with at least one")
     check_ids(predictions, truth, path, references or path)
     if concepts:
         cuis = {image_id: split_cuis(text) for image_id, text in read_csv(concepts, "CUIs").items()}
+        check_ids(cuis, truth, concepts, references or path, more=True)
     ids = list(truth)
     return Captions(ids, [predictions[i] for i in ids], [truth[i] for i in ids], [cuis.get(i, []) for i in ids])
 
 
-def check_ids(found: Sequence[str], wanted: Sequence[str], path: str, reference: str) -> None:
+def check_ids(found: Sequence[str], wanted: Sequence[str], path: str, reference: str, more: bool = False) -> None:
     """Check that two files are about the same images.
+
+    Args:
+        found: the ids of the one.
+        wanted: those of the other, which all must be there.
+        path: the name of the one.
+        reference: the name of the other.
+        more: whether the one may have more.
 
     Raises:
         UserError: ids are missing or unknown; the line counts them and names some.
     """
     wanted_ids, found_ids = set(wanted), set(found)
     missing = [image_id for image_id in wanted if image_id not in found_ids]
-    unknown = [image_id for image_id in found if image_id not in wanted_ids]
+    unknown = [] if more else [image_id for image_id in found if image_id not in wanted_ids]
     for ids, what in ((missing, f"of '{reference}' are missing in"), (unknown, f"not in '{reference}' are in")):
         if ids:
             named = ", ".join(ids[:SHOWN])
-            raise UserError(f"{len(ids)} ids {what} '{path}' ({named}); both files must be of one split")
+            raise UserError(f"{len(ids)} ids {what} '{path}' ({named}); both files must be of one split, ids alike")
 
 
 def read_csv(path: str, column: str) -> dict[str, str]:
@@ -145,19 +155,25 @@ def read_csv(path: str, column: str) -> dict[str, str]:
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             for number, row in enumerate(reader := csv.reader(file)):
-                if number == 0 and row and row[0].lower() == "id":
-                    if row[1:] != [column]:
-                        raise UserError(f"'{path}' has the columns {', '.join(row)}; ID,{column} are needed")
+                if not row:
+                    continue
+                if number == 0 and row[0].strip().lower() == "id":
+                    if [name.strip().lower() for name in row[1:]] != [column.lower()]:
+                        raise UserError(f"'{path}' has the columns {row}; they must be {['ID', column]}")
                 elif len(row) != 2:
-                    raise UserError(
-                        f"'{path}', line {reader.line_num}: {len(row)} fields; ID and {column} are needed, the latter "
-                        "in double quotes where it holds a comma"
+                    mend = (
+                        "the fields must be separated by commas"
+                        if len(row) == 1 and re.search("[;\t]", row[0])
+                        else f"ID and {column} are needed, the latter in double quotes where it holds a comma"
                     )
+                    raise UserError(f"'{path}', line {reader.line_num}: {len(row)} fields; {mend}")
                 elif row[0] in texts:
                     raise UserError(f"'{path}', line {reader.line_num}: id '{row[0]}' for the second time; leave one")
                 else:
                     texts[row[0]] = row[1]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"'{path}' is not UTF-8 (byte {error.start}); save it as CSV in UTF-8") from error
+    except (OSError, csv.Error) as error:
         raise UserError(f"'{path}' cannot be read as a CSV of ID,{column}: {error}") from error
     return texts
 
@@ -174,8 +190,10 @@ def _is_csv(path: str) -> bool:
 def _read_json_lines(path: str) -> dict[str, dict[str, object]]:
     rows: dict[str, dict[str, object]] = {}
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
                 try:
                     row = json.loads(line)
                     image_id, texts = row["image_id"], [row["prediction"], row.get("reference", "")]
@@ -188,10 +206,28 @@ def _read_json_lines(path: str) -> dict[str, dict[str, object]]:
                     raise UserError(f"'{path}', line {number}: image_id, prediction and reference must be texts")
                 if image_id in rows:
                     raise UserError(f"'{path}', line {number}: id '{image_id}' for the second time; leave one")
-                rows[image_id] = row
-    except (OSError, UnicodeDecodeError) as error:
+                cuis = row.get("cui") or []
+                cuis = split_cuis(cuis) if isinstance(cuis, str) else cuis
+                if not (isinstance(cuis, list) and all(isinstance(cui, str) for cui in cuis)):
+                    raise UserError(f"'{path}', line {number}: cui must be a list of concepts such as C0040405")
+                # JSON can hold half a surrogate pair, and nothing else can
+                texts = {key: _well_formed(row[key]) for key in ("prediction", "reference") if key in row}
+                rows[_well_formed(image_id)] = texts | {"cui": cuis}
+    except UnicodeDecodeError as error:
+        raise UserError(f"'{path}' is not UTF-8 (byte {error.start}); give predictions of a run") from error
+    except OSError as error:
         raise UserError(f"'{path}' cannot be read: {error}") from error
     return rows
+
+
+def _well_formed(text: str) -> str:
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def printable(text: object, most: int = SHOWN_WIDTH) -> str:
+    """Return text from the data as a terminal may show it: a line, no control characters, at most `most` of them."""
+    shown = "".join(character if character.isprintable() else " " for character in str(text))
+    return shown if len(shown) <= most else f"{shown[: most - 1]}…"
 
 
 # --- ImageCLEF submission -------------------------------------------------------------------------------------
@@ -201,14 +237,17 @@ def write_submission(folder: Path, image_ids: Sequence[str], captions: Sequence[
     """Write `submission.csv` and `submission.zip`, which holds only it, and return the path of the first.
 
     Every caption is in double quotes and on one line: the official checker counts lines, and its idea of a line end is
-    that of `str.splitlines`.
+    that of `str.splitlines`. What is longer than the field that it reads is cut.
 
     Raises:
-        UserError: an id cannot stand in a submission.
+        UserError: an id cannot stand in a submission, or stands there twice.
     """
+    if len(set(image_ids)) < len(image_ids):
+        raise UserError("an image id is there twice; a submission must have each once")
     for image_id in image_ids:
-        if image_id != image_id.strip() or set(image_id) & set(',"') or len(image_id.splitlines()) != 1:
-            raise UserError(f"image id '{image_id}' cannot stand in a submission: no comma, quote or line break may")
+        broken = image_id != _well_formed(image_id) or len(image_id.splitlines()) != 1
+        if broken or image_id != image_id.strip() or set(image_id) & set(',"'):
+            raise UserError(f"image id '{image_id}' cannot stand in a submission; it needs text without , or \" in it")
     lines = ["ID,Caption", *(f"{i},{_quoted(text)}" for i, text in zip(image_ids, captions, strict=True))]
     content = "".join(f"{line}\n" for line in lines).encode("utf-8")
     write_whole(folder / "submission.csv", content)
@@ -220,9 +259,8 @@ def write_submission(folder: Path, image_ids: Sequence[str], captions: Sequence[
 
 
 def _quoted(caption: str) -> str:
-    # A NUL ends the official reader; lone surrogates have no UTF-8
-    clean = caption.replace("\0", " ").encode("utf-8", "replace").decode("utf-8")
-    return '"' + " ".join(clean.split()).replace('"', '""') + '"'
+    words = _well_formed(caption.replace("\0", " ")).split()  # Python's csv before 3.11 reads no NUL
+    return '"' + " ".join(words)[: OFFICIAL_MAX_FIELD // 2].replace('"', '""') + '"'
 
 
 def check_submission(path: str, references: str | None = None) -> list[str]:
@@ -254,9 +292,12 @@ def check_submission(path: str, references: str | None = None) -> list[str]:
     try:
         header, *rows = list(csv.reader(io.StringIO(text, newline=""))) or [[]]
     except csv.Error as error:
-        return [*faults, f"the file is no CSV: {error}; put captions in double quotes, and double those in them"]
+        mend = "shorten it" if "limit" in str(error) else "put captions in double quotes, and double those in them"
+        return [*faults, f"the file is no CSV: {error}; {mend}"]
     if header not in (["ID", "Caption"], ["ID", "CUIs"]):
         return [*faults, f"line 1: the header is {','.join(header)!r}; it must be ID,Caption or ID,CUIs"]
+    if not rows:
+        faults.append("there are no rows; add one for each image")
     for number, (row, line) in enumerate(zip(rows, lines[1:], strict=False), 2):  # as official: see `_row_faults`
         faults += _row_faults(number, row, line, header[1])
     return faults + _id_faults([row[0] for row in rows if row], references)
@@ -332,4 +373,7 @@ def _ids_of(references: str) -> list[str]:
             ids = [row[0].strip() for row in csv.reader(file) if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"'{references}' cannot be read as a CSV of ids: {error}") from error
-    return ids[1:] if ids and ids[0].lower() == "id" else ids
+    ids = ids[1:] if ids and ids[0].lower() == "id" else ids
+    if not ids:
+        raise UserError(f"'{references}' holds no ids; give the CSV of the ground truth")
+    return ids

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from errors import UserError, exit_on_user_error
 from metrics import METRIC_NAMES
-from predictions import check_submission, read_predictions
+from predictions import check_submission, printable, read_predictions
 from scoring import HEADINGS, HEADLINE
 
 
@@ -69,8 +69,8 @@ def summary(metrics: Mapping[str, float], output_dir: Path) -> str:
     lines += [f"{name}: {verdicts[name]['verdict']}" for name in columns if name in verdicts]
     files = [output_dir / "predictions" / f"{name}.jsonl" for name in columns]
     for example in read_predictions(files[-1])[:EXAMPLES] if files and files[-1].is_file() else ():
-        lines += ["", f"{example['image_id']}", f"  reference   {example['reference']}"]
-        lines += [f"  prediction  {example['prediction']}   (rougeL {example['rougeL']:.2f})"]
+        lines += ["", printable(example["image_id"]), f"  reference   {printable(example['reference'])}"]
+        lines += [f"  prediction  {printable(example['prediction'])}   (rougeL {example['rougeL']:.2f})"]
     return "\n".join(lines)
 
 
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     for fault in faults[:SHOWN_FAULTS]:
         print(f"{arguments.submission}: {fault}", file=sys.stderr)
     if faults:
-        raise UserError(f"'{arguments.submission}' has {len(faults)} faults; a submission must have none")
+        raise UserError(f"'{arguments.submission}': faults found: {len(faults)}; a submission must have none")
     unchecked = "" if arguments.references else "; ids and their order were not checked, which needs --references"
     print(f"'{arguments.submission}' is a valid submission{unchecked}")
 

@@ -26,7 +26,7 @@ from predictions import read_predictions
 PROJECT = Path(__file__).parent
 TEMPLATE = "report_template.html"
 
-IMAGE_BUDGET = 50_000_000  # characters of base64 for all images; captions and page stay far below the rest of 60 MB
+PAGE_BUDGET = 57_000_000  # bytes of the page; what captions leave of it goes to the images
 LEAST_SHARE = 1500  # characters: an image of fewer shows nothing, so beyond 30,000 images the page outgrows its budget
 SIDES = (512, 384, 320, 256, 224, 192, 160, 128, 96, 64, 48, 32)  # longer side of a stored image, pixels
 QUALITIES = (80, 65, 50, 35)  # JPEG; below 35 blocks show, and a smaller side looks better
@@ -98,6 +98,7 @@ def write_report(
     source = environment.loader.get_source(environment, TEMPLATE)[0]
     recipe = _read_json(output_dir / "recipe.json")
     scores = _read_json(output_dir / "scores.json")
+    payload = _json({"block": IMAGES_A_BLOCK, "rows": _rows(rows, modalities), "attention": _maps(rows, attention)})
     page = environment.get_template(TEMPLATE).generate(
         script_hash=_hash(source, "script"),
         style_hash=_hash(source, "style"),
@@ -107,8 +108,8 @@ def write_report(
         summary=_dict(scores.get(split)),
         splits=[_split(name, _dict(scores[name])) for name in sorted(scores, key=lambda name: name != split)],
         charts=_charts(_read_json(output_dir / "trainer_state.json").get("log_history")),
-        payload=_json({"block": IMAGES_A_BLOCK, "rows": _rows(rows, modalities), "attention": _maps(rows, attention)}),
-        blocks=(_json(block) for block in _image_blocks(images, len(rows))),
+        payload=payload,
+        blocks=(_json(block) for block in _image_blocks(images, len(rows), PAGE_BUDGET - len(payload.encode()))),
     )
     unfinished = output_dir / "report.html.tmp"  # not `write_whole`: the page is never in memory at once
     try:
@@ -152,9 +153,9 @@ def _maps(
     return found
 
 
-def _image_blocks(images: Iterable[Image.Image | None], number: int) -> Iterator[list[str | None]]:
-    """Yield the images as base64 JPEG in portions of `IMAGES_A_BLOCK`."""
-    share = max(LEAST_SHARE, IMAGE_BUDGET // max(number, 1))
+def _image_blocks(images: Iterable[Image.Image | None], number: int, budget: int) -> Iterator[list[str | None]]:
+    """Yield the images as base64 JPEG in portions of `IMAGES_A_BLOCK`, all of them in `budget` characters."""
+    share = max(LEAST_SHARE, budget // max(number, 1))
     block: list[str | None] = []
     for index, image in zip(range(number), images, strict=True):
         jpeg = encode_image(image, share * 3 // 4)  # four characters for three bytes
@@ -167,12 +168,16 @@ def _image_blocks(images: Iterable[Image.Image | None], number: int) -> Iterator
 def encode_image(image: Image.Image | None, most_bytes: int) -> bytes | None:
     """Return an image as a JPEG of at most `most_bytes`, gray where the image is, None where it cannot be read.
 
-    The side follows from the bytes; quality goes down before the side does. Transparency is dropped, as for the model.
+    The side follows from the bytes; quality goes down before the side does. What is transparent is white, as for the
+    model, and nothing but pixels is kept: a comment in the file may name a patient.
     """
     if image is None or 0 in image.size:
         return None
     try:
-        small = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        small = image.convert("L" if image.mode in ("1", "L") else "RGB")
+        small.info.clear()
     except (OSError, ValueError):  # opened, but broken further on
         return None
     fitting = [side for side in SIDES if side * side * BYTES_A_PIXEL <= most_bytes] or SIDES[-1:]
@@ -372,7 +377,7 @@ def _charts(log: Any) -> list[dict[str, Any]]:
 
 
 def _chart(title: str, curves: Mapping[str, list[tuple[float, float]]], from_zero: bool = False) -> dict | None:
-    curves = {name: points[:: math.ceil(len(points) / POINTS)] for name, points in curves.items() if points}
+    curves = {name: _thinned(points) for name, points in curves.items() if points}
     if not curves:
         return None
     steps, values = zip(*(point for points in curves.values() for point in points), strict=True)
@@ -402,9 +407,20 @@ def _chart(title: str, curves: Mapping[str, list[tuple[float, float]]], from_zer
     }
 
 
+def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return at most about `POINTS` of the points, the last among them."""
+    step = math.ceil(len(points) / POINTS)
+    return points[::step] + (points[-1:] if (len(points) - 1) % step else [])
+
+
 def _ticks(low: float, high: float) -> list[float]:
-    """Return four to eight round numbers from at most `low` to at least `high`."""
-    span = high - low or abs(high) or 1.0
+    """Return four to eight round numbers from at most `low` to at least `high`.
+
+    Values that differ by less than they can be told apart get the ticks of their size.
+    """
+    size = max(abs(low), abs(high))
+    span = high - low if high - low > 1e-6 * size else size
+    span = min(max(span, 1e-6), 1e300)
     power = 10.0 ** math.floor(math.log10(span / 4))
     step = next(power * factor for factor in (1, 2, 5, 10) if span / (power * factor) <= 6)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
@@ -464,9 +480,10 @@ def _showable(value: Any) -> Any:
 
 
 def _json(value: Any) -> Markup:
-    """Return JSON for a script element: ASCII, and nothing in it that HTML could take for a tag or a comment."""
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
-    for character in "<>&":
+    """Return JSON for a script element: UTF-8, and nothing in it that HTML could take for a tag or a comment."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"), ensure_ascii=False)
+    text = re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text)  # which has no UTF-8
+    for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return Markup(text)
 

@@ -4,6 +4,9 @@ The Trainer's metrics of a split are made epoch after epoch and are few; these a
 """
 
 import json
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 
 import rocov2
+from arguments import DataArguments
 from clinical import modality_of
 from collator import open_image
 from floors import sample_rows
@@ -21,11 +25,13 @@ from scoring import Training, flat, score
 from trainer import CaptioningTrainer
 
 
-SHOWN_ATTENTION = 4  # captions of each kind (first, best, worst) whose attention the page shows
+logger = logging.getLogger("captioning.results")
+
+SHOWN_ATTENTION = 4  # captions of each order whose attention the page shows
 
 
 def training_for_floors(
-    trainer: CaptioningTrainer, dataset: DatasetDict, splits: DatasetDict, neighbour_samples: int
+    trainer: CaptioningTrainer, dataset: DatasetDict, splits: DatasetDict, data_args: DataArguments
 ) -> Training | None:
     """Return what floors and concepts are made of, None where there is no training split or nothing is captioned.
 
@@ -33,16 +39,17 @@ def training_for_floors(
         trainer: its model looks at the training images among which the nearest is sought.
         dataset: what was loaded, unchecked. A run that only scores takes the captions from here.
         splits: what was checked and tokenised.
-        neighbour_samples: most images.
+        data_args: how many images and captions are looked at.
     """
     if not trainer.args.predict_with_generate or "train" not in dataset:
         return None
-    captions, cuis = rocov2.texts(splits["train"] if trainer.args.do_train else dataset["train"])
+    texts = rocov2.texts(splits["train"] if trainer.args.do_train else dataset["train"])
+    captions, cuis = (column[: data_args.max_train_samples] for column in texts)
     if not captions:
         return None
-    if "train" not in splits or not neighbour_samples:
+    if "train" not in splits or not data_args.neighbour_samples:
         return Training(captions, cuis)
-    rows = splits["train"].select(sample_rows(len(splits["train"]), neighbour_samples))
+    rows = splits["train"].select(sample_rows(len(splits["train"]), data_args.neighbour_samples))
     return Training(captions, cuis, trainer.image_features(rows), list(rows["caption"]))
 
 
@@ -78,6 +85,8 @@ def keep_split(
     write_predictions(path, captions, nll)
     scores = score(captions, training, features, "ptb" if args.coco_metrics else None, args.bertscore_model)
     write_scores(folder, split, scores)
+    if not scores["beats_constant"]:
+        logger.warning("%s: %s", split, scores["verdict"])
     if args.write_submission and split == "test":
         write_submission(folder, captions.image_ids, captions.predictions)
     return flat(scores)
@@ -91,7 +100,7 @@ def write_scores(folder: Path, split: str, scores: dict[str, Any]) -> None:
 
 
 def write_page(trainer: CaptioningTrainer, rows: Dataset, tokens: np.ndarray, split: str) -> None:
-    """Write `report.html` of a split, with the cross-attention of its first, its best and its worst captions.
+    """Write `report.html` of a split, with the cross-attention of some captions; a failure is told, and no more.
 
     Args:
         trainer: the trainer that captioned it.
@@ -101,17 +110,17 @@ def write_page(trainer: CaptioningTrainer, rows: Dataset, tokens: np.ndarray, sp
     """
     if not trainer.is_world_process_zero():
         return
+    try:
+        _write_page(trainer, rows, tokens, split)
+    except Exception as error:  # the page is made of what is on disk already: no reason to lose card and push
+        logger.error("report.html cannot be written: %s: %s", type(error).__name__, error)
+        logger.debug("The page failed here", exc_info=True)
+
+
+def _write_page(trainer: CaptioningTrainer, rows: Dataset, tokens: np.ndarray, split: str) -> None:
     folder = Path(trainer.args.output_dir)
-    ranked = np.argsort([-row["rougeL"] for row in read_predictions(folder / "predictions" / f"{split}.jsonl")])
-    chosen = list(
-        dict.fromkeys(
-            [
-                *range(len(ranked))[:SHOWN_ATTENTION],
-                *ranked[:SHOWN_ATTENTION].tolist(),
-                *ranked[-SHOWN_ATTENTION:].tolist(),
-            ]
-        )
-    )
+    predictions = read_predictions(folder / "predictions" / f"{split}.jsonl")
+    chosen = shown_with_attention(predictions)
     attention = trainer.word_attention(rows.select(chosen), tokens[chosen])
     write_report(
         folder,
@@ -120,3 +129,17 @@ def write_page(trainer: CaptioningTrainer, rows: Dataset, tokens: np.ndarray, sp
         modalities=[modality_of(cui, caption) for cui, caption in zip(rows["cui"], rows["caption"], strict=True)],
         attention={rows[row]["image_id"]: words for row, words in zip(chosen, attention, strict=True)},
     )
+
+
+def shown_with_attention(predictions: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return the rows that come first in each of the orders of the page: the data's, best, worst, most generic."""
+    scores = [row["rougeL"] for row in predictions]
+    uses = Counter(row["prediction"] for row in predictions)
+    numbers = range(len(predictions))
+    orders = (
+        numbers,
+        sorted(numbers, key=lambda i: -scores[i]),
+        sorted(numbers, key=lambda i: scores[i]),
+        sorted(numbers, key=lambda i: -uses[predictions[i]["prediction"]]),
+    )
+    return list(dict.fromkeys(row for order in orders for row in order[:SHOWN_ATTENTION]))

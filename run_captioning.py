@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     metrics: dict[str, float] = {}
     if args.do_train:
         metrics |= train(trainer, checkpoint)
-    training = training_for_floors(trainer, dataset, splits, data_args.neighbour_samples)
+    training = training_for_floors(trainer, dataset, splits, data_args)
     if args.do_eval:
         metrics |= predict(trainer, splits["validation"], "validation", "eval", training, page=not args.do_predict)
     if args.do_predict:
@@ -167,7 +167,8 @@ def prepare_data(
     floors are made of.
     """
     if not args.do_train and "train" in dataset:
-        sample = sample_rows(len(dataset["train"]), data_args.neighbour_samples)
+        number = min(len(dataset["train"]), data_args.max_train_samples or len(dataset["train"]))
+        sample = sample_rows(number, data_args.neighbour_samples)
         dataset = DatasetDict({**dataset, "train": dataset["train"].select(sample)})
         if not sample:
             del dataset["train"]
@@ -225,9 +226,9 @@ def predict(
     if tokens:
         scores = keep_split(trainer, rows, tokens[0], nll, split, training)
         metrics |= {f"{prefix}_{name}": value for name, value in scores.items()}
-        if page:
-            write_page(trainer, rows, tokens[0], split)
     trainer.save_metrics(prefix, metrics)
+    if tokens and page:
+        write_page(trainer, rows, tokens[0], split)
     return metrics
 
 

@@ -148,8 +148,11 @@ class CaptioningTrainer(Seq2SeqTrainer):
         self.model.eval()
         found = []
         for row, generated in zip(rows, tokens, strict=True):
+            kept = torch.from_numpy(self._without_padding(generated))
+            if not len(kept):
+                found.append([])
+                continue
             inputs = self._prepare_inputs(self.data_collator([row]))
-            kept = torch.tensor(generated[(generated >= 0) & (generated != self.tokenizer.pad_token_id)])
             with torch.no_grad(), self.accelerator.autocast():
                 image_embeds = encode_images(self.model, inputs["pixel_values"])
                 maps = attention_maps(self.model, image_embeds, self.start_ids, kept.to(image_embeds.device))
@@ -163,6 +166,15 @@ class CaptioningTrainer(Seq2SeqTrainer):
                     words.append((name, [attention]))
             found.append([(word, np.mean(pieces, axis=0)) for word, pieces in words])
         return found
+
+    def _without_padding(self, generated: np.ndarray) -> np.ndarray:
+        """Return the tokens `[T]` up to `[SEP]`, or without padding at their end; a model may write padding too."""
+        tokens = generated[generated >= 0]
+        ends = np.flatnonzero(tokens == self.tokenizer.sep_token_id)
+        if len(ends):
+            return tokens[: ends[0] + 1]
+        written = np.flatnonzero(tokens != self.tokenizer.pad_token_id)
+        return tokens[: written[-1] + 1] if len(written) else tokens[:0]
 
     def evaluation_loop(self, dataloader, *args, **kwargs):
         """Run the stock loop; `_compute_metrics` scores against the full captions of `dataloader`'s split."""

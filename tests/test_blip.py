@@ -267,3 +267,41 @@ def test_generation_equals_stock(model, seed):
     stock = model.generate(pixel_values=pixel_values, num_beams=3, max_new_tokens=15)
     assert torch.equal(ours, stock[:, 1:])
     assert len({tuple(row) for row in ours.tolist()}) > 1, "all captions are the same: the test sees nothing"
+
+
+def test_attention_maps_are_those_of_the_position_that_wrote_the_token(model):
+    """Computed anew from queries and keys that hooks catch while stock BLIP decodes, one growing prefix at a time."""
+    torch.manual_seed(0)
+    pixel_values = torch.randn(1, 3, 32, 32)
+    image_embeds = blip.encode_images(model.eval(), pixel_values)
+    start_ids = [model.config.text_config.bos_token_id, 7, 9]
+    tokens = blip.generate_captions(model, image_embeds, start_ids, num_beams=2, max_new_tokens=5)[0]
+    maps = blip.attention_maps(model, image_embeds, start_ids, tokens)
+    assert maps.shape == (len(tokens), 4, 4)
+    caught = {}
+    layers = [layer.crossattention.self for layer in model.text_decoder.bert.encoder.layer]
+    for i, layer in enumerate(layers):
+        for name in ("query", "key"):
+            getattr(layer, name).register_forward_hook(lambda _, __, out, at=(i, name): caught.__setitem__(at, out))
+    for t in range(len(tokens)):
+        prefix = torch.tensor([[*start_ids, *tokens[:t].tolist()]])
+        model.text_decoder(input_ids=prefix, encoder_hidden_states=image_embeds, use_cache=False)
+        weights = []
+        for i, layer in enumerate(layers):
+            heads = (1, -1, layer.num_attention_heads, layer.attention_head_size)
+            query, key = (caught[i, name].view(heads).transpose(1, 2) for name in ("query", "key"))
+            scores = query[:, :, -1:] @ key.transpose(2, 3) / layer.attention_head_size**0.5
+            weights.append(scores.softmax(dim=-1)[0, :, 0].mean(dim=0))
+        expected = torch.stack(weights).mean(dim=0)
+        assert maps[t].flatten().tolist() == pytest.approx(expected[1:].tolist(), abs=1e-6)
+        assert float((maps[t].sum() + expected[0]).detach()) == pytest.approx(1, abs=1e-5)
+
+
+def test_an_attention_map_lies_as_the_image_does(model):
+    """The grid is filled row by row, as the patches are: a change in one patch changes its embedding alone."""
+    embed = model.vision_model.embeddings.patch_embedding
+    blank, lit = torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 32, 32)
+    lit[:, :, 8:16, 24:32] = 1.0  # the second row of patches, the last column
+    changed = (embed(lit) - embed(blank)).flatten(2).abs().sum(dim=1)[0]
+    assert changed.nonzero().flatten().tolist() == [1 * 4 + 3]
+    assert torch.arange(16).unflatten(-1, (4, 4))[1, 3] == 1 * 4 + 3

@@ -178,7 +178,7 @@ def test_floors_of_a_scored_model_are_those_of_its_run(finished, parquet_folder,
     )
     assert alone["predict_rougeL"] == metrics["predict_rougeL"]
     found = json.loads((tmp_path / "out" / "scores.json").read_text())["test"]["floors"]["constant"]
-    assert found["found_among"] == "the 7 references themselves"
+    assert found["found_among"] == "the references themselves (7)"
 
 
 def test_a_submission_is_written_in_the_order_of_the_data(finished, parquet_folder, raw_dataset, tmp_path):

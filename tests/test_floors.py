@@ -86,8 +86,10 @@ def test_each_group_has_its_own_typical_caption():
         "MRI of the knee",
         "MRI knee",
     ]
-    found = typical_captions(captions, ["CT"] * 3 + ["MRI"] * 3)
+    found = typical_captions(captions, ["CT"] * 3 + ["MRI"] * 3, fewest=3)
     assert found == {"CT": "CT of the chest", "MRI": "MRI knee"}
+    assert typical_captions(captions, ["CT"] * 4 + ["MRI"] * 2, fewest=3).keys() == {"CT"}
+    assert typical_captions(captions, ["CT"] * 6) == {}, "too few to call one typical"
 
 
 def test_the_nearest_image_is_nearest_by_angle_from_what_all_have_in_common():

@@ -8,7 +8,8 @@ from intervals import RESAMPLES, Score, compare, interval, resampled, resampling
 
 
 def ratio(sums, number):
-    return sums[..., 0] / sums[..., 1]
+    with np.errstate(invalid="ignore"):
+        return sums[..., 0] / sums[..., 1]
 
 
 @pytest.fixture
@@ -112,3 +113,18 @@ def test_chance_is_called_chance_as_often_as_it_should():
 def test_systems_on_other_captions_are_no_pair(values):
     with pytest.raises(ValueError, match="no pair"):
         compare(Score.of(values), Score.of(values[:-1]), resampling_counts(len(values)))
+
+
+def test_a_score_without_a_value_is_not_compared():
+    nothing = Score(np.zeros((9, 2)), ratio)
+    found = compare(nothing, Score(np.ones((9, 2)), ratio), resampling_counts(9))
+    assert np.isnan([found.difference, found.low, found.high, found.p_value]).all()
+
+
+def test_randomisations_without_a_value_count_neither_way():
+    """A rare finding: in half of the swaps one of the two systems has none of it."""
+    first, second = np.zeros((8, 2)), np.zeros((8, 2))
+    first[0], second[1] = (1, 1), (0, 1)
+    found = compare(Score(first, ratio), Score(second, ratio), resampling_counts(8))
+    assert found.difference == 1
+    assert found.p_value == 1, "all swaps that have a value have this difference"

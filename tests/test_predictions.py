@@ -61,7 +61,7 @@ def write(tmp_path):
 def test_a_csv_is_read_in_the_order_of_its_references(write):
     run = write("run.csv", 'ID,Caption\nb,"two, ""three"""\na,one\n')
     references = write("refs.csv", "ID,Caption\na,first\nb,second\n")
-    concepts = write("concepts.csv", "ID,CUIs\nb,C0040405;C0817096\n")
+    concepts = write("concepts.csv", "ID,CUIs\nb,C0040405;C0817096\na,\n")
     captions = read_captions(run, references, concepts)
     assert captions == Captions(
         ["a", "b"], ["one", 'two, "three"'], ["first", "second"], [[], ["C0040405", "C0817096"]]
@@ -75,6 +75,27 @@ def test_a_csv_is_read_in_the_order_of_its_references(write):
 )
 def test_a_csv_is_read_as_others_write_it(write, content):
     assert read_csv(write("run.csv", content), "Caption") == {"a": "x", "b": "y"}
+
+
+def test_blank_lines_and_a_header_with_spaces_are_no_mistake(write):
+    assert read_csv(write("run.csv", "ID, caption\n\na,x\n\nb,y\n\n"), "Caption") == {"a": "x", "b": "y"}
+    rows = "\n".join(json.dumps({"image_id": i, "prediction": i, "reference": i}) + "\n" for i in "ab")
+    assert read_captions(write("run.jsonl", "\ufeff" + rows + "\n\n")).image_ids == ["a", "b"]
+
+
+def test_concepts_may_be_one_text_and_half_a_surrogate_pair_is_replaced(write):
+    row = {"image_id": "a", "prediction": "x \ud800 y", "reference": "z", "cui": "C0040405;C0817096"}
+    captions = read_captions(write("run.jsonl", json.dumps(row)))
+    assert captions.cuis == [["C0040405", "C0817096"]]
+    assert captions.predictions == ["x \ufffd y"]
+
+
+def test_concepts_must_be_those_of_the_images(write):
+    run, references = write("run.csv", "ID,Caption\na,x\nb,y\n"), write("refs.csv", "ID,Caption\na,x\nb,y\n")
+    with pytest.raises(UserError, match=r"1 ids of '.*refs.csv' are missing in '.*cuis.csv' \(b\)"):
+        read_captions(run, references, write("cuis.csv", "ID,CUIs\na,C0040405\n"))
+    more = write("cuis.csv", "ID,CUIs\na,C0040405\nb,\nc,\n")
+    assert read_captions(run, references, more).cuis == [["C0040405"], []]
 
 
 def test_the_predictions_of_a_run_are_read_back(predictions):
@@ -102,9 +123,11 @@ def test_references_can_be_given_beside_json_lines(write):
         ("ID,Caption\na,x\nb,y\nc,z\n", r"1 ids not in '.*refs\.csv' are in '.*run\.csv' \(c\)"),
         ("ID,Caption\na,x\na,y\n", r"line 3: id 'a' for the second time"),
         ("ID,Caption\na,x, y\nb,z\n", r"line 2: 3 fields; ID and Caption are needed, the latter in double quotes"),
-        ("ID,Text\na,x\n", r"has the columns ID, Text; ID,Caption are needed"),
-        ("ID,Caption\na,x\n\nb,y\n", r"line 3: 0 fields"),
-        (b"ID,Caption\na,\xff\n", r"cannot be read as a CSV of ID,Caption: .*utf-8"),
+        ("ID,Text\na,x\n", r"has the columns \['ID', 'Text'\]; they must be"),
+        ("ID;Caption\na;x\n", r"line 1: 1 fields; the fields must be separated by commas"),
+        ("ID,Caption\n", r"run\.csv' holds no captions"),
+        ("ID,Caption,Other\n", r"has the columns \['ID', 'Caption', 'Other'\]; they must be \['ID', 'Caption'\]"),
+        (b"ID,Caption\na,\xff\n", r"is not UTF-8 \(byte 13\); save it as CSV in UTF-8"),
     ],
 )
 def test_a_csv_that_cannot_be_scored_is_refused_in_one_line(write, run, message):
@@ -122,7 +145,9 @@ def test_a_csv_that_cannot_be_scored_is_refused_in_one_line(write, run, message)
         ('{"image_id": "a", "prediction": 3}', r"line 1: image_id, prediction and reference must be texts"),
         ('{"image_id": "a", "prediction": "x"}\n' * 2, r"line 2: id 'a' for the second time"),
         ("", r"holds no captions"),
-        (b"\xff", r"cannot be read: .*utf-8"),
+        (b"\xff", r"is not UTF-8 \(byte 0\)"),
+        ('{"image_id": "a", "prediction": "x", "cui": 5}', r"line 1: cui must be a list of concepts"),
+        ('{"image_id": "a", "prediction": "x", "cui": [null]}', r"line 1: cui must be a list of concepts"),
     ],
 )
 def test_json_lines_that_cannot_be_scored_are_refused_in_one_line(write, run, message):
@@ -204,6 +229,8 @@ def test_an_id_that_would_break_the_submission_is_refused(tmp_path, image_id):
         ("Id,Caption\nid_0,x\nid_1,y\n", "the header is 'Id,Caption'"),
         ("id_0,x\nid_1,y\n", "the header is 'id_0,x'"),
         ("", "the header is ''"),
+        ("ID,Caption\n", "there are no rows"),
+        ("ID,Caption\nid_0," + "x" * 200_000 + "\n", "field larger than field limit (131072); shorten it"),
         ("ID,Caption\nid_0,x\nid_0,y\n", "row 3: id 'id_0' for the second time"),
         ("ID,Caption\nid_1,y\nid_0,x\n", "row 2: id 'id_1' where 'id_0' is due"),
         ("ID,Caption\nid_0,x\n", "1 ids are missing; add them (id_1)"),
@@ -224,6 +251,16 @@ def test_a_fault_of_a_submission_is_named_with_its_place(write, tmp_path, conten
     assert any(fault in found for found in faults), faults
 
 
+def test_a_caption_that_the_official_reader_cannot_hold_is_cut(tmp_path):
+    path = write_submission(tmp_path, ["a", "b"], ["x" * 200_000, '"' * 200_000])
+    assert check_submission(str(path)) == []
+
+
+def test_a_submission_has_each_image_once(tmp_path):
+    with pytest.raises(UserError, match="is there twice"):
+        write_submission(tmp_path, ["a", "a"], ["x", "y"])
+
+
 def test_submissions_of_concepts_and_without_references_are_checked(write):
     assert check_submission(write("submission.csv", "ID,CUIs\na,C0040405;C1\nb,\n")) == []
     assert check_submission(write("submission.csv", "ID,Caption\nb,x\na,y\n")) == []
@@ -238,3 +275,5 @@ def test_a_zip_with_more_in_it_is_a_fault_and_no_zip_is_a_mistake(tmp_path, writ
         check_submission(write("broken.zip", "no zip"))
     with pytest.raises(UserError, match="cannot be read"):
         check_submission(str(tmp_path / "none.csv"))
+    with pytest.raises(UserError, match="holds no ids"):
+        check_submission(write("submission.csv", "ID,Caption\na,x\n"), write("truth.csv", "ID,Caption\n"))

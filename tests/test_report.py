@@ -71,7 +71,7 @@ def test_the_check_of_a_submission_names_each_fault(tmp_path, capsys):
     main(["check", str(submission)])
     assert "not checked, which needs --references" in capsys.readouterr().out
     submission.write_text("ID,Caption\n a,x\nb,y, z\n")
-    with pytest.raises(UserError, match=r"has \d faults"):
+    with pytest.raises(UserError, match=r"faults found: \d"):
         main(["check", str(submission), "--references", str(references)])
     lines = capsys.readouterr().err.splitlines()
     assert f"{submission}: row 2: the id ' a' has white space at its ends; remove it" in lines

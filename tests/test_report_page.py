@@ -424,10 +424,10 @@ def test_a_word_shows_where_the_attention_lay(run, open_page):
         const at = (x, y) => context.getImageData(x, y, 1, 1).data[3]; return [at(20, 20), at(235, 235)]; }"""
     page.hover(".tokens button >> nth=0")
     first, last = page.evaluate(opacity)
-    assert first > 200 > 60 > last, "the first map lies in the upper left"
+    assert first > 130 > 60 > last, "the first map lies in the upper left"
     page.focus(".tokens button >> nth=1")
     first, last = page.evaluate(opacity)
-    assert last > 200 > 60 > first, "the second map lies in the lower right"
+    assert last > 130 > 60 > first, "the second map lies in the lower right"
     page.click(".tokens button >> nth=1")
     page.hover("#close")
     page.focus("#close")
@@ -767,3 +767,87 @@ def test_the_same_run_makes_the_same_page(run, tmp_path):
         write_report(folder, "test", [noise(i) for i in range(6)], ["CT"] * 6)
         pages.append((folder / "report.html").read_bytes())
     assert pages[0] == pages[1]
+
+
+# --- What a reviewer found ------------------------------------------------------------------------------------
+
+
+def test_nothing_but_the_pixels_of_an_image_is_kept():
+    buffer = io.BytesIO()
+    noise().save(buffer, "JPEG", comment=b"PATIENT JOHN DOE " * 500, exif=b"Exif\0\0PATIENT")
+    jpeg = encode_image(PIL.open(io.BytesIO(buffer.getvalue())), 6000)
+    assert jpeg is not None, "a long comment takes the share of the image"
+    assert b"PATIENT" not in jpeg
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])
+def test_what_is_transparent_is_white_as_the_model_sees_it(mode):
+    image = PIL.new("RGBA", (40, 40), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (0, 0, 20, 40))
+    image = image.quantize() if mode == "P" else image.convert("LA").convert(mode) if mode != "RGBA" else image
+    shown = PIL.open(io.BytesIO(encode_image(image, 20_000))).convert("L")
+    assert shown.getpixel((5, 20)) < 20
+    assert shown.getpixel((35, 20)) > 235
+
+
+def test_long_captions_leave_less_of_the_page_to_the_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(report_page, "PAGE_BUDGET", 1_000_000)
+    rows = make_rows(60, reference=["рак лёгкого " * 300] * 60)  # two bytes a letter, six in ASCII JSON
+    make_run(tmp_path, rows)
+    write_report(tmp_path, "test", (noise(i, (300, 300)) for i in range(60)), ["CT"] * 60)
+    page = (tmp_path / "report.html").read_bytes()
+    assert 600_000 < len(page) < 1_050_000
+    assert "рак лёгкого" in page.decode()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[1e-11], [1e308, -1e308], [5.0, 5.0 + 1e-10], [0.0, 0.0], [1e-320], [-3.0]],
+    ids=lambda values: str(values),
+)
+def test_curves_of_odd_values_are_drawn(values):
+    (chart,) = report_page._charts([{"step": i + 1, "eval_loss": value} for i, value in enumerate(values)])
+    labels = [label for _, label in chart["y_ticks"]]
+    assert 2 <= len(labels) <= 9
+    assert all(np.isfinite(y) for line in chart["lines"] for _, y in line["points"])
+
+
+def test_a_long_curve_ends_with_its_last_point():
+    (chart,) = report_page._charts([{"step": i, "loss": 1.0 + i} for i in range(1, 1201)])
+    assert chart["x_ticks"]
+    assert "to 1201.000 at step 1200" in chart["said"]
+    assert len(chart["lines"][0]["points"]) <= report_page.POINTS + 1
+
+
+def test_links_stay_in_a_frame_that_has_no_address(run, browser):
+    page = browser.new_page()
+    page.set_content("<iframe sandbox='allow-scripts' style='width: 900px; height: 900px'></iframe>")
+    source = (run / "report.html").read_text()
+    page.eval_on_selector("iframe", "(frame, source) => { frame.srcdoc = source; }", source)
+    frame = page.frame_locator("iframe")
+    frame.locator("nav a").last.click()
+    frame.locator(".card .meta a").first.click()
+    frame.locator("dialog[open] img").wait_for()
+    frame.locator("#close").click()
+    assert frame.locator(".card").count() > 0, "the frame has left the page"
+    page.close()
+
+
+def test_going_back_from_an_example_closes_it(run, open_page):
+    page = open_page(run, "#image_1")
+    page.wait_for_selector("dialog[open]")
+    page.evaluate("location.hash = ''")
+    wait_until(page, "!document.querySelector('dialog').open")
+
+
+def test_of_a_card_higher_than_the_window_the_focus_is_in_view(tmp_path, open_page):
+    make_run(tmp_path, make_rows(9, reference=["a long reference " * 200] * 9))
+    write_report(tmp_path, "test", (noise(i) for i in range(9)), [""] * 9)
+    page = open_page(tmp_path, width=390)
+    for button in page.query_selector_all(".more"):
+        button.click()
+    for key in "jjjjkk":
+        page.keyboard.press(key)
+        top, bottom = page.evaluate("(box => [box.top, box.bottom])(document.activeElement.getBoundingClientRect())")
+        assert -1 <= top < 800 and bottom > 0, key
+        assert page.evaluate("document.activeElement.className") == "open"

@@ -1,6 +1,7 @@
 """All scores of a set of captions beside their floors, and the command `metrics.py`."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,13 +11,15 @@ import numpy as np
 import pytest
 from rouge_score import rouge_scorer
 
+import metrics_command
 import phantoms
 import scoring
 from errors import UserError
 from intervals import Score
 from metrics import rouge
+from metrics_command import table
 from predictions import Captions
-from scoring import FLOORS, Training, flat, score, table
+from scoring import FLOORS, Training, flat, score
 
 
 ROOT = Path(scoring.__file__).parent
@@ -128,7 +131,7 @@ def test_a_system_near_the_constant_is_not_said_to_beat_it(captions, training, s
     predictions[0] = captions.references[0]
     near = score(with_predictions(captions, predictions), training, None, tokenizer=None)
     assert not near["beats_constant"]
-    assert "is not surely above the best constant caption" in near["verdict"]
+    assert "does not surely beat the best constant caption" in near["verdict"]
 
 
 def test_without_a_training_split_the_floors_are_made_of_the_references(captions):
@@ -158,8 +161,20 @@ def test_scores_are_the_same_each_time_and_fit_for_json(captions, training, rows
 def test_one_caption_can_be_scored():
     single = score(Captions(["a"], ["a cat"], ["a dog"], [[]]), tokenizer=None)
     assert single["scores"]["rougeL"]["value"] == pytest.approx(0.5)
+    assert single["floors"].keys() == {"constant", "typical_of_modality"}, "there is no other image"
+    assert single["scores"]["rougeL"]["low"] is None, "one caption has no interval"
     json.dumps(single, allow_nan=False)
     table(single)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_of_a_few_captions_none_is_said_to_beat_a_constant(number, captions, training):
+    few = Captions(*(column[:number] for column in vars(captions).values()))
+    found = score(with_predictions(few, few.references), training, None, tokenizer=None)
+    assert found["scores"]["rougeL"]["value"] == 1 > found["scores"]["rougeL"]["floors"]["constant"]
+    assert not found["beats_constant"]
+    assert "does not surely beat" in found["verdict"]
+    assert ("looking at the image" in found["verdict"]) == (number > 1)
 
 
 def test_the_names_of_the_result_files(scores):
@@ -250,7 +265,7 @@ def test_the_command_scores_a_run_and_any_systems_csv_alike(files, captions, tra
 
 
 def command_json(capsys, *arguments) -> dict:
-    scoring.main([*map(str, arguments), "--json"])
+    metrics_command.main([*map(str, arguments), "--json", "--tokenizer", "none"])
     return json.loads(capsys.readouterr().out)
 
 
@@ -260,11 +275,54 @@ def test_two_systems_are_tested_pair_by_pair(files, capsys):
     assert row["difference"] == pytest.approx(row["first"] - row["second"])
     assert 0 < row["low"] < row["difference"] < row["high"]
     assert row["p_value"] < 0.001
-    assert found["scores"]["measurement_f1"]["difference"] is None
-    scoring.main([str(files / "poor.jsonl"), "--against", str(files / "good.jsonl")])
+    undefined = found["scores"]["measurement_f1"]
+    assert undefined["difference"] is undefined["low"] is undefined["p_value"] is None
+    metrics_command.main([str(files / "poor.jsonl"), "--against", str(files / "good.jsonl"), "--tokenizer", "none"])
     text = capsys.readouterr().out
     assert f"{-row['difference']:+.4f}" in text
     assert text.splitlines()[0].startswith("120 captions")
+
+
+def test_all_scores_of_two_systems_are_tested(files, capsys):
+    train = ("--train", str(files / "train.csv"), "--train_concepts", str(files / "train_concepts.csv"))
+    pair = [str(files / "good.jsonl"), "--against", str(files / "poor.jsonl")]
+    metrics_command.main([*pair, *train, "--json", "--tokenizer", "whitespace"])
+    found = json.loads(capsys.readouterr().out)
+    names = ["concept_f1", "nlgeval_bleu4", "nlgeval_cider", *(["nlgeval_meteor"] if shutil.which("java") else [])]
+    for name in names:
+        assert found["scores"][name]["low"] > 0, name
+        assert found["scores"][name]["p_value"] < 0.001, name
+    assert not shutil.which("java") or found["missing"] == {}
+
+
+def test_half_a_surrogate_pair_and_control_characters_are_shown_safely(tmp_path):
+    caption = "CT \x1b[31mred\x1b[0m\u202eevil"
+    row = {"image_id": "a", "prediction": "x", "reference": caption}
+    (tmp_path / "odd.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"image_id": "b\ud800"}) + "\n")
+    command = [sys.executable, "metrics.py", str(tmp_path / "odd.jsonl"), "--tokenizer", "none"]
+    for more in ([], ["--json"]):
+        result = subprocess.run(
+            [*command, *more], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}
+        )
+        assert result.returncode == 0, result.stderr
+        assert "\x1b" not in result.stdout
+
+
+def test_a_reader_that_closes_early_is_no_traceback(files):
+    command = f"{sys.executable} metrics.py {files / 'good.jsonl'} --tokenizer none --json | true"
+    result = subprocess.run(command, cwd=ROOT, shell=True, capture_output=True, text=True)
+    assert result.stderr == ""
+
+
+def test_the_table_shows_what_is_said_by_modality(scores):
+    lines = table(scores).splitlines()
+    heading = next(i for i, line in enumerate(lines) if line.startswith("by modality"))
+    assert lines[heading].split()[2:] == list(scores["modalities"])
+    rows = {line.split()[0]: line.split()[1:] for line in lines[heading + 1 : heading + 12] if line}
+    first = next(iter(scores["modalities"].values()))
+    assert rows["rougeL"][0] == f"{first['rougeL']['value']:.4f}"
+    assert rows["concept_f1"][0] == f"{first['concept_f1']['value']:.4f}"
+    assert {"laterality_f1", "negation_f1", "captions"} <= rows.keys()
 
 
 def test_two_systems_are_matched_by_id_and_not_by_row(files, tmp_path, capsys):
@@ -281,7 +339,10 @@ def test_two_systems_are_matched_by_id_and_not_by_row(files, tmp_path, capsys):
         (["good.csv"], "holds no reference captions; add --references"),
         (["none.jsonl"], "cannot be read"),
         (["good.jsonl", "--train_concepts", "train_concepts.csv"], "--train_concepts goes with --train"),
-        (["good.jsonl", "--train", "train_concepts.csv"], "has the columns ID, CUIs; ID,Caption are needed"),
+        (
+            ["good.jsonl", "--train", "train_concepts.csv"],
+            "has the columns ['ID', 'CUIs']; they must be ['ID', 'Caption']",
+        ),
         (["good.jsonl", "--against", "short.jsonl"], "119 ids"),
         (["good.jsonl", "--against", "other.jsonl"], "have other references for 120 images (id0)"),
     ],
@@ -292,7 +353,7 @@ def test_a_mistake_is_one_line(files, arguments, message):
     (files / "other.jsonl").write_text("".join(lines).replace('"reference": "', '"reference": "x '))
     paths = [str(files / item) if item.endswith(("csv", "jsonl")) else item for item in arguments]
     with pytest.raises(UserError) as error:
-        scoring.main(paths)
+        metrics_command.main(paths)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -305,13 +366,7 @@ def test_a_mistake_ends_the_command_with_one_line_and_status_2(files):
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_a_comparison_needs_the_same_images(captions):
-    with pytest.raises(UserError, match="1 ids"):
-        other = Captions(["x", *captions.image_ids[1:]], captions.predictions, captions.references, captions.cuis)
-        scoring.compare_captions(captions, other, "a", "b")
-
-
 def test_a_score_without_value_is_written_as_none():
-    assert scoring._finite(float("nan")) is None
+    assert scoring.finite(float("nan")) is None
     nothing = Score(np.zeros((3, 1)), lambda sums, number: sums[..., 0] * np.nan)
     assert scoring._entry(nothing, np.ones((2, 3))) == {"value": None, "low": None, "high": None}

@@ -9,6 +9,7 @@ import torch
 from transformers import BlipForConditionalGeneration, BlipProcessor, Seq2SeqTrainer, TrainerCallback
 from transformers.trainer_pt_utils import LabelSmoother
 
+import blip
 import rocov2
 from metrics import decode_captions
 from trainer import last_complete_checkpoint, mean_training_loss, token_nll
@@ -325,3 +326,38 @@ def test_mean_training_loss_weighs_by_steps():
     log = [{"loss": 4.0, "step": 3}, {"eval_loss": 9.0, "step": 3}, {"loss": 1.0, "step": 4}]
     assert mean_training_loss(log) == pytest.approx((3 * 4.0 + 1.0) / 4)
     assert mean_training_loss([]) == 0.0
+
+
+# --- What floors and page are made of -------------------------------------------------------------------------
+
+
+def test_image_features_are_the_mean_of_the_patches_in_the_order_of_the_rows(make_trainer, splits, model):
+    trainer = make_trainer(per_device_eval_batch_size=3)
+    features = trainer.image_features(splits["train"])
+    assert features.shape == (24, 32)
+    assert features.dtype == np.float32
+    for row in (0, 7, 23):
+        pixel_values = trainer.data_collator([splits["train"][row]])["pixel_values"]
+        with torch.no_grad():
+            expected = model.eval().vision_model(pixel_values).last_hidden_state[0, 1:].mean(dim=0)
+        assert features[row] == pytest.approx(expected.numpy(), abs=1e-5)
+
+
+def test_each_word_of_a_caption_has_the_mean_map_of_its_tokens(make_trainer, splits, model, processor):
+    trainer = make_trainer()
+    tokenizer = processor.tokenizer
+    caption = "septum at the left xylophone"
+    ids = [*tokenizer(caption, add_special_tokens=False)["input_ids"], tokenizer.sep_token_id]
+    pieces = tokenizer.convert_ids_to_tokens(ids)
+    assert any(piece.startswith("##") for piece in pieces), "no word is in pieces: the test sees nothing"
+    tokens = np.array([[*ids, tokenizer.pad_token_id, -100]])
+    (words,) = trainer.word_attention(splits["test"].select([2]), tokens)
+    assert [word for word, _ in words] == caption.split()
+    pixel_values = trainer.data_collator([splits["test"][2]])["pixel_values"]
+    with torch.no_grad():
+        embeds = blip.encode_images(model, pixel_values)
+        maps = blip.attention_maps(model, embeds, trainer.start_ids, torch.tensor(ids)).numpy()
+    last = [i for i, piece in enumerate(pieces[:-1]) if not piece.startswith("##")][-1]
+    assert len(pieces[last:-1]) > 1
+    assert words[-1][1] == pytest.approx(maps[last:-1].mean(axis=0), abs=1e-6)
+    assert words[-1][1].shape == (4, 4)
