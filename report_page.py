@@ -59,6 +59,7 @@ FLOORS = {
 PICTURE = {"width": 320, "height": 52, "margin": 8}  # units of the SVG, as below
 LETTER, CEILING_WIDTH = 13, 26  # what the letter of a floor and the word at a ceiling take
 CHART = {"width": 460, "height": 216, "left": 46, "right": 12, "top": 12, "bottom": 36}
+LARGEST = 1e100  # of a diverged loss, so that differences stay finite
 POINTS = 600  # of a curve; more than a screen shows
 
 
@@ -365,7 +366,7 @@ def _charts(log: Any) -> list[dict[str, Any]]:
         key: [
             (step, value)
             for step, value in ((_number(entry.get("step")), _number(entry.get(key))) for entry in entries)
-            if step is not None and value is not None
+            if step is not None and value is not None and abs(value) < LARGEST
         ]
         for key in ("loss", "eval_loss", "eval_rougeL")
     }
@@ -419,8 +420,7 @@ def _ticks(low: float, high: float) -> list[float]:
     Values that differ by less than they can be told apart get the ticks of their size.
     """
     size = max(abs(low), abs(high))
-    span = high - low if high - low > 1e-6 * size else size
-    span = min(max(span, 1e-6), 1e300)
+    span = max(high - low if high - low > 1e-6 * size else size, 1e-6)
     power = 10.0 ** math.floor(math.log10(span / 4))
     step = next(power * factor for factor in (1, 2, 5, 10) if span / (power * factor) <= 6)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

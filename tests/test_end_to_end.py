@@ -24,6 +24,7 @@ from predictions import check_submission, read_captions, read_predictions
 
 
 ROOT = Path(run_captioning.__file__).parent
+FEW_SCORES = ("--coco_metrics", "false")  # BLEU, CIDEr, METEOR would start Java in each run; see test_scoring.py
 TIMES = ("_runtime", "_per_second", "_time", "total_flos")
 
 
@@ -38,7 +39,7 @@ def flags(config_file, dataset, folder, **values) -> list[str]:
         "per_device_train_batch_size": 4,
         "use_cpu": True,
         "vocab_size": 200,
-        "coco_metrics": False,  # each would start Java; test_scoring.py has them
+        "coco_metrics": False,  # see `FEW_SCORES`
     } | values
     return [item for key, value in values.items() for item in (f"--{key}", str(value))]
 
@@ -183,8 +184,16 @@ def test_floors_of_a_scored_model_are_those_of_its_run(finished, parquet_folder,
 
 def test_a_submission_is_written_in_the_order_of_the_data(finished, parquet_folder, raw_dataset, tmp_path):
     folder, _, _ = finished
-    arguments = ["--model_name_or_path", str(folder), "--dataset_name", str(parquet_folder), "--do_train", "false"]
-    options = ["--write_submission", "--max_new_tokens", "12", "--use_cpu", "--coco_metrics", "false"]
+    arguments = [
+        "--model_name_or_path",
+        str(folder),
+        "--dataset_name",
+        str(parquet_folder),
+        "--do_train",
+        "false",
+        *FEW_SCORES,
+    ]
+    options = ["--write_submission", "--max_new_tokens", "12", "--use_cpu"]
     run_captioning.main([*arguments, *options, "--output_dir", str(tmp_path)])
     references = tmp_path / "truth.csv"
     rows = raw_dataset["test"]
@@ -264,7 +273,15 @@ def test_a_run_is_repeated_by_its_recipe(finished, tmp_path):
 
 def test_a_saved_model_is_scored_alone(finished, parquet_folder, tmp_path):
     folder, metrics, _ = finished
-    arguments = ["--model_name_or_path", str(folder), "--dataset_name", str(parquet_folder), "--do_train", "false"]
+    arguments = [
+        "--model_name_or_path",
+        str(folder),
+        "--dataset_name",
+        str(parquet_folder),
+        "--do_train",
+        "false",
+        *FEW_SCORES,
+    ]
     again = run_captioning.main([*arguments, "--output_dir", str(tmp_path), "--max_new_tokens", "12", "--use_cpu"])
     for key in ("predict_loss", "predict_rougeL", "eval_rougeL"):
         assert again[key] == metrics[key]
@@ -274,7 +291,15 @@ def test_a_saved_model_is_scored_alone(finished, parquet_folder, tmp_path):
 def test_scores_with_other_settings_are_kept_out_of_the_folder_of_a_run(finished, parquet_folder):
     folder, _, _ = finished
     before = outcome(folder)
-    score = ["--model_name_or_path", str(folder), "--dataset_name", str(parquet_folder), "--do_train", "false"]
+    score = [
+        "--model_name_or_path",
+        str(folder),
+        "--dataset_name",
+        str(parquet_folder),
+        "--do_train",
+        "false",
+        *FEW_SCORES,
+    ]
     with pytest.raises(UserError, match=r"holds a trained model.*set another --output_dir"):
         run_captioning.main([*score, "--output_dir", str(folder), "--max_new_tokens", "9", "--use_cpu", "true"])
     assert outcome(folder) == before
@@ -282,7 +307,15 @@ def test_scores_with_other_settings_are_kept_out_of_the_folder_of_a_run(finished
 
 def test_a_run_tells_that_a_model_was_evaluated_by_other_settings(finished, parquet_folder, tmp_path, caplog):
     folder, _, _ = finished
-    score = ["--model_name_or_path", str(folder), "--dataset_name", str(parquet_folder), "--do_train", "false"]
+    score = [
+        "--model_name_or_path",
+        str(folder),
+        "--dataset_name",
+        str(parquet_folder),
+        "--do_train",
+        "false",
+        *FEW_SCORES,
+    ]
     run_captioning.main(
         [*score, "--output_dir", str(tmp_path / "a"), "--num_beams", "2", "--max_new_tokens", "9", "--use_cpu"]
     )

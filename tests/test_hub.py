@@ -66,6 +66,7 @@ def flags(**values) -> list[str]:
         "max_new_tokens": 12,
         "per_device_train_batch_size": 4,
         "use_cpu": True,
+        "coco_metrics": False,  # each run would start Java
     } | values
     return [item for key, value in values.items() for item in (f"--{key}", str(value))]
 

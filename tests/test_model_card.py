@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 from huggingface_hub import ModelCard
-from test_end_to_end import flags
+from test_end_to_end import FEW_SCORES, flags
 
 import run_captioning
 from model_card import LICENCES, markdown, render, write_model_card
@@ -136,7 +136,15 @@ def test_the_card_says_what_the_scores_are_worth(folder):
 
 def test_a_run_that_only_scored_has_its_own_settings(finished, parquet_folder, tmp_path, raw_dataset, capsys):
     """The record beside the scored model may have others."""
-    arguments = ["--model_name_or_path", str(finished), "--do_train", "false", "--dataset_name", str(parquet_folder)]
+    arguments = [
+        "--model_name_or_path",
+        str(finished),
+        "--do_train",
+        "false",
+        "--dataset_name",
+        str(parquet_folder),
+        *FEW_SCORES,
+    ]
     decoding = ["--num_beams", "2", "--max_new_tokens", "7", "--no_repeat_ngram_size", "2", "--use_cpu", "true"]
     run_captioning.main([*arguments, *decoding, "--output_dir", str(tmp_path / "check")])
     card = (tmp_path / "check" / "README.md").read_text()

@@ -780,11 +780,11 @@ def test_nothing_but_the_pixels_of_an_image_is_kept():
     assert b"PATIENT" not in jpeg
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_what_is_transparent_is_white_as_the_model_sees_it(mode):
     image = PIL.new("RGBA", (40, 40), (0, 0, 0, 0))
     image.paste((0, 0, 0, 255), (0, 0, 20, 40))
-    image = image.quantize() if mode == "P" else image.convert("LA").convert(mode) if mode != "RGBA" else image
+    image = image.quantize() if mode == "P" else image.convert(mode)
     shown = PIL.open(io.BytesIO(encode_image(image, 20_000))).convert("L")
     assert shown.getpixel((5, 20)) < 20
     assert shown.getpixel((35, 20)) > 235
@@ -802,7 +802,7 @@ def test_long_captions_leave_less_of_the_page_to_the_images(tmp_path, monkeypatc
 
 @pytest.mark.parametrize(
     "values",
-    [[1e-11], [1e308, -1e308], [5.0, 5.0 + 1e-10], [0.0, 0.0], [1e-320], [-3.0]],
+    [[1e-11], [1e99, -1e99], [3.0, 1e308], [5.0, 5.0 + 1e-10], [0.0, 0.0], [1e-320], [-3.0]],
     ids=lambda values: str(values),
 )
 def test_curves_of_odd_values_are_drawn(values):
@@ -846,6 +846,7 @@ def test_of_a_card_higher_than_the_window_the_focus_is_in_view(tmp_path, open_pa
     page = open_page(tmp_path, width=390)
     for button in page.query_selector_all(".more"):
         button.click()
+    page.evaluate("document.activeElement.blur()")
     for key in "jjjjkk":
         page.keyboard.press(key)
         top, bottom = page.evaluate("(box => [box.top, box.bottom])(document.activeElement.getBoundingClientRect())")
