@@ -203,6 +203,7 @@ def test_a_submission_is_written_in_the_order_of_the_data(finished, parquet_fold
     captions = read_captions(str(tmp_path / "submission.csv"), str(references))
     predictions = read_predictions(tmp_path / "predictions" / "test.jsonl")
     assert captions.predictions == [row["prediction"] for row in predictions]
+    assert captions.image_ids == list(rows["image_id"]), "of the test split, not of validation"
     assert not (folder / "submission.csv").exists(), "only where it is asked for"
 
 

@@ -107,4 +107,5 @@ def test_a_sample_of_rows_is_fixed_and_sorted():
     assert sample_rows(5, 10) == [0, 1, 2, 3, 4]
     assert sample_rows(1000, 10) == sorted(sample_rows(1000, 10)) == sample_rows(1000, 10)
     assert len(set(sample_rows(1000, 10))) == 10
+    assert sample_rows(1000, 10) != list(range(10)), "the first rows may be alike"
     assert sample_rows(5, 0) == []

@@ -200,12 +200,13 @@ def test_a_submission_is_what_the_official_checker_wants(submission):
     assert rows[1] == ["id_0", 'a "quoted" finding, and a comma']
     assert rows[2] == ["id_1", "a line break and another one"]
     assert rows[3] == ["id_2", "white space at both ends"]
-    assert rows[4:6] == [["id_3", ""], ["id_4", '"']]
+    assert rows[4:7] == [["id_3", ""], ["id_4", '"'], ["id_5", "nul in it"]]
 
 
 def test_the_zip_holds_the_submission_alone_and_is_the_same_each_time(submission, tmp_path):
     archive = submission.with_name("submission.zip")
     with zipfile.ZipFile(archive) as opened:
+        assert opened.infolist()[0].date_time == (1980, 1, 1, 0, 0, 0), "the hour of its making"
         assert opened.namelist() == ["submission.csv"]
         assert opened.read("submission.csv") == submission.read_bytes()
     assert check_submission(str(archive), references_of(submission)) == []
