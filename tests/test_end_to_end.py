@@ -18,7 +18,7 @@ from transformers import BlipForConditionalGeneration, BlipProcessor, Generation
 
 import run_captioning
 from errors import UserError
-from floors import shuffled
+from floors import nearest_captions, shuffled
 from metrics import rouge
 from predictions import check_submission, read_captions, read_predictions
 
@@ -140,6 +140,20 @@ def test_scores_stand_beside_their_floors(finished, raw_dataset):
     page = (folder / "report.html").read_text()
     assert all(row["image_id"] in page for row in rows)
     assert "image_0100" not in page, "the page shows the test split"
+
+
+def test_the_nearest_image_is_sought_by_what_the_vision_model_sees(finished, raw_dataset):
+    folder, metrics, _ = finished
+    model, processor = BlipForConditionalGeneration.from_pretrained(folder), BlipProcessor.from_pretrained(folder)
+    features = {}
+    for split in ("train", "test"):
+        pixel_values = processor(images=list(raw_dataset[split]["image"]), return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            features[split] = model.vision_model(pixel_values).last_hidden_state[:, 1:].mean(dim=1).numpy()
+    captions = nearest_captions(features["test"], features["train"], raw_dataset["train"]["caption"])
+    expected = rouge(captions, raw_dataset["test"]["caption"])["rougeL"].mean()
+    assert len(set(captions)) > 1
+    assert metrics["predict_rougeL_nearest_image"] == pytest.approx(expected, abs=1e-12)
 
 
 def test_the_caption_of_another_image_is_what_the_model_writes_for_it(finished, raw_dataset):
