@@ -1,4 +1,4 @@
-"""What a caption scores that never looked at its image: the floors that a model's scores are read beside.
+"""Captions that were not written for the image: the floors that a model's scores are read beside.
 
 A floor is a system like any other: it gives one caption for each image, and is scored as the model is. On ROCOv2 a
 constant caption reaches a ROUGE-L of .165, more than a published fine-tune.

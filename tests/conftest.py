@@ -14,6 +14,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"  # the tests themselves run in several processes, and start more
 
 import copy
+import csv
 import json
 from pathlib import Path
 
@@ -64,6 +65,18 @@ FINDINGS = (
 def make_captions(number: int) -> list[str]:
     """Captions of very different lengths, all distinct for `number` up to 20."""
     return [f"{SUBJECTS[i % 4]} shows {FINDINGS[i % 5]}".capitalize() for i in range(number)]
+
+
+def real_captions(number: int | None = None, splits: tuple[str, ...] = ("test",)) -> list[str]:
+    """Captions as published, the first `number`; a test that needs them is skipped where they are absent."""
+    captions = []
+    for split in splits:
+        path = SHARED / "roco_captions_ccby" / f"{split}.csv"
+        if not path.is_file():
+            pytest.skip("the published captions are not beside the project")
+        with open(path, encoding="utf-8", newline="") as file:
+            captions += [row["caption"] for row in csv.DictReader(file)]
+    return captions[:number]
 
 
 def make_png(seed: int, size: tuple[int, int] = (40, 36)) -> bytes:

@@ -44,6 +44,19 @@ def flags(config_file, dataset, folder, **values) -> list[str]:
     return [item for key, value in values.items() for item in (f"--{key}", str(value))]
 
 
+def score_flags(trained, dataset, folder, **values) -> list[str]:
+    values = {
+        "model_name_or_path": trained,
+        "dataset_name": dataset,
+        "output_dir": folder,
+        "do_train": False,
+        "max_new_tokens": 12,
+        "use_cpu": True,
+        "coco_metrics": False,
+    } | values
+    return [item for key, value in values.items() for item in (f"--{key}", str(value))]
+
+
 def command(arguments: list[str]) -> list[str]:
     return [sys.executable, "run_captioning.py", *arguments]
 
@@ -198,17 +211,7 @@ def test_floors_of_a_scored_model_are_those_of_its_run(finished, parquet_folder,
 
 def test_a_submission_is_written_in_the_order_of_the_data(finished, parquet_folder, raw_dataset, tmp_path):
     folder, _, _ = finished
-    arguments = [
-        "--model_name_or_path",
-        str(folder),
-        "--dataset_name",
-        str(parquet_folder),
-        "--do_train",
-        "false",
-        *FEW_SCORES,
-    ]
-    options = ["--write_submission", "--max_new_tokens", "12", "--use_cpu"]
-    run_captioning.main([*arguments, *options, "--output_dir", str(tmp_path)])
+    run_captioning.main(score_flags(folder, parquet_folder, tmp_path, write_submission=True))
     references = tmp_path / "truth.csv"
     rows = raw_dataset["test"]
     references.write_text("ID,Caption\n" + "".join(f"{image_id},x\n" for image_id in rows["image_id"]))
@@ -288,16 +291,7 @@ def test_a_run_is_repeated_by_its_recipe(finished, tmp_path):
 
 def test_a_saved_model_is_scored_alone(finished, parquet_folder, tmp_path):
     folder, metrics, _ = finished
-    arguments = [
-        "--model_name_or_path",
-        str(folder),
-        "--dataset_name",
-        str(parquet_folder),
-        "--do_train",
-        "false",
-        *FEW_SCORES,
-    ]
-    again = run_captioning.main([*arguments, "--output_dir", str(tmp_path), "--max_new_tokens", "12", "--use_cpu"])
+    again = run_captioning.main(score_flags(folder, parquet_folder, tmp_path))
     for key in ("predict_loss", "predict_rougeL", "eval_rougeL"):
         assert again[key] == metrics[key]
     assert not (tmp_path / "model.safetensors").exists()
@@ -306,38 +300,18 @@ def test_a_saved_model_is_scored_alone(finished, parquet_folder, tmp_path):
 def test_scores_with_other_settings_are_kept_out_of_the_folder_of_a_run(finished, parquet_folder):
     folder, _, _ = finished
     before = outcome(folder)
-    score = [
-        "--model_name_or_path",
-        str(folder),
-        "--dataset_name",
-        str(parquet_folder),
-        "--do_train",
-        "false",
-        *FEW_SCORES,
-    ]
     with pytest.raises(UserError, match=r"holds a trained model.*set another --output_dir"):
-        run_captioning.main([*score, "--output_dir", str(folder), "--max_new_tokens", "9", "--use_cpu", "true"])
+        run_captioning.main(score_flags(folder, parquet_folder, folder, max_new_tokens=9))
     assert outcome(folder) == before
 
 
 def test_a_run_tells_that_a_model_was_evaluated_by_other_settings(finished, parquet_folder, tmp_path, caplog):
     folder, _, _ = finished
-    score = [
-        "--model_name_or_path",
-        str(folder),
-        "--dataset_name",
-        str(parquet_folder),
-        "--do_train",
-        "false",
-        *FEW_SCORES,
-    ]
-    run_captioning.main(
-        [*score, "--output_dir", str(tmp_path / "a"), "--num_beams", "2", "--max_new_tokens", "9", "--use_cpu"]
-    )
+    run_captioning.main(score_flags(folder, parquet_folder, tmp_path / "a", num_beams=2, max_new_tokens=9))
     assert "The model's own scores are with num_beams 3, not 2; for them, --num_beams 3" in caplog.text
     assert "The model's own scores are with max_new_tokens 12, not 9" in caplog.text
     caplog.clear()
-    run_captioning.main([*score, "--output_dir", str(tmp_path / "b"), "--max_new_tokens", "12", "--use_cpu", "true"])
+    run_captioning.main(score_flags(folder, parquet_folder, tmp_path / "b"))
     assert "own scores" not in caplog.text
 
 

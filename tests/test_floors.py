@@ -1,22 +1,12 @@
 """The floors against a naive search."""
 
-import csv
-
 import numpy as np
 import pytest
-from conftest import SHARED, make_captions
+from conftest import make_captions, real_captions
 
 import floors
 from floors import constant_caption, nearest_captions, sample_rows, shuffled, typical_captions
 from metrics import lcs_length, rouge, rouge_tokens
-
-
-def real_captions(number: int) -> list[str]:
-    path = SHARED / "roco_captions_ccby" / "test.csv"
-    if not path.is_file():
-        pytest.skip("the real captions are not beside the project")
-    with open(path, encoding="utf-8", newline="") as file:
-        return [row["caption"] for row in csv.DictReader(file)][:number]
 
 
 def mean_rouge_l(caption, references):

@@ -1,6 +1,5 @@
 """The field's metrics, against the reference implementations called plainly, and without what they need."""
 
-import csv
 import importlib.util
 import json
 import logging
@@ -16,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import SHARED, make_captions
+from conftest import SHARED, make_captions, real_captions
 from tokenizers import ByteLevelBPETokenizer
 from transformers import DebertaConfig, DebertaModel
 
@@ -53,14 +52,8 @@ def built_pairs():
 
 def real_pairs(number):
     """Predictions that begin as their reference does, and end as another caption."""
-    folder = SHARED / "roco_captions_ccby"
-    if not folder.is_dir():
-        pytest.skip("the ROCO captions are not beside the project")
-    captions = []
-    for path in sorted(folder.glob("*.csv")):
-        with path.open(newline="", encoding="utf-8") as file:
-            captions += [row["caption"] for row in csv.DictReader(file)]
-    references, others = captions[:number], captions[number : 2 * number]
+    captions = real_captions(2 * number, ("test", "validation"))
+    references, others = captions[:number], captions[number:]
     cuts = np.random.default_rng(0).integers(0, 12, number)
     pairs = zip(references, others, cuts, strict=True)
     return [" ".join(text.split()[:cut] + other.split()[cut:]) for text, other, cut in pairs], references

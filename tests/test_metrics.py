@@ -1,6 +1,5 @@
 """The scores, against `rouge_score` itself and Google's published cases."""
 
-import csv
 import json
 import socket
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import evaluate
 import numpy as np
 import pytest
-from conftest import SHARED, make_captions
+from conftest import SHARED, make_captions, real_captions
 from rouge_score import rouge_scorer
 from transformers import EvalPrediction
 
@@ -48,14 +47,6 @@ def test_rouge_equals_rouge_score():
         assert rouge(predictions, references)[name].tolist() == pytest.approx(expected, abs=1e-12)
         assert ours[name] == pytest.approx(np.mean(expected), abs=1e-9)
     assert len(set(rouge(predictions, references)["rougeL"].round(3))) > 3, "the pairs are too alike to tell"
-
-
-def real_captions() -> list[str]:
-    path = SHARED / "roco_captions_ccby" / "test.csv"
-    if not path.is_file():
-        pytest.skip("the real captions are not beside the project")
-    with open(path, encoding="utf-8", newline="") as file:
-        return [row["caption"] for row in csv.DictReader(file)]
 
 
 def test_rouge_equals_rouge_score_to_the_last_bit_on_real_captions():

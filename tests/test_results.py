@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from test_end_to_end import flags
+from test_end_to_end import flags, score_flags
 
 import results
 import run_captioning
@@ -18,19 +18,6 @@ def trained(config_file, parquet_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     run_captioning.main(flags(config_file, parquet_folder, folder, num_train_epochs=1, max_train_samples=9))
     return folder
-
-
-def score_flags(trained, dataset, folder, **values) -> list[str]:
-    values = {
-        "model_name_or_path": trained,
-        "dataset_name": dataset,
-        "output_dir": folder,
-        "do_train": False,
-        "max_new_tokens": 12,
-        "use_cpu": True,
-        "coco_metrics": False,
-    } | values
-    return [item for key, value in values.items() for item in (f"--{key}", str(value))]
 
 
 def test_the_page_shows_attention_for_what_comes_first_in_each_of_its_orders():
