@@ -58,6 +58,10 @@ class ModelArguments:
         default=None,
         metadata={"help": "Weight of the uniform distribution in the training loss. Default: the checkpoint's."},
     )
+    fast_blip: bool = field(
+        default=True,
+        metadata={"help": "The same numbers, several times as fast. false: attention and beam search as shipped."},
+    )
 
     def __post_init__(self):
         """Check the values that need nothing but themselves."""

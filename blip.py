@@ -24,7 +24,9 @@ from transformers import (
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
+from caption_decoding import CrossAttention, caption_hidden_states, project_images
 from errors import UserError, as_user_error
+from fast_blip import is_fast
 
 
 logger = logging.getLogger("captioning.blip")
@@ -35,6 +37,10 @@ BERT_SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 # a model trained from nothing finds out late where in the image a thing is. Without this factor the quickstart ends
 # with side right in .83 and place right in .45 of the test captions, at 94 % of the oracle's ROUGE-L.
 POSITION_SCALE = 10
+# Images that a CPU encodes at a time without gradients: activations of more than these leave its caches, and the
+# allocator hands back and clears their memory again and again. Measured at BLIP-base: 2 to 4 images are 1.35 times as
+# fast as 16, see benchmarks/README.md
+CPU_IMAGES = 4
 REPOSITORY = Path(__file__).parent
 
 
@@ -82,7 +88,7 @@ def load_blip(name: str, revision: str | None = None) -> tuple[BlipForConditiona
 def build_blip(
     config_name: str, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> tuple[BlipForConditionalGeneration, BlipProcessor]:
-    """Build a BLIP with random weights from a `BlipConfig` JSON file, folder or Hub id.
+    """Build a BLIP with random weights from a `BlipConfig` JSON file, folder or Hub id, in evaluation mode.
 
     Vocabulary size and special tokens come from `tokenizer`, which must hold `[DEC]` as its `bos_token`.
 
@@ -102,7 +108,7 @@ def build_blip(
     text.sep_token_id = text.eos_token_id = tokenizer.sep_token_id
     torch.manual_seed(seed)
     with as_user_error(f"config '{config_name}' builds no model", "configs/ has examples"):
-        model = BlipForConditionalGeneration(config)
+        model = BlipForConditionalGeneration(config).eval()  # as `from_pretrained` leaves it
     with torch.no_grad():
         model.vision_model.embeddings.position_embedding *= POSITION_SCALE
     side = config.vision_config.image_size
@@ -277,7 +283,15 @@ def tell_other_decoding(model: BlipForConditionalGeneration, settings: dict[str,
 
 def encode_images(model: BlipForConditionalGeneration, pixel_values: torch.Tensor) -> torch.Tensor:
     """Encode `pixel_values` `[B, 3, H, W]` into `image_embeds` `[B, P + 1, D]`."""
-    return model.vision_model(pixel_values=pixel_values).last_hidden_state
+    whole = len(pixel_values)
+    number = CPU_IMAGES if is_fast(model) and pixel_values.is_cpu and not torch.is_grad_enabled() else whole
+    parts = [model.vision_model(pixel_values=part).last_hidden_state for part in pixel_values.split(number)]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def cross_attention_of(model: BlipForConditionalGeneration, image_embeds: torch.Tensor) -> CrossAttention | None:
+    """Return what scoring and generation both need of `image_embeds` `[B, P + 1, D]`; None if stock BLIP does them."""
+    return project_images(model.text_decoder, image_embeds) if is_fast(model) else None
 
 
 def caption_logits(
@@ -285,15 +299,35 @@ def caption_logits(
     image_embeds: torch.Tensor,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
+    is_label: torch.Tensor,
+    cross_attention: CrossAttention | None = None,
 ) -> torch.Tensor:
-    """Return the logits `[B, L, V]` of the token after each of `input_ids` `[B, L]`."""
-    return model.text_decoder(
+    """Return the logits `[N, V]` from which the N labels of a batch are predicted, in their order.
+
+    Args:
+        model: the model.
+        image_embeds: `[B, P + 1, D]`, from `encode_images`.
+        input_ids: `[B, L]`, captions padded at their right.
+        attention_mask: `[B, L]`, 0 on padding.
+        is_label: bool `[B, L]`, true where N tokens in all are to be predicted; never at position 0.
+        cross_attention: `cross_attention_of` the images.
+    """
+    before = is_label[:, 1:]  # position i predicts token i + 1
+    if cross_attention is not None:
+        hidden_states = caption_hidden_states(model.text_decoder, cross_attention, input_ids)
+        return model.text_decoder.cls(hidden_states[:, :-1][before])
+    logits = model.text_decoder(
         input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=image_embeds, use_cache=False
     ).logits
+    return logits[:, :-1][before]
 
 
 def generate_captions(
-    model: BlipForConditionalGeneration, image_embeds: torch.Tensor, start_ids: list[int], **settings: Any
+    model: BlipForConditionalGeneration,
+    image_embeds: torch.Tensor,
+    start_ids: list[int],
+    cross_attention: CrossAttention | None = None,
+    **settings: Any,
 ) -> torch.Tensor:
     """Generate captions as `BlipForConditionalGeneration.generate(pixel_values, prompt)` does, token for token.
 
@@ -301,6 +335,7 @@ def generate_captions(
         model: the model.
         image_embeds: `[B, P + 1, D]`, from `encode_images`.
         start_ids: `[DEC]` and the tokens of the prompt, the same for every image; never a reference (T1).
+        cross_attention: `cross_attention_of` the images, where it is there already. It is used up.
         settings: the decode settings, `num_beams` and so on.
 
     Returns:
@@ -309,6 +344,8 @@ def generate_captions(
     text = model.config.text_config
     # One tensor per call: `generate` may write into it (T10)
     input_ids = torch.tensor([start_ids], device=image_embeds.device).repeat(len(image_embeds), 1)
+    if cross_attention is not None:
+        settings["cross_attention"] = cross_attention
     generated = model.text_decoder.generate(
         input_ids=input_ids,
         attention_mask=torch.ones_like(input_ids),

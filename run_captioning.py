@@ -28,6 +28,7 @@ from arguments import (
 )
 from collator import CaptioningCollator
 from errors import UserError, as_user_error, exit_on_user_error
+from fast_blip import use_fast_blip
 from floors import sample_rows
 from hub import PushCheckpoints, Repository, open_repository, pin_revision
 from model_card import push, push_finished_run, write_model_card
@@ -151,7 +152,7 @@ def load_model(
     if model_args.freeze_vision_model:
         model.vision_model.requires_grad_(False)
     blip.set_decoding(model, args.decoding())
-    return model, processor
+    return use_fast_blip(model) if model_args.fast_blip else model, processor
 
 
 def prepare_data(

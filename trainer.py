@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, Seq2SeqTrainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from blip import attention_maps, caption_logits, encode_images, generate_captions
+from blip import attention_maps, caption_logits, cross_attention_of, encode_images, generate_captions
 from collator import IGNORE_INDEX
 from errors import as_user_error
 from hub import Repository
@@ -55,16 +55,14 @@ class CaptioningTrainer(Seq2SeqTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the sum of token NLLs over the number of caption tokens in the whole accumulated batch (T2).
 
-        BLIP's own loss is the mean over the tokens of one micro-batch, whatever `num_items_in_batch` says. Label
-        smoothing is `config.text_config.label_smoothing`, in training only (T5).
+        BLIP's own loss is the mean over the tokens of one micro-batch, whatever `num_items_in_batch` says, smoothed by
+        `config.text_config.label_smoothing` (T5). Evaluation has a loss of its own, which is not.
         """
-        labels = inputs["labels"]
-        outputs = model(**{key: value for key, value in inputs.items() if key != "labels"}, use_cache=False)
-        smoothing = self.model.config.text_config.label_smoothing if model.training else 0.0
-        nll = token_nll(outputs.logits, labels, label_smoothing=smoothing)
+        outputs = model(**inputs, use_cache=False)
+        num_tokens = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
         if num_items_in_batch is None:
-            num_items_in_batch = (labels[:, 1:] != IGNORE_INDEX).sum()
-        loss = nll.sum() / torch.as_tensor(num_items_in_batch, device=nll.device).flatten()[0]
+            num_items_in_batch = num_tokens
+        loss = outputs.loss * num_tokens / torch.as_tensor(num_items_in_batch, device=num_tokens.device).flatten()[0]
         if self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # the count is over all processes, which average gradients
         return (loss, outputs) if return_outputs else loss
@@ -114,11 +112,16 @@ class CaptioningTrainer(Seq2SeqTrainer):
         # The mixed precision of training: accelerate puts it on `model.forward`, which is not called here
         with torch.no_grad(), self.accelerator.autocast():
             image_embeds = encode_images(self.model, inputs["pixel_values"])
-            logits = caption_logits(self.model, image_embeds, inputs["input_ids"], inputs["attention_mask"])
-            nll = token_nll(logits, labels).double().sum(dim=1)
-            outputs = (nll, (labels[:, 1:] != IGNORE_INDEX).sum(dim=1))
+            cross_attention = cross_attention_of(self.model, image_embeds)
+            is_label = F.pad(labels[:, 1:] != IGNORE_INDEX, (1, 0))
+            logits = caption_logits(
+                self.model, image_embeds, inputs["input_ids"], inputs["attention_mask"], is_label, cross_attention
+            )
+            outputs = (caption_nll(logits, labels, is_label), is_label.sum(dim=1))
+            del logits
             if self.args.predict_with_generate:
-                outputs += (generate_captions(self.model, image_embeds, self.start_ids, **self.decoding),)
+                tokens = generate_captions(self.model, image_embeds, self.start_ids, cross_attention, **self.decoding)
+                outputs += (tokens,)
         return None, outputs, labels
 
     def image_features(self, rows: Dataset) -> np.ndarray:
@@ -200,23 +203,17 @@ class LogBeforeCheckpoint(TrainerCallback):
     on_epoch_end = on_step_end
 
 
-def token_nll(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
-    """Return the negative log-likelihood `[B, L - 1]` in nats of each label, 0 where it is -100.
+def caption_nll(logits: torch.Tensor, labels: torch.Tensor, is_label: torch.Tensor) -> torch.Tensor:
+    """Return the negative log-likelihood float64 `[B]` in nats of each caption, without smoothing.
 
     Args:
-        logits: `[B, L, V]`; position i predicts label i + 1.
-        labels: `[B, L]`, -100 where nothing is learnt.
-        label_smoothing: the weight of the uniform distribution in the target, as in `torch.nn.CrossEntropyLoss`.
+        logits: `[N, V]`, from `blip.caption_logits`.
+        labels: `[B, L]`.
+        is_label: bool `[B, L]`, true at the N labels.
     """
-    targets = labels[:, 1:]
-    nll = F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(),
-        targets.flatten(),
-        reduction="none",
-        ignore_index=IGNORE_INDEX,
-        label_smoothing=label_smoothing,
-    )
-    return nll.view(targets.shape)
+    nll = torch.zeros(labels.shape, dtype=torch.float64, device=labels.device)
+    nll[is_label] = F.cross_entropy(logits.float(), labels[is_label], reduction="none").double()
+    return nll.sum(dim=1)
 
 
 def mean_training_loss(log_history: list[dict[str, float]]) -> float:

@@ -27,6 +27,7 @@ import blip
 import rocov2
 from arguments import CaptioningArguments
 from collator import CaptioningCollator
+from fast_blip import use_fast_blip, use_stock_blip
 from trainer import CaptioningTrainer
 
 
@@ -135,6 +136,11 @@ def model(tiny_blip):
     return copy.deepcopy(tiny_blip[0])
 
 
+def stock_copy(model):
+    """Return a copy of `model` that computes as transformers ships it."""
+    return use_stock_blip(copy.deepcopy(model))
+
+
 @pytest.fixture
 def processor(tiny_blip):
     return copy.deepcopy(tiny_blip[1])
@@ -157,16 +163,19 @@ def splits(checked, processor) -> DatasetDict:
     return DatasetDict({split: rocov2.usable(rows) for split, rows in tokenised.items()})
 
 
-@pytest.fixture
-def make_trainer(model, processor, splits, tmp_path):
-    """Return a function from training arguments to a `CaptioningTrainer` on the tiny model and data."""
+@pytest.fixture(params=["fast", "stock"])
+def make_trainer(request, model, processor, splits, tmp_path):
+    """Return a function from training arguments to a `CaptioningTrainer` on the tiny model and data.
+
+    Each test that uses it runs twice, with fast BLIP and with stock; `stock_copy` is what it compares with.
+    """
 
     def make(model=model, prompt_ids=(), splits=splits, **arguments) -> CaptioningTrainer:
         defaults = {"output_dir": str(tmp_path / "run"), "report_to": "none", "max_new_tokens": 12, "use_cpu": True}
         args = CaptioningArguments(**defaults | {"disable_tqdm": True} | arguments)
         bos_token_id = model.config.text_config.bos_token_id
         return CaptioningTrainer(
-            model=model,
+            model=use_fast_blip(model) if request.param == "fast" else model,
             args=args,
             processing_class=processor,
             data_collator=CaptioningCollator(processor, bos_token_id, prompt_length=len(prompt_ids)),

@@ -6,13 +6,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import stock_copy
 from transformers import BlipForConditionalGeneration, BlipProcessor, Seq2SeqTrainer, TrainerCallback
 from transformers.trainer_pt_utils import LabelSmoother
 
 import blip
 import rocov2
 from metrics import decode_captions
-from trainer import last_complete_checkpoint, mean_training_loss, token_nll
+from trainer import caption_nll, last_complete_checkpoint, mean_training_loss
 
 
 def batch_of(trainer, rows, number=4):
@@ -22,7 +23,7 @@ def batch_of(trainer, rows, number=4):
 def stock_trainer(ours, model) -> Seq2SeqTrainer:
     """The trainer that most BLIP fine-tunes use, with our arguments, collator and data."""
     return Seq2SeqTrainer(
-        model=model,
+        model=stock_copy(model),
         args=ours.args,
         data_collator=ours.data_collator,
         train_dataset=ours.train_dataset,
@@ -33,7 +34,7 @@ def stock_trainer(ours, model) -> Seq2SeqTrainer:
 
 def stock_nll(model, collator, rows) -> list[tuple[float, int]]:
     """Sum and number of token NLLs of each row, one row at a time through stock BLIP's own loss."""
-    model.eval()
+    model = stock_copy(model).eval()
     sums = []
     for row in rows:
         batch = collator([row])
@@ -51,7 +52,7 @@ def test_predictions_of_an_untrained_model_do_not_start_with_the_references(make
     trainer = make_trainer()
     batch = batch_of(trainer, splits["test"])
     stock = stock_trainer(trainer, model)
-    _, leaked, _ = stock.prediction_step(model, copy.deepcopy(batch), False, max_new_tokens=12)
+    _, leaked, _ = stock.prediction_step(stock.model, copy.deepcopy(batch), False, max_new_tokens=12)
     _, (_, _, tokens), _ = trainer.prediction_step(model, copy.deepcopy(batch), False)
     for row, reference in enumerate(splits["test"]["caption"][:4]):
         words = reference.lower().split()[:3]
@@ -84,6 +85,7 @@ def test_decode_settings_reach_the_decoder(make_trainer, splits, model, settings
     trainer = make_trainer(**settings)
     batch = batch_of(trainer, splits["test"])
     _, (_, _, tokens), _ = trainer.prediction_step(model, batch, False)
+    model = stock_copy(model)
     expected = model.generate(pixel_values=batch["pixel_values"], **{"max_new_tokens": 12} | settings)
     assert torch.equal(tokens, expected[:, 1:])
     model.generation_config.max_new_tokens, model.generation_config.num_beams = 3, 3
@@ -169,7 +171,7 @@ def test_loss_and_gradients_do_not_depend_on_accumulation(make_trainer, model):
 
 def test_training_loss_and_gradients_equal_stock_blip_on_one_batch(make_trainer, splits, model):
     loss, gradients = one_step(make_trainer, model, 8, 1)
-    stock = copy.deepcopy(model).train()
+    stock = stock_copy(model).train()
     trainer = make_trainer()
     stock_loss = stock(**trainer.data_collator([splits["train"][i] for i in range(8)])).loss
     stock_loss.backward()
@@ -184,17 +186,16 @@ def test_label_smoothing_is_that_of_the_config_and_in_training_only(make_trainer
     trainer = make_trainer(max_steps=40, learning_rate=5e-3, do_eval=False, save_strategy="no")
     trainer.train()  # before that, every loss is about as bad as any other
     batch = batch_of(trainer, splits["train"], 8)
-    plain = model.eval()(**batch).loss.item()
+    plain = stock_copy(model).eval()(**batch).loss.item()
     model.config.text_config.label_smoothing = model.text_decoder.label_smoothing = 0.1
-    smoothed = model(**batch).loss.item()
+    smoothed = stock_copy(model).eval()(**batch).loss.item()
     assert smoothed > plain + 0.1
     assert trainer.compute_loss(model.train(), dict(batch)).item() == pytest.approx(smoothed, rel=1e-6)
-    assert trainer.compute_loss(model.eval(), dict(batch)).item() == pytest.approx(plain, rel=1e-6)
-    _, (nll, num_tokens, _), _ = trainer.prediction_step(model, batch, False)
+    _, (nll, num_tokens, _), _ = trainer.prediction_step(model.eval(), batch, False)
     assert float(nll.sum() / num_tokens.sum()) == pytest.approx(plain, rel=1e-6)
     stock = stock_trainer(trainer, model)
     stock.label_smoother = LabelSmoother(epsilon=0.1)
-    assert stock.compute_loss(model, dict(batch)).item() > 1.1 * smoothed, "the smoother shifts now"
+    assert stock.compute_loss(stock.model, dict(batch)).item() > 1.1 * smoothed, "the smoother shifts now"
 
 
 def test_eval_loss_is_the_token_level_loss_whatever_the_batch_size(make_trainer, splits, model):
@@ -221,16 +222,15 @@ def test_nll_of_each_caption_is_its_own_sum(make_trainer, splits, model):
     assert num_tokens.tolist() == [number for _, number in sums]
 
 
-def test_token_nll_ignores_what_is_not_learnt():
-    logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
-    labels = torch.tensor([[-100, 3, 4, -100, -100], [-100, -100, 1, 2, 6]])
-    nll = token_nll(logits, labels)
-    log_probabilities = logits.log_softmax(-1)
-    assert nll[0].tolist() == pytest.approx(
-        [-log_probabilities[0, 0, 3].item(), -log_probabilities[0, 1, 4].item(), 0, 0], abs=1e-6
-    )
-    assert nll[1, 0] == 0
-    assert nll[1, 3] == pytest.approx(-log_probabilities[1, 3, 6].item(), abs=1e-6)
+def test_nll_is_summed_over_the_labels_of_each_caption():
+    labels = torch.tensor([[-100, 3, 4, -100, -100], [-100, -100, 1, 2, 6], [-100, -100, -100, -100, -100]])
+    is_label = labels != -100
+    logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    log_probs = logits.log_softmax(-1)
+    nll = caption_nll(logits, labels, is_label)
+    assert nll.dtype == torch.float64
+    expected = [-(log_probs[0, 3] + log_probs[1, 4]), -(log_probs[2, 1] + log_probs[3, 2] + log_probs[4, 6]), 0.0]
+    assert nll.tolist() == pytest.approx([float(value) for value in expected], abs=1e-6)
 
 
 # --- Metrics --------------------------------------------------------------------------------------------------

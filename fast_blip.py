@@ -1,0 +1,249 @@
+"""BLIP's fast path: fused attention, a leaner MLP, the head on caption tokens only, and beams that share their image.
+
+`use_fast_blip` gives the modules of a loaded model other classes and leaves their parameters alone: names, values and
+files on disk stay plain BLIP. The numbers are those of stock transformers up to the rounding of float arithmetic, the
+generated tokens the same. Captions are decoded by `caption_decoding.py`.
+"""
+
+import functools
+import logging
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import BlipForConditionalGeneration, GenerationConfig
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
+from transformers.models.blip.modeling_blip import BlipAttention, BlipMLP
+from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel, BlipTextSelfAttention
+from transformers.utils.output_capturing import _active_collector
+
+from caption_decoding import decode_captions, project_images
+from collator import IGNORE_INDEX
+
+
+logger = logging.getLogger("captioning.fast_blip")
+
+
+def use_fast_blip(model: BlipForConditionalGeneration) -> BlipForConditionalGeneration:
+    """Switch `model` to the fast path, in place, and return it; `use_stock_blip` undoes it."""
+    return _swap_classes(model, {stock: fast for fast, stock in STOCK_CLASSES.items()})
+
+
+def use_stock_blip(model: BlipForConditionalGeneration) -> BlipForConditionalGeneration:
+    """Switch `model` back to what transformers ships, in place, and return it."""
+    return _swap_classes(model, STOCK_CLASSES)
+
+
+def is_fast(model: BlipForConditionalGeneration) -> bool:
+    """Tell whether `model` is on the fast path."""
+    return isinstance(model.text_decoder, FastTextDecoder)
+
+
+def _swap_classes(model: nn.Module, classes: dict[type, type]) -> nn.Module:
+    # A module's class is its code alone; hooks, devices, wrappers and parameters stay what they are. Subclasses made
+    # by others (those of an adapter or FSDP) are not ours to replace.
+    for module in model.modules():
+        module.__class__ = classes.get(type(module), type(module))
+    return model
+
+
+# --- Attention ------------------------------------------------------------------------------------------------
+
+
+class FastVisionAttention(BlipAttention):
+    """Self-attention over patches that never stores the maps of `[P + 1, P + 1]` attention weights per head."""
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return what stock does for `hidden_states` `[B, P + 1, D]`; the weights only if a caller records them."""
+        if _weights_are_recorded():
+            return super().forward(hidden_states, **kwargs)
+        batch, length, _ = hidden_states.shape
+        query, key, value = (
+            self.qkv(hidden_states).view(batch, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        )
+        dropout = self.dropout.p if self.training else 0.0
+        context = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=self.scale)
+        return self.projection(context.transpose(1, 2).flatten(2)), None
+
+
+class FastTextAttention(BlipTextSelfAttention):
+    """Self- and cross-attention of the text decoder, likewise."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        past_key_values=None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return what stock does for `hidden_states` `[B, L, D]`; with a cache or recorded weights, through it."""
+        if past_key_values is not None or _weights_are_recorded():
+            return super().forward(
+                hidden_states,
+                attention_mask=attention_mask,
+                encoder_hidden_states=encoder_hidden_states,
+                encoder_attention_mask=encoder_attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        crosses = encoder_hidden_states is not None
+        states = encoder_hidden_states if crosses else hidden_states
+        query, key, value = (
+            linear(inputs).unflatten(-1, (-1, self.attention_head_size)).transpose(1, 2)
+            for linear, inputs in ((self.query, hidden_states), (self.key, states), (self.value, states))
+        )
+        context = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=encoder_attention_mask if crosses else attention_mask,
+            dropout_p=self.dropout.p if self.training else 0.0,
+        )
+        return context.transpose(1, 2).flatten(2), None
+
+
+def _weights_are_recorded() -> bool:
+    """Tell whether the model is called with `output_attentions`: the fused kernels have no weights to give."""
+    recorded = _active_collector.get()
+    if not recorded or not {"attentions", "cross_attentions"} & set(recorded):
+        return False
+    _say_once("attention weights are asked for: stock eager attention computes them")
+    return True
+
+
+# --- MLP ------------------------------------------------------------------------------------------------------
+
+
+class FastVisionMLP(BlipMLP):
+    """The MLP of a vision layer, which keeps what enters the activation and not what leaves it.
+
+    Both are four times as wide as the layer. Autograd would keep the one for the activation and the other for `fc2`,
+    which together are half of what a layer keeps; the activation is a hundredth of the layer's work to do again.
+    """
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return what stock does for `[B, P + 1, D]`."""
+        inner = self.fc1(hidden_states)
+        if not (torch.is_grad_enabled() and inner.requires_grad):
+            return self._activate_and_project(inner)
+        # The second run stops as soon as the input of `fc2` is there: its matrix product is not done again
+        return checkpoint(self._activate_and_project, inner, use_reentrant=False, preserve_rng_state=False)
+
+    def _activate_and_project(self, inner: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation_fn(inner))
+
+
+# --- Text decoder ---------------------------------------------------------------------------------------------
+
+
+class FastTextDecoder(BlipTextLMHeadModel):
+    """The text decoder: its loss from the logits of caption tokens alone, its captions by `caption_decoding`."""
+
+    @functools.wraps(BlipTextLMHeadModel.forward)  # `generate` reads the signature
+    def forward(self, *args, labels: torch.Tensor | None = None, reduction: str = "mean", **kwargs):
+        """Return what stock does; with `labels` `[B, L]`, `logits` are `[N, V]`, of the N tokens not -100 in order.
+
+        A vocabulary of 30,524 makes the head and its loss as dear as three layers, and padding and prompt need none.
+        """
+        if labels is None or reduction != "mean" or kwargs.get("return_logits") or "shift_labels" in kwargs:
+            return super().forward(*args, labels=labels, reduction=reduction, **kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("return_logits", "logits_to_keep")}
+        outputs = self.bert(*args, **{"is_decoder": True} | kwargs | {"use_cache": False})
+        targets = labels[:, 1:]
+        kept = targets != IGNORE_INDEX
+        logits = self.cls(outputs.last_hidden_state[:, :-1][kept])
+        loss = F.cross_entropy(logits, targets[kept], label_smoothing=self.label_smoothing)
+        return CausalLMOutputWithCrossAttentions(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+        )
+
+    @functools.wraps(BlipTextLMHeadModel.generate)
+    def generate(self, inputs=None, generation_config=None, cross_attention=None, **kwargs):
+        """Generate as stock does, token for token; what `caption_decoding` cannot do is left to stock, with a message.
+
+        Args:
+            inputs: as in stock, or `input_ids`: `[B, T]`, the start and prompt tokens.
+            generation_config: as in stock.
+            cross_attention: `caption_decoding.project_images` of `encoder_hidden_states`, where the caller has it
+                already. It is used up.
+            kwargs: as in stock, with `encoder_hidden_states` `[B, P + 1, D]`.
+        """
+        reason = self._needs_stock(generation_config, kwargs)
+        if reason:
+            _say_once(f"stock transformers generates: {reason}")
+            return super().generate(inputs, generation_config, **kwargs)
+        image_embeds = kwargs.pop("encoder_hidden_states")
+        for name in ("encoder_attention_mask", "attention_mask"):
+            kwargs.pop(name, None)  # all ones
+        input_ids = kwargs.pop("input_ids", inputs)
+        with torch.no_grad():
+            return super().generate(
+                generation_config=generation_config,
+                input_ids=input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                custom_generate=decode_captions,
+                cross_attention=cross_attention or project_images(self, image_embeds),
+                **kwargs,
+            )
+
+    def _needs_stock(self, generation_config: GenerationConfig | None, kwargs: dict) -> str | None:
+        """Return why `caption_decoding` cannot do this call, or None."""
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        known = {"input_ids", "encoder_hidden_states"}
+        for name in ("attention_mask", "encoder_attention_mask"):
+            if name in kwargs and not kwargs[name].all():
+                return f"{name} hides positions"
+        known |= {"attention_mask", "encoder_attention_mask"}
+        if "encoder_hidden_states" not in kwargs:
+            return "there is no image"
+        if self.training:
+            return "the model is in training mode"
+        others = sorted(kwargs.keys() - known - vars(GenerationConfig()).keys())
+        if others:
+            return f"'{others[0]}' is given"
+        config, _ = self._prepare_generation_config(generation_config, **kwargs)
+        mode = config.get_generation_mode()
+        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.BEAM_SEARCH):
+            return f"the settings ask for {mode.value.replace('_', ' ')}"
+        for name in STOCK_SETTINGS:
+            if getattr(config, name, None) not in (None, False, 0, 1.0):  # what `generate` takes for not set
+                return f"'{name}' is set"
+        return None
+
+
+# Settings that ask for more than tokens, or whose processors look at more than one row's tokens
+STOCK_SETTINGS = (
+    "return_dict_in_generate",
+    "output_attentions",
+    "output_hidden_states",
+    "output_scores",
+    "output_logits",
+    "cache_implementation",
+    "encoder_no_repeat_ngram_size",
+    "encoder_repetition_penalty",
+    "guidance_scale",
+    "low_memory",
+    "prefill_chunk_size",
+    "stop_strings",
+    "token_healing",
+    "watermarking_config",
+)
+STOCK_CLASSES = {
+    FastVisionAttention: BlipAttention,
+    FastVisionMLP: BlipMLP,
+    FastTextAttention: BlipTextSelfAttention,
+    FastTextDecoder: BlipTextLMHeadModel,
+}
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.warning("Fast BLIP: %s", message)
