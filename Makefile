@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUTPUT ?= outputs/quickstart
 
-.PHONY: quickstart test lint
+.PHONY: quickstart test lint benchmark
 
 # One thread computes while another process decodes: two computing threads wait for each other whenever anything else
 # runs on a machine of two cores, and an epoch of seconds becomes one of minutes.
@@ -16,6 +16,10 @@ test: .venv/requirements-dev
 lint: .venv/requirements-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Minutes, on a model of a sixth of the layers: what is faster, not by how much. benchmarks/README.md has the long form.
+benchmark: .venv/requirements-dev
+	for name in evaluation training memory input_pipeline; do $(BIN)/python benchmarks/$$name.py --quick || exit 1; done
 
 # The stamps are newer than the requirements that they were installed from.
 .venv/%: %.txt requirements.txt

@@ -14,6 +14,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BlipProcessor
 
+from image_processing import fast_pixel_values
+
 
 IGNORE_INDEX = -100  # the target that `torch.nn.functional.cross_entropy` leaves out
 MIN_IMAGE_SIDE = 8  # pixels; a tracking pixel or a stripe is no radiology image
@@ -29,11 +31,13 @@ class CaptioningCollator:
             `generate` starts from `[DEC]`, and so did BLIP's own training (github.com/salesforce/BLIP,
             models/blip.py, `text.input_ids[:, 0] = self.tokenizer.bos_token_id`).
         prompt_length: number of prompt tokens that follow `[DEC]` in every row; they are given, not learnt.
+        fast: make `pixel_values` by `fast_pixel_values`, which gives the values of the image processor in less time.
     """
 
     processor: BlipProcessor
     bos_token_id: int
     prompt_length: int = 0
+    fast: bool = True
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Return `pixel_values` float32 `[B, 3, H, W]` and `input_ids`, `attention_mask`, `labels` int64 `[B, L]`.
@@ -66,6 +70,8 @@ class CaptioningCollator:
                 images.append(open_image(example["image"]))
             except ValueError as error:
                 raise ValueError(f"image '{example.get('image_id')}': {error}") from error
+        if self.fast:
+            return fast_pixel_values(images, self.processor.image_processor)
         return self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
 
 
@@ -82,11 +88,13 @@ def open_image(image: dict[str, Any] | Image.Image | None) -> Image.Image:
     Raises:
         ValueError: the image cannot be used; the message says why.
     """
-    if not isinstance(image, Image.Image):
+    from_file = not isinstance(image, Image.Image)
+    if from_file:
         image = _open(image)
     try:
         image.load()
-        image = ImageOps.exif_transpose(image)
+        # In place returns None; the caller's own image is left as it is
+        image = ImageOps.exif_transpose(image, in_place=from_file) or image
     except Exception as error:  # PIL's decoders raise whatever their format's parser raises
         raise ValueError(f"cannot be decoded: {error}") from error
     if min(image.size) < MIN_IMAGE_SIDE:

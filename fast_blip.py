@@ -149,7 +149,8 @@ class FastTextDecoder(BlipTextLMHeadModel):
 
         A vocabulary of 30,524 makes the head and its loss as dear as three layers, and padding and prompt need none.
         """
-        if labels is None or reduction != "mean" or kwargs.get("return_logits") or "shift_labels" in kwargs:
+        as_shipped = kwargs.get("return_logits") or "shift_labels" in kwargs or kwargs.get("return_dict") is False
+        if labels is None or reduction != "mean" or as_shipped:
             return super().forward(*args, labels=labels, reduction=reduction, **kwargs)
         kwargs = {name: value for name, value in kwargs.items() if name not in ("return_logits", "logits_to_keep")}
         outputs = self.bert(*args, **{"is_decoder": True} | kwargs | {"use_cache": False})
@@ -176,7 +177,7 @@ class FastTextDecoder(BlipTextLMHeadModel):
                 already. It is used up.
             kwargs: as in stock, with `encoder_hidden_states` `[B, P + 1, D]`.
         """
-        reason = self._needs_stock(generation_config, kwargs)
+        reason = self._needs_stock(inputs, generation_config, kwargs)
         if reason:
             _say_once(f"stock transformers generates: {reason}")
             return super().generate(inputs, generation_config, **kwargs)
@@ -185,16 +186,18 @@ class FastTextDecoder(BlipTextLMHeadModel):
             kwargs.pop(name, None)  # all ones
         input_ids = kwargs.pop("input_ids", inputs)
         with torch.no_grad():
+            if cross_attention is None:
+                cross_attention = project_images(self, image_embeds)
             return super().generate(
                 generation_config=generation_config,
                 input_ids=input_ids,
                 attention_mask=torch.ones_like(input_ids),
                 custom_generate=decode_captions,
-                cross_attention=cross_attention or project_images(self, image_embeds),
+                cross_attention=cross_attention,
                 **kwargs,
             )
 
-    def _needs_stock(self, generation_config: GenerationConfig | None, kwargs: dict) -> str | None:
+    def _needs_stock(self, inputs, generation_config: GenerationConfig | None, kwargs: dict) -> str | None:
         """Return why `caption_decoding` cannot do this call, or None."""
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         known = {"input_ids", "encoder_hidden_states"}
@@ -204,6 +207,8 @@ class FastTextDecoder(BlipTextLMHeadModel):
         known |= {"attention_mask", "encoder_attention_mask"}
         if "encoder_hidden_states" not in kwargs:
             return "there is no image"
+        if inputs is None and "input_ids" not in kwargs:
+            return "there are no start tokens"
         if self.training:
             return "the model is in training mode"
         others = sorted(kwargs.keys() - known - vars(GenerationConfig()).keys())
@@ -213,29 +218,30 @@ class FastTextDecoder(BlipTextLMHeadModel):
         mode = config.get_generation_mode()
         if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.BEAM_SEARCH):
             return f"the settings ask for {mode.value.replace('_', ' ')}"
-        for name in STOCK_SETTINGS:
-            if getattr(config, name, None) not in (None, False, 0, 1.0):  # what `generate` takes for not set
+        for name, nothing in STOCK_SETTINGS.items():
+            if getattr(config, name, None) not in (None, nothing):
                 return f"'{name}' is set"
         return None
 
 
-# Settings that ask for more than tokens, or whose processors look at more than one row's tokens
-STOCK_SETTINGS = (
-    "return_dict_in_generate",
-    "output_attentions",
-    "output_hidden_states",
-    "output_scores",
-    "output_logits",
-    "cache_implementation",
-    "encoder_no_repeat_ngram_size",
-    "encoder_repetition_penalty",
-    "guidance_scale",
-    "low_memory",
-    "prefill_chunk_size",
-    "stop_strings",
-    "token_healing",
-    "watermarking_config",
-)
+# Settings that ask for more than tokens, or whose processors look at more than one row's tokens; and what they are
+# when they ask for nothing
+STOCK_SETTINGS = {
+    "return_dict_in_generate": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_scores": False,
+    "output_logits": False,
+    "cache_implementation": None,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "guidance_scale": 1.0,
+    "low_memory": False,
+    "prefill_chunk_size": None,
+    "stop_strings": None,
+    "token_healing": False,
+    "watermarking_config": None,
+}
 STOCK_CLASSES = {
     FastVisionAttention: BlipAttention,
     FastVisionMLP: BlipMLP,

@@ -28,7 +28,7 @@ from arguments import (
 )
 from collator import CaptioningCollator
 from errors import UserError, as_user_error, exit_on_user_error
-from fast_blip import use_fast_blip
+from fast_blip import is_fast, use_fast_blip
 from floors import sample_rows
 from hub import PushCheckpoints, Repository, open_repository, pin_revision
 from model_card import push, push_finished_run, write_model_card
@@ -198,7 +198,7 @@ def make_trainer(
         model=model,
         args=args,
         processing_class=processor,
-        data_collator=CaptioningCollator(processor, bos_token_id, prompt_length=len(prompt_ids)),
+        data_collator=CaptioningCollator(processor, bos_token_id, len(prompt_ids), fast=is_fast(model)),
         train_dataset=splits.get("train"),
         eval_dataset=splits.get("validation"),
         start_ids=[bos_token_id, *prompt_ids],
