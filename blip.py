@@ -313,13 +313,21 @@ def caption_logits(
         cross_attention: `cross_attention_of` the images.
     """
     before = is_label[:, 1:]  # position i predicts token i + 1
-    if cross_attention is not None:
-        hidden_states = caption_hidden_states(model.text_decoder, cross_attention, input_ids)
-        return model.text_decoder.cls(hidden_states[:, :-1][before])
-    logits = model.text_decoder(
-        input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=image_embeds, use_cache=False
-    ).logits
-    return logits[:, :-1][before]
+    if cross_attention is None:
+        logits = model.text_decoder(
+            input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=image_embeds, use_cache=False
+        ).logits
+        return logits[:, :-1][before]
+    # A CPU takes a few captions at a time here too, each few padded to their own longest
+    number = CPU_IMAGES if input_ids.is_cpu else len(input_ids)
+    hidden_states = []
+    for start in range(0, len(input_ids), number):
+        few = slice(start, start + number)
+        width = int(attention_mask[few].sum(dim=1).max()) if input_ids.is_cpu else input_ids.shape[1]
+        images = [(keys[few], values[few]) for keys, values in cross_attention]
+        found = caption_hidden_states(model.text_decoder, images, input_ids[few, :width])
+        hidden_states.append(found[:, :-1][before[few, : width - 1]])
+    return model.text_decoder.cls(torch.cat(hidden_states))
 
 
 def generate_captions(

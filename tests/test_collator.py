@@ -175,3 +175,11 @@ def test_a_truncated_jpeg_is_not_used_half_gray():
 def test_a_missing_file_is_named_as_such(tmp_path):
     with pytest.raises(ValueError, match="missing"):
         open_image({"bytes": None, "path": str(tmp_path / "gone.jpg")})
+
+
+def test_an_image_of_the_caller_is_not_turned_in_place():
+    image = Image.fromarray(np.arange(600, dtype=np.uint16).astype(np.uint8).reshape(20, 30))
+    image.getexif()[0x0112] = 6
+    before = image.tobytes()
+    assert open_image(image).size == (20, 30)
+    assert (image.size, image.tobytes()) == ((30, 20), before)
