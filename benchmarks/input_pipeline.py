@@ -47,6 +47,8 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from measure import processor
+
 from blip import add_blip_tokens, train_tokenizer
 from collator import CaptioningCollator, open_image
 from image_processing import fast_pixel_values
@@ -226,14 +228,6 @@ def machine() -> dict:
     versions = {module.__name__: module.__version__ for module in (np, PIL, torch, transformers)}
     codecs = {name: features.version(name) for name in ("libjpeg_turbo", "zlib_ng", "zlib")}
     return {"processor": processor(), "versions": {"python": platform.python_version()} | versions | codecs}
-
-
-def processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -34,6 +34,8 @@ from rouge_score import rouge_scorer
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from measure import processor
+
 import clinical
 import library_metrics
 import phantoms
@@ -177,14 +179,6 @@ def library_coco(predictions: list[str], references: list[str]) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         for metric in (Bleu(4), Cider(), Rouge()):
             metric.compute_score(truth, found)
-
-
-def processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":
