@@ -7,18 +7,28 @@ What stock `generate` spends on BLIP, and how it is saved here:
 * It gathers the self-attention cache after each token, so that each beam's row holds the keys of its own ancestors.
   Here keys stay where they were written, and a mask says which of them are a beam's ancestors.
 * It decodes all images of a batch until the last is finished. Here an image leaves the batch when it is.
+* On a CPU it lays out each weight anew for each token, which for a few rows costs as much as the product. Here that is
+  done once a batch.
 
 What decides about tokens is stock's own: its logits processors, stopping criteria and the rules by which beams are
 ranked and finished are called, so that a setting means here what it means there.
 """
 
+import contextlib
+import functools
+from collections.abc import Iterator
+
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.models.blip.modeling_blip_text import BlipTextLayer, BlipTextLMHeadModel
 
 
 CrossAttention = list[tuple[torch.Tensor, torch.Tensor]]
+# Fewer rows read their weights once whatever their layout; to lay all of them out takes as long as 6 to 15 tokens save
+PACKED_ROWS = 6
+PACKED_TOKENS = 16
 
 
 def project_images(text_decoder: BlipTextLMHeadModel, image_embeds: torch.Tensor) -> CrossAttention:
@@ -140,6 +150,49 @@ class CaptionDecoder:
         return index
 
 
+@contextlib.contextmanager
+def packed_weights(text_decoder: BlipTextLMHeadModel, num_rows: int) -> Iterator[None]:
+    """Lay out the float32 weights of a text decoder on a CPU as oneDNN's kernels want them, while the context lasts.
+
+    Without that, a linear layer of a few rows repacks its weight in each call: at BLIP-base's shape 48 rows are 1.2
+    times as fast with it, 12 rows 1.8 times. It takes the memory of the weights once more. The operators are those
+    that `torch.compile` puts in for frozen weights (torch 2.13, `torch/_inductor/fx_passes/mkldnn_fusion.py`).
+
+    Args:
+        text_decoder: its linear layers are called by another `forward` meanwhile; nothing else is touched.
+        num_rows: that the layout is best for. Any number of rows can be computed.
+    """
+    linears = []
+    if torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu"):
+        images = {id(linear) for layer in text_decoder.bert.encoder.layer for linear in _image_projections(layer)}
+        linears = [
+            module
+            for module in text_decoder.modules()
+            if type(module) is nn.Linear
+            and type(module.weight) is nn.Parameter  # and not the part of one that another process completes
+            and module.weight.is_cpu
+            and module.weight.dtype == torch.float32
+            and id(module) not in images
+            and "forward" not in vars(module)
+        ]
+    try:
+        for linear in linears:
+            packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), num_rows)
+            linear.forward = functools.partial(_packed_linear, packed=packed, bias=linear.bias)
+        yield
+    finally:
+        for linear in linears:
+            vars(linear).pop("forward", None)
+
+
+def _packed_linear(inputs: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(inputs, packed, bias, "none", [], "")
+
+
+def _image_projections(layer: BlipTextLayer) -> tuple[nn.Linear, nn.Linear]:
+    return layer.crossattention.self.key, layer.crossattention.self.value
+
+
 @torch.no_grad()
 def decode_captions(
     model: BlipTextLMHeadModel,
@@ -176,7 +229,10 @@ def decode_captions(
     new_tokens = generation_config.max_length - prompt.shape[1]
     decoder = CaptionDecoder(model, layers, prompt.shape[1] + new_tokens * generation_config.num_beams)
     search = greedy_search if generation_config.num_beams == 1 else beam_search
-    return search(model, decoder, prompt, logits_processor, stopping_criteria, generation_config)
+    with contextlib.ExitStack() as stack:
+        if len(input_ids) >= PACKED_ROWS and new_tokens >= PACKED_TOKENS:
+            stack.enter_context(packed_weights(model, len(input_ids)))
+        return search(model, decoder, prompt, logits_processor, stopping_criteria, generation_config)
 
 
 def _read_prompt(model: BlipTextLMHeadModel, decoder: CaptionDecoder, prompt: torch.Tensor) -> torch.Tensor:

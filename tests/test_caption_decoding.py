@@ -14,7 +14,7 @@ from transformers.generation import BaseStreamer
 import blip
 import caption_decoding
 import fast_blip
-from caption_decoding import CaptionDecoder, caption_hidden_states, project_images
+from caption_decoding import CaptionDecoder, caption_hidden_states, packed_weights, project_images
 from collator import CaptioningCollator
 from fast_blip import use_fast_blip
 
@@ -367,6 +367,65 @@ def test_projected_images_are_used_up_by_one_call(build):
     blip.generate_captions(model, image_embeds, [2], cross_attention, num_beams=2, max_new_tokens=6)
     with pytest.raises(ValueError, match="3 prompts for 0 images; project_images is needed for each call"):
         blip.generate_captions(model, image_embeds, [2], cross_attention, num_beams=2, max_new_tokens=6)
+
+
+# --- Packed weights -------------------------------------------------------------------------------------------
+
+
+def other_forwards(model):
+    return {name for name, module in model.text_decoder.named_modules() if "forward" in vars(module)}
+
+
+@pytest.mark.parametrize("num_rows", [1, 6, 48])
+def test_packed_weights_multiply_any_number_of_rows_as_the_plain_do(build, num_rows):
+    model = build(1).text_decoder
+    head, hidden = model.cls, torch.randn(2, 9, model.config.hidden_size)
+    with torch.no_grad():
+        expected = head(hidden)
+        with packed_weights(model, num_rows):
+            found = head(hidden)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_is_decoded_by_packed_weights_that_leave_nothing_behind(build, monkeypatch):
+    model = use_fast_blip(build(1, end_bias=-9))
+    before, seen = model.state_dict(), []
+    model.text_decoder.cls.register_forward_hook(lambda *_: seen.append(other_forwards(model)))
+    model.generate(images(model, 2), num_beams=3, max_new_tokens=16)
+    packed = seen[0]
+    linears = {name for name, module in model.text_decoder.named_modules() if type(module) is torch.nn.Linear}
+    of_images = ("crossattention.self.key", "crossattention.self.value")
+    assert linears - packed == {name for name in linears if name.endswith(of_images)}
+    assert not other_forwards(model)
+    assert before.keys() == model.state_dict().keys()
+
+    with torch.no_grad():  # weights that change between two calls are packed again
+        model.text_decoder.cls.predictions.decoder.weight.neg_()
+    expected = stock_copy(model).generate(images(model, 2), num_beams=3, max_new_tokens=16)
+    assert torch.equal(model.generate(images(model, 2), num_beams=3, max_new_tokens=16), expected)
+
+    monkeypatch.setattr(caption_decoding, "beam_search", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.generate(images(model, 2), num_beams=3, max_new_tokens=16)
+    assert not other_forwards(model)
+
+
+@pytest.mark.parametrize("settings", [{"num_beams": 2, "max_new_tokens": 16}, {"num_beams": 3, "max_new_tokens": 15}])
+def test_few_rows_or_tokens_are_not_worth_packing(build, settings):
+    model, seen = use_fast_blip(build(1, end_bias=-9)), []
+    model.text_decoder.cls.register_forward_hook(lambda *_: seen.append(other_forwards(model)))
+    model.generate(images(model, 2), **settings)
+    assert not set().union(*seen)
+
+
+def test_half_precision_is_not_packed(build):
+    model = build(1)
+    with packed_weights(model.text_decoder, 6):
+        assert other_forwards(model)
+    with torch.autocast("cpu", torch.bfloat16), packed_weights(model.text_decoder, 6):
+        assert not other_forwards(model)
+    with packed_weights(model.bfloat16().text_decoder, 6):
+        assert not other_forwards(model)
 
 
 # --- The decoder ----------------------------------------------------------------------------------------------
