@@ -166,6 +166,10 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
     report_to: None | str | list[str] = field(  # noqa: RUF036
         default="tensorboard", metadata={"help": "Where logs go."}
     )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Must stay false: a loss that is no number ends the run, it is not averaged away."},
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: the collator reads them."})
 
     # Decoding
@@ -203,9 +207,13 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
     def __post_init__(self):
         """Check our values, resolve precision and stages, then let the Trainer's arguments check themselves."""
         self._check_values()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+            self.use_cpu = True  # or accelerate would start no process group, and each process train by itself
         if self.bf16 is None:
             gpu = torch.cuda.is_available() and not self.use_cpu
             self.bf16 = gpu and not self.fp16 and torch.cuda.is_bf16_supported(including_emulation=False)
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # BLIP uses all of its parameters in each step
         self.dataloader_pin_memory &= torch.cuda.is_available()  # else torch warns at each loader
         if not (self.do_train and self.do_eval):
             self.eval_strategy, self.load_best_model_at_end = "no", False
@@ -240,6 +248,8 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
             raise UserError("push_to_hub goes with do_train; a finished run is pushed by --push_only <output folder>")
         if self.write_submission and not (self.do_predict and self.predict_with_generate):
             raise UserError("write_submission needs captions of the test split: do_predict and predict_with_generate")
+        if self.logging_nan_inf_filter:
+            raise UserError("logging_nan_inf_filter must stay false: a loss that is no number ends the run")
         if self.remove_unused_columns:
             raise UserError("remove_unused_columns must stay false: the collator reads the images from the rows")
         if not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
@@ -292,6 +302,7 @@ REPLACED_FIELDS = {
     "batch_eval_metrics": "scores are computed over the whole split",
     "dataloader_drop_last": "it would drop rows of the evaluation too",
     "use_liger_kernel": "there is no Liger kernel for BLIP",
+    "fsdp": "evaluation calls parts of the model by themselves; BLIP fits a GPU, see DISTRIBUTED.md",
 }
 DATACLASSES = (ModelArguments, DataArguments, CaptioningArguments)
 
@@ -494,14 +505,16 @@ PLACE_FIELDS = DESTINATION_FIELDS | {
 SPOKEN_FIELDS = {
     "seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm",
     "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-    "bf16", "fp16", "num_beams", "max_new_tokens", "min_new_tokens", "no_repeat_ngram_size", "length_penalty",
+    "bf16", "fp16", "use_cpu", "num_beams", "max_new_tokens", "min_new_tokens", "no_repeat_ngram_size",
+    "length_penalty",
 }  # fmt: skip
 
 
 def resolved_recipe(model_args: ModelArguments, data_args: DataArguments, args: CaptioningArguments) -> dict[str, Any]:
     """Return a recipe that repeats this run: our fields, the Trainer's that are not at their default, versions."""
     recipe = asdict(model_args) | asdict(data_args)
-    defaults = CaptioningArguments(output_dir=args.output_dir)  # resolved on this machine, as `args` were
+    # Resolved on this machine, as `args` were; on another device than theirs, they would end the process group
+    defaults = CaptioningArguments(output_dir=args.output_dir, use_cpu=args.use_cpu, ddp_backend=args.ddp_backend)
     for item in fields(args):
         value = getattr(args, item.name)
         spoken = item.name in SPOKEN_FIELDS or value != getattr(defaults, item.name)

@@ -318,16 +318,17 @@ def caption_logits(
             input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=image_embeds, use_cache=False
         ).logits
         return logits[:, :-1][before]
-    # A CPU takes a few captions at a time here too, each few padded to their own longest
-    number = CPU_IMAGES if input_ids.is_cpu else len(input_ids)
-    hidden_states = []
+    # A CPU takes one caption at a time, without padding. That is not slower than padding all, and the loss of a
+    # caption is the same in every digit whichever captions share its batch: one process or several, any batch size
+    number = 1 if input_ids.is_cpu else len(input_ids)
+    logits = []
     for start in range(0, len(input_ids), number):
         few = slice(start, start + number)
         width = int(attention_mask[few].sum(dim=1).max()) if input_ids.is_cpu else input_ids.shape[1]
         images = [(keys[few], values[few]) for keys, values in cross_attention]
         found = caption_hidden_states(model.text_decoder, images, input_ids[few, :width])
-        hidden_states.append(found[:, :-1][before[few, : width - 1]])
-    return model.text_decoder.cls(torch.cat(hidden_states))
+        logits.append(model.text_decoder.cls(found[:, :-1][before[few, : width - 1]]))
+    return torch.cat(logits)
 
 
 def generate_captions(

@@ -32,12 +32,14 @@ class CaptioningCollator:
             models/blip.py, `text.input_ids[:, 0] = self.tokenizer.bos_token_id`).
         prompt_length: number of prompt tokens that follow `[DEC]` in every row; they are given, not learnt.
         fast: make `pixel_values` by `fast_pixel_values`, which gives the values of the image processor in less time.
+        with_ids: add the list `image_id`, for a message about the batch; the model must not get it.
     """
 
     processor: BlipProcessor
     bos_token_id: int
     prompt_length: int = 0
     fast: bool = True
+    with_ids: bool = False
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Return `pixel_values` float32 `[B, 3, H, W]` and `input_ids`, `attention_mask`, `labels` int64 `[B, L]`.
@@ -55,12 +57,13 @@ class CaptioningCollator:
         input_ids[:, 0] = self.bos_token_id
         labels = input_ids.masked_fill(attention_mask == 0, IGNORE_INDEX)
         labels[:, : 1 + self.prompt_length] = IGNORE_INDEX
-        return {
+        batch = {
             "pixel_values": self.pixel_values(examples),
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "labels": labels,
         }
+        return batch | {"image_id": [example["image_id"] for example in examples]} if self.with_ids else batch
 
     def pixel_values(self, examples: list[dict[str, Any]]) -> torch.Tensor:
         """Decode, resize and normalise the images of `examples` into float32 `[B, 3, H, W]`."""

@@ -1,28 +1,64 @@
-"""The one exception for a user's mistake, and how a command ends on it: one line on standard error, exit status 2."""
+"""The one exception for what the user can mend, and how a command ends on it: one line on standard error, status 2."""
 
 import difflib
+import errno
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+
+from tqdm import tqdm
 
 
 class UserError(ValueError):
     """A mistake of the user's; the message is one line: what is wrong, where, and the mend."""
 
 
+class Stopped(UserError):
+    """The run was told to stop, and did, in order.
+
+    Args:
+        message: the line.
+        exit_status: of the process, 128 + the signal as shells count.
+    """
+
+    def __init__(self, message: str, exit_status: int):
+        super().__init__(message)
+        self.exit_status = exit_status
+
+
 def exit_on_user_error(main: Callable[[], object]) -> None:
-    """Run `main`; a `UserError` ends the process with its line on standard error and exit status 2."""
+    """Run `main`; a `UserError` ends the process with its line on standard error and exit status 2.
+
+    So does a full disk, wherever it is met. Ctrl-C ends it with a line and status 130.
+    """
     try:
         main()
         sys.stdout.flush()
     except UserError as error:
-        message = " ".join(str(error).split())
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
+        _tell(str(error))
+        sys.exit(getattr(error, "exit_status", 2))
     except BrokenPipeError:  # `... | head` has read enough; Python would say so again when it closes the stream
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except KeyboardInterrupt:
+        _tell("interrupted")
+        sys.exit(128 + signal.SIGINT)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _tell(f"no space left to write '{error.filename or 'a file'}'; free some and run again")
+        sys.exit(2)
+
+
+def _tell(message: str) -> None:
+    # Several processes may fail for reasons of their own; the first needs no name
+    rank = int(os.environ.get("RANK", "0"))
+    where = f"error (process {rank})" if rank else "error"
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()  # the line would stand behind the bar, and the bar again behind the line
+    print(f"{where}: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
 @contextmanager

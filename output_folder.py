@@ -9,7 +9,7 @@ from pathlib import Path
 from arguments import CaptioningArguments, DataArguments, ModelArguments, resolved_recipe
 from errors import UserError, as_user_error
 from predictions import write_whole
-from trainer import last_complete_checkpoint
+from trainer import checkpoint_fault, last_complete_checkpoint
 
 
 logger = logging.getLogger("captioning.output_folder")
@@ -45,8 +45,10 @@ def prepare_output_dir(args: CaptioningArguments) -> str | None:
         checkpoint = last_complete_checkpoint(output_dir)
         logger.info("Resuming from %s", checkpoint or f"the start: '{output_dir}' holds no complete checkpoint")
         return checkpoint
-    if not (Path(wish) / "trainer_state.json").is_file():
-        raise UserError(f"resume_from_checkpoint '{wish}' is no complete checkpoint; give 'true' for the last one")
+    if fault := checkpoint_fault(Path(wish)):
+        raise UserError(
+            f"resume_from_checkpoint '{wish}' is no complete checkpoint ({fault}); give 'true' for the last one"
+        )
     return wish
 
 
@@ -86,7 +88,7 @@ def remove_other_results(path: Path, recipe: dict[str, object]) -> None:
     """
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
-        same = not recipe["do_train"] and all(
+        same = not recipe.get("do_train", True) and all(
             before.get(key) == recipe.get(key) for key in before.keys() | recipe.keys() if key not in STAGE_FIELDS
         )
     except (OSError, ValueError, AttributeError):

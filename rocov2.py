@@ -43,6 +43,7 @@ from collator import open_image
 from errors import UserError, did_you_mean, exit_on_user_error
 from hub import pin_revision
 from phantoms import load_phantoms
+from predictions import write_whole
 
 
 logger = logging.getLogger("captioning.rocov2")
@@ -262,7 +263,7 @@ def _read_csv(path: str, column: str) -> Iterator[dict[str, str]]:
 def check_rows(
     dataset: DatasetDict,
     max_rejected_fraction: float,
-    rejected_file: str | os.PathLike,
+    rejected_file: str | os.PathLike | None,
     num_proc: int | None = None,
 ) -> DatasetDict:
     """Decode every image once and mark the rows that cannot be used: in `rejected`, with the reason.
@@ -270,7 +271,7 @@ def check_rows(
     Args:
         dataset: what `load_rocov2` returned.
         max_rejected_fraction: of each split, from 0 to 1.
-        rejected_file: where the marked rows are listed, one JSON object a line.
+        rejected_file: where the marked rows are listed, one JSON object a line; None lists them nowhere.
         num_proc: processes; the result is cached by `datasets`.
 
     Returns:
@@ -286,21 +287,24 @@ def check_rows(
             raise UserError(f"split '{split}' is empty; add rows or leave it out")
     checked = DatasetDict({split: _check_split(rows, split, num_proc) for split, rows in dataset.items()})
     reasons = {split: list(enumerate(rows["rejected"])) for split, rows in checked.items()}
-    with open(rejected_file, "w", encoding="utf-8") as file:
-        for split, rows in checked.items():
-            for row, reason in reasons[split]:
-                if reason:
-                    entry = {"split": split, "row": row, "image_id": rows[row]["image_id"], "reason": reason}
-                    file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+    listed = f"see {rejected_file or 'rejected.jsonl'}"
+    if rejected_file is not None:
+        entries = [
+            {"split": split, "row": row, "image_id": rows[row]["image_id"], "reason": reason}
+            for split, rows in checked.items()
+            for row, reason in reasons[split]
+            if reason
+        ]
+        write_whole(Path(rejected_file), "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
     for split, rows in checked.items():
         counts = Counter(reason.split(":")[0] for _, reason in reasons[split] if reason)
         number = counts.total()
         if number == len(rows):
-            raise UserError(f"split '{split}' has no usable row out of {len(rows)}; see {rejected_file}")
+            raise UserError(f"split '{split}' has no usable row out of {len(rows)}; {listed}")
         summary = ", ".join(f"{count} x {reason}" for reason, count in counts.most_common(3))
         if number > max_rejected_fraction * len(rows):
             raise UserError(
-                f"split '{split}': {number} of {len(rows)} rows cannot be used ({summary}); see {rejected_file}, "
+                f"split '{split}': {number} of {len(rows)} rows cannot be used ({summary}); {listed}, "
                 f"or raise --max_rejected_fraction above {max_rejected_fraction:g}"
             )
         if number:

@@ -81,6 +81,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         print(summary(metrics, Path(args.output_dir)))
         if repository:
             push(repository)
+    trainer.accelerator.wait_for_everyone()  # a process that ends earlier takes the launcher, and the others, with it
+    trainer.accelerator.end_training()
     return metrics
 
 
@@ -175,7 +177,9 @@ def prepare_data(
             del dataset["train"]
     num_proc = data_args.preprocessing_num_workers
     rejected_file = Path(args.output_dir) / "rejected.jsonl"
-    checked = rocov2.check_rows(dataset, data_args.max_rejected_fraction, rejected_file, num_proc)
+    checked = rocov2.check_rows(
+        dataset, data_args.max_rejected_fraction, rejected_file if args.should_save else None, num_proc
+    )
     tokenised = rocov2.tokenise(checked, processor.tokenizer, data_args.max_caption_length, prompt_ids, num_proc)
     limits = data_args.max_samples()
     return DatasetDict({split: rocov2.usable(rows, limits[split]) for split, rows in tokenised.items()})
@@ -198,7 +202,7 @@ def make_trainer(
         model=model,
         args=args,
         processing_class=processor,
-        data_collator=CaptioningCollator(processor, bos_token_id, len(prompt_ids), fast=is_fast(model)),
+        data_collator=CaptioningCollator(processor, bos_token_id, len(prompt_ids), is_fast(model), with_ids=True),
         train_dataset=splits.get("train"),
         eval_dataset=splits.get("validation"),
         start_ids=[bos_token_id, *prompt_ids],

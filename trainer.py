@@ -2,13 +2,18 @@
 
 import json
 import logging
+import os
+import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
+from safetensors import SafetensorError, safe_open
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Seq2SeqTrainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
@@ -18,6 +23,9 @@ from errors import as_user_error
 from hub import Repository
 from metrics import compute_metrics
 from model_card import push, write_model_card
+from predictions import write_whole
+from safeguards import StopOnSigterm, full_is_user_error, loss_is_no_number
+from sharding import PaddedRows, PaddedSampler
 
 
 logger = logging.getLogger("captioning.trainer")
@@ -43,6 +51,8 @@ class CaptioningTrainer(Seq2SeqTrainer):
         self.model_accepts_loss_kwargs = True
         # Tied weights are stored once. Without this, each checkpoint that is loaded back is said to lack them
         self.model._keys_to_ignore_on_save = list(self.model._tied_weights_keys)
+        self.stop_on_sigterm = StopOnSigterm()
+        self.add_callback(self.stop_on_sigterm)
         self.add_callback(LogBeforeCheckpoint())
 
     @property
@@ -51,6 +61,22 @@ class CaptioningTrainer(Seq2SeqTrainer):
         return self.processing_class.tokenizer
 
     # --- Training ---------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the stock loader; several processes get the global batches that one process would have."""
+        if self.args.world_size == 1:
+            return super().get_train_dataloader()
+        return self._get_dataloader(
+            dataset=PaddedRows(self.train_dataset, prompt_length=len(self.start_ids) - 1),
+            description="Training",
+            batch_size=self._train_batch_size,
+            sampler_fn=self._padded_sampler,
+            is_training=True,
+        )
+
+    def _padded_sampler(self, rows: PaddedRows) -> PaddedSampler:
+        global_batch = self._train_batch_size * self.args.world_size
+        return PaddedSampler(self._get_train_sampler(rows.rows), len(rows), global_batch, self.args.data_seed)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the sum of token NLLs over the number of caption tokens in the whole accumulated batch (T2).
@@ -62,6 +88,10 @@ class CaptioningTrainer(Seq2SeqTrainer):
         num_tokens = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
         if num_items_in_batch is None:
             num_items_in_batch = num_tokens
+        if self.args.world_size > 1 and not num_tokens:
+            # Blank rows alone, whose mean loss is no number; this one takes part in the exchange of gradients
+            loss = outputs.logits.sum() * 0
+            return (loss, outputs) if return_outputs else loss
         loss = outputs.loss * num_tokens / torch.as_tensor(num_items_in_batch, device=num_tokens.device).flatten()[0]
         if self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # the count is over all processes, which average gradients
@@ -77,11 +107,69 @@ class CaptioningTrainer(Seq2SeqTrainer):
         with as_user_error("the schedule cannot be built", "check --lr_scheduler_type and --lr_scheduler_kwargs"):
             return super().create_scheduler(*args, **kwargs)
 
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        """Run the stock step; a loss that is no number ends the run before it reaches the weights."""
+        image_ids = inputs.pop("image_id", [])
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            last = last_complete_checkpoint(self.args.output_dir)
+            raise loss_is_no_number(loss.item(), self.state.global_step + 1, image_ids, last)
+        return loss
+
     def train(self, *args, **kwargs) -> TrainOutput:
-        """Train; the `train_loss` returned is the mean over all steps of the run, also of those before a resume."""
-        output = super().train(*args, **kwargs)
+        """Train; the `train_loss` returned is the mean over all steps of the run, also of those before a resume.
+
+        Raises:
+            UserError: the loss is no number, or memory or disk are full.
+            Stopped: SIGTERM came; a checkpoint is saved.
+        """
+        folder = self.args.output_dir
+        with self.stop_on_sigterm as stop, full_is_user_error(folder, self._train_batch_size, "train"):
+            output = super().train(*args, **kwargs)
+            stop.raise_if_received(folder, self.state.global_step, self.state.max_steps)
         output.metrics["train_loss"] = mean_training_loss(self.state.log_history)
         return output._replace(training_loss=output.metrics["train_loss"])
+
+    # --- Files ------------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save as the stock Trainer does; in the output folder each file appears whole, the weights last."""
+        if output_dir is not None:  # a checkpoint, which is complete when its `trainer_state.json` is there
+            super().save_model(output_dir, _internal_call)
+            return
+        folder = Path(self.args.output_dir)
+        staged = folder / "model.tmp"
+        if self.args.should_save:
+            shutil.rmtree(staged, ignore_errors=True)
+        with full_is_user_error(str(folder), self._train_batch_size, "train"):
+            super().save_model(str(staged), _internal_call=True)
+        if self.args.should_save:
+            for path in sorted(staged.iterdir(), key=lambda path: path.suffix == ".safetensors"):
+                os.replace(path, folder / path.name)
+            staged.rmdir()
+
+    def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
+        """Write `<split>_results.json`, and into `all_results.json`, each whole or not at all."""
+        if not self.is_world_process_zero():
+            return
+        folder = Path(self.args.output_dir)
+        write_whole(folder / f"{split}_results.json", json.dumps(metrics, indent=4, sort_keys=True))
+        if combined:
+            path = folder / "all_results.json"
+            known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            write_whole(path, json.dumps(known | metrics, indent=4, sort_keys=True))
+
+    def save_state(self) -> None:
+        """Write `trainer_state.json` whole or not at all."""
+        if self.is_world_process_zero():
+            path = Path(self.args.output_dir) / "trainer_state.json"
+            self.state.save_to_json(f"{path}.tmp")
+            os.replace(f"{path}.tmp", path)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Save the state of each process; the first goes on to write `trainer_state.json` when all are there."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
 
     # --- Hub --------------------------------------------------------------------------------------------------
 
@@ -184,7 +272,8 @@ class CaptioningTrainer(Seq2SeqTrainer):
         self._references = list(dataloader.dataset["caption"])
         # `evaluate` asks for `gather`, which would count the rows that pad the last batch of several processes
         self.gather_function = self.accelerator.gather_for_metrics
-        return super().evaluation_loop(dataloader, *args, **kwargs)
+        with full_is_user_error(self.args.output_dir, self.args.eval_batch_size, "eval"):
+            return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def _compute_metrics(self, prediction) -> dict[str, float]:
         return compute_metrics(prediction, self._references, self.tokenizer)
@@ -229,7 +318,8 @@ def mean_training_loss(log_history: list[dict[str, float]]) -> float:
 def last_complete_checkpoint(output_dir: str) -> str | None:
     """Return the newest checkpoint that was written to its end, or None; each incomplete one is logged.
 
-    The Trainer writes `trainer_state.json` last: a run that was killed while saving left none, or half of one.
+    The Trainer writes `trainer_state.json` last: a run that was killed while saving left none, or half of one. A run
+    that was killed while it removed an old checkpoint left that without some of its files.
     """
     checkpoints = {}
     for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
@@ -237,10 +327,36 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
         if path.is_dir() and step.isdigit():
             checkpoints[int(step)] = path
     for step in sorted(checkpoints, reverse=True):
+        fault = checkpoint_fault(checkpoints[step], step)
+        if fault is None:
+            return str(checkpoints[step])
+        logger.warning("%s is incomplete and is passed over: %s", checkpoints[step], fault)
+    return None
+
+
+def checkpoint_fault(folder: Path, step: int | None = None) -> str | None:
+    """Return why a checkpoint cannot be resumed from, None if it can; of large files only their ends are read.
+
+    Args:
+        folder: the checkpoint.
+        step: of the optimizer, that it must be of.
+    """
+    try:
+        found = json.loads((folder / "trainer_state.json").read_text())["global_step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "trainer_state.json is missing or damaged"
+    if step is not None and found != step:
+        return f"trainer_state.json is of step {found}"
+    for name, others in (("model.safetensors", "pytorch_model_fsdp*"), ("optimizer.pt", "optimizer*")):
+        if not (folder / name).is_file() and not any(folder.glob(others)):
+            return f"{name} is missing"
+    for path in (*folder.glob("*.safetensors"), *folder.glob("*.pt"), *folder.glob("*.pth")):
         try:
-            if json.loads((checkpoints[step] / "trainer_state.json").read_text())["global_step"] == step:
-                return str(checkpoints[step])
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
-        logger.warning("%s is incomplete and is passed over", checkpoints[step])
+            if path.suffix == ".safetensors":
+                with safe_open(path, "pt"):
+                    pass
+            elif not zipfile.is_zipfile(path):
+                return f"{path.name} is damaged"
+        except (OSError, SafetensorError) as error:
+            return f"{path.name} is damaged: {error}"
     return None

@@ -1,0 +1,179 @@
+"""What ends a training early, and how: numbers that go wrong, memory and disks that are full, SIGTERM.
+
+Each becomes a `UserError`: one line that says what happened, where, and how to go on from the last checkpoint.
+"""
+
+import contextlib
+import errno
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+from errors import Stopped, UserError
+
+
+logger = logging.getLogger("captioning.safeguards")
+
+SHOWN_IDS = 8  # of the batch whose loss is no number
+DISK_FULL = ("No space left on device", "Disk quota exceeded", "File too large")  # as libraries in Rust and C++ say it
+TORCH_CANNOT_WRITE = ("PytorchStreamWriter failed", "unexpected pos")  # it does not say why
+MEMORY_FULL = ("can't allocate memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+# --- Numbers that go wrong ------------------------------------------------------------------------------------
+
+
+def loss_is_no_number(loss: float, step: int, image_ids: list[str], last_checkpoint: str | None) -> UserError:
+    """Return the line for a loss that is NaN or infinite.
+
+    Args:
+        loss: of a micro-batch.
+        step: the optimizer step under way, from 1.
+        image_ids: of the micro-batch.
+        last_checkpoint: where the run can be resumed.
+    """
+    ids = ", ".join(image_ids[:SHOWN_IDS]) + (", ..." if len(image_ids) > SHOWN_IDS else "")
+    return UserError(
+        f"the loss of step {step} is {loss}, at the images {ids or 'unknown'}; {_resume(last_checkpoint)}, with a "
+        "lower --learning_rate or --max_grad_norm, or --bf16 instead of --fp16"
+    )
+
+
+def _resume(last_checkpoint: str | None) -> str:
+    if last_checkpoint is None:
+        return "there is no checkpoint yet: start again"
+    return f"the last good checkpoint is {last_checkpoint}: go on from it with --resume_from_checkpoint true"
+
+
+# --- Memory and disk ------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def full_is_user_error(output_dir: str, batch_size: int, what: str) -> Iterator[None]:
+    """Turn a full memory or disk into a `UserError`.
+
+    Args:
+        output_dir: where the block writes.
+        batch_size: of this process, that the block tries.
+        what: its name, `train` or `eval`, as in the flag for the batch size.
+
+    Raises:
+        UserError: memory or disk is full. Other errors pass.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if is_disk_full(error, output_dir):
+            raise disk_full(error, output_dir) from error
+        if is_out_of_memory(error):
+            flags = {
+                "train": "a lower --per_device_train_batch_size with more --gradient_accumulation_steps, "
+                "--auto_find_batch_size true, or --gradient_checkpointing true",
+                "eval": "a lower --per_device_eval_batch_size, or fewer --num_beams",
+            }[what]
+            raise UserError(f"out of memory with per_device_{what}_batch_size {batch_size}; set {flags}") from error
+        raise
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether a GPU, or the machine, had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in MEMORY_FULL)
+
+
+def is_disk_full(error: BaseException | None, output_dir: str) -> bool:
+    """Tell whether an error, or one that it came from, is that of a full disk."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return True
+        if any(text in str(error) for text in DISK_FULL):
+            return True
+        if any(text in str(error) for text in TORCH_CANNOT_WRITE) and not _can_write(output_dir):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _can_write(folder: str) -> bool:
+    """Tell whether a megabyte can be written into a folder: quotas are not to be seen otherwise."""
+    probe = Path(folder) / ".space.tmp"
+    try:
+        probe.write_bytes(b"0" * 2**20)
+    except OSError:
+        return False
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+    return True
+
+
+def disk_full(error: BaseException, output_dir: str) -> UserError:
+    """Return the line for a full disk."""
+    path = getattr(error, "filename", None) or output_dir
+    return UserError(
+        f"no space left to write '{path}'; free some, or set a lower --save_total_limit, and run again with "
+        "--resume_from_checkpoint true: complete checkpoints are kept"
+    )
+
+
+# --- SIGTERM --------------------------------------------------------------------------------------------------
+
+
+class StopOnSigterm(TrainerCallback):
+    """On SIGTERM save a checkpoint after the step under way, and stop; of several processes, one must get it.
+
+    Use as a context manager around the training, in the main thread; elsewhere it does nothing.
+    """
+
+    def __init__(self):
+        self.received = False
+        self._before = None
+
+    def __enter__(self) -> "StopOnSigterm":
+        """Catch SIGTERM."""
+        self._process = os.getpid()
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._catch)
+        return self
+
+    def __exit__(self, *error) -> None:
+        """Leave SIGTERM to what it was left to before."""
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _catch(self, number: int, frame) -> None:
+        if os.getpid() != self._process:  # a worker that loads data, forked with this handler
+            os._exit(128 + number)
+        self.received = True
+        # Not by the logger, whose lock the interrupted line may hold
+        os.write(2, b"SIGTERM: a checkpoint is saved after this step, then the run ends\n")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Ask for a checkpoint and the end once a process has got the signal."""
+        if args.world_size > 1:
+            received = torch.tensor(float(self.received), device=args.device)
+            torch.distributed.all_reduce(received, op=torch.distributed.ReduceOp.MAX)
+            self.received = bool(received)
+        if self.received:
+            control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        """Leave out the evaluation in the middle of an epoch: it would count as one of the run's."""
+        if self.received and control.should_training_stop and state.epoch != round(state.epoch):
+            control.should_evaluate = control.should_save = control.should_log = False
+
+    def raise_if_received(self, output_dir: str, step: int, max_steps: int) -> None:
+        """Raise `Stopped` if the training was stopped; it may have been after its last step."""
+        if self.received:
+            raise Stopped(
+                f"stopped by SIGTERM after step {step} of {max_steps}; go on with the same command and "
+                f"--resume_from_checkpoint true, from {os.path.join(output_dir, f'checkpoint-{step}')}",
+                exit_status=128 + signal.SIGTERM,
+            )
