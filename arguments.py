@@ -11,6 +11,7 @@ import platform
 import sys
 import types
 import typing
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import Field, asdict, dataclass, field, fields
@@ -27,6 +28,8 @@ from hub import RUN_FIELDS, download_recipe, is_hub_recipe
 from metrics import METRIC_NAMES
 
 
+MAX_RECIPE = 2**20  # bytes
+MAX_WORKERS = 512  # processes; a slip of the finger, or a stranger's recipe, could stop the machine
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "evaluate", "rouge_score", "pillow")
 
 
@@ -120,6 +123,10 @@ class DataArguments:
         for name in ("max_train_samples", "max_eval_samples", "max_predict_samples", "preprocessing_num_workers"):
             _at_least(self, name, 1)
         _at_least(self, "neighbour_samples", 0)
+        if (self.preprocessing_num_workers or 0) > MAX_WORKERS:
+            raise UserError(
+                f"preprocessing_num_workers is {self.preprocessing_num_workers}; set it to {MAX_WORKERS} or less"
+            )
         if not 0 <= self.max_rejected_fraction <= 1:
             raise UserError(f"max_rejected_fraction is {self.max_rejected_fraction}; set it from 0 to 1")
 
@@ -237,6 +244,10 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
             ("num_train_epochs", 0),
         ):
             _at_least(self, name, lowest)
+        if self.dataloader_num_workers > MAX_WORKERS:
+            raise UserError(
+                f"dataloader_num_workers is {self.dataloader_num_workers}; set it to {MAX_WORKERS} or less"
+            )
         if self.min_new_tokens > self.max_new_tokens:
             raise UserError(
                 f"min_new_tokens {self.min_new_tokens} exceeds max_new_tokens {self.max_new_tokens}; lower the former"
@@ -409,12 +420,21 @@ def read_recipe(path: str) -> dict[str, Any]:
     """
     from_hub = is_hub_recipe(path)
     try:
-        text = Path(download_recipe(path) if from_hub else path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        file = Path(download_recipe(path) if from_hub else path)
+        if file.exists() and not file.is_file():
+            raise UserError(f"recipe '{path}' is no file; recipes are in recipes/")
+        if file.stat().st_size > MAX_RECIPE:
+            raise UserError(
+                f"recipe '{path}' has {file.stat().st_size:,} bytes, no recipe does; recipes are in recipes/"
+            )
+        text = file.read_text(encoding="utf-8-sig")
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:  # not UTF-8, or a NUL in the path
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(f"recipe '{path}' cannot be read: {reason}; recipes are in recipes/") from error
     try:
-        recipe = json.loads(text, object_pairs_hook=_unique_keys)
+        recipe = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise UserError(f"recipe '{path}' is not valid JSON: {error}") from error
     if not isinstance(recipe, dict):
@@ -425,7 +445,7 @@ def read_recipe(path: str) -> dict[str, Any]:
             raise UserError(f"recipe '{path}': unknown key '{key}'{did_you_mean(key, known)}")
         if not _fits(value, known[key].type):
             raise UserError(
-                f"recipe '{path}': '{key}' is {json.dumps(value)}, which is no {_type_name(known[key].type)}"
+                f"recipe '{path}': '{key}' is {json.dumps(value)[:200]}, which is no {_type_name(known[key].type)}"
             )
         if from_hub and key in DESTINATION_FIELDS:
             # A stranger's recipe says what is run, not where it is written and which repository it is pushed to
@@ -463,9 +483,9 @@ def _fits(value: Any, hint: Any) -> bool:
     if isinstance(hint, type) and issubclass(hint, Enum):
         return value in [member.value for member in hint]
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
     if origin in (list, dict):
         return isinstance(value, origin)
     return hint is Any or (isinstance(hint, type) and isinstance(value, hint))
@@ -476,10 +496,15 @@ def _type_name(hint: Any) -> str:
     return " or ".join("null" if name == "NoneType" else name for name in names)
 
 
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number")
+
+
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
-    if repeated := {key for key in keys if keys.count(key) > 1}:
-        raise ValueError(f"key '{sorted(repeated)[0]}' stands twice")
+    if len(set(keys)) < len(keys):
+        repeated = next(key for key, count in Counter(keys).items() if count > 1)
+        raise ValueError(f"key '{repeated}' stands twice")
     return dict(pairs)
 
 

@@ -130,7 +130,8 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
             if missing := set(BERT_SPECIAL_TOKENS) - set(tokens):
                 raise UserError(f"'{vocab_file}' lacks {sorted(missing)[0]}; give a BERT vocabulary, one entry a line")
             return BertTokenizer(vocab={token: index for index, token in enumerate(tokens)})
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        # Without `False` a tokenizer that brings code is asked about on the terminal
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
         raise UserError(f"tokenizer '{name}' has no [CLS] or [SEP]; BLIP needs a BERT tokenizer")
     if (

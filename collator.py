@@ -5,6 +5,9 @@ Images are never flipped (T14): in radiology left and right matter.
 
 import io
 import math
+import os
+import stat
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +22,12 @@ from image_processing import fast_pixel_values
 
 IGNORE_INDEX = -100  # the target that `torch.nn.functional.cross_entropy` leaves out
 MIN_IMAGE_SIDE = 8  # pixels; a tracking pixel or a stripe is no radiology image
+# Of one image; mammograms, the largest in radiology, have 20 million. To rescale 16 bits an image is held as floats,
+# some 32 bytes a pixel in all: 22 million of them stay below 1 GB
+MAX_PIXELS = 2**26
+MAX_PIXELS_16_BIT = 22 * 2**20
+# Pillow's own readers of raster images, and none that starts another program (EPS) or fetches what a file names
+FORMATS = ("PNG", "JPEG", "JPEG2000", "TIFF", "BMP", "GIF", "WEBP", "PPM", "TGA", "AVIF")
 
 
 @dataclass
@@ -94,6 +103,9 @@ def open_image(image: dict[str, Any] | Image.Image | None) -> Image.Image:
     from_file = not isinstance(image, Image.Image)
     if from_file:
         image = _open(image)
+    most = MAX_PIXELS_16_BIT if image.mode.startswith(("I", "F")) else MAX_PIXELS
+    if image.width * image.height > most:  # known before any pixel is decoded
+        raise ValueError(f"is {image.width}x{image.height} pixels; at most {most:,} are decoded")
     try:
         image.load()
         # In place returns None; the caller's own image is left as it is
@@ -110,7 +122,11 @@ def _open(image: dict[str, Any] | None) -> Image.Image:
         raise ValueError("no image")
     content = image.get("bytes")
     try:
-        return Image.open(image["path"] if content is None else io.BytesIO(content))
+        if content is None and not stat.S_ISREG(os.stat(image["path"]).st_mode):
+            raise ValueError("is no regular file")  # a pipe or a device would be read for ever
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the caller's limit is lower
+            return Image.open(image["path"] if content is None else io.BytesIO(content), formats=FORMATS)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError("image file is missing") from error
     except UnidentifiedImageError as error:
@@ -119,6 +135,8 @@ def _open(image: dict[str, Any] | None) -> Image.Image:
                 content = file.read(16)
         what = f"starts with {bytes(content[:16])!r}" if content else "is empty"
         raise ValueError(f"not an image: {what}") from error
+    except ValueError:
+        raise
     except Exception as error:  # as above
         raise ValueError(f"cannot be opened: {error}") from error
 

@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import logging
 import os
 import signal
 import sys
@@ -58,7 +59,23 @@ def _tell(message: str) -> None:
     where = f"error (process {rank})" if rank else "error"
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()  # the line would stand behind the bar, and the bar again behind the line
-    print(f"{where}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    print(f"{where}: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """Return text that may come from a stranger's file as a terminal may show it.
+
+    Control characters and those that turn the direction of writing become spaces.
+    """
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+class PrintableFormatter(logging.Formatter):
+    """A log formatter whose lines are `printable`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as a line, or as several if it has a traceback."""
+        return "\n".join(printable(line) for line in super().format(record).split("\n"))
 
 
 @contextmanager

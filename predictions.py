@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from errors import UserError
+from errors import printable as printable_text
 from metrics import rouge
 
 
@@ -226,7 +227,7 @@ def _well_formed(text: str) -> str:
 
 def printable(text: object, most: int = SHOWN_WIDTH) -> str:
     """Return text from the data as a terminal may show it: a line, no control characters, at most `most` of them."""
-    shown = "".join(character if character.isprintable() else " " for character in str(text))
+    shown = printable_text(str(text))
     return shown if len(shown) <= most else f"{shown[: most - 1]}…"
 
 

@@ -50,6 +50,7 @@ logger = logging.getLogger("captioning.rocov2")
 
 SPLITS = ("train", "validation", "test")
 SPLIT_NAMES = {"valid": "validation", "val": "validation", "dev": "validation"}
+LINK_OUT = b"link out of the folder of images"  # stands for such an image, and in the reason to set it aside
 ZENODO_SPLITS = {"train": "train", "valid": "validation", "test": "test"}
 CLEAN_COLUMNS = Features(
     {
@@ -61,6 +62,8 @@ CLEAN_COLUMNS = Features(
 )
 REQUIRED_COLUMNS = ("image", "image_id", "caption")
 CHECK_BATCH_SIZE = 64  # rows whose images are in memory at once
+MAX_CAPTION = 100_000  # characters; ROCOv2's longest has about 7,000
+MAX_MEMBER = 2**28  # bytes of an image in a zip
 
 
 # --- Sources --------------------------------------------------------------------------------------------------
@@ -227,24 +230,33 @@ def _state(paths: list[Path]) -> str:
 
 def _zenodo_rows(captions: str, concepts: str | None, images: str, state: str) -> Iterator[dict[str, Any]]:
     cuis = {row["ID"]: row["CUIs"] for row in _read_csv(concepts, "CUIs")} if concepts else {}
+    if not os.path.isdir(images) and not os.path.isfile(images):
+        raise UserError(f"'{images}' is neither a folder nor a file")
     archive = zipfile.ZipFile(images) if images.endswith(".zip") else None
     # The zips hold the images in a folder or not, depending on the version of the record
     files = {Path(name).stem: name for name in (archive.namelist() if archive else os.listdir(images))}
     for row in _read_csv(captions, "Caption"):
         # Only names that the folder itself lists: an id is no path out of it
-        file = files.get(row["ID"])
-        image = {"path": os.path.join(images, file or f"{Path(row['ID']).name}.jpg"), "bytes": None}
+        image_id = row["ID"] or ""
+        file = files.get(image_id)
+        path = os.path.join(images, file or f"{Path(image_id).name or 'none'}.jpg")
+        image = {"path": path, "bytes": None}
         if archive and file:
             image = {"path": None, "bytes": _read_member(archive, file)}
+        elif os.path.islink(path) and not os.path.realpath(path).startswith(os.path.realpath(images) + os.sep):
+            image = {"path": None, "bytes": LINK_OUT}
         concept_ids = [cui.strip() for cui in (cuis.get(row["ID"]) or "").split(";") if cui.strip()]
-        yield {"image": image, "image_id": row["ID"], "caption": row["Caption"], "cui": concept_ids}
+        yield {"image": image, "image_id": image_id, "caption": row["Caption"], "cui": concept_ids}
 
 
 def _read_member(archive: zipfile.ZipFile, name: str) -> bytes:
-    """Return the member's content, empty if it is damaged: the row is then set aside, and not the whole set."""
+    """Return the member's content, empty if it is damaged or huge: the row is then set aside, and not the whole set.
+
+    No more is unpacked than the size that the zip states.
+    """
     try:
-        return archive.read(name)
-    except (zipfile.BadZipFile, zlib.error, EOFError):
+        return archive.read(name) if archive.getinfo(name).file_size <= MAX_MEMBER else b""
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError):  # the last: encrypted, or of an unknown method
         return b""
 
 
@@ -252,9 +264,15 @@ def _read_csv(path: str, column: str) -> Iterator[dict[str, str]]:
     csv.field_size_limit(2**27)  # characters; the module's default of 2**17 refuses a long caption
     with open(path, encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file)
-        if not {"ID", column} <= set(rows.fieldnames or ()):
-            raise UserError(f"'{path}' has the columns {rows.fieldnames}; ID and {column} are needed")
-        yield from rows
+        try:
+            if not {"ID", column} <= set(rows.fieldnames or ()):
+                columns = ", ".join((rows.fieldnames or [])[:8])
+                raise UserError(f"'{path}' has the columns {columns[:300]}; ID and {column} are needed")
+            yield from rows
+        except csv.Error as error:
+            raise UserError(f"'{path}', line {rows.line_num + 1} is no CSV: {error}; mend or remove it") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"'{path}' is not UTF-8 behind line {rows.line_num}; save it as UTF-8") from error
 
 
 # --- Checks ---------------------------------------------------------------------------------------------------
@@ -357,6 +375,8 @@ def _reason_to_reject(image: dict[str, Any] | None, image_id: str, caption: str)
         return "blank image_id"
     if _is_blank(caption):
         return "blank caption"
+    if len(caption) > MAX_CAPTION:
+        return "overlong caption"
     try:
         open_image(image)
     except ValueError as error:

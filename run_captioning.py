@@ -27,7 +27,7 @@ from arguments import (
     parse_push_arguments,
 )
 from collator import CaptioningCollator
-from errors import UserError, as_user_error, exit_on_user_error
+from errors import PrintableFormatter, UserError, as_user_error, exit_on_user_error
 from fast_blip import is_fast, use_fast_blip
 from floors import sample_rows
 from hub import PushCheckpoints, Repository, open_repository, pin_revision
@@ -91,7 +91,9 @@ def set_up_logging() -> None:
     ours = logging.getLogger("captioning")
     ours.setLevel(logging.INFO)
     if not ours.handlers:
-        ours.addHandler(logging.StreamHandler())
+        handler = logging.StreamHandler()
+        handler.setFormatter(PrintableFormatter())
+        ours.addHandler(handler)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 

@@ -166,6 +166,16 @@ class CaptioningTrainer(Seq2SeqTrainer):
             self.state.save_to_json(f"{path}.tmp")
             os.replace(f"{path}.tmp", path)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load them as the stock Trainer does, by torch's `weights_only`; what cannot be loaded is one line."""
+        with as_user_error(f"'{checkpoint}' cannot be resumed", "resume from another checkpoint"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Load it likewise."""
+        with as_user_error(f"'{checkpoint}' cannot be resumed", "resume from another checkpoint"):
+            super()._load_rng_state(checkpoint)
+
     def _save_rng_state(self, output_dir: str) -> None:
         """Save the state of each process; the first goes on to write `trainer_state.json` when all are there."""
         super()._save_rng_state(output_dir)

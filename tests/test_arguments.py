@@ -45,6 +45,7 @@ def test_the_recipes_are_those_of_the_table():
         "rocov2_blip_base_long",
         "rocov2_blip_base_frozen_vision",
         "rocov2_blip_large",
+        "rocov2_blip_large_4gpu",
     }
     for path in RECIPES:
         assert f"recipes/{path.name}" in table
