@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUTPUT ?= outputs/quickstart
 
-.PHONY: quickstart test lint benchmark
+.PHONY: quickstart test lint benchmark lock audit
 
 # One thread computes while another process decodes: two computing threads wait for each other whenever anything else
 # runs on a machine of two cores, and an epoch of seconds becomes one of minutes.
@@ -20,6 +20,24 @@ lint: .venv/requirements-dev
 # Minutes, on a model of a sixth of the layers: what is faster, not by how much. benchmarks/README.md has the long form.
 benchmark: .venv/requirements-dev
 	for name in evaluation training memory input_pipeline; do $(BIN)/python benchmarks/$$name.py --quick || exit 1; done
+
+# All packages with their hashes; PyTorch apart, see the head that is put before them.
+lock: .venv/tools
+	grep '^#' requirements.lock > .venv/lock.head
+	.venv/tools-env/bin/pip-compile --quiet --generate-hashes --strip-extras --no-annotate --no-header \
+		--no-emit-index-url --no-emit-find-links --unsafe-package torch --output-file .venv/lock.body requirements.txt
+	sed '/^# WARNING/,$$d' .venv/lock.body | cat .venv/lock.head - > requirements.lock
+
+# Known vulnerabilities of what is locked, and of PyTorch.
+audit: .venv/tools
+	grep '^torch==' requirements.txt > .venv/audit.txt
+	grep -oE '^[a-z0-9._-]+==[^ ]+' requirements.lock >> .venv/audit.txt
+	.venv/tools-env/bin/pip-audit --strict --no-deps --disable-pip -r .venv/audit.txt
+
+.venv/tools: Makefile
+	test -x .venv/tools-env/bin/python || $(PYTHON) -m venv .venv/tools-env
+	.venv/tools-env/bin/python -m pip install --quiet pip-tools==7.6.2 pip-audit==2.10.1
+	touch $@
 
 # The stamps are newer than the requirements that they were installed from.
 .venv/%: %.txt requirements.txt

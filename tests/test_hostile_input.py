@@ -398,7 +398,8 @@ def test_code_that_a_model_brings_is_not_run(saved, file, monkeypatch):
 def test_a_checkpoint_is_not_unpickled(config_file, parquet_folder, tmp_path, file):
     folder, marker = tmp_path / "run", tmp_path / "marker"
     arguments = flags(config_file, parquet_folder, folder, num_train_epochs=1, do_eval=False, do_predict=False,
-                      eval_strategy="no", load_best_model_at_end=False, save_strategy="steps", save_steps=4)  # fmt: skip
+                      eval_strategy="no", load_best_model_at_end=False,
+                      save_strategy="steps", save_steps=4)  # fmt: skip
     run_captioning.main(arguments)
     shutil.rmtree(folder / "checkpoint-6")
     torch.save(Payload(marker), folder / "checkpoint-4" / file)
