@@ -21,7 +21,7 @@ import unicodedata
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from collator import open_image
 from errors import UserError, did_you_mean, exit_on_user_error
 from hub import pin_revision
 from phantoms import load_phantoms
+from streaming import STORED, hub_shards, index_shards, is_streamed
 
 
 logger = logging.getLogger("captioning.rocov2")
@@ -65,30 +66,33 @@ CHECK_BATCH_SIZE = 64  # rows whose images are in memory at once
 # --- Sources --------------------------------------------------------------------------------------------------
 
 
-def load_rocov2(name: str, revision: str | None = None) -> DatasetDict:
+def load_rocov2(name: str, revision: str | None = None, streaming: bool = False) -> DatasetDict:
     """Load a source into those of the splits `train`, `validation`, `test` that it has, rows as they are.
 
     Args:
         name: a Hub id; a folder made by `save_to_disk`; a folder of parquet files named by split; a folder in
             the layout of Zenodo record 10821435, its zips extracted or not; or `phantoms`.
         revision: commit, branch or tag, for a Hub id.
+        streaming: read the images of parquet shards, in a folder or on the Hub, when they are needed.
 
     Returns:
         Splits with at least the columns `image` (undecoded: the collator does it), `image_id` and `caption`.
 
     Raises:
-        UserError: the source does not exist, cannot be read, or lacks a column.
+        UserError: the source does not exist, cannot be read, cannot be streamed, or lacks a column.
     """
     if name == "phantoms":
+        if streaming:
+            raise UserError(STORED.format("dataset 'phantoms'"))
         splits = load_phantoms()
     elif os.path.isdir(name):
-        splits = _load_folder(Path(name))
+        splits = _load_folder(Path(name), streaming)
     elif os.path.exists(name):
         raise UserError(f"dataset '{name}' is a file; give the folder that holds it")
     elif _is_local(name):
         raise UserError(f"dataset folder '{name}' does not exist; set --dataset_name")
     else:
-        splits = _load_from_hub(name, revision)
+        splits = _load_from_hub(name, revision, streaming)
     if not isinstance(splits, DatasetDict):
         raise UserError(f"dataset '{name}' is a single split; save a DatasetDict of {', '.join(SPLITS)}")
     named = Counter(SPLIT_NAMES.get(split, split) for split in splits)
@@ -113,16 +117,20 @@ def _is_local(name: str) -> bool:
     return name == "phantoms" or os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
-def _load_folder(folder: Path) -> DatasetDict | Dataset:
+def _load_folder(folder: Path, streaming: bool) -> DatasetDict | Dataset:
     try:
-        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        is_saved = (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+        files = {} if is_saved else _parquet_files(folder)
+        if streaming and not files and (is_saved or any(folder.glob("*_captions.csv"))):
+            raise UserError(STORED.format(f"dataset folder '{folder}'"))
+        if is_saved:
             states = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("*/state.json")}
             _refuse_empty_splits(folder, {split: len(state["_data_files"]) for split, state in states.items()})
             return load_from_disk(str(folder))
-        if files := _parquet_files(folder):
+        if files:
             counts = {split: sum(read_metadata(path).num_rows for path in paths) for split, paths in files.items()}
             _refuse_empty_splits(folder, counts)
-            return load_dataset("parquet", data_files=files)
+            return index_shards(files) if streaming else load_dataset("parquet", data_files=files)
         if any(folder.glob("*_captions.csv")):
             return _load_zenodo(folder)
     except UserError:
@@ -156,10 +164,12 @@ def _parquet_files(folder: Path) -> dict[str, list[str]]:
     return files
 
 
-def _load_from_hub(name: str, revision: str | None) -> DatasetDict:
+def _load_from_hub(name: str, revision: str | None, streaming: bool) -> DatasetDict:
     logger.info("Loading dataset '%s' from the Hub", name)
     try:
-        return load_dataset(name, revision=revision)
+        return index_shards(hub_shards(name, revision)) if streaming else load_dataset(name, revision=revision)
+    except UserError:
+        raise
     except Exception as error:  # the Hub client raises errors of many unrelated classes
         at = f" at revision '{revision}'" if revision else ""
         hint = did_you_mean(name, ["phantoms", "eltorio/ROCOv2-radiology"])
@@ -177,7 +187,7 @@ def _checked_columns(rows: Dataset, name: str, split: str) -> Dataset:
         )
     rows = rows.select_columns([c for c in (*REQUIRED_COLUMNS, "cui") if c in rows.column_names])
     try:
-        return rows.cast_column("image", Image(decode=False))
+        return rows if is_streamed(rows) else rows.cast_column("image", Image(decode=False))
     except Exception as error:  # pyarrow's classes again
         raise UserError(
             f"dataset '{name}', split '{split}': column 'image' holds no images: {_one_line(error)}"
@@ -264,6 +274,7 @@ def check_rows(
     max_rejected_fraction: float,
     rejected_file: str | os.PathLike,
     num_proc: int | None = None,
+    unopened: Sequence[str] = (),
 ) -> DatasetDict:
     """Decode every image once and mark the rows that cannot be used: in `rejected`, with the reason.
 
@@ -272,6 +283,7 @@ def check_rows(
         max_rejected_fraction: of each split, from 0 to 1.
         rejected_file: where the marked rows are listed, one JSON object a line.
         num_proc: processes; the result is cached by `datasets`.
+        unopened: splits whose texts alone are checked, because their images are streamed into the training.
 
     Returns:
         The same rows with the columns `image` and those of `CLEAN_COLUMNS`.
@@ -284,13 +296,15 @@ def check_rows(
     for split, rows in dataset.items():
         if not len(rows):
             raise UserError(f"split '{split}' is empty; add rows or leave it out")
-    checked = DatasetDict({split: _check_split(rows, split, num_proc) for split, rows in dataset.items()})
+    checked = DatasetDict(
+        {split: _check_split(rows, split, num_proc, split not in unopened) for split, rows in dataset.items()}
+    )
     reasons = {split: list(enumerate(rows["rejected"])) for split, rows in checked.items()}
     with open(rejected_file, "w", encoding="utf-8") as file:
         for split, rows in checked.items():
             for row, reason in reasons[split]:
                 if reason:
-                    entry = {"split": split, "row": row, "image_id": rows[row]["image_id"], "reason": reason}
+                    entry = {"split": split, "row": row, "image_id": rows["image_id"][row], "reason": reason}
                     file.write(json.dumps(entry, ensure_ascii=False) + "\n")
     for split, rows in checked.items():
         counts = Counter(reason.split(":")[0] for _, reason in reasons[split] if reason)
@@ -323,12 +337,13 @@ def usable(rows: Dataset, max_samples: int | None = None) -> Dataset:
     return rows.select(keep[:max_samples]).remove_columns("rejected")
 
 
-def _check_split(rows: Dataset, split: str, num_proc: int | None) -> Dataset:
+def _check_split(rows: Dataset, split: str, num_proc: int | None, open_images: bool) -> Dataset:
     columns = rows.column_names
     checked = rows.map(
         _check_batch,
         batched=True,
         batch_size=CHECK_BATCH_SIZE,
+        fn_kwargs={"open_images": open_images},
         num_proc=num_proc,
         remove_columns=columns,
         features=CLEAN_COLUMNS,
@@ -337,24 +352,26 @@ def _check_split(rows: Dataset, split: str, num_proc: int | None) -> Dataset:
     return concatenate_datasets([rows.select_columns("image"), _mark_repeated(checked)], axis=1)
 
 
-def _check_batch(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+def _check_batch(batch: dict[str, list[Any]], open_images: bool) -> dict[str, list[Any]]:
     clean: dict[str, list[Any]] = {column: [] for column in CLEAN_COLUMNS}
-    cuis = batch.get("cui") or [None] * len(batch["image"])
-    for image, image_id, caption, cui in zip(batch["image"], batch["image_id"], batch["caption"], cuis, strict=True):
+    cuis = batch.get("cui") or [None] * len(batch["image_id"])
+    images = batch["image"] if open_images else [None] * len(batch["image_id"])
+    for image, image_id, caption, cui in zip(images, batch["image_id"], batch["caption"], cuis, strict=True):
         clean["image_id"].append("" if image_id is None else str(image_id))
         clean["caption"].append("" if caption is None else str(caption))
         clean["cui"].append(_clean_cui(cui))
-        clean["rejected"].append(_reason_to_reject(image, clean["image_id"][-1], clean["caption"][-1]))
+        clean["rejected"].append(_reason_to_reject(image, clean["image_id"][-1], clean["caption"][-1], open_images))
     return clean
 
 
-def _reason_to_reject(image: dict[str, Any] | None, image_id: str, caption: str) -> str | None:
+def _reason_to_reject(image: dict[str, Any] | None, image_id: str, caption: str, open_images: bool) -> str | None:
     if not image_id.strip():
         return "blank image_id"
     if _is_blank(caption):
         return "blank caption"
     try:
-        open_image(image)
+        if open_images:
+            open_image(image)
     except ValueError as error:
         return f"unreadable image: {error}"
     return None
