@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import (
     Dataset,
     DatasetDict,
@@ -61,6 +62,7 @@ CLEAN_COLUMNS = Features(
 )
 REQUIRED_COLUMNS = ("image", "image_id", "caption")
 CHECK_BATCH_SIZE = 64  # rows whose images are in memory at once
+COLUMN_BATCH_SIZE = 1000  # rows of which a text column is in memory at once
 
 
 # --- Sources --------------------------------------------------------------------------------------------------
@@ -299,15 +301,16 @@ def check_rows(
     checked = DatasetDict(
         {split: _check_split(rows, split, num_proc, split not in unopened) for split, rows in dataset.items()}
     )
-    reasons = {split: list(enumerate(rows["rejected"])) for split, rows in checked.items()}
+    reasons: dict[str, Counter[str]] = {split: Counter() for split in checked}
     with open(rejected_file, "w", encoding="utf-8") as file:
         for split, rows in checked.items():
-            for row, reason in reasons[split]:
+            for row, (image_id, reason) in enumerate(_columns(rows, "image_id", "rejected")):
                 if reason:
-                    entry = {"split": split, "row": row, "image_id": rows["image_id"][row], "reason": reason}
+                    entry = {"split": split, "row": row, "image_id": image_id, "reason": reason}
                     file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                    reasons[split][reason.split(":")[0]] += 1
     for split, rows in checked.items():
-        counts = Counter(reason.split(":")[0] for _, reason in reasons[split] if reason)
+        counts = reasons[split]
         number = counts.total()
         if number == len(rows):
             raise UserError(f"split '{split}' has no usable row out of {len(rows)}; see {rejected_file}")
@@ -333,7 +336,7 @@ def texts(rows: Dataset) -> tuple[list[str], list[list[str]]]:
 
 def usable(rows: Dataset, max_samples: int | None = None) -> Dataset:
     """Return the first `max_samples` rows (default: all) that `check_rows` did not mark."""
-    keep = [row for row, reason in enumerate(rows["rejected"]) if not reason]
+    keep = np.flatnonzero(np.fromiter((not reason for (reason,) in _columns(rows, "rejected")), bool, len(rows)))
     return rows.select(keep[:max_samples]).remove_columns("rejected")
 
 
@@ -391,19 +394,33 @@ def _clean_cui(cui: list[str] | str | None) -> list[str]:
 
 def _mark_repeated(checked: Dataset) -> Dataset:
     """Mark each usable row whose `image_id` an earlier usable row of the split has."""
+    hashes = _hashes(checked)
+    values, counts = np.unique(hashes, return_counts=True)
+    suspects = np.isin(hashes, values[counts > 1])  # only of these, few, the ids themselves are remembered
     seen: set[str] = set()
     rejected = []
-    for image_id, reason in zip(checked["image_id"], checked["rejected"], strict=True):
+    for suspect, (image_id, reason) in zip(suspects, _columns(checked, "image_id", "rejected"), strict=True):
         rejected.append("repeated image_id" if reason is None and image_id in seen else reason)
-        if reason is None:
+        if reason is None and suspect:
             seen.add(image_id)
     return checked.remove_columns("rejected").add_column("rejected", rejected, feature=Value("string"))
 
 
+def _columns(rows: Dataset, *names: str) -> Iterator[tuple[Any, ...]]:
+    """Yield the values of some columns row by row; in memory are no more than `COLUMN_BATCH_SIZE` of them."""
+    for batch in rows.select_columns(list(names)).iter(COLUMN_BATCH_SIZE):
+        yield from zip(*(batch[name] for name in names), strict=True)
+
+
+def _hashes(rows: Dataset) -> np.ndarray:
+    """Return int64 `[N]` for the image ids: eight bytes a row, where a set of ids takes over a hundred."""
+    return np.fromiter((hash(image_id) for (image_id,) in _columns(rows, "image_id")), np.int64, len(rows))
+
+
 def _warn_of_leaks(checked: DatasetDict) -> None:
-    train = set(checked["train"]["image_id"]) if "train" in checked else set()
+    train = _hashes(checked["train"]) if "train" in checked else np.array([], dtype=np.int64)
     for split, rows in checked.items():
-        shared = len(train & set(rows["image_id"])) if split != "train" else 0
+        shared = len(np.intersect1d(train, _hashes(rows))) if split != "train" else 0
         if shared:
             logger.warning(
                 "%d image ids of split '%s' are in split 'train' too; if they are the same images, "

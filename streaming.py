@@ -38,7 +38,7 @@ logger = logging.getLogger("captioning.streaming")
 TEXT_COLUMNS = ("image_id", "caption", "cui")
 HUB = "hf://"
 READERS = 8  # shards whose texts are read at once: a read from the Hub is mostly waiting
-CACHE_BYTES = 256 * 2**20  # row groups that a process keeps; a single one that is larger is kept alone
+CACHE_BYTES = 256 * 2**20  # images that a process keeps; a single row group that is larger is kept alone
 WINDOW_GROUPS = 8  # row groups whose rows are mixed; on the Hub one holds 100 rows of ROCOv2
 FEW_UNREADABLE = 20  # images that may be unreadable whatever their share: the first batches are no sample
 STORED = "{} is no parquet, and only parquet is streamed; leave --streaming out: it needs no more memory"
@@ -209,7 +209,9 @@ with warnings.catch_warnings(action="ignore"):  # that it is experimental: requi
 
 
 class RowGroups:
-    """The images of the row groups that were read last, up to `CACHE_BYTES` by their parquet footers.
+    """The images of the row groups that were read last: a window, `WINDOW_GROUPS` and `CACHE_BYTES` at most.
+
+    Sizes are those of the parquet footers, by which `StreamingSampler` measures a window, too.
 
     Attributes:
         reads: how many row groups this process has read.
@@ -225,7 +227,9 @@ class RowGroups:
         if key in self._groups:
             self._groups.move_to_end(key)
             return self._groups[key][1]
-        while self._groups and size + sum(other for other, _ in self._groups.values()) > CACHE_BYTES:
+        while self._groups and (
+            len(self._groups) == WINDOW_GROUPS or size + sum(held for held, _ in self._groups.values()) > CACHE_BYTES
+        ):
             self._groups.popitem(last=False)
         self._groups[key] = (size, _read_images(file, group))
         self.reads += 1
