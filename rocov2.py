@@ -337,7 +337,9 @@ def texts(rows: Dataset) -> tuple[list[str], list[list[str]]]:
 def usable(rows: Dataset, max_samples: int | None = None) -> Dataset:
     """Return the first `max_samples` rows (default: all) that `check_rows` did not mark."""
     keep = np.flatnonzero(np.fromiter((not reason for (reason,) in _columns(rows, "rejected")), bool, len(rows)))
-    return rows.select(keep[:max_samples]).remove_columns("rejected")
+    keep = keep[:max_samples]
+    all_of_them = len(keep) and keep[-1] == len(keep) - 1  # a range needs no table of indices
+    return rows.select(range(len(keep)) if all_of_them else keep).remove_columns("rejected")
 
 
 def _check_split(rows: Dataset, split: str, num_proc: int | None, open_images: bool) -> Dataset:
@@ -352,7 +354,7 @@ def _check_split(rows: Dataset, split: str, num_proc: int | None, open_images: b
         features=CLEAN_COLUMNS,
         desc=f"Checking {split}",
     )
-    return concatenate_datasets([rows.select_columns("image"), _mark_repeated(checked)], axis=1)
+    return concatenate_datasets([rows.select_columns("image"), _mark_repeated(checked, split)], axis=1)
 
 
 def _check_batch(batch: dict[str, list[Any]], open_images: bool) -> dict[str, list[Any]]:
@@ -392,18 +394,34 @@ def _clean_cui(cui: list[str] | str | None) -> list[str]:
     return [concept for concept in concepts if concept and concept.lower() != "nan"]
 
 
-def _mark_repeated(checked: Dataset) -> Dataset:
+def _mark_repeated(checked: Dataset, split: str) -> Dataset:
     """Mark each usable row whose `image_id` an earlier usable row of the split has."""
     hashes = _hashes(checked)
     values, counts = np.unique(hashes, return_counts=True)
     suspects = np.isin(hashes, values[counts > 1])  # only of these, few, the ids themselves are remembered
     seen: set[str] = set()
-    rejected = []
-    for suspect, (image_id, reason) in zip(suspects, _columns(checked, "image_id", "rejected"), strict=True):
-        rejected.append("repeated image_id" if reason is None and image_id in seen else reason)
-        if reason is None and suspect:
+    repeated = []
+    for row, (suspect, (image_id, reason)) in enumerate(
+        zip(suspects, _columns(checked, "image_id", "rejected"), strict=True)
+    ):
+        if suspect and reason is None:
+            repeated += [row] if image_id in seen else []
             seen.add(image_id)
-    return checked.remove_columns("rejected").add_column("rejected", rejected, feature=Value("string"))
+    # In larger batches, too: each one that a table was written in costs kilobytes, for as long as it is open
+    return checked.map(
+        _mark_batch,
+        with_indices=True,
+        batched=True,
+        batch_size=COLUMN_BATCH_SIZE,
+        fn_kwargs={"repeated": set(repeated)},
+        features=CLEAN_COLUMNS,
+        desc=f"Seeking repeated ids in {split}",
+    )
+
+
+def _mark_batch(batch: dict[str, list[Any]], rows: list[int], repeated: set[int]) -> dict[str, list[Any]]:
+    reasons = zip(rows, batch["rejected"], strict=True)
+    return {"rejected": ["repeated image_id" if row in repeated else reason for row, reason in reasons]}
 
 
 def _columns(rows: Dataset, *names: str) -> Iterator[tuple[Any, ...]]:
