@@ -132,6 +132,14 @@ def test_checks_are_those_of_the_stored_set(tmp_path, reads):
         found.append(file.read_text())
     assert found[0] == found[1] and found[0].count("\n") == 4
     assert len(reads()) == 4, "each row group once"
+    again = "import sys, rocov2, streaming; rows = rocov2.load_rocov2(sys.argv[1], streaming=True); "
+    again += "rocov2.check_rows(rows, 1.0, sys.argv[2]); assert not streaming.ROW_GROUPS.reads"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    arguments = [str(tmp_path / "set"), str(tmp_path / "again.jsonl")]
+    subprocess.run(
+        [sys.executable, "-c", again, *arguments], check=True, env=environment
+    )  # the second of two processes
+    assert (tmp_path / "again.jsonl").read_text() == found[0]
 
 
 def test_a_changed_shard_is_indexed_anew(tmp_path):
@@ -413,6 +421,21 @@ def test_an_unreadable_training_image_teaches_nothing_and_is_listed_once(config_
     assert all(np.isfinite(losses))
     weights = load_file(tmp_path / "run" / "model.safetensors")
     assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+def test_a_batch_of_unreadable_images_has_no_loss_and_no_gradient(make_trainer, splits):
+    trainer = make_trainer()
+    found = []
+    trainer.data_collator.unreadable = lambda image_id, reason: found.append(image_id)
+    batch = trainer.data_collator(
+        [row | {"image": {"bytes": b"", "path": None}} for row in splits["train"].select([3, 5])]
+    )
+    assert found == splits["train"]["image_id"][3:6:2]
+    for number in (None, torch.tensor(0), torch.tensor(7)):
+        loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=number)
+        assert loss == 0
+        loss.backward()
+        assert all(not p.grad.any() for p in trainer.model.parameters() if p.grad is not None)
 
 
 def test_too_many_unreadable_images_end_the_run_in_one_line(config_file, sharded, tmp_path):
