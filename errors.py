@@ -17,7 +17,8 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
         main()
         sys.stdout.flush()
     except UserError as error:
-        message = " ".join(str(error).split())
+        # From a worker of a DataLoader it comes with the text of its trace before it
+        message = " ".join(str(error).rsplit("UserError: ", 1)[-1].split())
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # `... | head` has read enough; Python would say so again when it closes the stream

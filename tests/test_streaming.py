@@ -26,7 +26,7 @@ import rocov2
 import run_captioning
 import streaming
 from arguments import CaptioningArguments
-from errors import UserError
+from errors import UserError, exit_on_user_error
 from streaming import ROW_GROUPS, StreamingSampler, UnreadableImages
 
 
@@ -185,6 +185,17 @@ def test_a_column_that_holds_no_images_and_a_shard_that_is_gone_are_told(tmp_pat
     path.unlink()
     with pytest.raises(UserError, match=r"test-0.parquet' can no longer be read: FileNotFoundError.*--resume_from"):
         rows[0]
+
+
+def test_a_worker_tells_a_shard_that_is_gone_in_one_line_too(tmp_path, capfd):
+    write_shards(make_rows(4), tmp_path / "data", "test")
+    rows = rocov2.load_rocov2(str(tmp_path), streaming=True)["test"]
+    shutil.rmtree(tmp_path / "data")
+    capfd.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        exit_on_user_error(lambda: list(DataLoader(rows, num_workers=1)))
+    error = capfd.readouterr().err
+    assert error.startswith("error: '") and error.count("\n") == 1 and "Traceback" not in error
 
 
 # --- Order ----------------------------------------------------------------------------------------------------
