@@ -26,7 +26,7 @@ lock: .venv/tools
 	grep '^#' requirements.lock > .venv/lock.head
 	.venv/tools-env/bin/pip-compile --quiet --generate-hashes --strip-extras --no-annotate --no-header \
 		--no-emit-index-url --no-emit-find-links --unsafe-package torch --output-file .venv/lock.body requirements.txt
-	sed '/^# WARNING/,$$d' .venv/lock.body | cat .venv/lock.head - > requirements.lock
+	sed -e '/^# WARNING/,$$d' -e '/^$$/d' .venv/lock.body | cat .venv/lock.head - > requirements.lock
 
 # Known vulnerabilities of what is locked, and of PyTorch.
 audit: .venv/tools

@@ -90,6 +90,10 @@ class DataArguments:
         metadata={"help": "Hub id, folder (save_to_disk, parquet or Zenodo layout), or 'phantoms'."},
     )
     dataset_revision: str | None = field(default=None, metadata={"help": "Commit, branch or tag of a Hub id."})
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read images when they are needed, from the Hub or parquet shards; nothing is downloaded."},
+    )
     max_caption_length: int = field(
         default=64, metadata={"help": "WordPieces of a training caption, [DEC], prompt and [SEP] included."}
     )

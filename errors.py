@@ -38,7 +38,8 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
         main()
         sys.stdout.flush()
     except UserError as error:
-        _tell(str(error))
+        # From a worker of a DataLoader it comes with the text of its trace before it
+        _tell(str(error).rsplit("UserError: ", 1)[-1])
         sys.exit(getattr(error, "exit_status", 2))
     except BrokenPipeError:  # `... | head` has read enough; Python would say so again when it closes the stream
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -21,10 +21,11 @@ import unicodedata
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import (
     Dataset,
     DatasetDict,
@@ -44,6 +45,7 @@ from errors import UserError, did_you_mean, exit_on_user_error
 from hub import pin_revision
 from phantoms import load_phantoms
 from predictions import write_whole
+from streaming import STORED, hub_shards, index_shards, is_streamed
 
 
 logger = logging.getLogger("captioning.rocov2")
@@ -64,35 +66,39 @@ REQUIRED_COLUMNS = ("image", "image_id", "caption")
 CHECK_BATCH_SIZE = 64  # rows whose images are in memory at once
 MAX_CAPTION = 100_000  # characters; ROCOv2's longest has about 7,000
 MAX_MEMBER = 2**28  # bytes of an image in a zip
+COLUMN_BATCH_SIZE = 1000  # rows of which a text column is in memory at once
 
 
 # --- Sources --------------------------------------------------------------------------------------------------
 
 
-def load_rocov2(name: str, revision: str | None = None) -> DatasetDict:
+def load_rocov2(name: str, revision: str | None = None, streaming: bool = False) -> DatasetDict:
     """Load a source into those of the splits `train`, `validation`, `test` that it has, rows as they are.
 
     Args:
         name: a Hub id; a folder made by `save_to_disk`; a folder of parquet files named by split; a folder in
             the layout of Zenodo record 10821435, its zips extracted or not; or `phantoms`.
         revision: commit, branch or tag, for a Hub id.
+        streaming: read the images of parquet shards, in a folder or on the Hub, when they are needed.
 
     Returns:
         Splits with at least the columns `image` (undecoded: the collator does it), `image_id` and `caption`.
 
     Raises:
-        UserError: the source does not exist, cannot be read, or lacks a column.
+        UserError: the source does not exist, cannot be read, cannot be streamed, or lacks a column.
     """
     if name == "phantoms":
+        if streaming:
+            raise UserError(STORED.format("dataset 'phantoms'"))
         splits = load_phantoms()
     elif os.path.isdir(name):
-        splits = _load_folder(Path(name))
+        splits = _load_folder(Path(name), streaming)
     elif os.path.exists(name):
         raise UserError(f"dataset '{name}' is a file; give the folder that holds it")
     elif _is_local(name):
         raise UserError(f"dataset folder '{name}' does not exist; set --dataset_name")
     else:
-        splits = _load_from_hub(name, revision)
+        splits = _load_from_hub(name, revision, streaming)
     if not isinstance(splits, DatasetDict):
         raise UserError(f"dataset '{name}' is a single split; save a DatasetDict of {', '.join(SPLITS)}")
     named = Counter(SPLIT_NAMES.get(split, split) for split in splits)
@@ -117,16 +123,20 @@ def _is_local(name: str) -> bool:
     return name == "phantoms" or os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
-def _load_folder(folder: Path) -> DatasetDict | Dataset:
+def _load_folder(folder: Path, streaming: bool) -> DatasetDict | Dataset:
     try:
-        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        is_saved = (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+        files = {} if is_saved else _parquet_files(folder)
+        if streaming and not files and (is_saved or any(folder.glob("*_captions.csv"))):
+            raise UserError(STORED.format(f"dataset folder '{folder}'"))
+        if is_saved:
             states = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("*/state.json")}
             _refuse_empty_splits(folder, {split: len(state["_data_files"]) for split, state in states.items()})
             return load_from_disk(str(folder))
-        if files := _parquet_files(folder):
+        if files:
             counts = {split: sum(read_metadata(path).num_rows for path in paths) for split, paths in files.items()}
             _refuse_empty_splits(folder, counts)
-            return load_dataset("parquet", data_files=files)
+            return index_shards(files) if streaming else load_dataset("parquet", data_files=files)
         if any(folder.glob("*_captions.csv")):
             return _load_zenodo(folder)
     except UserError:
@@ -160,10 +170,12 @@ def _parquet_files(folder: Path) -> dict[str, list[str]]:
     return files
 
 
-def _load_from_hub(name: str, revision: str | None) -> DatasetDict:
+def _load_from_hub(name: str, revision: str | None, streaming: bool) -> DatasetDict:
     logger.info("Loading dataset '%s' from the Hub", name)
     try:
-        return load_dataset(name, revision=revision)
+        return index_shards(hub_shards(name, revision)) if streaming else load_dataset(name, revision=revision)
+    except UserError:
+        raise
     except Exception as error:  # the Hub client raises errors of many unrelated classes
         at = f" at revision '{revision}'" if revision else ""
         hint = did_you_mean(name, ["phantoms", "eltorio/ROCOv2-radiology"])
@@ -181,7 +193,7 @@ def _checked_columns(rows: Dataset, name: str, split: str) -> Dataset:
         )
     rows = rows.select_columns([c for c in (*REQUIRED_COLUMNS, "cui") if c in rows.column_names])
     try:
-        return rows.cast_column("image", Image(decode=False))
+        return rows if is_streamed(rows) else rows.cast_column("image", Image(decode=False))
     except Exception as error:  # pyarrow's classes again
         raise UserError(
             f"dataset '{name}', split '{split}': column 'image' holds no images: {_one_line(error)}"
@@ -283,6 +295,7 @@ def check_rows(
     max_rejected_fraction: float,
     rejected_file: str | os.PathLike | None,
     num_proc: int | None = None,
+    unopened: Sequence[str] = (),
 ) -> DatasetDict:
     """Decode every image once and mark the rows that cannot be used: in `rejected`, with the reason.
 
@@ -291,6 +304,7 @@ def check_rows(
         max_rejected_fraction: of each split, from 0 to 1.
         rejected_file: where the marked rows are listed, one JSON object a line; None lists them nowhere.
         num_proc: processes; the result is cached by `datasets`.
+        unopened: splits whose texts alone are checked, because their images are streamed into the training.
 
     Returns:
         The same rows with the columns `image` and those of `CLEAN_COLUMNS`.
@@ -303,19 +317,21 @@ def check_rows(
     for split, rows in dataset.items():
         if not len(rows):
             raise UserError(f"split '{split}' is empty; add rows or leave it out")
-    checked = DatasetDict({split: _check_split(rows, split, num_proc) for split, rows in dataset.items()})
-    reasons = {split: list(enumerate(rows["rejected"])) for split, rows in checked.items()}
+    checked = DatasetDict(
+        {split: _check_split(rows, split, num_proc, split not in unopened) for split, rows in dataset.items()}
+    )
     listed = f"see {rejected_file or 'rejected.jsonl'}"
+    reasons: dict[str, Counter[str]] = {split: Counter() for split in checked}
+    entries = []  # only of what is left out, which is little, or the end of the run
+    for split, rows in checked.items():
+        for row, (image_id, reason) in enumerate(_columns(rows, "image_id", "rejected")):
+            if reason:
+                entries.append({"split": split, "row": row, "image_id": image_id, "reason": reason})
+                reasons[split][reason.split(":")[0]] += 1
     if rejected_file is not None:
-        entries = [
-            {"split": split, "row": row, "image_id": rows[row]["image_id"], "reason": reason}
-            for split, rows in checked.items()
-            for row, reason in reasons[split]
-            if reason
-        ]
         write_whole(Path(rejected_file), "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
     for split, rows in checked.items():
-        counts = Counter(reason.split(":")[0] for _, reason in reasons[split] if reason)
+        counts = reasons[split]
         number = counts.total()
         if number == len(rows):
             raise UserError(f"split '{split}' has no usable row out of {len(rows)}; {listed}")
@@ -341,36 +357,40 @@ def texts(rows: Dataset) -> tuple[list[str], list[list[str]]]:
 
 def usable(rows: Dataset, max_samples: int | None = None) -> Dataset:
     """Return the first `max_samples` rows (default: all) that `check_rows` did not mark."""
-    keep = [row for row, reason in enumerate(rows["rejected"]) if not reason]
-    return rows.select(keep[:max_samples]).remove_columns("rejected")
+    keep = np.flatnonzero(np.fromiter((not reason for (reason,) in _columns(rows, "rejected")), bool, len(rows)))
+    keep = keep[:max_samples]
+    all_of_them = len(keep) and keep[-1] == len(keep) - 1  # a range needs no table of indices
+    return rows.select(range(len(keep)) if all_of_them else keep).remove_columns("rejected")
 
 
-def _check_split(rows: Dataset, split: str, num_proc: int | None) -> Dataset:
+def _check_split(rows: Dataset, split: str, num_proc: int | None, open_images: bool) -> Dataset:
     columns = rows.column_names
     checked = rows.map(
         _check_batch,
         batched=True,
         batch_size=CHECK_BATCH_SIZE,
+        fn_kwargs={"open_images": open_images},
         num_proc=num_proc,
         remove_columns=columns,
         features=CLEAN_COLUMNS,
         desc=f"Checking {split}",
     )
-    return concatenate_datasets([rows.select_columns("image"), _mark_repeated(checked)], axis=1)
+    return concatenate_datasets([rows.select_columns("image"), _mark_repeated(checked, split)], axis=1)
 
 
-def _check_batch(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+def _check_batch(batch: dict[str, list[Any]], open_images: bool) -> dict[str, list[Any]]:
     clean: dict[str, list[Any]] = {column: [] for column in CLEAN_COLUMNS}
-    cuis = batch.get("cui") or [None] * len(batch["image"])
-    for image, image_id, caption, cui in zip(batch["image"], batch["image_id"], batch["caption"], cuis, strict=True):
+    cuis = batch.get("cui") or [None] * len(batch["image_id"])
+    images = batch["image"] if open_images else [None] * len(batch["image_id"])
+    for image, image_id, caption, cui in zip(images, batch["image_id"], batch["caption"], cuis, strict=True):
         clean["image_id"].append("" if image_id is None else str(image_id))
         clean["caption"].append("" if caption is None else str(caption))
         clean["cui"].append(_clean_cui(cui))
-        clean["rejected"].append(_reason_to_reject(image, clean["image_id"][-1], clean["caption"][-1]))
+        clean["rejected"].append(_reason_to_reject(image, clean["image_id"][-1], clean["caption"][-1], open_images))
     return clean
 
 
-def _reason_to_reject(image: dict[str, Any] | None, image_id: str, caption: str) -> str | None:
+def _reason_to_reject(image: dict[str, Any] | None, image_id: str, caption: str, open_images: bool) -> str | None:
     if not image_id.strip():
         return "blank image_id"
     if _is_blank(caption):
@@ -378,7 +398,8 @@ def _reason_to_reject(image: dict[str, Any] | None, image_id: str, caption: str)
     if len(caption) > MAX_CAPTION:
         return "overlong caption"
     try:
-        open_image(image)
+        if open_images:
+            open_image(image)
     except ValueError as error:
         return f"unreadable image: {error}"
     return None
@@ -396,21 +417,51 @@ def _clean_cui(cui: list[str] | str | None) -> list[str]:
     return [concept for concept in concepts if concept and concept.lower() != "nan"]
 
 
-def _mark_repeated(checked: Dataset) -> Dataset:
+def _mark_repeated(checked: Dataset, split: str) -> Dataset:
     """Mark each usable row whose `image_id` an earlier usable row of the split has."""
+    hashes = _hashes(checked)
+    values, counts = np.unique(hashes, return_counts=True)
+    suspects = np.isin(hashes, values[counts > 1])  # only of these, few, the ids themselves are remembered
     seen: set[str] = set()
-    rejected = []
-    for image_id, reason in zip(checked["image_id"], checked["rejected"], strict=True):
-        rejected.append("repeated image_id" if reason is None and image_id in seen else reason)
-        if reason is None:
+    repeated = []
+    for row, (suspect, (image_id, reason)) in enumerate(
+        zip(suspects, _columns(checked, "image_id", "rejected"), strict=True)
+    ):
+        if suspect and reason is None:
+            repeated += [row] if image_id in seen else []
             seen.add(image_id)
-    return checked.remove_columns("rejected").add_column("rejected", rejected, feature=Value("string"))
+    # In larger batches, too: each one that a table was written in costs kilobytes, for as long as it is open
+    return checked.map(
+        _mark_batch,
+        with_indices=True,
+        batched=True,
+        batch_size=COLUMN_BATCH_SIZE,
+        fn_kwargs={"repeated": set(repeated)},
+        features=CLEAN_COLUMNS,
+        desc=f"Seeking repeated ids in {split}",
+    )
+
+
+def _mark_batch(batch: dict[str, list[Any]], rows: list[int], repeated: set[int]) -> dict[str, list[Any]]:
+    reasons = zip(rows, batch["rejected"], strict=True)
+    return {"rejected": ["repeated image_id" if row in repeated else reason for row, reason in reasons]}
+
+
+def _columns(rows: Dataset, *names: str) -> Iterator[tuple[Any, ...]]:
+    """Yield the values of some columns row by row; in memory are no more than `COLUMN_BATCH_SIZE` of them."""
+    for batch in rows.select_columns(list(names)).iter(COLUMN_BATCH_SIZE):
+        yield from zip(*(batch[name] for name in names), strict=True)
+
+
+def _hashes(rows: Dataset) -> np.ndarray:
+    """Return int64 `[N]` for the image ids: eight bytes a row, where a set of ids takes over a hundred."""
+    return np.fromiter((hash(image_id) for (image_id,) in _columns(rows, "image_id")), np.int64, len(rows))
 
 
 def _warn_of_leaks(checked: DatasetDict) -> None:
-    train = set(checked["train"]["image_id"]) if "train" in checked else set()
+    train = _hashes(checked["train"]) if "train" in checked else np.array([], dtype=np.int64)
     for split, rows in checked.items():
-        shared = len(train & set(rows["image_id"])) if split != "train" else 0
+        shared = len(np.intersect1d(train, _hashes(rows))) if split != "train" else 0
         if shared:
             logger.warning(
                 "%d image ids of split '%s' are in split 'train' too; if they are the same images, "

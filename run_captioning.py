@@ -36,6 +36,7 @@ from output_folder import prepare_output_dir, write_recipe
 from report import draw_training_curve, summary
 from results import keep_split, training_for_floors, write_page
 from scoring import Training
+from streaming import UnreadableImages
 from trainer import CaptioningTrainer
 
 
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     write_recipe(model_args, data_args, args)
     repository = open_repository(args)
     with as_user_error("the Trainer cannot be set up with these arguments"):
-        trainer = make_trainer(model, processor, splits, prompt_ids, args, repository)
+        trainer = make_trainer(model, processor, splits, prompt_ids, data_args, args, repository)
     metrics: dict[str, float] = {}
     if args.do_train:
         metrics |= train(trainer, checkpoint)
@@ -109,7 +110,7 @@ def load_data(model_args: ModelArguments, data_args: DataArguments, args: Captio
     learns_tokenizer = model_args.config_name is not None and model_args.tokenizer_name is None
     needed = [split for split, wanted in stages.items() if wanted or (split == "train" and learns_tokenizer)]
     data_args.dataset_revision = rocov2.dataset_commit(data_args.dataset_name, data_args.dataset_revision)
-    dataset = rocov2.load_rocov2(data_args.dataset_name, data_args.dataset_revision)
+    dataset = rocov2.load_rocov2(data_args.dataset_name, data_args.dataset_revision, data_args.streaming)
     for split in needed:
         if split not in dataset:
             stage = {"train": "do_train", "validation": "do_eval", "test": "do_predict"}[split]
@@ -179,8 +180,9 @@ def prepare_data(
             del dataset["train"]
     num_proc = data_args.preprocessing_num_workers
     rejected_file = Path(args.output_dir) / "rejected.jsonl"
+    unopened = ["train"] if data_args.streaming and args.do_train else []  # `UnreadableImages` sees to them
     checked = rocov2.check_rows(
-        dataset, data_args.max_rejected_fraction, rejected_file if args.should_save else None, num_proc
+        dataset, data_args.max_rejected_fraction, rejected_file if args.should_save else None, num_proc, unopened
     )
     tokenised = rocov2.tokenise(checked, processor.tokenizer, data_args.max_caption_length, prompt_ids, num_proc)
     limits = data_args.max_samples()
@@ -195,21 +197,28 @@ def make_trainer(
     processor: BlipProcessor,
     splits: DatasetDict,
     prompt_ids: list[int],
+    data_args: DataArguments,
     args: CaptioningArguments,
     repository: Repository | None = None,
 ) -> CaptioningTrainer:
     """Wire model, data and collator together; training and generation start from the same `[DEC]` and prompt."""
     bos_token_id = model.config.text_config.bos_token_id
+    collator = CaptioningCollator(processor, bos_token_id, len(prompt_ids), is_fast(model), with_ids=True)
+    callbacks = [PushCheckpoints(repository)] if repository else []
+    if data_args.streaming:
+        unreadable = UnreadableImages(data_args.max_rejected_fraction, Path(args.output_dir) / "rejected.jsonl")
+        collator.unreadable = unreadable.add
+        callbacks.append(unreadable)
     return CaptioningTrainer(
         model=model,
         args=args,
         processing_class=processor,
-        data_collator=CaptioningCollator(processor, bos_token_id, len(prompt_ids), is_fast(model), with_ids=True),
+        data_collator=collator,
         train_dataset=splits.get("train"),
         eval_dataset=splits.get("validation"),
         start_ids=[bos_token_id, *prompt_ids],
         decoding=args.decoding(),
-        callbacks=[PushCheckpoints(repository)] if repository else [],
+        callbacks=callbacks,
     )
 
 

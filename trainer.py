@@ -26,6 +26,7 @@ from model_card import push, write_model_card
 from predictions import write_whole
 from safeguards import StopOnSigterm, full_is_user_error, loss_is_no_number
 from sharding import PaddedRows, PaddedSampler
+from streaming import SetEpoch, StreamingSampler, is_streamed
 
 
 logger = logging.getLogger("captioning.trainer")
@@ -88,14 +89,27 @@ class CaptioningTrainer(Seq2SeqTrainer):
         num_tokens = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
         if num_items_in_batch is None:
             num_items_in_batch = num_tokens
-        if self.args.world_size > 1 and not num_tokens:
-            # Blank rows alone, whose mean loss is no number; this one takes part in the exchange of gradients
+        if not num_tokens:
+            # Blank rows or unreadable images alone, whose mean loss is no number: this one takes part in the exchange
+            # of gradients, and has none
             loss = outputs.logits.sum() * 0
             return (loss, outputs) if return_outputs else loss
         loss = outputs.loss * num_tokens / torch.as_tensor(num_items_in_batch, device=num_tokens.device).flatten()[0]
         if self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # the count is over all processes, which average gradients
         return (loss, outputs) if return_outputs else loss
+
+    def _get_train_sampler(self, train_dataset=None):
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if not is_streamed(rows) or self.args.train_sampling_strategy == "sequential":
+            return super()._get_train_sampler(train_dataset)
+        args = self.args
+        slots = args.world_size * max(1, args.dataloader_num_workers)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        sampler = StreamingSampler(rows, self._train_batch_size, slots, seed)
+        self.remove_callback(SetEpoch)  # of a training before
+        self.add_callback(SetEpoch(sampler))
+        return sampler
 
     def create_optimizer(self, *args, **kwargs):
         """Build the stock optimizer; arguments that it refuses are the user's."""

@@ -1,0 +1,375 @@
+"""Images that are read when they are needed, from parquet shards in a folder or on the Hub: `--streaming`.
+
+Of each shard the footer and the text columns are read once, into an ordinary `Dataset` that also says where each image
+lies. Its column `image` is a `StreamedImage`: whoever asks for the image of a row gets the bytes, and the row group
+that holds it is read for that, and kept for the rows that follow; whoever asks for another column reads no image. So
+checks, tokens, floors and the Trainer work as on data that is stored, with a known number of rows.
+
+`StreamingSampler` shuffles so that a row group is read once an epoch, by one worker of one process.
+"""
+
+import json
+import logging
+import multiprocessing
+import os
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, DatasetDict, Features, Value, load_dataset_builder
+from datasets.features.features import register_feature
+from huggingface_hub import HfFileSystem
+from torch.utils.data import Sampler
+from transformers import TrainerCallback
+
+from errors import UserError
+
+
+logger = logging.getLogger("captioning.streaming")
+
+TEXT_COLUMNS = ("image_id", "caption", "cui")
+HUB = "hf://"
+READERS = 8  # shards whose texts are read at once: a read from the Hub is mostly waiting
+CACHE_BYTES = 256 * 2**20  # images that a process keeps; a single row group that is larger is kept alone
+WINDOW_GROUPS = 8  # row groups whose rows are mixed; on the Hub one holds 100 rows of ROCOv2
+FEW_UNREADABLE = 20  # images that may be unreadable whatever their share: the first batches are no sample
+STORED = "{} is no parquet, and only parquet is streamed; leave --streaming out: it needs no more memory"
+
+
+# --- Index ----------------------------------------------------------------------------------------------------
+
+
+def hub_shards(name: str, revision: str | None) -> dict[str, list[str]]:
+    """Return by split the addresses `hf://datasets/<id>@<commit>/<path>` of a Hub dataset's parquet files.
+
+    Raises:
+        UserError: the dataset is stored otherwise.
+    """
+    builder = load_dataset_builder(name, revision=revision)  # knows where a repository may keep which split
+    files = {str(split): list(paths) for split, paths in (builder.config.data_files or {}).items()}
+    if not files or not all(
+        path.startswith(HUB) and path.endswith(".parquet") for paths in files.values() for path in paths
+    ):
+        raise UserError(STORED.format(f"dataset '{name}'"))
+    return files
+
+
+def index_shards(shards: dict[str, list[str]]) -> DatasetDict:
+    """Return the rows of parquet shards: their texts, and an `image` that is read when it is asked for.
+
+    The index, some hundred bytes a row, is stored in the cache of `datasets`: it is memory-mapped, and the other
+    processes of a run, and the next run, find it there.
+
+    Args:
+        shards: by split, paths or addresses `hf://...`, which are read by byte ranges.
+
+    Raises:
+        UserError: a shard's column `image` holds no images.
+    """
+    splits = {}
+    for split, files in shards.items():
+        schema = _footer(files[0]).schema.to_arrow_schema()
+        _refuse_other_images(schema, files[0])
+        features = Features.from_arrow_schema(schema)
+        features = Features({column: features[column] for column in TEXT_COLUMNS if column in features})
+        if "image" in schema.names:
+            features["image"] = {name: Value(str(kind.type)) for name, kind in _fields(StreamedImage.pa_type)}
+        state = [_state(file) for file in files]
+        rows = Dataset.from_generator(
+            _index_rows, features=features, gen_kwargs={"files": tuple(files), "state": tuple(state)}, split=split
+        )
+        splits[split] = rows.cast_column("image", StreamedImage(list(files))) if "image" in schema.names else rows
+    return DatasetDict(splits)
+
+
+def is_streamed(rows: Any) -> bool:
+    """Tell whether the images of a split are read when they are needed."""
+    return isinstance(rows, Dataset) and isinstance(rows.features.get("image"), StreamedImage)
+
+
+def _fields(struct: pa.StructType) -> list[tuple[str, pa.Field]]:
+    return [(item.name, item) for item in struct]
+
+
+def _refuse_other_images(schema: pa.Schema, file: str) -> None:
+    if "image" not in schema.names:
+        return  # said by the check of the columns
+    kind = schema.field("image").type
+    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)) and not (
+        pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+    ):
+        raise UserError(f"'{file}': column 'image' holds no images but {kind}")
+
+
+def _state(file: str) -> str:
+    """Return what changes when a shard does; the address of one on the Hub holds its commit."""
+    if file.startswith(HUB):
+        return file
+    status = os.stat(file)
+    return f"{os.path.abspath(file)} {status.st_size} {status.st_mtime_ns}"
+
+
+def _index_rows(files: tuple[str, ...], state: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    largest = 0
+    with ThreadPoolExecutor(READERS) as pool:
+        for start in range(0, len(files), READERS):  # no more of them in memory
+            for shard, read in enumerate(pool.map(_read_index, files[start : start + READERS]), start):
+                for group, (size, texts) in enumerate(read):
+                    largest = max(largest, size)
+                    for row, text in enumerate(texts.to_pylist()):
+                        place = {"shard": shard, "row_group": group, "row": row, "group_bytes": size}
+                        yield text | {"image": place} if size else text
+    if largest > CACHE_BYTES:
+        logger.warning(
+            "%s: a row group holds %d MB of images, and each worker keeps one in memory; shards with row groups of "
+            "100 rows or so need less",
+            files[0],
+            largest / 1e6,
+        )
+
+
+def _read_index(file: str) -> list[tuple[int, pa.Table]]:
+    """Return for each row group of a shard the bytes of its images, and its texts."""
+    footer = _footer(file)
+    columns = [name for name in footer.schema.to_arrow_schema().names if name in TEXT_COLUMNS]
+    with _open(file) as source:
+        reader = pq.ParquetFile(source, metadata=footer, pre_buffer=True)  # joins the ranges of neighbouring columns
+        return [(_image_bytes(footer, i), reader.read_row_group(i, columns)) for i in range(footer.num_row_groups)]
+
+
+def _image_bytes(footer: pq.FileMetaData, group: int) -> int:
+    columns = (footer.row_group(group).column(i) for i in range(footer.num_columns))
+    return sum(c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] == "image")
+
+
+@lru_cache(maxsize=1024)
+def _footer(file: str) -> pq.FileMetaData:
+    with _open(file) as source:
+        return pq.read_metadata(source)
+
+
+def _open(file: str) -> Any:
+    """Open a shard anew: a handle or a connection that is shared with a forked worker would mix up their reads."""
+    if file.startswith(HUB):
+        # Each read is one request for its range: a cache would ask for more than is read
+        return HfFileSystem().open(file, "rb", cache_type="none")
+    return open(file, "rb")
+
+
+# --- Images ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class StreamedImage:
+    """A feature of `datasets`: stored is where an image lies, what is read is `{"bytes": ..., "path": ...}`.
+
+    That is what `datasets.Image(decode=False)` yields.
+
+    Args:
+        shards: paths or addresses `hf://...` of the parquet files that the stored numbers count.
+    """
+
+    shards: list[str]
+    id: str | None = field(default=None, repr=False)
+    dtype: ClassVar[str] = "dict"
+    pa_type: ClassVar[pa.StructType] = pa.struct(
+        {"shard": pa.int32(), "row_group": pa.int32(), "row": pa.int32(), "group_bytes": pa.int64()}
+    )
+    _type: str = field(default="StreamedImage", init=False, repr=False)
+
+    def __call__(self) -> pa.StructType:
+        """Return the type that is stored."""
+        return self.pa_type
+
+    def cast_storage(self, storage: pa.StructArray) -> pa.StructArray:
+        """Return the stored places as they are."""
+        return storage.cast(self.pa_type)
+
+    def decode_example(self, value: dict[str, int], token_per_repo_id: dict | None = None) -> dict[str, Any]:
+        """Read the image that lies at a stored place.
+
+        Raises:
+            UserError: the shard cannot be read; that is no fault of the image, and ends a run.
+        """
+        images = ROW_GROUPS.read(self.shards[value["shard"]], value["row_group"], value["group_bytes"])
+        image = images[value["row"]].as_py()
+        return image if isinstance(image, dict) else {"bytes": image, "path": None}
+
+
+with warnings.catch_warnings(action="ignore"):  # that it is experimental: requirements.txt pins the library
+    register_feature(StreamedImage, "StreamedImage")
+
+
+class RowGroups:
+    """The images of the row groups that were read last: a window, `WINDOW_GROUPS` and `CACHE_BYTES` at most.
+
+    Sizes are those of the parquet footers, by which `StreamingSampler` measures a window, too.
+
+    Attributes:
+        reads: how many row groups this process has read.
+    """
+
+    def __init__(self):
+        self._groups: OrderedDict[tuple[str, int], tuple[int, pa.ChunkedArray]] = OrderedDict()
+        self.reads = 0
+
+    def read(self, file: str, group: int, size: int) -> pa.ChunkedArray:
+        """Return the column `image` of a row group, whose images take `size` bytes."""
+        key = (file, group)
+        if key in self._groups:
+            self._groups.move_to_end(key)
+            return self._groups[key][1]
+        while self._groups and (
+            len(self._groups) == WINDOW_GROUPS or size + sum(held for held, _ in self._groups.values()) > CACHE_BYTES
+        ):
+            self._groups.popitem(last=False)
+        self._groups[key] = (size, _read_images(file, group))
+        self.reads += 1
+        return self._groups[key][1]
+
+
+ROW_GROUPS = RowGroups()
+
+
+def _read_images(file: str, group: int) -> pa.ChunkedArray:
+    try:
+        with _open(file) as source:
+            return pq.ParquetFile(source, metadata=_footer(file)).read_row_group(group, ["image"])["image"]
+    except Exception as error:  # of pyarrow, the operating system, the Hub's client
+        lines = str(error).strip().splitlines() or [""]
+        raise UserError(
+            f"'{file}' can no longer be read: {type(error).__name__}: {lines[0][:300]}; "
+            "go on by --resume_from_checkpoint true"
+        ) from error
+
+
+# --- Order ----------------------------------------------------------------------------------------------------
+
+
+class StreamingSampler(Sampler[int]):
+    """The rows of a streamed split in a random order that reads each row group once, by one worker of one process.
+
+    Batch j of all processes goes to process j mod P, and there its i-th batch to worker i mod W: to one of P x W
+    slots, j mod (P x W). Row groups are shuffled and dealt to the slots; a slot mixes the rows of a window of row
+    groups that fits in the memory of a worker. Only a row group on the border of two slots is read by both.
+
+    The order follows from seed and epoch alone, so that a resumed run skips rows without reading them.
+
+    Args:
+        rows: a streamed split.
+        batch_size: rows of a batch of one process.
+        slots: P x W; no worker counts as one.
+        seed: of the order, with the epoch.
+    """
+
+    def __init__(self, rows: Dataset, batch_size: int, slots: int, seed: int):
+        self.batch_size, self.slots, self.seed, self.epoch = batch_size, slots, seed, 0
+        places = rows.select_columns("image").with_format("arrow")[:]["image"].combine_chunks().flatten()
+        shard, group, _, size = (place.to_numpy() for place in places)
+        _, first, of_row = np.unique(shard.astype(np.int64) << 32 | group, return_index=True, return_inverse=True)
+        self._sizes = size[first]
+        self._rows = np.split(np.argsort(of_row, kind="stable"), np.cumsum(np.bincount(of_row))[:-1])
+
+    def __len__(self) -> int:
+        return sum(len(rows) for rows in self._rows)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch, counted from 0."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng((self.seed, self.epoch))
+        batches = -(-len(self) // self.batch_size)
+        rows_of_slot = [len(range(slot, batches, self.slots)) * self.batch_size for slot in range(self.slots)]
+        rows_of_slot[(batches - 1) % self.slots] -= batches * self.batch_size - len(self)
+        groups = rng.permutation(len(self._rows))
+        dealt = np.split(np.concatenate([self._rows[group] for group in groups]), np.cumsum(rows_of_slot)[:-1])
+        group_of_row = np.repeat(groups, [len(self._rows[group]) for group in groups])
+        labels = np.split(group_of_row, np.cumsum(rows_of_slot)[:-1])
+        mixed = [self._mix(rows, label, rng) for rows, label in zip(dealt, labels, strict=True)]
+        for batch in range(batches):
+            start = batch // self.slots * self.batch_size
+            yield from mixed[batch % self.slots][start : start + self.batch_size].tolist()
+
+    def _mix(self, rows: np.ndarray, groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Shuffle rows within windows of their row groups."""
+        starts = np.flatnonzero(np.diff(groups, prepend=-1))
+        borders, number, size = [], 0, 0
+        for start in starts.tolist():
+            own = int(self._sizes[groups[start]])
+            if number == WINDOW_GROUPS or (number and size + own > CACHE_BYTES):
+                borders.append(start)
+                number, size = 0, 0
+            number, size = number + 1, size + own
+        return np.concatenate([rng.permutation(window) for window in np.split(rows, borders)])
+
+
+class SetEpoch(TrainerCallback):
+    """Tell a sampler its epoch; after a resume the Trainer's own call ends at accelerate's wrappers."""
+
+    def __init__(self, sampler: StreamingSampler):
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        """Choose the order of the epoch that begins, or goes on."""
+        self.sampler.set_epoch(int(state.epoch))
+
+
+# --- Unreadable images ----------------------------------------------------------------------------------------
+
+
+class UnreadableImages(TrainerCallback):
+    """What becomes of training images that turn out unreadable when they come: no pass has looked at them before.
+
+    Such an image is told, counted over the workers of a process, and listed in `rejected.jsonl`; the collator has
+    nothing learnt from it. Too many of them end the run.
+
+    Args:
+        max_fraction: of the rows trained on so far, from 0 to 1; `FEW_UNREADABLE` images are always allowed.
+        rejected_file: list of the rows that cannot be used, one JSON object a line.
+    """
+
+    def __init__(self, max_fraction: float, rejected_file: str | os.PathLike):
+        self.max_fraction = max_fraction
+        self.rejected_file = Path(rejected_file)
+        self._count = multiprocessing.Value("q", 0)
+        self._first_step = 0
+
+    def add(self, image_id: str, reason: str) -> None:
+        """Note an image; called in whichever process collates it."""
+        logger.warning("Training image '%s' is left out: %s", image_id, reason)
+        line = json.dumps(
+            {"split": "train", "image_id": image_id, "reason": f"unreadable image: {reason}"}, ensure_ascii=False
+        )
+        with self._count.get_lock():
+            self._count.value += 1
+            known = self.rejected_file.read_text(encoding="utf-8") if self.rejected_file.exists() else ""
+            if line not in known.splitlines():  # it comes again in each epoch
+                with open(self.rejected_file, "a", encoding="utf-8") as file:
+                    file.write(line + "\n")
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Start to count."""
+        self._first_step, self._count.value = state.global_step, 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """End a run that has met too many.
+
+        Raises:
+            UserError: here, and not in a worker, whose errors arrive wrapped in the text of their trace.
+        """
+        steps = state.global_step - self._first_step
+        seen = steps * args.train_batch_size * args.gradient_accumulation_steps
+        if self._count.value > max(FEW_UNREADABLE, self.max_fraction * seen):
+            raise UserError(
+                f"split 'train': {self._count.value} of about {seen} images read cannot be used; see "
+                f"{self.rejected_file}, or raise --max_rejected_fraction above {self.max_fraction:g}"
+            )
