@@ -23,7 +23,7 @@ logger = logging.getLogger("captioning.safeguards")
 SHOWN_IDS = 8  # of the batch whose loss is no number
 DISK_FULL = ("No space left on device", "Disk quota exceeded", "File too large")  # as libraries in Rust and C++ say it
 TORCH_CANNOT_WRITE = ("PytorchStreamWriter failed", "unexpected pos")  # it does not say why
-MEMORY_FULL = ("can't allocate memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+MEMORY_FULL = ("can't allocate memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "No executable batch size")
 
 
 # --- Numbers that go wrong ------------------------------------------------------------------------------------
