@@ -245,7 +245,7 @@ def test_any_table_of_captions_is_read_or_refused(tmp_path_factory, content):
     path.write_bytes(b"ID,Caption\n" + content)
     try:
         for row in rocov2._zenodo_rows(str(path), None, str(folder), ""):
-            rocov2._check_batch({name: [value] for name, value in row.items()})
+            rocov2._check_batch({name: [value] for name, value in row.items()}, open_images=True)
     except UserError as error:
         assert "captions.csv" in str(error)
 
