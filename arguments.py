@@ -29,6 +29,7 @@ from metrics import METRIC_NAMES
 
 
 MAX_RECIPE = 2**20  # bytes
+MAX_BEAMS = 256  # far beyond what helps; a memory that they fill is noticed at the first evaluation only
 MAX_WORKERS = 512  # processes; a slip of the finger, or a stranger's recipe, could stop the machine
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "evaluate", "rouge_score", "pillow")
 
@@ -248,6 +249,8 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
             ("num_train_epochs", 0),
         ):
             _at_least(self, name, lowest)
+        if self.num_beams > MAX_BEAMS:
+            raise UserError(f"num_beams is {self.num_beams}; set --num_beams to {MAX_BEAMS} or less")
         if self.dataloader_num_workers > MAX_WORKERS:
             raise UserError(
                 f"dataloader_num_workers is {self.dataloader_num_workers}; set it to {MAX_WORKERS} or less"
