@@ -151,7 +151,9 @@ def test_a_run_of_two_processes_resumes_to_the_same_weights(config_file, odd_fol
     options = TRAINING | {"per_device_train_batch_size": 3, "num_beams": 1, "report_to": "none"}
     assert launch(2, flags(config_file, odd_folder, whole, **options)).returncode == 0
     arguments = flags(config_file, odd_folder, killed, **options)
-    words = [sys.executable, *LAUNCHERS["torchrun"], "2", "run_captioning.py", *arguments]
+    place = ["--master_port", str(20_001 + os.getpid() % 20_000)]  # beside that of `launch`
+    *before, number_flag = LAUNCHERS["torchrun"]
+    words = [sys.executable, *before, *place, number_flag, "2", "run_captioning.py", *arguments]
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     deadline = time.monotonic() + 120
