@@ -320,6 +320,7 @@ REPLACED_FIELDS = {
     "batch_eval_metrics": "scores are computed over the whole split",
     "dataloader_drop_last": "it would drop rows of the evaluation too",
     "use_liger_kernel": "there is no Liger kernel for BLIP",
+    "deepspeed": "evaluation calls parts of the model by themselves; BLIP fits a GPU, see DISTRIBUTED.md",
     "fsdp": "evaluation calls parts of the model by themselves; BLIP fits a GPU, see DISTRIBUTED.md",
 }
 DATACLASSES = (ModelArguments, DataArguments, CaptioningArguments)

@@ -227,6 +227,7 @@ def train(trainer: CaptioningTrainer, checkpoint: str | None) -> dict[str, float
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
+    trainer.stop_if_told()
     metrics = result.metrics | {"train_samples": len(trainer.train_dataset)}
     trainer.save_metrics("train", metrics)
     return metrics

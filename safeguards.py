@@ -133,7 +133,8 @@ class StopOnSigterm(TrainerCallback):
     """
 
     def __init__(self):
-        self.received = False
+        self.received = False  # by this process, or by any after `agree`
+        self.stopping = False  # the training was told to end
         self._before = None
 
     def __enter__(self) -> "StopOnSigterm":
@@ -153,27 +154,33 @@ class StopOnSigterm(TrainerCallback):
             os._exit(128 + number)
         self.received = True
         # Not by the logger, whose lock the interrupted line may hold
-        os.write(2, b"SIGTERM: a checkpoint is saved after this step, then the run ends\n")
+        os.write(
+            2, b"SIGTERM: when the step or evaluation under way is over, a checkpoint is saved and the run ends\n"
+        )
 
-    def on_step_end(self, args, state, control, **kwargs):
-        """Ask for a checkpoint and the end once a process has got the signal."""
+    def agree(self, args) -> bool:
+        """Return whether any process has got the signal; all must ask."""
         if args.world_size > 1:
             received = torch.tensor(float(self.received), device=args.device)
             torch.distributed.all_reduce(received, op=torch.distributed.ReduceOp.MAX)
             self.received = bool(received)
-        if self.received:
-            control.should_save = control.should_training_stop = True
+        return self.received
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Ask for a checkpoint and the end; the last step of an epoch is evaluated first, as in any run."""
+        if self.agree(args):
+            self.stopping = control.should_training_stop = True
+            control.should_save = state.epoch != round(state.epoch)
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        """Leave out the evaluation in the middle of an epoch: it would count as one of the run's."""
-        if self.received and control.should_training_stop and state.epoch != round(state.epoch):
-            control.should_evaluate = control.should_save = control.should_log = False
+        """Save what the epoch ended with."""
+        control.should_save |= self.stopping
 
-    def raise_if_received(self, output_dir: str, step: int, max_steps: int) -> None:
-        """Raise `Stopped` if the training was stopped; it may have been after its last step."""
-        if self.received:
-            raise Stopped(
-                f"stopped by SIGTERM after step {step} of {max_steps}; go on with the same command and "
-                f"--resume_from_checkpoint true, from {os.path.join(output_dir, f'checkpoint-{step}')}",
-                exit_status=128 + signal.SIGTERM,
-            )
+    def stopped(self, checkpoint: str | None, step: int, max_steps: int) -> Stopped:
+        """Return the error that ends the run, and says from which checkpoint it goes on."""
+        place = f", from {checkpoint}" if checkpoint else ""
+        return Stopped(
+            f"stopped by SIGTERM after step {step} of {max_steps}; go on with the same command and "
+            f"--resume_from_checkpoint true{place}",
+            exit_status=128 + signal.SIGTERM,
+        )

@@ -10,13 +10,14 @@ from typing import Any
 
 from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset
+from PIL import Image
 from torch.utils.data import RandomSampler, Sampler
 
 
 class PaddedRows:
     """The rows of a tokenised split; all indices from its length up are blank rows.
 
-    A blank row has the first row's image and tokens up to the caption, so that all its labels are -100.
+    A blank row has a black image and the first row's tokens up to the caption, so that all its labels are -100.
 
     Args:
         rows: N rows.
@@ -26,6 +27,7 @@ class PaddedRows:
     def __init__(self, rows: Dataset, prompt_length: int):
         self.rows = rows
         self.prompt_length = prompt_length
+        self.image = Image.new("L", (64, 64))  # none of the data: it may be unreadable, or far away
 
     def __len__(self) -> int:
         """Return N; blank rows are not counted."""
@@ -35,8 +37,8 @@ class PaddedRows:
         """Return a row."""
         if index < len(self.rows):
             return self.rows[index]
-        first = self.rows[0]
-        return first | {"input_ids": first["input_ids"][: 1 + self.prompt_length]}
+        tokens = self.rows.select_columns("input_ids")[0]["input_ids"]
+        return {"image_id": "(blank)", "image": self.image, "input_ids": tokens[: 1 + self.prompt_length]}
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         """Return the rows of a batch; the rows of the split are read at once."""

@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from blip import attention_maps, caption_logits, cross_attention_of, encode_images, generate_captions
 from collator import IGNORE_INDEX
-from errors import as_user_error
+from errors import Stopped, as_user_error
 from hub import Repository
 from metrics import compute_metrics
 from model_card import push, write_model_card
@@ -140,7 +140,8 @@ class CaptioningTrainer(Seq2SeqTrainer):
         folder = self.args.output_dir
         with self.stop_on_sigterm as stop, full_is_user_error(folder, self._train_batch_size, "train"):
             output = super().train(*args, **kwargs)
-            stop.raise_if_received(folder, self.state.global_step, self.state.max_steps)
+            if stop.stopping:
+                raise self._stopped()
         output.metrics["train_loss"] = mean_training_loss(self.state.log_history)
         return output._replace(training_loss=output.metrics["train_loss"])
 
@@ -162,6 +163,22 @@ class CaptioningTrainer(Seq2SeqTrainer):
                 os.replace(path, folder / path.name)
             staged.rmdir()
 
+    def _save_checkpoint(self, model, trial) -> None:
+        """Save as the stock Trainer does; a run that is to stop ends here, before checkpoints are removed at its end."""
+        super()._save_checkpoint(model, trial)
+        if self.stop_on_sigterm.stopping:
+            raise self._stopped()
+
+    def stop_if_told(self) -> None:
+        """Raise `Stopped` if SIGTERM came after the last step of the training, whose model is saved by now."""
+        if self.stop_on_sigterm.agree(self.args):
+            raise self._stopped()
+
+    def _stopped(self) -> Stopped:
+        self.accelerator.wait_for_everyone()
+        last = last_complete_checkpoint(self.args.output_dir)
+        return self.stop_on_sigterm.stopped(last, self.state.global_step, self.state.max_steps)
+
     def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
         """Write `<split>_results.json`, and into `all_results.json`, each whole or not at all."""
         if not self.is_world_process_zero():
@@ -170,7 +187,10 @@ class CaptioningTrainer(Seq2SeqTrainer):
         write_whole(folder / f"{split}_results.json", json.dumps(metrics, indent=4, sort_keys=True))
         if combined:
             path = folder / "all_results.json"
-            known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            try:
+                known = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError):  # there is none, or a damaged one, which is no reason to lose these
+                known = {}
             write_whole(path, json.dumps(known | metrics, indent=4, sort_keys=True))
 
     def save_state(self) -> None:
