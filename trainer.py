@@ -164,7 +164,7 @@ class CaptioningTrainer(Seq2SeqTrainer):
             staged.rmdir()
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Save as the stock Trainer does; a run that is to stop ends here, before checkpoints are removed at its end."""
+        """Save as the stock Trainer does; a run that is to stop ends here, before its clean-up of checkpoints."""
         super()._save_checkpoint(model, trial)
         if self.stop_on_sigterm.stopping:
             raise self._stopped()
