@@ -21,18 +21,18 @@ lint: .venv/requirements-dev
 benchmark: .venv/requirements-dev
 	for name in evaluation training memory input_pipeline; do $(BIN)/python benchmarks/$$name.py --quick || exit 1; done
 
-# All packages with their hashes; PyTorch apart, see the head that is put before them.
+# All packages with their hashes; PyTorch apart, see the head that is put before them. What need not change keeps its
+# version; `make lock UPGRADE=--upgrade` takes the newest of all.
 lock: .venv/tools
 	grep '^#' requirements.lock > .venv/lock.head
+	cp requirements.lock .venv/lock.body
 	.venv/tools-env/bin/pip-compile --quiet --generate-hashes --strip-extras --no-annotate --no-header \
-		--no-emit-index-url --no-emit-find-links --unsafe-package torch --output-file .venv/lock.body requirements.txt
+		--no-emit-index-url --no-emit-find-links --unsafe-package torch --output-file .venv/lock.body $(UPGRADE) requirements.txt
 	sed -e '/^# WARNING/,$$d' -e '/^$$/d' .venv/lock.body | cat .venv/lock.head - > requirements.lock
 
 # Known vulnerabilities of what is locked, and of PyTorch.
 audit: .venv/tools
-	grep '^torch==' requirements.txt > .venv/audit.txt
-	grep -oE '^[a-z0-9._-]+==[^ ]+' requirements.lock >> .venv/audit.txt
-	.venv/tools-env/bin/pip-audit --strict --no-deps --disable-pip -r .venv/audit.txt
+	.ci/audit .venv/tools-env/bin/pip-audit
 
 .venv/tools: Makefile
 	test -x .venv/tools-env/bin/python || $(PYTHON) -m venv .venv/tools-env
