@@ -1,6 +1,7 @@
 """What is installed and run is pinned: packages by hash, actions by commit."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import run_captioning
 
 ROOT = Path(run_captioning.__file__).parent
 LOCKED = re.compile(r"^([a-z0-9._-]+)==(\S+) \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", re.MULTILINE)
-WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.y*ml"))
 
 
 def pins(name: str) -> dict[str, str]:
@@ -50,7 +51,19 @@ def test_workflows_are_pinned_and_may_only_read(path):
             if "checkout" in step.get("uses", ""):
                 assert step["with"]["persist-credentials"] is False
             assert set(re.findall(r"\bmake ([a-z]+)", step.get("run", ""))) <= targets
-    assert re.findall(r"uses: \S+@\S+  # v\d", path.read_text())
+            assert all((ROOT / file).is_file() for file in re.findall(r"-r (\S+)", step.get("run", "")))
+    lines = [line for line in path.read_text().splitlines() if "uses:" in line]
+    assert all(re.search(r"@[0-9a-f]{40}  # v\d+\.\d+\.\d+$", line) for line in lines), lines
+
+
+def test_each_push_is_tested_and_each_week_audited():
+    runs = {path.stem: path.read_text() for path in WORKFLOWS}
+    assert {"ci", "audit"} <= runs.keys()
+    assert all(f"run: make {target}" in runs["ci"] for target in ("lint", "test"))
+    assert "run: make audit" in runs["audit"]
+    assert "schedule:" in runs["audit"]
+    # Runs of one workflow on one branch cancel each other: the audit would cancel the tests of a push
+    assert "schedule:" not in runs["ci"]
 
 
 def test_dependabot_watches_packages_and_actions():
@@ -62,3 +75,34 @@ def test_the_version_of_pytorch_is_the_same_everywhere():
     wanted = pins("requirements.txt")["torch"]
     for path in ("requirements.lock", ".github/workflows/ci.yml"):
         assert set(re.findall(r"torch==([\d.]+)", (ROOT / path).read_text())) == {wanted}
+
+
+SKIPPED = "torch Dependency not found on PyPI and could not be audited: torch (2.13.0)"
+VULNERABLE = "pillow 13.0.0 PYSEC-0 13.0.1"
+
+
+@pytest.mark.parametrize(
+    ("output", "status", "fails", "told"),
+    [
+        ("No known vulnerabilities found", 0, False, "No known vulnerabilities"),
+        (VULNERABLE, 1, True, VULNERABLE),
+        (f"No known vulnerabilities found\n{SKIPPED}", 0, True, "1 of "),
+        (f"{VULNERABLE}\n{SKIPPED}", 1, True, VULNERABLE),
+        (
+            "Traceback (most recent call last):\nConnectionError: none",
+            1,
+            True,
+            "cannot be reached: ConnectionError",
+        ),
+    ],
+)
+def test_an_audit_without_an_answer_is_no_clean_audit(tmp_path, output, status, fails, told):
+    (tmp_path / "output").write_text(f"{output}\n")
+    auditor = tmp_path / "pip-audit"
+    auditor.write_text(f"#!/bin/sh\ncat '{tmp_path}/output'\nexit {status}\n")
+    auditor.chmod(0o755)
+    run = subprocess.run([ROOT / ".ci" / "audit", auditor], capture_output=True, text=True)
+    assert (run.returncode != 0) == fails
+    assert told in run.stdout + run.stderr
+    if SKIPPED in output:
+        assert "No known vulnerabilities" not in run.stdout
