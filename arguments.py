@@ -30,6 +30,9 @@ from metrics import METRIC_NAMES
 
 MAX_RECIPE = 2**20  # bytes
 MAX_BEAMS = 256  # far beyond what helps; a memory that they fill is noticed at the first evaluation only
+MAX_EPOCHS = 10**6
+MAX_IMAGE_SIZE = 8192  # pixels a side
+MAX_VOCABULARY = 2**20  # entries
 MAX_WORKERS = 512  # processes; a slip of the finger, or a stranger's recipe, could stop the machine
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "evaluate", "rouge_score", "pillow")
 
@@ -77,7 +80,9 @@ class ModelArguments:
         if self.tokenizer_name and self.model_name_or_path:
             raise UserError("tokenizer_name goes with config_name only: a checkpoint brings its own tokenizer")
         _at_least(self, "vocab_size", 100)
+        _at_most(self, "vocab_size", MAX_VOCABULARY)
         _at_least(self, "image_size", 1)
+        _at_most(self, "image_size", MAX_IMAGE_SIZE)
         if self.label_smoothing is not None and not 0 <= self.label_smoothing < 1:
             raise UserError(f"label_smoothing is {self.label_smoothing}; set it from 0 to below 1")
 
@@ -128,10 +133,7 @@ class DataArguments:
         for name in ("max_train_samples", "max_eval_samples", "max_predict_samples", "preprocessing_num_workers"):
             _at_least(self, name, 1)
         _at_least(self, "neighbour_samples", 0)
-        if (self.preprocessing_num_workers or 0) > MAX_WORKERS:
-            raise UserError(
-                f"preprocessing_num_workers is {self.preprocessing_num_workers}; set it to {MAX_WORKERS} or less"
-            )
+        _at_most(self, "preprocessing_num_workers", MAX_WORKERS)
         if not 0 <= self.max_rejected_fraction <= 1:
             raise UserError(f"max_rejected_fraction is {self.max_rejected_fraction}; set it from 0 to 1")
 
@@ -233,6 +235,13 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
             self.metric_for_best_model = "loss"
         self._check_best_model()
         super().__post_init__()
+        if self.accelerator_config.split_batches or self.accelerator_config.dispatch_batches:
+            raise UserError("accelerator_config: split_batches and dispatch_batches must stay off, see sharding.py")
+        if self.n_gpu > 1:
+            raise UserError(
+                f"one process would use {self.n_gpu} GPUs by DataParallel, whose loss is another; start with torchrun "
+                "--nproc_per_node, see DISTRIBUTED.md, or set CUDA_VISIBLE_DEVICES to one of them"
+            )
 
     def _check_values(self) -> None:
         for name, lowest in (
@@ -246,19 +255,26 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
             ("eval_accumulation_steps", 1),
             ("dataloader_num_workers", 0),
             ("seed", 0),
+            ("data_seed", 0),
+            ("dataloader_prefetch_factor", 1),
             ("num_train_epochs", 0),
         ):
             _at_least(self, name, lowest)
-        if self.num_beams > MAX_BEAMS:
-            raise UserError(f"num_beams is {self.num_beams}; set --num_beams to {MAX_BEAMS} or less")
-        if self.dataloader_num_workers > MAX_WORKERS:
-            raise UserError(
-                f"dataloader_num_workers is {self.dataloader_num_workers}; set it to {MAX_WORKERS} or less"
-            )
+        _at_most(self, "num_beams", MAX_BEAMS)
+        _at_most(self, "num_train_epochs", MAX_EPOCHS)
+        _at_most(self, "dataloader_num_workers", MAX_WORKERS)
+        if not self.eval_do_concat_batches:
+            raise UserError("eval_do_concat_batches must stay true: scores are computed over the whole split")
         if self.min_new_tokens > self.max_new_tokens:
             raise UserError(
                 f"min_new_tokens {self.min_new_tokens} exceeds max_new_tokens {self.max_new_tokens}; lower the former"
             )
+        for name in FILE_FIELDS:
+            value = getattr(self, name)
+            if isinstance(value, str) and value and not value.lstrip().startswith("{"):
+                path = Path(value)  # the Trainer reads it whole, also where it has no end
+                if not os.path.isfile(value) or path.stat().st_size > MAX_RECIPE:
+                    raise UserError(f"{name} '{value}' is no JSON file of at most {MAX_RECIPE:,} bytes; give one")
         for name, instead in REPLACED_FIELDS.items():
             if getattr(self, name):
                 raise UserError(f"{name} is not used here; {instead}")
@@ -321,8 +337,10 @@ REPLACED_FIELDS = {
     "dataloader_drop_last": "it would drop rows of the evaluation too",
     "use_liger_kernel": "there is no Liger kernel for BLIP",
     "deepspeed": "evaluation calls parts of the model by themselves; BLIP fits a GPU, see DISTRIBUTED.md",
+    "save_only_model": "a checkpoint without the optimizer cannot be resumed, which a run that was stopped promises",
     "fsdp": "evaluation calls parts of the model by themselves; BLIP fits a GPU, see DISTRIBUTED.md",
 }
+FILE_FIELDS = ("accelerator_config", "fsdp_config")  # an object, or the name of a JSON file that has it
 DATACLASSES = (ModelArguments, DataArguments, CaptioningArguments)
 
 
@@ -443,6 +461,11 @@ def read_recipe(path: str) -> dict[str, Any]:
         raise UserError(f"recipe '{path}' cannot be read: {reason}; recipes are in recipes/") from error
     try:
         recipe = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_number)
+        json.dumps(recipe, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"recipe '{path}' holds half a surrogate pair, which is no text; write the character"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"recipe '{path}' is not valid JSON: {error}") from error
     if not isinstance(recipe, dict):
@@ -514,6 +537,12 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         repeated = next(key for key, count in Counter(keys).items() if count > 1)
         raise ValueError(f"key '{repeated}' stands twice")
     return dict(pairs)
+
+
+def _at_most(arguments: Any, name: str, highest: int) -> None:
+    value = getattr(arguments, name)
+    if value is not None and value > highest:
+        raise UserError(f"{name} is {value}; set --{name} to {highest} or less")
 
 
 def _at_least(arguments: Any, name: str, lowest: int) -> None:

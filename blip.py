@@ -41,6 +41,8 @@ POSITION_SCALE = 10
 # allocator hands back and clears their memory again and again. Measured at BLIP-base: 2 to 4 images are 1.35 times as
 # fast as 16, see benchmarks/README.md
 CPU_IMAGES = 4
+MAX_PARAMETERS = 2**31  # of each half of a model, 8 GB; BLIP-large has 470 million in both
+MAX_LAYERS = 1000
 REPOSITORY = Path(__file__).parent
 
 
@@ -60,6 +62,7 @@ def load_blip(name: str, revision: str | None = None) -> tuple[BlipForConditiona
         model_type = BlipConfig.get_config_dict(name, revision=revision)[0].get("model_type")
         if model_type != "blip":
             raise UserError(f"model '{name}' is no BLIP but {model_type}; give one such as {EXAMPLE_CHECKPOINT}")
+        _check_size(BlipConfig.from_pretrained(name, revision=revision), name)
         # float32: a checkpoint saved in half precision would otherwise be trained in it
         model, loading = BlipForConditionalGeneration.from_pretrained(
             name, revision=revision, dtype=torch.float32, output_loading_info=True
@@ -85,6 +88,21 @@ def load_blip(name: str, revision: str | None = None) -> tuple[BlipForConditiona
     return model, BlipProcessor(image_processor, _match_special_tokens(tokenizer, model.config))
 
 
+def _check_size(config: BlipConfig, name: str) -> None:
+    """Raise UserError if a config describes more than `MAX_PARAMETERS`, before any of them is made."""
+    for part in (config.text_config, config.vision_config):
+        sizes = [part.num_hidden_layers, part.hidden_size, part.intermediate_size]
+        layers, width, inner = (int(size) for size in sizes)
+        words = getattr(part, "vocab_size", 0) + getattr(part, "max_position_embeddings", 0)
+        patches = (getattr(part, "image_size", 0) // max(getattr(part, "patch_size", 1), 1)) ** 2
+        number = layers * width * (4 * width + 2 * inner) + width * (words + patches)
+        if layers > MAX_LAYERS or number > MAX_PARAMETERS:
+            raise UserError(
+                f"config of '{name}': {layers:,} layers of {width:,} are more than {MAX_LAYERS:,} layers or "
+                f"{MAX_PARAMETERS:,} weights; lower them, configs/ has examples"
+            )
+
+
 def build_blip(
     config_name: str, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> tuple[BlipForConditionalGeneration, BlipProcessor]:
@@ -98,6 +116,7 @@ def build_blip(
     path = config_name if os.path.exists(config_name) else REPOSITORY / config_name
     with as_user_error(f"config '{config_name}' cannot be loaded", "configs/ has examples"):
         config = BlipConfig.from_pretrained(path if os.path.exists(path) else config_name)
+        _check_size(config, config_name)
     if config.vision_config.initializer_range < 1e-4:
         # The default of BlipVisionConfig is 1e-10: harmless when weights are loaded, a dead encoder when not
         config.vision_config.initializer_range = config.initializer_range

@@ -29,6 +29,8 @@ MAX_PIXELS = 2**26
 MAX_PIXELS_16_BIT = 22 * 2**20
 # Pillow's own readers of raster images, and none that starts another program (EPS) or fetches what a file names
 FORMATS = ("PNG", "JPEG", "JPEG2000", "TIFF", "BMP", "GIF", "WEBP", "PPM", "TGA", "AVIF")
+MAX_JPEG_SCANS = 100  # encoders write about 10; each, a few bytes long, makes the decoder pass over all pixels
+TIFF_TILE_SIDES = (322, 323)  # tags TileWidth and TileLength; a tile is decoded whole, however little of it is used
 
 
 @dataclass
@@ -119,6 +121,8 @@ def open_image(image: dict[str, Any] | Image.Image | None) -> Image.Image:
     most = MAX_PIXELS_16_BIT if image.mode.startswith(("I", "F")) else MAX_PIXELS
     if image.width * image.height > most:  # known before any pixel is decoded
         raise ValueError(f"is {image.width}x{image.height} pixels; at most {most:,} are decoded")
+    if from_file:
+        _check_work(image)
     try:
         image.load()
         # In place returns None; the caller's own image is left as it is
@@ -152,6 +156,22 @@ def _open(image: dict[str, Any] | None) -> Image.Image:
         raise
     except Exception as error:  # as above
         raise ValueError(f"cannot be opened: {error}") from error
+
+
+def _check_work(image: Image.Image) -> None:
+    """Raise ValueError if a file of few pixels, of which only the header is read, takes much memory or time."""
+    if image.format == "TIFF":
+        sides = [image.tag_v2.get(tag, 0) for tag in TIFF_TILE_SIDES]
+        if not all(isinstance(side, int) for side in sides) or math.prod(sides) > MAX_PIXELS:
+            raise ValueError(f"has tiles of {sides} pixels; at most {MAX_PIXELS:,} are decoded")
+    if image.format in ("JPEG", "MPO"):
+        place = image.fp.tell()
+        image.fp.seek(0)
+        # In the data a byte 255 is followed by 0: this pair begins a scan, of the image or of a header's thumbnail
+        scans = image.fp.read().count(b"\xff\xda")
+        image.fp.seek(place)
+        if scans > MAX_JPEG_SCANS:
+            raise ValueError(f"has {scans:,} JPEG scans; at most {MAX_JPEG_SCANS} are decoded")
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:

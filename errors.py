@@ -12,6 +12,10 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 
+MAX_LINE = 2000  # characters of an error on the terminal; what it quotes of a file may be of any length
+MAX_NAME = 200  # characters of a name that is compared with those that exist: `difflib` takes time by the product
+
+
 class UserError(ValueError):
     """A mistake of the user's; the message is one line: what is wrong, where, and the mend."""
 
@@ -60,7 +64,14 @@ def _tell(message: str) -> None:
     where = f"error (process {rank})" if rank else "error"
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()  # the line would stand behind the bar, and the bar again behind the line
-    print(f"{where}: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
+    print(f"{where}: {_one_line(message)}", file=sys.stderr, flush=True)
+
+
+def _one_line(message: str) -> str:
+    """Return the message as a terminal may show it, cut in its middle if it is long: the mend is at its end."""
+    if len(message) > MAX_LINE:
+        message = f"{message[: MAX_LINE // 2]} … {message[-MAX_LINE // 2 :]}"
+    return printable(" ".join(message.split()))
 
 
 def printable(text: str) -> str:
@@ -98,5 +109,5 @@ def as_user_error(what: str, mend: str = "") -> Iterator[None]:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the nearest of the `known` names, or an empty string if none is near."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(name[:MAX_NAME], list(known), n=1, cutoff=0.6)
     return f"; did you mean '{near[0]}'?" if near and near[0] != name else ""

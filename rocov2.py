@@ -15,8 +15,10 @@ import csv
 import hashlib
 import json
 import logging
+import lzma
 import os
 import re
+import stat
 import unicodedata
 import zipfile
 import zlib
@@ -37,6 +39,8 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
+from datasets.config import HF_DATASETS_CACHE
+from huggingface_hub.constants import HF_HUB_CACHE
 from pyarrow.parquet import read_metadata
 from transformers import PreTrainedTokenizerBase
 
@@ -52,7 +56,10 @@ logger = logging.getLogger("captioning.rocov2")
 
 SPLITS = ("train", "validation", "test")
 SPLIT_NAMES = {"valid": "validation", "val": "validation", "dev": "validation"}
-LINK_OUT = b"link out of the folder of images"  # stands for such an image, and in the reason to set it aside
+UNUSABLE = "unusable row"  # column of a loader: the reason to set a row aside unread, null where there is none
+MISSING = "unreadable image: image file is missing"
+LINK_OUT = "unreadable image: a link out of the folder of images"
+OUTSIDE = "unreadable image: a file outside of the data set's folder"
 ZENODO_SPLITS = {"train": "train", "valid": "validation", "test": "test"}
 CLEAN_COLUMNS = Features(
     {
@@ -66,6 +73,9 @@ REQUIRED_COLUMNS = ("image", "image_id", "caption")
 CHECK_BATCH_SIZE = 64  # rows whose images are in memory at once
 MAX_CAPTION = 100_000  # characters; ROCOv2's longest has about 7,000
 MAX_MEMBER = 2**28  # bytes of an image in a zip
+MAX_UNPACKED = 100  # times its size in the zip; the formats of images are compressed themselves, a bomb is far more
+SMALL_MEMBER = 2**20  # bytes; what is not larger may be as dense as it likes
+MAX_ID = 1000  # characters; an id stands in logs, pages and submissions
 COLUMN_BATCH_SIZE = 1000  # rows of which a text column is in memory at once
 
 
@@ -99,6 +109,7 @@ def load_rocov2(name: str, revision: str | None = None, streaming: bool = False)
         raise UserError(f"dataset folder '{name}' does not exist; set --dataset_name")
     else:
         splits = _load_from_hub(name, revision, streaming)
+    is_ours = isinstance(splits, ZenodoSplits)
     if not isinstance(splits, DatasetDict):
         raise UserError(f"dataset '{name}' is a single split; save a DatasetDict of {', '.join(SPLITS)}")
     named = Counter(SPLIT_NAMES.get(split, split) for split in splits)
@@ -107,7 +118,14 @@ def load_rocov2(name: str, revision: str | None = None, streaming: bool = False)
     splits = {SPLIT_NAMES.get(split, split): rows for split, rows in splits.items()}
     if not set(splits) & set(SPLITS):
         raise UserError(f"dataset '{name}' has none of the splits {', '.join(SPLITS)}, but {', '.join(splits)}")
-    return DatasetDict({split: _checked_columns(splits[split], name, split) for split in SPLITS if split in splits})
+    checked = {split: _checked_columns(splits[split], name, split) for split in SPLITS if split in splits}
+    if is_ours:
+        return DatasetDict(checked)
+    return DatasetDict({split: _without_foreign_files(rows, name) for split, rows in checked.items()})
+
+
+class ZenodoSplits(DatasetDict):
+    """Splits whose column `UNUSABLE` is ours; that of another source is a stranger's, and is not believed."""
 
 
 def dataset_commit(name: str, revision: str | None = None) -> str | None:
@@ -124,6 +142,7 @@ def _is_local(name: str) -> bool:
 
 
 def _load_folder(folder: Path, streaming: bool) -> DatasetDict | Dataset:
+    _refuse_special_files(folder)
     try:
         is_saved = (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
         files = {} if is_saved else _parquet_files(folder)
@@ -150,6 +169,14 @@ def _load_folder(folder: Path, streaming: bool) -> DatasetDict | Dataset:
         f"dataset folder '{folder}' holds none of dataset_dict.json (save_to_disk), [data/]<split>-*.parquet, "
         "<split>_captions.csv (Zenodo)"
     )
+
+
+def _refuse_special_files(folder: Path) -> None:
+    """Raise UserError on a pipe or a device where a table of the data set should be: reading it might never end."""
+    for pattern in ("*", "data/*.parquet", "*/*.json", "*/*.arrow"):
+        for path in folder.glob(pattern):
+            if path.exists() and not path.is_file() and not path.is_dir():
+                raise UserError(f"dataset folder '{folder}': '{path.name}' is no regular file; take it away")
 
 
 def _refuse_empty_splits(folder: Path, counts: dict[str, int]) -> None:
@@ -191,13 +218,53 @@ def _checked_columns(rows: Dataset, name: str, split: str) -> Dataset:
             f"dataset '{name}', split '{split}': column '{missing[0]}' is missing, it has "
             f"{', '.join(rows.column_names)}; rename the column that holds it"
         )
-    rows = rows.select_columns([c for c in (*REQUIRED_COLUMNS, "cui") if c in rows.column_names])
+    for column in ("image_id", "caption"):
+        try:
+            rows.data.column(column).validate(full=True)
+        except Exception as error:  # pyarrow's classes again; it meets text that is no UTF-8 when a row is read
+            raise UserError(
+                f"dataset '{name}', split '{split}': column '{column}' is damaged: {_one_line(error)}; "
+                "write it in UTF-8"
+            ) from error
+    rows = rows.select_columns([c for c in (*REQUIRED_COLUMNS, "cui", UNUSABLE) if c in rows.column_names])
     try:
         return rows if is_streamed(rows) else rows.cast_column("image", Image(decode=False))
     except Exception as error:  # pyarrow's classes again
         raise UserError(
             f"dataset '{name}', split '{split}': column 'image' holds no images: {_one_line(error)}"
         ) from error
+
+
+def _without_foreign_files(rows: Dataset, name: str) -> Dataset:
+    """Mark the rows whose image is a file outside of the source: a stranger's table can name any file of the machine.
+
+    Its own folder counts, and those to which `datasets` downloads. Links that a Zenodo folder itself has are checked
+    where it is read.
+    """
+    if UNUSABLE in rows.column_names:
+        rows = rows.remove_columns(UNUSABLE)
+    if is_streamed(rows):
+        return rows
+    roots = [os.path.realpath(root) for root in (HF_HUB_CACHE, HF_DATASETS_CACHE, *([name] * os.path.isdir(name)))]
+    marked: dict[int, str] = {}
+    start = 0
+    for images in rows.data.column("image").chunks:
+        for row in np.flatnonzero(images.field("bytes").is_null().to_numpy(zero_copy_only=False)).tolist():
+            path = (images[row].as_py() or {}).get("path")
+            if path and not _is_inside(path, roots):
+                marked[start + row] = OUTSIDE
+        start += len(images)
+    if not marked:
+        return rows
+    return rows.add_column(UNUSABLE, [marked.get(row) for row in range(len(rows))], feature=Value("string"))
+
+
+def _is_inside(path: str, roots: list[str]) -> bool:
+    try:
+        real = Path(os.path.realpath(path))
+    except ValueError:  # a NUL in the name
+        return False
+    return any(real.is_relative_to(root) for root in roots)
 
 
 def _one_line(error: Exception) -> str:
@@ -227,64 +294,111 @@ def _load_zenodo(folder: Path) -> DatasetDict:
         arguments = {key: str(path) if path else None for key, path in sources.items()}
         arguments["state"] = _state([path for path in sources.values() if path])
         features = Features(
-            {"image": Image(decode=False)} | {k: v for k, v in CLEAN_COLUMNS.items() if k != "rejected"}
+            {"image": Image(decode=False), UNUSABLE: Value("string")}
+            | {k: v for k, v in CLEAN_COLUMNS.items() if k != "rejected"}
         )
         splits[split] = Dataset.from_generator(_zenodo_rows, features=features, gen_kwargs=arguments, split=split)
-    return DatasetDict(splits)
+    return ZenodoSplits(splits)
 
 
 def _state(paths: list[Path]) -> str:
     """Return a digest of names, sizes and times: part of the cache key, so that a changed folder is read again."""
     files = [entry for path in paths for entry in (os.scandir(path) if path.is_dir() else (path,))]
-    listing = sorted((file.name, (status := file.stat()).st_size, status.st_mtime_ns) for file in files)
+    listing = sorted((file.name, (status := _status(file)).st_size, status.st_mtime_ns) for file in files)
     return hashlib.sha256(repr(listing).encode()).hexdigest()
+
+
+def _status(file: os.DirEntry | Path) -> os.stat_result:
+    try:
+        return file.stat()
+    except OSError:  # a symbolic link that leads nowhere, or in a circle
+        return os.lstat(file)
 
 
 def _zenodo_rows(captions: str, concepts: str | None, images: str, state: str) -> Iterator[dict[str, Any]]:
     cuis = {row["ID"]: row["CUIs"] for row in _read_csv(concepts, "CUIs")} if concepts else {}
     if not os.path.isdir(images) and not os.path.isfile(images):
         raise UserError(f"'{images}' is neither a folder nor a file")
-    archive = zipfile.ZipFile(images) if images.endswith(".zip") else None
+    archive = _open_zip(images) if images.endswith(".zip") else None
     # The zips hold the images in a folder or not, depending on the version of the record
     files = {Path(name).stem: name for name in (archive.namelist() if archive else os.listdir(images))}
+    root = [os.path.realpath(images)]
     for row in _read_csv(captions, "Caption"):
+        image, reason = {"path": None, "bytes": None}, MISSING
         # Only names that the folder itself lists: an id is no path out of it
         image_id = row["ID"] or ""
-        file = files.get(image_id)
-        path = os.path.join(images, file or f"{Path(image_id).name or 'none'}.jpg")
-        image = {"path": path, "bytes": None}
-        if archive and file:
-            image = {"path": None, "bytes": _read_member(archive, file)}
-        elif os.path.islink(path) and not os.path.realpath(path).startswith(os.path.realpath(images) + os.sep):
-            image = {"path": None, "bytes": LINK_OUT}
+        if file := files.get(image_id):
+            if archive:
+                image["bytes"], reason = _read_member(archive, archive.getinfo(file))
+            else:
+                image["path"], reason = os.path.join(images, file), None
+                if os.path.islink(image["path"]) and not _is_inside(image["path"], root):
+                    reason = LINK_OUT
+        if None in row:  # what `csv.DictReader` found behind the last column
+            reason = "more fields than columns: put the caption in double quotes"
         concept_ids = [cui.strip() for cui in (cuis.get(row["ID"]) or "").split(";") if cui.strip()]
-        yield {"image": image, "image_id": image_id, "caption": row["Caption"], "cui": concept_ids}
+        yield {
+            "image": None if reason else image,  # nothing later reads what must not be read
+            UNUSABLE: reason,
+            "image_id": image_id,
+            "caption": row["Caption"],
+            "cui": concept_ids,
+        }
 
 
-def _read_member(archive: zipfile.ZipFile, name: str) -> bytes:
-    """Return the member's content, empty if it is damaged or huge: the row is then set aside, and not the whole set.
+def _open_zip(path: str) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+        raise UserError(f"'{path}' cannot be read as a zip: {error}; download it again") from error
+
+
+def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> tuple[bytes | None, str | None]:
+    """Return the member's content, or the reason to set its row aside: one must not cost the whole set.
 
     No more is unpacked than the size that the zip states.
     """
+    size, packed = member.file_size, member.compress_size
+    if stat.S_ISLNK(member.external_attr >> 16):
+        return None, "unreadable image: a symbolic link in the zip"
+    if size > MAX_MEMBER or size > max(MAX_UNPACKED * packed, SMALL_MEMBER):
+        return None, f"unreadable image: {packed:,} bytes in the zip unpack to {size:,}"
     try:
-        return archive.read(name) if archive.getinfo(name).file_size <= MAX_MEMBER else b""
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError):  # the last: encrypted, or of an unknown method
-        return b""
+        return archive.read(member), None
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, lzma.LZMAError) as error:
+        return None, f"unreadable image: damaged in the zip: {_one_line(error)}"
+    except RuntimeError as error:  # encrypted, or of an unknown method
+        return None, f"unreadable image: cannot be unpacked: {_one_line(error)}"
 
 
 def _read_csv(path: str, column: str) -> Iterator[dict[str, str]]:
     csv.field_size_limit(2**27)  # characters; the module's default of 2**17 refuses a long caption
+    lines: list[str] = []  # those of one row
     with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file)
+        rows = csv.DictReader(lines.append(line) or line for line in file)
         try:
             if not {"ID", column} <= set(rows.fieldnames or ()):
                 columns = ", ".join((rows.fieldnames or [])[:8])
                 raise UserError(f"'{path}' has the columns {columns[:300]}; ID and {column} are needed")
-            yield from rows
+            for row in rows:
+                if len(lines) > 1 and _ends_in_quotes(lines):
+                    first = rows.line_num - len(lines) + 1
+                    raise UserError(f"'{path}', line {first}: a double quote is not closed; close it, or double it")
+                lines.clear()
+                yield row
         except csv.Error as error:
             raise UserError(f"'{path}', line {rows.line_num + 1} is no CSV: {error}; mend or remove it") from error
         except UnicodeDecodeError as error:
             raise UserError(f"'{path}' is not UTF-8 behind line {rows.line_num}; save it as UTF-8") from error
+
+
+def _ends_in_quotes(lines: list[str]) -> bool:
+    """Tell whether a row goes to the end of the file only because its quotes do: it swallows the rows below it."""
+    try:
+        list(csv.reader(lines, strict=True))
+    except csv.Error as error:
+        return "unexpected end" in str(error)
+    return False
 
 
 # --- Checks ---------------------------------------------------------------------------------------------------
@@ -326,7 +440,7 @@ def check_rows(
     for split, rows in checked.items():
         for row, (image_id, reason) in enumerate(_columns(rows, "image_id", "rejected")):
             if reason:
-                entries.append({"split": split, "row": row, "image_id": image_id, "reason": reason})
+                entries.append({"split": split, "row": row, "image_id": image_id[:MAX_ID], "reason": reason})
                 reasons[split][reason.split(":")[0]] += 1
     if rejected_file is not None:
         write_whole(Path(rejected_file), "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
@@ -382,21 +496,31 @@ def _check_batch(batch: dict[str, list[Any]], open_images: bool) -> dict[str, li
     clean: dict[str, list[Any]] = {column: [] for column in CLEAN_COLUMNS}
     cuis = batch.get("cui") or [None] * len(batch["image_id"])
     images = batch["image"] if open_images else [None] * len(batch["image_id"])
-    for image, image_id, caption, cui in zip(images, batch["image_id"], batch["caption"], cuis, strict=True):
+    unusable_rows = batch.get(UNUSABLE) or [None] * len(batch["image_id"])
+    columns = (images, batch["image_id"], batch["caption"], cuis, unusable_rows)
+    for image, image_id, caption, cui, known in zip(*columns, strict=True):
         clean["image_id"].append("" if image_id is None else str(image_id))
         clean["caption"].append("" if caption is None else str(caption))
         clean["cui"].append(_clean_cui(cui))
-        clean["rejected"].append(_reason_to_reject(image, clean["image_id"][-1], clean["caption"][-1], open_images))
+        clean["rejected"].append(
+            _reason_to_reject(image, clean["image_id"][-1], clean["caption"][-1], known, open_images)
+        )
     return clean
 
 
-def _reason_to_reject(image: dict[str, Any] | None, image_id: str, caption: str, open_images: bool) -> str | None:
+def _reason_to_reject(
+    image: dict[str, Any] | None, image_id: str, caption: str, known: str | None, open_images: bool
+) -> str | None:
     if not image_id.strip():
         return "blank image_id"
+    if len(image_id) > MAX_ID:
+        return "overlong image_id"
     if _is_blank(caption):
         return "blank caption"
     if len(caption) > MAX_CAPTION:
         return "overlong caption"
+    if known:
+        return known
     try:
         if open_images:
             open_image(image)

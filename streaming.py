@@ -201,7 +201,8 @@ class StreamedImage:
         """
         images = ROW_GROUPS.read(self.shards[value["shard"]], value["row_group"], value["group_bytes"])
         image = images[value["row"]].as_py()
-        return image if isinstance(image, dict) else {"bytes": image, "path": None}
+        # Without the path that a table may name: it would be one of this machine
+        return {"bytes": image["bytes"] if isinstance(image, dict) else image, "path": None}
 
 
 with warnings.catch_warnings(action="ignore"):  # that it is experimental: requirements.txt pins the library

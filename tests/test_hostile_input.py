@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 import subprocess
@@ -14,13 +15,16 @@ import zipfile
 import zlib
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import make_captions, make_png, make_rows
+from conftest import TINY_CONFIG, make_captions, make_png, make_rows
 from datasets import DatasetDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file
 from test_end_to_end import flags, run
 
 import blip
@@ -29,7 +33,7 @@ import rocov2
 import run_captioning
 from arguments import _fields, parse_arguments, read_recipe
 from collator import open_image
-from errors import UserError, printable
+from errors import UserError, exit_on_user_error, printable
 
 
 EXAMPLES = settings(
@@ -135,6 +139,28 @@ def test_postscript_starts_no_program(monkeypatch):
         open_image(as_bytes(buffer.getvalue()))
 
 
+def tiff_with_a_tile(side: int) -> bytes:
+    """A TIFF of 100x100 pixels whose only tile claims `side` x `side`."""
+    tags = [(256, 100), (257, 100), (258, 8), (259, 1), (262, 1), (277, 1), (322, side), (323, side)]
+    tags += [(324, 134), (325, side * side)]
+    return b"II*\0\x08\0\0\0\x0a\0" + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+
+
+def test_a_small_tiff_of_a_giant_tile_is_refused():
+    with pytest.raises(ValueError, match="tiles of"):
+        open_image(as_bytes(tiff_with_a_tile(30_000) + bytes(4)))
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused_in_time():
+    content = encoded("JPEG", "L", progressive=True)
+    last = content.rindex(b"\xff\xda")
+    open_image(as_bytes(content))
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="JPEG scans"):
+        open_image(as_bytes(content[:last] + content[last:-2] * 20_000 + content[-2:]))
+    assert time.monotonic() - began < 2
+
+
 # --- Recipes --------------------------------------------------------------------------------------------------
 
 JSON = st.recursive(
@@ -188,11 +214,44 @@ def test_any_bytes_are_a_recipe_or_refused(tmp_path, content):
         '{"seed": 1' + "0" * 300 + "}",
         '{"learning_rate": NaN}',
         '{"weight_decay": 1e999}',
+        '{"prompt": "\\ud800", "config_name": "x"}',
+        '{"num_train_epochs": 1e300, "config_name": "x"}',
+        '{"num_beams": 100000, "config_name": "x"}',
+        '{"data_seed": -1, "config_name": "x"}',
+        '{"dataloader_prefetch_factor": -1, "dataloader_num_workers": 1, "config_name": "x"}',
+        '{"eval_do_concat_batches": false, "config_name": "x"}',
+        '{"image_size": 1000000, "config_name": "x"}',
+        '{"vocab_size": 4611686018427387904, "config_name": "x"}',
+        '{"save_only_model": true, "config_name": "x"}',
+        '{"accelerator_config": {"split_batches": true}, "config_name": "x"}',
+        '{"accelerator_config": "/dev/zero", "config_name": "x"}',
         '{"dataloader_num_workers": 1000000, "config_name": "x"}',
         '{"preprocessing_num_workers": 1000000, "config_name": "x"}',
         "{" + ",".join(f'"k{i}": 1' for i in range(50_000)) + "}",
     ],
-    ids=["deep", "deep objects", "huge", "digits", "integer", "nan", "infinite", "workers", "processes", "keys"],
+    ids=[
+        "deep",
+        "deep objects",
+        "huge",
+        "digits",
+        "integer",
+        "nan",
+        "infinite",
+        "surrogate",
+        "epochs",
+        "beams",
+        "data seed",
+        "prefetch",
+        "batches apart",
+        "image",
+        "vocabulary",
+        "no optimizer",
+        "split batches",
+        "device",
+        "workers",
+        "processes",
+        "keys",
+    ],
 )
 def test_recipes_meant_to_hurt_are_one_short_line(tmp_path, content):
     path = tmp_path / "recipe.json"
@@ -211,6 +270,18 @@ def test_a_recipe_that_is_no_file_is_not_waited_for(tmp_path, kind):
         os.mkfifo(path)
     with pytest.raises(UserError, match="is no file"):
         read_recipe(str(path))
+
+
+def test_a_long_error_keeps_its_mend_and_fits_a_screen(capsys):
+    def fail():
+        raise UserError(f"unknown key '{'x' * 10**6}\x1b[2J'; see --help")
+
+    with pytest.raises(SystemExit):
+        exit_on_user_error(fail)
+    shown = capsys.readouterr().err
+    assert len(shown) < 2_100
+    assert shown.endswith("; see --help\n")
+    assert "\x1b" not in shown
 
 
 # --- Captions -------------------------------------------------------------------------------------------------
@@ -303,9 +374,89 @@ def test_zips_meant_to_hurt(tmp_path, kind, monkeypatch):
     if kind == "traversal":  # read from the zip like any other; nothing is written
         assert not rejected
     else:
-        assert {(row["image_id"], row["reason"]) for row in rejected} == {
-            ("b", "unreadable image: not an image: is empty")
+        reason = {
+            "bomb": r"[\d,]+ bytes in the zip unpack to 3,145,728",
+            "encrypted": "cannot be unpacked: .*encrypted",
         }
+        assert {row["image_id"] for row in rejected} == {"b"}
+        assert all(re.match(f"unreadable image: {reason[kind]}", row["reason"]) for row in rejected)
+
+
+@pytest.mark.parametrize("claim", ["dense", "link"])
+def test_zip_members_that_are_bombs_or_links_are_named(tmp_path, claim):
+    member = zipfile.ZipInfo("b.png")
+    if claim == "link":
+        member.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        content = bytes(4 * 2**20) if claim == "dense" else b"/etc/passwd"
+        archive.writestr(member, content, zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
+        found, reason = rocov2._read_member(archive, archive.getinfo("b.png"))
+    assert found is None
+    assert ("unpack to 4,194,304" if claim == "dense" else "a symbolic link") in reason
+
+
+def test_a_quote_that_is_not_closed_swallows_no_rows_unseen(tmp_path):
+    content = b'ID,Caption\na,fine\nb,"not closed\n' + b"".join(b"c%d,fine\n" % i for i in range(9))
+    folder = zenodo(tmp_path / "zenodo", content, {"a.png": make_png(1)})
+    with pytest.raises(UserError, match=r"train_captions\.csv', line 3: a double quote is not closed"):
+        rocov2.load_rocov2(str(folder))
+
+
+def test_rows_that_would_be_used_in_part_or_lead_nowhere_are_set_aside(tmp_path):
+    content = b'ID,Caption\ncommas,Chest, CT\nnowhere,A nodule\nfine,"A cyst,\nmultilocular"\n../fine,A cyst\n'
+    content += b"x" * 2000 + b",A cyst\n"
+    folder = zenodo(tmp_path / "zenodo", content, {f"{name}.jpg": make_png(1) for name in ("commas", "fine")})
+    for split in ("train", "valid", "test"):
+        (folder / f"{split}_images" / "nowhere.png").symlink_to("/no/such/file")
+    reasons = {row["image_id"][:9]: row["reason"] for row in checked(folder, tmp_path)}
+    assert reasons["commas"].startswith("more fields than columns")
+    assert "link out of the" in reasons["nowhere"]
+    assert reasons["../fine"] == "unreadable image: image file is missing", "not the image of another id"
+    assert reasons["x" * 9] == "overlong image_id"
+    assert "fine" not in reasons
+
+
+@pytest.mark.parametrize("disguise", [False, True])
+def test_a_table_reads_no_files_of_the_machine(tmp_path, disguise):
+    (tmp_path / "secret.png").write_bytes(make_png(1))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "own.png").write_bytes(make_png(2))
+    paths = [str(tmp_path / "secret.png"), str(tmp_path / "data" / "own.png"), "/etc/passwd", "\0"]
+    columns = {"image": [{"bytes": None, "path": path} for path in paths]}
+    columns |= {"image_id": list("abcd"), "caption": ["A nodule"] * 4}
+    if disguise:
+        columns[rocov2.UNUSABLE] = ["", "", "", ""]
+    pq.write_table(pa.table(columns), tmp_path / "data" / "train-0.parquet")
+    reasons = {row["image_id"]: row["reason"] for row in checked(tmp_path / "data", tmp_path)}
+    assert reasons == dict.fromkeys("acd", rocov2.OUTSIDE)
+
+
+def test_a_streamed_table_reads_no_files_of_the_machine(tmp_path):
+    (tmp_path / "secret.png").write_bytes(make_png(1))
+    images = [{"bytes": make_png(2), "path": "x.png"}, {"bytes": None, "path": str(tmp_path / "secret.png")}]
+    columns = {"image": images, "image_id": ["a", "b"], "caption": ["A nodule"] * 2}
+    (tmp_path / "data").mkdir()
+    pq.write_table(pa.table(columns), tmp_path / "data" / "train-0.parquet")
+    rocov2.check_rows(rocov2.load_rocov2(str(tmp_path / "data"), streaming=True), 1.0, tmp_path / "rejected.jsonl")
+    rejected = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
+    assert [(row["image_id"], row["reason"]) for row in rejected] == [("b", "unreadable image: no image")]
+
+
+def test_text_that_is_not_utf_8_in_a_table_is_named(tmp_path):
+    texts = pa.Array.from_buffers(pa.string(), 2, pa.array([b"fine", b"\xff\xfe"]).buffers())
+    columns = {"image": [{"bytes": make_png(i), "path": None} for i in (1, 2)], "image_id": ["a", "b"]}
+    pq.write_table(pa.table(columns | {"caption": texts}), tmp_path / "train-0.parquet")
+    with pytest.raises(UserError, match="column 'caption' is damaged"):
+        rocov2.load_rocov2(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["train-0.parquet", "train/state.json", "dataset_dict.json"])
+def test_a_pipe_instead_of_a_table_is_not_waited_for(tmp_path, name):
+    (tmp_path / "train").mkdir()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match="is no regular file"):
+        rocov2.load_rocov2(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -374,6 +525,24 @@ def test_a_pickle_instead_of_weights_is_not_unpickled(saved):
     with pytest.raises(UserError, match="cannot be loaded"):
         blip.load_blip(str(folder))
     assert not marker.exists()
+
+
+def test_tensors_of_a_bin_are_read_where_there_are_no_others(saved):
+    """As of checkpoints on the Hub that were saved before safetensors."""
+    folder, _ = saved
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    model, _ = blip.load_blip(str(folder))
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in weights.items())
+
+
+@pytest.mark.parametrize("sizes", [{"num_hidden_layers": 10**9}, {"hidden_size": 64_000, "intermediate_size": 64_000}])
+def test_a_config_of_a_giant_model_is_refused_before_it_is_built(tmp_path, tiny_blip, sizes):
+    text_config = TINY_CONFIG["text_config"] | sizes
+    (tmp_path / "giant.json").write_text(json.dumps(TINY_CONFIG | {"text_config": text_config}))
+    with pytest.raises(UserError, match="more than 1,000 layers or"):
+        blip.build_blip(str(tmp_path / "giant.json"), tiny_blip[1].tokenizer, seed=0)
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "processor_config.json"])
