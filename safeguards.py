@@ -45,6 +45,14 @@ def loss_is_no_number(loss: float, step: int, image_ids: list[str], last_checkpo
     )
 
 
+def weight_is_no_number(step: int, last_checkpoint: str | None) -> UserError:
+    """Return the line for weights that are NaN or infinite after an optimizer step, from 1."""
+    return UserError(
+        f"step {step} left weights that are no numbers, and no checkpoint is saved; {_resume(last_checkpoint)}, with "
+        "a lower --learning_rate or --max_grad_norm"
+    )
+
+
 def _resume(last_checkpoint: str | None) -> str:
     if last_checkpoint is None:
         return "there is no checkpoint yet: start again"

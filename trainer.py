@@ -19,12 +19,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from blip import attention_maps, caption_logits, cross_attention_of, encode_images, generate_captions
 from collator import IGNORE_INDEX
-from errors import Stopped, as_user_error
+from errors import Stopped, UserError, as_user_error
 from hub import Repository
 from metrics import compute_metrics
 from model_card import push, write_model_card
 from predictions import write_whole
-from safeguards import StopOnSigterm, full_is_user_error, loss_is_no_number
+from safeguards import StopOnSigterm, full_is_user_error, loss_is_no_number, weight_is_no_number
 from sharding import PaddedRows, PaddedSampler
 from streaming import SetEpoch, StreamingSampler, is_streamed
 
@@ -156,15 +156,25 @@ class CaptioningTrainer(Seq2SeqTrainer):
         staged = folder / "model.tmp"
         if self.args.should_save:
             shutil.rmtree(staged, ignore_errors=True)
-        with full_is_user_error(str(folder), self._train_batch_size, "train"):
-            super().save_model(str(staged), _internal_call=True)
+        try:
+            with full_is_user_error(str(folder), self._train_batch_size, "train"):
+                super().save_model(str(staged), _internal_call=True)
+        except UserError:
+            shutil.rmtree(staged, ignore_errors=True)  # half a model only keeps the space that is missing
+            raise
         if self.args.should_save:
             for path in sorted(staged.iterdir(), key=lambda path: path.suffix == ".safetensors"):
                 os.replace(path, folder / path.name)
             staged.rmdir()
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Save as the stock Trainer does; a run that is to stop ends here, before its clean-up of checkpoints."""
+        """Save as the stock Trainer does; a run that is to stop ends here, before its clean-up of checkpoints.
+
+        Raises:
+            UserError: the last update left a weight that is no number, before any loss has shown it.
+        """
+        if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
+            raise weight_is_no_number(self.state.global_step, last_complete_checkpoint(self.args.output_dir))
         super()._save_checkpoint(model, trial)
         if self.stop_on_sigterm.stopping:
             raise self._stopped()

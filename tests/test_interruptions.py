@@ -131,6 +131,23 @@ def test_sigterm_saves_a_checkpoint_and_says_how_to_go_on(config_file, parquet_f
     assert outcome(stopped)["predictions"] == outcome(whole)["predictions"]
 
 
+def test_sigterm_in_the_last_step_of_an_epoch_stops_behind_its_evaluation(make_trainer, monkeypatch):
+    """The run that goes on from there begins the next epoch, and would never make up for it."""
+    trainer = make_trainer(num_train_epochs=2, per_device_train_batch_size=4, logging_steps=1)
+    step = CaptioningTrainer.training_step
+
+    def send(self, *args):
+        if self.state.global_step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args)
+
+    monkeypatch.setattr(CaptioningTrainer, "training_step", send)
+    with pytest.raises(Stopped, match=r"after step 6 of 12.*checkpoint-6"):
+        trainer.train()
+    assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [6]
+    assert trainer.state.best_global_step == 6
+
+
 def test_sigterm_in_the_middle_of_an_epoch_stops_before_the_next_step(make_trainer, tmp_path, monkeypatch):
     trainer = make_trainer(num_train_epochs=2, per_device_train_batch_size=4, logging_steps=1, save_total_limit=1)
     step = CaptioningTrainer.training_step
@@ -253,6 +270,41 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_images(make_trainer, mon
     assert ", ".join(seen[4]) in str(error.value)
     assert "checkpoint-4" in str(error.value)
     assert all(torch.isfinite(parameter).all() for parameter in trainer.model.parameters())
+
+
+def test_a_checkpoint_never_holds_weights_that_are_no_numbers(make_trainer, monkeypatch):
+    trainer = make_trainer(
+        num_train_epochs=1, per_device_train_batch_size=4, save_strategy="steps", save_steps=1, eval_strategy="no",
+        load_best_model_at_end=False,
+    )  # fmt: skip
+    compute_loss = CaptioningTrainer.compute_loss
+
+    def spoil_gradients(self, model, inputs, *args, **kwargs):
+        loss = compute_loss(self, model, inputs, *args, **kwargs)
+        if self.state.global_step == 2:
+            loss.register_hook(lambda gradient: gradient * float("nan"))
+        return loss
+
+    monkeypatch.setattr(CaptioningTrainer, "compute_loss", spoil_gradients)
+    with pytest.raises(UserError, match=r"step 3 left weights that are no numbers.*checkpoint-2"):
+        trainer.train()
+    assert last_complete_checkpoint(trainer.args.output_dir).endswith("checkpoint-2")
+
+
+def test_sigterm_in_the_last_evaluation_ends_the_run_when_its_model_is_saved(
+    config_file, parquet_folder, tmp_path, monkeypatch
+):
+    evaluation_loop = CaptioningTrainer.evaluation_loop
+
+    def send(self, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluation_loop(self, *args, **kwargs)
+
+    monkeypatch.setattr(CaptioningTrainer, "evaluation_loop", send)
+    arguments = {"num_train_epochs": 1, "save_strategy": "no", "load_best_model_at_end": False}
+    with pytest.raises(Stopped, match="after step 6 of 6"):
+        main(flags(config_file, parquet_folder, tmp_path / "run", **arguments))
+    assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
 def test_a_learning_rate_without_bounds_is_one_line(config_file, parquet_folder, tmp_path):
