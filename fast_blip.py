@@ -6,6 +6,7 @@ generated tokens the same. Captions are decoded by `caption_decoding.py`.
 """
 
 import functools
+import inspect
 import logging
 
 import torch
@@ -21,6 +22,7 @@ from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel, Bli
 from transformers.utils.output_capturing import _active_collector
 
 from caption_decoding import decode_captions, project_images
+from caption_loss import Packing, packed_logits
 from collator import IGNORE_INDEX
 
 
@@ -80,7 +82,10 @@ class FastTextAttention(BlipTextSelfAttention):
         past_key_values=None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return what stock does for `hidden_states` `[B, L, D]`; with a cache or recorded weights, through it."""
+        """Return what stock does for `hidden_states` `[B, L, D]`; with a cache or recorded weights, through it.
+
+        With a `caption_loss.Packing` for the mask `hidden_states` are packed, `[1, N, D]`.
+        """
         if past_key_values is not None or _weights_are_recorded():
             return super().forward(
                 hidden_states,
@@ -92,18 +97,28 @@ class FastTextAttention(BlipTextSelfAttention):
             )
         crosses = encoder_hidden_states is not None
         states = encoder_hidden_states if crosses else hidden_states
+        query, key, value = self.query(hidden_states), self.key(states), self.value(states)
+        # Stock's layers hand the mask over the image on under the name of the other
+        packing = attention_mask if isinstance(attention_mask, Packing) else None
+        if packing is not None:
+            query = packing.unpack(query)
+            key, value = (key, value) if crosses else (packing.unpack(key), packing.unpack(value))
+            mask = None  # what a row is filled up with stands behind all that is computed
+        else:
+            mask = encoder_attention_mask if crosses else attention_mask
         query, key, value = (
-            linear(inputs).unflatten(-1, (-1, self.attention_head_size)).transpose(1, 2)
-            for linear, inputs in ((self.query, hidden_states), (self.key, states), (self.value, states))
+            states.unflatten(-1, (-1, self.attention_head_size)).transpose(1, 2) for states in (query, key, value)
         )
         context = F.scaled_dot_product_attention(
             query,
             key,
             value,
-            attn_mask=encoder_attention_mask if crosses else attention_mask,
+            attn_mask=mask,
             dropout_p=self.dropout.p if self.training else 0.0,
+            is_causal=packing is not None and not crosses,
         )
-        return context.transpose(1, 2).flatten(2), None
+        context = context.transpose(1, 2).flatten(2)
+        return context if packing is None else packing.pack(context), None
 
 
 def _weights_are_recorded() -> bool:
@@ -147,26 +162,50 @@ class FastTextDecoder(BlipTextLMHeadModel):
     """The text decoder: its loss from the logits of caption tokens alone, its captions by `caption_decoding`."""
 
     @functools.wraps(BlipTextLMHeadModel.forward)  # `generate` reads the signature
-    def forward(self, *args, labels: torch.Tensor | None = None, reduction: str = "mean", **kwargs):
+    def forward(self, *args, **kwargs):
         """Return what stock does; with `labels` `[B, L]`, `logits` are `[N, V]`, of the N tokens not -100 in order.
 
         A vocabulary of 30,524 makes the head and its loss as dear as three layers, and padding and prompt need none.
         """
+        kwargs |= dict(zip(FORWARD_PARAMETERS, args, strict=False))
         as_shipped = kwargs.get("return_logits") or "shift_labels" in kwargs or kwargs.get("return_dict") is False
-        if labels is None or reduction != "mean" or as_shipped:
-            return super().forward(*args, labels=labels, reduction=reduction, **kwargs)
-        kwargs = {name: value for name, value in kwargs.items() if name not in ("return_logits", "logits_to_keep")}
-        outputs = self.bert(*args, **{"is_decoder": True} | kwargs | {"use_cache": False})
+        if kwargs.get("labels") is None or kwargs.get("reduction", "mean") != "mean" or as_shipped:
+            return super().forward(**kwargs)
+        labels = kwargs.pop("labels")
+        for name in ("reduction", "return_logits", "logits_to_keep"):
+            kwargs.pop(name, None)
         targets = labels[:, 1:]
         kept = targets != IGNORE_INDEX
-        logits = self.cls(outputs.last_hidden_state[:, :-1][kept])
-        loss = F.cross_entropy(logits, targets[kept], label_smoothing=self.label_smoothing)
+        packing = Packing.of(labels, kwargs.get("attention_mask")) if self._can_pack(kwargs) else None
+        if packing is not None:
+            recorded = {}
+            logits = packed_logits(self, packing, kwargs["input_ids"], kwargs["encoder_hidden_states"])
+        else:
+            recorded = self.bert(**{"is_decoder": True} | kwargs | {"use_cache": False})
+            logits = self.cls(recorded.last_hidden_state[:, :-1][kept])
         return CausalLMOutputWithCrossAttentions(
-            loss=loss,
+            loss=F.cross_entropy(logits, targets[kept], label_smoothing=self.label_smoothing),
             logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            cross_attentions=outputs.cross_attentions,
+            hidden_states=recorded.get("hidden_states"),
+            attentions=recorded.get("attentions"),
+            cross_attentions=recorded.get("cross_attentions"),
+        )
+
+    def _can_pack(self, kwargs: dict) -> bool:
+        """Tell whether a call asks for no more than a loss, of captions and images, through nobody's hooks."""
+        given = {name for name, value in kwargs.items() if value is not None and value is not False}
+        return (
+            {"input_ids", "encoder_hidden_states"} <= given
+            and given <= {"input_ids", "encoder_hidden_states", "attention_mask", "use_cache", "is_decoder"}
+            and kwargs.get("is_decoder") is not False
+            and not (self.config.output_hidden_states or self.config.output_attentions)
+            and not torch.compiler.is_compiling()  # sizes that are read off labels would break its graph in each layer
+            and _is_plain(self.bert)
+            and all(
+                type(attention.self) is FastTextAttention
+                for layer in self.bert.encoder.layer
+                for attention in (layer.attention, layer.crossattention)
+            )
         )
 
     @functools.wraps(BlipTextLMHeadModel.generate)
@@ -245,12 +284,18 @@ STOCK_SETTINGS = {
     "token_healing": False,
     "watermarking_config": None,
 }
+FORWARD_PARAMETERS = tuple(inspect.signature(BlipTextLMHeadModel.forward).parameters)[1:]  # without `self`
 STOCK_CLASSES = {
     FastVisionAttention: BlipAttention,
     FastVisionMLP: BlipMLP,
     FastTextAttention: BlipTextSelfAttention,
     FastTextDecoder: BlipTextLMHeadModel,
 }
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Tell whether nobody has hooked into a module or replaced its `forward`: its parts may be called instead."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 @functools.cache
