@@ -3,10 +3,13 @@
 Weights on disk stay plain BLIP: stock `BlipForConditionalGeneration` and `BlipProcessor` load what is saved.
 """
 
+import functools
 import logging
 import math
 import os
+import platform
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from transformers import (
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from caption_decoding import CrossAttention, caption_hidden_states, project_images
+from caption_decoding import CrossAttention, caption_hidden_states, caption_layers, packed_weights, project_images
 from errors import UserError, as_user_error
 from fast_blip import is_fast
 
@@ -307,6 +310,25 @@ def encode_images(model: BlipForConditionalGeneration, pixel_values: torch.Tenso
     number = CPU_IMAGES if is_fast(model) and pixel_values.is_cpu and not torch.is_grad_enabled() else whole
     parts = [model.vision_model(pixel_values=part).last_hidden_state for part in pixel_values.split(number)]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def packed_for_evaluation(model: BlipForConditionalGeneration) -> AbstractContextManager[None]:
+    """Return a context in which a fast model on a CPU has its weights laid out for products without gradients.
+
+    What captions pass gains everywhere; what hundreds of patches pass only on AMD's processors, where MKL, which
+    computes plain layers, is slower than oneDNN: 2,308 x 768 x 3,072 at 164 GFLOP/s against 217 on an EPYC of 2 cores.
+    """
+    if not is_fast(model):
+        return nullcontext()
+    return packed_weights(model.modules() if _is_amd() else caption_layers(model.text_decoder))
+
+
+@functools.cache
+def _is_amd() -> bool:
+    try:
+        return "AuthenticAMD" in platform.processor() + Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        return "AuthenticAMD" in platform.processor()
 
 
 def cross_attention_of(model: BlipForConditionalGeneration, image_embeds: torch.Tensor) -> CrossAttention | None:

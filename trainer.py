@@ -17,7 +17,14 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Seq2SeqTrainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from blip import attention_maps, caption_logits, cross_attention_of, encode_images, generate_captions
+from blip import (
+    attention_maps,
+    caption_logits,
+    cross_attention_of,
+    encode_images,
+    generate_captions,
+    packed_for_evaluation,
+)
 from collator import IGNORE_INDEX
 from errors import Stopped, UserError, as_user_error
 from hub import Repository
@@ -252,7 +259,7 @@ class CaptioningTrainer(Seq2SeqTrainer):
         inputs = self._prepare_inputs(inputs)
         labels = inputs["labels"]
         # The mixed precision of training: accelerate puts it on `model.forward`, which is not called here
-        with torch.no_grad(), self.accelerator.autocast():
+        with torch.no_grad(), self.accelerator.autocast(), packed_for_evaluation(self.model):
             image_embeds = encode_images(self.model, inputs["pixel_values"])
             cross_attention = cross_attention_of(self.model, image_embeds)
             is_label = F.pad(labels[:, 1:] != IGNORE_INDEX, (1, 0))

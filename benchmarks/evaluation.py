@@ -26,9 +26,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BlipProcessor, LogitsProcessor, Seq2SeqTrainer
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-import caption_decoding
 from arguments import CaptioningArguments
-from blip import add_blip_tokens, caption_logits, cross_attention_of, encode_images, generate_captions, train_tokenizer
+from blip import (
+    add_blip_tokens,
+    caption_logits,
+    cross_attention_of,
+    encode_images,
+    generate_captions,
+    packed_for_evaluation,
+    train_tokenizer,
+)
 from fast_blip import use_fast_blip, use_stock_blip
 from trainer import CaptioningTrainer
 
@@ -150,7 +157,8 @@ def time_parts(model, batch, decoding, arguments) -> dict[str, float]:
 
     for _ in range(2):
         started = now(arguments.device)
-        with torch.no_grad(), autocast(arguments):
+        with torch.no_grad(), autocast(arguments), packed_for_evaluation(model):
+            done("layout of weights")
             embeds = encode_images(model, images)
             done("vision model")
             cross = cross_attention_of(model, embeds)
@@ -214,11 +222,12 @@ def held(arguments) -> float:
 @contextlib.contextmanager
 def plain_weights():
     """Decode without packed weights, whose products torch does not count."""
-    rows, caption_decoding.PACKED_ROWS = caption_decoding.PACKED_ROWS, sys.maxsize
+    before = torch.backends.mkldnn.is_available
+    torch.backends.mkldnn.is_available = lambda: False  # what `packed_weights` asks for
     try:
         yield
     finally:
-        caption_decoding.PACKED_ROWS = rows
+        torch.backends.mkldnn.is_available = before
 
 
 def attention_flops(model, batch_size) -> int:

@@ -14,7 +14,13 @@ from transformers.generation import BaseStreamer
 import blip
 import caption_decoding
 import fast_blip
-from caption_decoding import CaptionDecoder, caption_hidden_states, packed_weights, project_images
+from caption_decoding import (
+    CaptionDecoder,
+    caption_hidden_states,
+    caption_layers,
+    packed_weights,
+    project_images,
+)
 from collator import CaptioningCollator
 from fast_blip import use_fast_blip
 
@@ -372,31 +378,43 @@ def test_projected_images_are_used_up_by_one_call(build):
 # --- Packed weights -------------------------------------------------------------------------------------------
 
 
-def other_forwards(model):
-    return {name for name, module in model.text_decoder.named_modules() if "forward" in vars(module)}
+OF_IMAGES = ("crossattention.self.key", "crossattention.self.value")
 
 
-@pytest.mark.parametrize("num_rows", [1, 6, 48])
+def packed_names(model):
+    return {name for name, module in model.named_modules() if "forward" in vars(module)}
+
+
+@pytest.mark.parametrize("num_rows", [1, 6, 48, 600])
 def test_packed_weights_multiply_any_number_of_rows_as_the_plain_do(build, num_rows):
     model = build(1).text_decoder
-    head, hidden = model.cls, torch.randn(2, 9, model.config.hidden_size)
+    head, hidden = model.cls, torch.randn(2, num_rows, model.config.hidden_size)
     with torch.no_grad():
         expected = head(hidden)
-        with packed_weights(model, num_rows):
+        with packed_weights(caption_layers(model)):
             found = head(hidden)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_that_are_packed_already_stay_so_to_the_end_of_the_outer_context(build):
+    model = build(1)
+    with packed_weights(caption_layers(model.text_decoder)):
+        packed = packed_names(model)
+        with packed_weights(model.modules()):
+            assert packed < packed_names(model)
+        assert packed and packed_names(model) == packed
+    assert not packed_names(model)
 
 
 def test_a_batch_is_decoded_by_packed_weights_that_leave_nothing_behind(build, monkeypatch):
     model = use_fast_blip(build(1, end_bias=-9))
     before, seen = model.state_dict(), []
-    model.text_decoder.cls.register_forward_hook(lambda *_: seen.append(other_forwards(model)))
+    model.text_decoder.cls.register_forward_hook(lambda *_: seen.append(packed_names(model)))
     model.generate(images(model, 2), num_beams=3, max_new_tokens=16)
     packed = seen[0]
-    linears = {name for name, module in model.text_decoder.named_modules() if type(module) is torch.nn.Linear}
-    of_images = ("crossattention.self.key", "crossattention.self.value")
-    assert linears - packed == {name for name in linears if name.endswith(of_images)}
-    assert not other_forwards(model)
+    linears = {name for name, module in model.named_modules() if type(module) is torch.nn.Linear}
+    assert packed == {name for name in linears if not name.startswith("vision") and not name.endswith(OF_IMAGES)}
+    assert not packed_names(model)
     assert before.keys() == model.state_dict().keys()
 
     with torch.no_grad():  # weights that change between two calls are packed again
@@ -407,25 +425,40 @@ def test_a_batch_is_decoded_by_packed_weights_that_leave_nothing_behind(build, m
     monkeypatch.setattr(caption_decoding, "beam_search", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model.generate(images(model, 2), num_beams=3, max_new_tokens=16)
-    assert not other_forwards(model)
+    assert not packed_names(model)
 
 
 @pytest.mark.parametrize("settings", [{"num_beams": 2, "max_new_tokens": 16}, {"num_beams": 3, "max_new_tokens": 15}])
 def test_few_rows_or_tokens_are_not_worth_packing(build, settings):
     model, seen = use_fast_blip(build(1, end_bias=-9)), []
-    model.text_decoder.cls.register_forward_hook(lambda *_: seen.append(other_forwards(model)))
+    model.text_decoder.cls.register_forward_hook(lambda *_: seen.append(packed_names(model)))
     model.generate(images(model, 2), **settings)
     assert not set().union(*seen)
 
 
+@pytest.mark.parametrize("is_amd", [False, True])
+def test_an_evaluation_is_packed_whole_where_onednn_multiplies_images_faster_too(build, monkeypatch, is_amd):
+    monkeypatch.setattr(blip, "_is_amd", lambda: is_amd)
+    model = build(1)
+    with blip.packed_for_evaluation(model):
+        assert not packed_names(model), "stock BLIP stays as it is"
+    with blip.packed_for_evaluation(use_fast_blip(model)):
+        packed = packed_names(model)
+    linears = {name for name, module in model.named_modules() if type(module) is torch.nn.Linear}
+    of_captions = {name for name in linears if not name.startswith("vision") and not name.endswith(OF_IMAGES)}
+    assert linears > of_captions > set()
+    assert packed == (linears if is_amd else of_captions)
+    assert not packed_names(model)
+
+
 def test_half_precision_is_not_packed(build):
     model = build(1)
-    with packed_weights(model.text_decoder, 6):
-        assert other_forwards(model)
-    with torch.autocast("cpu", torch.bfloat16), packed_weights(model.text_decoder, 6):
-        assert not other_forwards(model)
-    with packed_weights(model.bfloat16().text_decoder, 6):
-        assert not other_forwards(model)
+    with packed_weights(model.modules()):
+        assert packed_names(model)
+    with torch.autocast("cpu", torch.bfloat16), packed_weights(model.modules()):
+        assert not packed_names(model)
+    with packed_weights(model.bfloat16().modules()):
+        assert not packed_names(model)
 
 
 # --- The decoder ----------------------------------------------------------------------------------------------
