@@ -102,9 +102,13 @@ def as_user_error(what: str, mend: str = "") -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        lines = str(error).strip().splitlines()
-        reason = f"{type(error).__name__}: {lines[0][:300].rstrip('.')}" if lines else type(error).__name__
-        raise UserError(f"{what}: {reason}{'; ' if mend else ''}{mend}") from error
+        raise UserError(f"{what}: {first_line(error).rstrip('.')}{'; ' if mend else ''}{mend}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """Return the class of an error and the first line of its message, cut."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

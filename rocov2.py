@@ -11,17 +11,11 @@ As a command, any source becomes a folder that `--dataset_name` and `datasets.lo
 """
 
 import argparse
-import csv
-import hashlib
 import json
 import logging
-import lzma
 import os
 import re
-import stat
 import unicodedata
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -45,22 +39,19 @@ from pyarrow.parquet import read_metadata
 from transformers import PreTrainedTokenizerBase
 
 from collator import open_image
-from errors import UserError, did_you_mean, exit_on_user_error
+from errors import UserError, did_you_mean, exit_on_user_error, first_line
 from hub import pin_revision
 from phantoms import load_phantoms
 from predictions import write_whole
 from streaming import STORED, hub_shards, index_shards, is_streamed
+from zenodo import UNUSABLE, ZenodoSplits, is_inside, load_zenodo
 
 
 logger = logging.getLogger("captioning.rocov2")
 
 SPLITS = ("train", "validation", "test")
 SPLIT_NAMES = {"valid": "validation", "val": "validation", "dev": "validation"}
-UNUSABLE = "unusable row"  # column of a loader: the reason to set a row aside unread, null where there is none
-MISSING = "unreadable image: image file is missing"
-LINK_OUT = "unreadable image: a link out of the folder of images"
 OUTSIDE = "unreadable image: a file outside of the data set's folder"
-ZENODO_SPLITS = {"train": "train", "valid": "validation", "test": "test"}
 CLEAN_COLUMNS = Features(
     {
         "image_id": Value("string"),
@@ -72,9 +63,6 @@ CLEAN_COLUMNS = Features(
 REQUIRED_COLUMNS = ("image", "image_id", "caption")
 CHECK_BATCH_SIZE = 64  # rows whose images are in memory at once
 MAX_CAPTION = 100_000  # characters; ROCOv2's longest has about 7,000
-MAX_MEMBER = 2**28  # bytes of an image in a zip
-MAX_UNPACKED = 100  # times its size in the zip; the formats of images are compressed themselves, a bomb is far more
-SMALL_MEMBER = 2**20  # bytes; what is not larger may be as dense as it likes
 MAX_ID = 1000  # characters; an id stands in logs, pages and submissions
 COLUMN_BATCH_SIZE = 1000  # rows of which a text column is in memory at once
 
@@ -124,10 +112,6 @@ def load_rocov2(name: str, revision: str | None = None, streaming: bool = False)
     return DatasetDict({split: _without_foreign_files(rows, name) for split, rows in checked.items()})
 
 
-class ZenodoSplits(DatasetDict):
-    """Splits whose column `UNUSABLE` is ours; that of another source is a stranger's, and is not believed."""
-
-
 def dataset_commit(name: str, revision: str | None = None) -> str | None:
     """Return the commit that `revision` of a Hub dataset names; `revision` itself for another source.
 
@@ -157,14 +141,14 @@ def _load_folder(folder: Path, streaming: bool) -> DatasetDict | Dataset:
             _refuse_empty_splits(folder, counts)
             return index_shards(files) if streaming else load_dataset("parquet", data_files=files)
         if any(folder.glob("*_captions.csv")):
-            return _load_zenodo(folder)
+            return load_zenodo(folder)
     except UserError:
         raise
     except Exception as error:  # pyarrow and datasets raise errors of many unrelated classes
         cause = error.__cause__ or error  # `from_generator` wraps what the generator raised
         if isinstance(cause, UserError):
             raise cause from error
-        raise UserError(f"dataset folder '{folder}' cannot be read: {_one_line(cause)}") from error
+        raise UserError(f"dataset folder '{folder}' cannot be read: {first_line(cause)}") from error
     raise UserError(
         f"dataset folder '{folder}' holds none of dataset_dict.json (save_to_disk), [data/]<split>-*.parquet, "
         "<split>_captions.csv (Zenodo)"
@@ -207,7 +191,7 @@ def _load_from_hub(name: str, revision: str | None, streaming: bool) -> DatasetD
         at = f" at revision '{revision}'" if revision else ""
         hint = did_you_mean(name, ["phantoms", "eltorio/ROCOv2-radiology"])
         raise UserError(
-            f"dataset '{name}'{at} is no local folder and cannot be loaded from the Hub: {_one_line(error)}{hint}"
+            f"dataset '{name}'{at} is no local folder and cannot be loaded from the Hub: {first_line(error)}{hint}"
         ) from error
 
 
@@ -223,7 +207,7 @@ def _checked_columns(rows: Dataset, name: str, split: str) -> Dataset:
             rows.data.column(column).validate(full=True)
         except Exception as error:  # pyarrow's classes again; it meets text that is no UTF-8 when a row is read
             raise UserError(
-                f"dataset '{name}', split '{split}': column '{column}' is damaged: {_one_line(error)}; "
+                f"dataset '{name}', split '{split}': column '{column}' is damaged: {first_line(error)}; "
                 "write it in UTF-8"
             ) from error
     rows = rows.select_columns([c for c in (*REQUIRED_COLUMNS, "cui", UNUSABLE) if c in rows.column_names])
@@ -231,7 +215,7 @@ def _checked_columns(rows: Dataset, name: str, split: str) -> Dataset:
         return rows if is_streamed(rows) else rows.cast_column("image", Image(decode=False))
     except Exception as error:  # pyarrow's classes again
         raise UserError(
-            f"dataset '{name}', split '{split}': column 'image' holds no images: {_one_line(error)}"
+            f"dataset '{name}', split '{split}': column 'image' holds no images: {first_line(error)}"
         ) from error
 
 
@@ -251,154 +235,12 @@ def _without_foreign_files(rows: Dataset, name: str) -> Dataset:
     for images in rows.data.column("image").chunks:
         for row in np.flatnonzero(images.field("bytes").is_null().to_numpy(zero_copy_only=False)).tolist():
             path = (images[row].as_py() or {}).get("path")
-            if path and not _is_inside(path, roots):
+            if path and not is_inside(path, roots):
                 marked[start + row] = OUTSIDE
         start += len(images)
     if not marked:
         return rows
     return rows.add_column(UNUSABLE, [marked.get(row) for row in range(len(rows))], feature=Value("string"))
-
-
-def _is_inside(path: str, roots: list[str]) -> bool:
-    try:
-        real = Path(os.path.realpath(path))
-    except ValueError:  # a NUL in the name
-        return False
-    return any(real.is_relative_to(root) for root in roots)
-
-
-def _one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
-
-
-# --- Zenodo record 10821435 -----------------------------------------------------------------------------------
-
-
-def _load_zenodo(folder: Path) -> DatasetDict:
-    splits = {}
-    for name, split in ZENODO_SPLITS.items():
-        captions = folder / f"{name}_captions.csv"
-        if not captions.is_file():
-            continue
-        # `_concepts` holds the manual concepts and the automatic ones, `_concepts_manual` only the former
-        concepts = [folder / f"{name}_concepts{kind}.csv" for kind in ("", "_manual")]
-        images = [folder / f"{name}_images", folder / name, folder / f"{name}_images.zip"]
-        if not any(path.exists() for path in images):
-            raise UserError(f"'{captions}' has no images beside it: '{images[0]}' and '{images[2]}' do not exist")
-        sources = {
-            "captions": captions,
-            "concepts": next((path for path in concepts if path.is_file()), None),
-            "images": next(path for path in images if path.exists()),
-        }
-        arguments = {key: str(path) if path else None for key, path in sources.items()}
-        arguments["state"] = _state([path for path in sources.values() if path])
-        features = Features(
-            {"image": Image(decode=False), UNUSABLE: Value("string")}
-            | {k: v for k, v in CLEAN_COLUMNS.items() if k != "rejected"}
-        )
-        splits[split] = Dataset.from_generator(_zenodo_rows, features=features, gen_kwargs=arguments, split=split)
-    return ZenodoSplits(splits)
-
-
-def _state(paths: list[Path]) -> str:
-    """Return a digest of names, sizes and times: part of the cache key, so that a changed folder is read again."""
-    files = [entry for path in paths for entry in (os.scandir(path) if path.is_dir() else (path,))]
-    listing = sorted((file.name, (status := _status(file)).st_size, status.st_mtime_ns) for file in files)
-    return hashlib.sha256(repr(listing).encode()).hexdigest()
-
-
-def _status(file: os.DirEntry | Path) -> os.stat_result:
-    try:
-        return file.stat()
-    except OSError:  # a symbolic link that leads nowhere, or in a circle
-        return os.lstat(file)
-
-
-def _zenodo_rows(captions: str, concepts: str | None, images: str, state: str) -> Iterator[dict[str, Any]]:
-    cuis = {row["ID"]: row["CUIs"] for row in _read_csv(concepts, "CUIs")} if concepts else {}
-    if not os.path.isdir(images) and not os.path.isfile(images):
-        raise UserError(f"'{images}' is neither a folder nor a file")
-    archive = _open_zip(images) if images.endswith(".zip") else None
-    # The zips hold the images in a folder or not, depending on the version of the record
-    files = {Path(name).stem: name for name in (archive.namelist() if archive else os.listdir(images))}
-    root = [os.path.realpath(images)]
-    for row in _read_csv(captions, "Caption"):
-        image, reason = {"path": None, "bytes": None}, MISSING
-        # Only names that the folder itself lists: an id is no path out of it
-        image_id = row["ID"] or ""
-        if file := files.get(image_id):
-            if archive:
-                image["bytes"], reason = _read_member(archive, archive.getinfo(file))
-            else:
-                image["path"], reason = os.path.join(images, file), None
-                if os.path.islink(image["path"]) and not _is_inside(image["path"], root):
-                    reason = LINK_OUT
-        if None in row:  # what `csv.DictReader` found behind the last column
-            reason = "more fields than columns: put the caption in double quotes"
-        concept_ids = [cui.strip() for cui in (cuis.get(row["ID"]) or "").split(";") if cui.strip()]
-        yield {
-            "image": None if reason else image,  # nothing later reads what must not be read
-            UNUSABLE: reason,
-            "image_id": image_id,
-            "caption": row["Caption"],
-            "cui": concept_ids,
-        }
-
-
-def _open_zip(path: str) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(path)
-    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
-        raise UserError(f"'{path}' cannot be read as a zip: {error}; download it again") from error
-
-
-def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> tuple[bytes | None, str | None]:
-    """Return the member's content, or the reason to set its row aside: one must not cost the whole set.
-
-    No more is unpacked than the size that the zip states.
-    """
-    size, packed = member.file_size, member.compress_size
-    if stat.S_ISLNK(member.external_attr >> 16):
-        return None, "unreadable image: a symbolic link in the zip"
-    if size > MAX_MEMBER or size > max(MAX_UNPACKED * packed, SMALL_MEMBER):
-        return None, f"unreadable image: {packed:,} bytes in the zip unpack to {size:,}"
-    try:
-        return archive.read(member), None
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, lzma.LZMAError) as error:
-        return None, f"unreadable image: damaged in the zip: {_one_line(error)}"
-    except RuntimeError as error:  # encrypted, or of an unknown method
-        return None, f"unreadable image: cannot be unpacked: {_one_line(error)}"
-
-
-def _read_csv(path: str, column: str) -> Iterator[dict[str, str]]:
-    csv.field_size_limit(2**27)  # characters; the module's default of 2**17 refuses a long caption
-    lines: list[str] = []  # those of one row
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(lines.append(line) or line for line in file)
-        try:
-            if not {"ID", column} <= set(rows.fieldnames or ()):
-                columns = ", ".join((rows.fieldnames or [])[:8])
-                raise UserError(f"'{path}' has the columns {columns[:300]}; ID and {column} are needed")
-            for row in rows:
-                if len(lines) > 1 and _ends_in_quotes(lines):
-                    first = rows.line_num - len(lines) + 1
-                    raise UserError(f"'{path}', line {first}: a double quote is not closed; close it, or double it")
-                lines.clear()
-                yield row
-        except csv.Error as error:
-            raise UserError(f"'{path}', line {rows.line_num + 1} is no CSV: {error}; mend or remove it") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"'{path}' is not UTF-8 behind line {rows.line_num}; save it as UTF-8") from error
-
-
-def _ends_in_quotes(lines: list[str]) -> bool:
-    """Tell whether a row goes to the end of the file only because its quotes do: it swallows the rows below it."""
-    try:
-        list(csv.reader(lines, strict=True))
-    except csv.Error as error:
-        return "unexpected end" in str(error)
-    return False
 
 
 # --- Checks ---------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from huggingface_hub import HfFileSystem
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
 
-from errors import UserError
+from errors import UserError, first_line
 
 
 logger = logging.getLogger("captioning.streaming")
@@ -245,10 +245,8 @@ def _read_images(file: str, group: int) -> pa.ChunkedArray:
         with _open(file) as source:
             return pq.ParquetFile(source, metadata=_footer(file)).read_row_group(group, ["image"])["image"]
     except Exception as error:  # of pyarrow, the operating system, the Hub's client
-        lines = str(error).strip().splitlines() or [""]
         raise UserError(
-            f"'{file}' can no longer be read: {type(error).__name__}: {lines[0][:300]}; "
-            "go on by --resume_from_checkpoint true"
+            f"'{file}' can no longer be read: {first_line(error)}; go on by --resume_from_checkpoint true"
         ) from error
 
 

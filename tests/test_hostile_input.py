@@ -31,6 +31,7 @@ import blip
 import collator
 import rocov2
 import run_captioning
+import zenodo
 from arguments import _fields, parse_arguments, read_recipe
 from collator import open_image
 from errors import UserError, exit_on_user_error, printable
@@ -287,7 +288,7 @@ def test_a_long_error_keeps_its_mend_and_fits_a_screen(capsys):
 # --- Captions -------------------------------------------------------------------------------------------------
 
 
-def zenodo(folder: Path, captions: bytes, images: dict[str, bytes]) -> Path:
+def zenodo_folder(folder: Path, captions: bytes, images: dict[str, bytes]) -> Path:
     for split in ("train", "valid", "test"):
         (folder / f"{split}_images").mkdir(parents=True)
         (folder / f"{split}_captions.csv").write_bytes(captions)
@@ -315,7 +316,7 @@ def test_any_table_of_captions_is_read_or_refused(tmp_path_factory, content):
     path = folder / "captions.csv"
     path.write_bytes(b"ID,Caption\n" + content)
     try:
-        for row in rocov2._zenodo_rows(str(path), None, str(folder), ""):
+        for row in zenodo._zenodo_rows(str(path), None, str(folder), ""):
             rocov2._check_batch({name: [value] for name, value in row.items()}, open_images=True)
     except UserError as error:
         assert "captions.csv" in str(error)
@@ -333,7 +334,7 @@ def test_captions_meant_to_hurt_are_set_aside_and_the_rest_is_kept(tmp_path):
         ("blank", "\u202e\u2066\x07"),
     ]
     names = ("good", "long", "blank")
-    folder = zenodo(tmp_path / "zenodo", table(rows), {f"{name}.png": png for name in names})
+    folder = zenodo_folder(tmp_path / "zenodo", table(rows), {f"{name}.png": png for name in names})
     (tmp_path / "secret.png").write_bytes(png)
     (tmp_path / "zenodo" / "escape.png").write_bytes(png)
     (folder / "test_images" / "link.png").symlink_to(tmp_path / "secret.png")
@@ -346,7 +347,9 @@ def test_captions_meant_to_hurt_are_set_aside_and_the_rest_is_kept(tmp_path):
 
 
 def test_a_link_within_the_folder_and_a_folder_that_is_a_link_are_followed(tmp_path):
-    folder = zenodo(tmp_path / "zenodo", table([("a", "An effusion"), ("b", "A nodule")]), {"a.png": make_png(1)})
+    folder = zenodo_folder(
+        tmp_path / "zenodo", table([("a", "An effusion"), ("b", "A nodule")]), {"a.png": make_png(1)}
+    )
     for split in ("train", "valid", "test"):
         (folder / f"{split}_images" / "b.png").symlink_to("a.png")
         (folder / f"{split}_images").rename(tmp_path / split)
@@ -369,7 +372,7 @@ def test_zips_meant_to_hurt(tmp_path, kind, monkeypatch):
             content = bytearray(path.read_bytes())
             content[content.rindex(b"PK\x01\x02") + 8] |= 1  # the flag of the last entry in the directory
             path.write_bytes(content)
-    monkeypatch.setattr(rocov2, "MAX_MEMBER", 2**20)
+    monkeypatch.setattr(zenodo, "MAX_MEMBER", 2**20)
     rejected = checked(folder, tmp_path)
     if kind == "traversal":  # read from the zip like any other; nothing is written
         assert not rejected
@@ -391,14 +394,14 @@ def test_zip_members_that_are_bombs_or_links_are_named(tmp_path, claim):
         content = bytes(4 * 2**20) if claim == "dense" else b"/etc/passwd"
         archive.writestr(member, content, zipfile.ZIP_DEFLATED)
     with zipfile.ZipFile(tmp_path / "a.zip") as archive:
-        found, reason = rocov2._read_member(archive, archive.getinfo("b.png"))
+        found, reason = zenodo._read_member(archive, archive.getinfo("b.png"))
     assert found is None
     assert ("unpack to 4,194,304" if claim == "dense" else "a symbolic link") in reason
 
 
 def test_a_quote_that_is_not_closed_swallows_no_rows_unseen(tmp_path):
     content = b'ID,Caption\na,fine\nb,"not closed\n' + b"".join(b"c%d,fine\n" % i for i in range(9))
-    folder = zenodo(tmp_path / "zenodo", content, {"a.png": make_png(1)})
+    folder = zenodo_folder(tmp_path / "zenodo", content, {"a.png": make_png(1)})
     with pytest.raises(UserError, match=r"train_captions\.csv', line 3: a double quote is not closed"):
         rocov2.load_rocov2(str(folder))
 
@@ -406,7 +409,7 @@ def test_a_quote_that_is_not_closed_swallows_no_rows_unseen(tmp_path):
 def test_rows_that_would_be_used_in_part_or_lead_nowhere_are_set_aside(tmp_path):
     content = b'ID,Caption\ncommas,Chest, CT\nnowhere,A nodule\nfine,"A cyst,\nmultilocular"\n../fine,A cyst\n'
     content += b"x" * 2000 + b",A cyst\n"
-    folder = zenodo(tmp_path / "zenodo", content, {f"{name}.jpg": make_png(1) for name in ("commas", "fine")})
+    folder = zenodo_folder(tmp_path / "zenodo", content, {f"{name}.jpg": make_png(1) for name in ("commas", "fine")})
     for split in ("train", "valid", "test"):
         (folder / f"{split}_images" / "nowhere.png").symlink_to("/no/such/file")
     reasons = {row["image_id"][:9]: row["reason"] for row in checked(folder, tmp_path)}
@@ -468,7 +471,7 @@ def test_a_pipe_instead_of_a_table_is_not_waited_for(tmp_path, name):
     ids=["encoding", "columns"],
 )
 def test_tables_that_cannot_be_read_are_named(tmp_path, content, message):
-    folder = zenodo(tmp_path / "zenodo", content, {"a.png": make_png(1)})
+    folder = zenodo_folder(tmp_path / "zenodo", content, {"a.png": make_png(1)})
     with pytest.raises(UserError, match=message) as error:
         rocov2.load_rocov2(str(folder))
     assert len(str(error.value)) < 1_000
