@@ -29,7 +29,7 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 
 from caption_decoding import CrossAttention, caption_hidden_states, caption_layers, packed_weights, project_images
 from errors import UserError, as_user_error
-from fast_blip import is_fast
+from fast_blip import has_shipped_layers, is_fast
 
 
 logger = logging.getLogger("captioning.blip")
@@ -332,8 +332,10 @@ def _is_amd() -> bool:
 
 
 def cross_attention_of(model: BlipForConditionalGeneration, image_embeds: torch.Tensor) -> CrossAttention | None:
-    """Return what scoring and generation both need of `image_embeds` `[B, P + 1, D]`; None if stock BLIP does them."""
-    return project_images(model.text_decoder, image_embeds) if is_fast(model) else None
+    """Return what scoring and generation both need of `image_embeds` `[B, P + 1, D]`; None if stock does them."""
+    if not is_fast(model) or not has_shipped_layers(model.text_decoder):
+        return None
+    return project_images(model.text_decoder, image_embeds)
 
 
 def caption_logits(
@@ -366,7 +368,7 @@ def caption_logits(
     logits = []
     for start in range(0, len(input_ids), number):
         few = slice(start, start + number)
-        width = int(attention_mask[few].sum(dim=1).max()) if input_ids.is_cpu else input_ids.shape[1]
+        width = max(1, int(attention_mask[few].sum(dim=1).max())) if input_ids.is_cpu else input_ids.shape[1]
         images = [(keys[few], values[few]) for keys, values in cross_attention]
         found = caption_hidden_states(model.text_decoder, images, input_ids[few, :width])
         logits.append(model.text_decoder.cls(found[:, :-1][before[few, : width - 1]]))

@@ -179,18 +179,27 @@ def packed_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
             and module.weight.is_cpu
             and module.weight.dtype == torch.float32
             and "forward" not in vars(module)
+            and module.weight.numel()
         ]
     try:
         for linear in linears:
             packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), LAYOUT_ROWS)
-            linear.forward = functools.partial(_packed_linear, packed=packed, bias=linear.bias)
+            linear.forward = functools.partial(_packed_linear, linear, packed)
         yield
     finally:
         for linear in linears:
             vars(linear).pop("forward", None)
 
 
-def _packed_linear(inputs: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def is_packed(module: nn.Module) -> bool:
+    """Tell whether a module is in the context of `packed_weights`."""
+    return getattr(vars(module).get("forward"), "func", None) is _packed_linear
+
+
+def _packed_linear(linear: nn.Linear, packed: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    if torch.is_grad_enabled():  # another thread trains meanwhile: the operator knows no gradients
+        return F.linear(inputs, linear.weight, linear.bias)
+    bias = None if linear.bias is None else linear.bias.contiguous()
     return torch.ops.mkldnn._linear_pointwise(inputs, packed, bias, "none", [], "")
 
 

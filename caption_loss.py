@@ -73,7 +73,7 @@ def packed_logits(
     """
     bert = text_decoder.bert
     words = packing.pack(input_ids[:, : packing.width])
-    positions = (packing.index % packing.width)[None]
+    positions = bert.embeddings.position_ids[:, packing.index % packing.width]
     hidden = bert.encoder(
         bert.embeddings(input_ids=words, position_ids=positions),
         attention_mask=packing,

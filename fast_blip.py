@@ -18,10 +18,21 @@ from transformers.activations import GELUActivation
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.models.blip.modeling_blip import BlipAttention, BlipMLP
-from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel, BlipTextSelfAttention
-from transformers.utils.output_capturing import _active_collector
+from transformers.models.blip.modeling_blip_text import (
+    BlipTextAttention,
+    BlipTextEmbeddings,
+    BlipTextEncoder,
+    BlipTextIntermediate,
+    BlipTextLayer,
+    BlipTextLMHeadModel,
+    BlipTextModel,
+    BlipTextOutput,
+    BlipTextSelfAttention,
+    BlipTextSelfOutput,
+)
+from transformers.utils import output_capturing
 
-from caption_decoding import decode_captions, project_images
+from caption_decoding import decode_captions, is_packed, project_images
 from caption_loss import Packing, packed_logits
 from collator import IGNORE_INDEX
 
@@ -86,7 +97,12 @@ class FastTextAttention(BlipTextSelfAttention):
 
         With a `caption_loss.Packing` for the mask `hidden_states` are packed, `[1, N, D]`.
         """
-        if past_key_values is not None or _weights_are_recorded():
+        # Stock's layers hand the mask over the image on under the name of the other
+        packing = attention_mask if isinstance(attention_mask, Packing) else None
+        mask = encoder_attention_mask if encoder_hidden_states is not None else attention_mask
+        # Where a mask hides all that a token could see, the fused kernels have the values of stock and other gradients
+        learns_masked = packing is None and mask is not None and torch.is_grad_enabled()
+        if past_key_values is not None or learns_masked or _weights_are_recorded():
             return super().forward(
                 hidden_states,
                 attention_mask=attention_mask,
@@ -98,14 +114,12 @@ class FastTextAttention(BlipTextSelfAttention):
         crosses = encoder_hidden_states is not None
         states = encoder_hidden_states if crosses else hidden_states
         query, key, value = self.query(hidden_states), self.key(states), self.value(states)
-        # Stock's layers hand the mask over the image on under the name of the other
-        packing = attention_mask if isinstance(attention_mask, Packing) else None
         if packing is not None:
             query = packing.unpack(query)
             key, value = (key, value) if crosses else (packing.unpack(key), packing.unpack(value))
             mask = None  # what a row is filled up with stands behind all that is computed
-        else:
-            mask = encoder_attention_mask if crosses else attention_mask
+        elif mask is not None:
+            mask = mask.to(query.dtype)  # stock adds it to the scores, whatever its type
         query, key, value = (
             states.unflatten(-1, (-1, self.attention_head_size)).transpose(1, 2) for states in (query, key, value)
         )
@@ -123,7 +137,7 @@ class FastTextAttention(BlipTextSelfAttention):
 
 def _weights_are_recorded() -> bool:
     """Tell whether the model is called with `output_attentions`: the fused kernels have no weights to give."""
-    recorded = _active_collector.get()
+    recorded = output_capturing._active_collector.get()
     if not recorded or not {"attentions", "cross_attentions"} & set(recorded):
         return False
     _say_once("attention weights are asked for: stock eager attention computes them")
@@ -142,14 +156,16 @@ class FastVisionMLP(BlipMLP):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return what stock does for `[B, P + 1, D]`."""
+        if not (_is(self.fc1, nn.Linear) and _is(self.fc2, nn.Linear) and _is_plain(self.activation_fn)):
+            return super().forward(hidden_states)  # an adapter's dropout would not be the same when done again
         inner = self.fc1(hidden_states)
-        if not (torch.is_grad_enabled() and inner.requires_grad):
-            if type(self.activation_fn) is GELUActivation and self.activation_fn.act is F.gelu:
-                # In place: a CPU would clear fresh memory for what is four times as wide as the layer
-                return self.fc2(torch.ops.aten.gelu_(inner))
-            return self._activate_and_project(inner)
-        # The second run stops as soon as the input of `fc2` is there: its matrix product is not done again
-        return checkpoint(self._activate_and_project, inner, use_reentrant=False, preserve_rng_state=False)
+        if torch.is_grad_enabled() and inner.requires_grad:
+            # The second run stops as soon as the input of `fc2` is there: its matrix product is not done again
+            return checkpoint(self._activate_and_project, inner, use_reentrant=False, preserve_rng_state=False)
+        if type(self.activation_fn) is GELUActivation and self.activation_fn.act is F.gelu:
+            # In place: a CPU would clear fresh memory for what is four times as wide as the layer
+            return self.fc2(torch.ops.aten.gelu_(inner))
+        return self._activate_and_project(inner)
 
     def _activate_and_project(self, inner: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.activation_fn(inner))
@@ -168,8 +184,7 @@ class FastTextDecoder(BlipTextLMHeadModel):
         A vocabulary of 30,524 makes the head and its loss as dear as three layers, and padding and prompt need none.
         """
         kwargs |= dict(zip(FORWARD_PARAMETERS, args, strict=False))
-        as_shipped = kwargs.get("return_logits") or "shift_labels" in kwargs or kwargs.get("return_dict") is False
-        if kwargs.get("labels") is None or kwargs.get("reduction", "mean") != "mean" or as_shipped:
+        if not _asks_for_a_mean_loss(kwargs):
             return super().forward(**kwargs)
         labels = kwargs.pop("labels")
         for name in ("reduction", "return_logits", "logits_to_keep"):
@@ -186,26 +201,26 @@ class FastTextDecoder(BlipTextLMHeadModel):
         return CausalLMOutputWithCrossAttentions(
             loss=F.cross_entropy(logits, targets[kept], label_smoothing=self.label_smoothing),
             logits=logits,
+            past_key_values=recorded.get("past_key_values"),
             hidden_states=recorded.get("hidden_states"),
             attentions=recorded.get("attentions"),
             cross_attentions=recorded.get("cross_attentions"),
         )
 
     def _can_pack(self, kwargs: dict) -> bool:
-        """Tell whether a call asks for no more than a loss, of captions and images, through nobody's hooks."""
+        """Tell whether a call asks for no more than a loss, of captions and images, through modules as shipped.
+
+        An adapter or a hook might look at a caption as a row.
+        """
         given = {name for name, value in kwargs.items() if value is not None and value is not False}
         return (
             {"input_ids", "encoder_hidden_states"} <= given
             and given <= {"input_ids", "encoder_hidden_states", "attention_mask", "use_cache", "is_decoder"}
-            and kwargs.get("is_decoder") is not False
+            and kwargs.get("is_decoder", True)
             and not (self.config.output_hidden_states or self.config.output_attentions)
             and not torch.compiler.is_compiling()  # sizes that are read off labels would break its graph in each layer
-            and _is_plain(self.bert)
-            and all(
-                type(attention.self) is FastTextAttention
-                for layer in self.bert.encoder.layer
-                for attention in (layer.attention, layer.crossattention)
-            )
+            and not self.config.chunk_size_feed_forward
+            and all(type(module) in TEXT_MODULES and _is_plain(module) for module in self.bert.modules())
         )
 
     @functools.wraps(BlipTextLMHeadModel.generate)
@@ -253,6 +268,8 @@ class FastTextDecoder(BlipTextLMHeadModel):
             return "there are no start tokens"
         if self.training:
             return "the model is in training mode"
+        if not has_shipped_layers(self):
+            return "the layers are not those of transformers, or have hooks"
         others = sorted(kwargs.keys() - known - vars(GenerationConfig()).keys())
         if others:
             return f"'{others[0]}' is given"
@@ -293,9 +310,59 @@ STOCK_CLASSES = {
 }
 
 
+TEXT_MODULES = {
+    BlipTextModel, BlipTextEmbeddings, BlipTextEncoder, BlipTextLayer, BlipTextAttention, FastTextAttention,
+    BlipTextSelfOutput, BlipTextIntermediate, BlipTextOutput, GELUActivation, nn.ModuleList, nn.Linear, nn.LayerNorm,
+    nn.Embedding, nn.Dropout,
+}  # fmt: skip
+
+
+def has_shipped_layers(text_decoder: BlipTextLMHeadModel) -> bool:
+    """Tell whether the modules that decoding goes around are those of transformers, and nobody has hooked into them.
+
+    The others, an adapter in the place of a linear layer among them, are called as stock calls them.
+    """
+    bert = text_decoder.bert
+    return (
+        _is(bert, BlipTextModel)
+        and _is(bert.encoder, BlipTextEncoder)
+        and all(
+            _is(layer, BlipTextLayer)
+            and _is(layer.attention, BlipTextAttention)
+            and _is(layer.attention.self, FastTextAttention)
+            and _is(layer.crossattention, BlipTextAttention)
+            and _is(layer.crossattention.self, FastTextAttention)
+            for layer in bert.encoder.layer
+        )
+    )
+
+
+def _is(module: nn.Module, kind: type) -> bool:
+    return type(module) is kind and _is_plain(module)
+
+
 def _is_plain(module: nn.Module) -> bool:
     """Tell whether nobody has hooked into a module or replaced its `forward`: its parts may be called instead."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return (is_packed(module) or "forward" not in vars(module)) and all(
+        # Those with which transformers records outputs stay behind when nothing is recorded
+        getattr(hook, "__module__", None) == output_capturing.__name__
+        for hook in hooks
+    )
+
+
+def _asks_for_a_mean_loss(kwargs: dict) -> bool:
+    """Tell whether a call of the text decoder asks for a mean loss over labels `[B, L]`, and not for all logits."""
+    labels, input_ids, logits_to_keep = (kwargs.get(name) for name in ("labels", "input_ids", "logits_to_keep"))
+    return (
+        labels is not None
+        and (input_ids is None or input_ids.shape == labels.shape)
+        and kwargs.get("reduction", "mean") == "mean"
+        and not kwargs.get("return_logits")
+        and "shift_labels" not in kwargs
+        and kwargs.get("return_dict") is not False
+        and (logits_to_keep is None or (isinstance(logits_to_keep, int) and not logits_to_keep))
+    )
 
 
 @functools.cache

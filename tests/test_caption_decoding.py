@@ -396,6 +396,26 @@ def test_packed_weights_multiply_any_number_of_rows_as_the_plain_do(build, num_r
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_packed_layers_take_any_bias_and_leave_gradients_to_those_who_ask_for_them():
+    linear, inputs = torch.nn.Linear(24, 40), torch.randn(7, 24)
+    linear.bias = torch.nn.Parameter(torch.randn(80)[::2])
+    empty = torch.nn.Linear(24, 0)
+    expected = linear(inputs)
+    with packed_weights([linear, empty]):
+        with torch.no_grad():
+            torch.testing.assert_close(linear(inputs), expected, rtol=1e-5, atol=1e-5)
+        linear(inputs).sum().backward()  # as another thread does
+    torch.testing.assert_close(linear.weight.grad, inputs.sum(dim=0).expand(40, -1))
+
+
+def test_packed_layers_count_as_shipped_and_replaced_ones_do_not(build):
+    linear = build(1).text_decoder.cls.predictions.decoder
+    with packed_weights([linear]):
+        assert fast_blip._is_plain(linear)
+    linear.forward = lambda inputs: inputs
+    assert not fast_blip._is_plain(linear)
+
+
 def test_weights_that_are_packed_already_stay_so_to_the_end_of_the_outer_context(build):
     model = build(1)
     with packed_weights(caption_layers(model.text_decoder)):

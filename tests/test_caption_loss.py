@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from test_fast_blip import assert_same, loss_and_gradients, make_batch
+from transformers.models.blip.modeling_blip_text import BlipTextOutput, BlipTextSelfAttention
 
 import blip
 from caption_loss import Packing
@@ -19,11 +20,16 @@ def fast(model):
 def decoded_shapes(model, batch, **kwargs) -> list[tuple[int, ...]]:
     """Return the shape `[B, L]` or `[1, N]` of the positions that the decoder's layers compute for a batch."""
     shapes = []
-    layer = model.text_decoder.bert.encoder.layer[0]
-    hook = layer.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(inputs[0].shape[:2])))
-    model(**batch, **kwargs).loss.backward()
-    hook.remove()
-    return shapes
+    forward = BlipTextOutput.forward
+
+    def seen(self, hidden_states, input_tensor):
+        shapes.append(tuple(hidden_states.shape[:2]))
+        return forward(self, hidden_states, input_tensor)
+
+    with pytest.MonkeyPatch.context() as patch:  # of the class: a hook would have the captions left in rows
+        patch.setattr(BlipTextOutput, "forward", seen)
+        model(**batch, **kwargs).loss.backward()
+    return shapes[:1]
 
 
 def test_only_what_a_label_depends_on_is_computed_and_the_logits_of_labels_alone(model, fast):
@@ -106,7 +112,19 @@ def left_padded(batch):
     for row, length in enumerate(batch["attention_mask"].sum(dim=1).tolist()):
         for name in ("input_ids", "attention_mask", "labels"):
             batch[name][row] = batch[name][row].roll(len(batch[name][row]) - length)
-    return batch
+    # All that is not padding learns, the first token too, as with the data collators of transformers
+    return batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+
+
+def hidden_start(batch):
+    """The first token learns, and sees nothing: its weights are equal in stock, whatever its scores."""
+    mask = batch["attention_mask"].clone()
+    mask[:, 0] = 0
+    return batch | {"attention_mask": mask}
+
+
+def all_hidden(batch):
+    return batch | {"attention_mask": torch.zeros_like(batch["attention_mask"])}
 
 
 def with_hole(batch):
@@ -120,7 +138,21 @@ def bidirectional(batch):
     return batch | {"attention_mask": torch.zeros(number, 1, length, length)}  # of four dimensions: added as it is
 
 
-@pytest.mark.parametrize("change", [left_padded, with_hole, bidirectional])
+def by_type(dtype):
+    """A mask of four dimensions is added to the scores, of whatever type it is."""
+
+    def change(batch):
+        number, length = batch["attention_mask"].shape
+        return batch | {"attention_mask": torch.ones(number, 1, length, length).tril().to(dtype)}
+
+    change.__name__ = str(dtype)
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [left_padded, hidden_start, all_hidden, with_hole, bidirectional, by_type(torch.bool), by_type(torch.int64)],
+)
 def test_masks_that_hide_or_show_other_tokens_do_so_as_in_stock(model, fast, change):
     batch = make_batch(model)
     changed = change(batch)
@@ -128,6 +160,8 @@ def test_masks_that_hide_or_show_other_tokens_do_so_as_in_stock(model, fast, cha
     assert abs(model(**batch).loss - expected[0]) > 1e-5 * expected[0], "the mask changes nothing"
     assert_same(loss_and_gradients(fast.train(), changed), expected)
     assert decoded_shapes(fast, changed) == [tuple(batch["labels"].shape)]
+    with torch.no_grad():
+        torch.testing.assert_close(fast(**changed).loss, expected[0], rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("name", ["hidden_states", "attentions", "cross_attentions"])
@@ -188,21 +222,32 @@ def test_embeddings_in_place_of_words_are_taken_as_in_stock(model, fast):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
+def by_position(decoder, batch, images):
+    return decoder(batch["input_ids"], batch["attention_mask"], None, None, images, None, batch["labels"])
+
+
 @pytest.mark.parametrize(
     "call",
     [
-        lambda decoder, batch, images: decoder(
-            batch["input_ids"], batch["attention_mask"], None, None, images, None, batch["labels"]
-        ),
+        by_position,
         lambda decoder, batch, images: decoder(**batch, encoder_hidden_states=images, is_decoder=False),
+        lambda decoder, batch, images: decoder(**batch, encoder_hidden_states=images, is_decoder=None),
+        lambda decoder, batch, images: decoder(
+            **batch, encoder_hidden_states=images, logits_to_keep=torch.arange(14).roll(5)
+        ),
+        lambda decoder, batch, images: decoder(
+            input_ids=batch["input_ids"][:1], encoder_hidden_states=images, labels=batch["labels"]
+        ),
         lambda decoder, batch, images: decoder(**batch),
     ],
-    ids=["positional", "bidirectional", "imageless"],
+    ids=["positional", "bidirectional", "none", "turned", "one caption", "imageless"],
 )
 def test_other_calls_of_the_text_decoder_are_those_of_stock(model, fast, call):
     batch = make_batch(model)
     image_embeds = model.vision_model(batch.pop("pixel_values")).last_hidden_state.detach()
     expected, found = (call(each.text_decoder, batch, image_embeds).loss for each in (model, fast))
+    plain = model.text_decoder(**batch, encoder_hidden_states=image_embeds).loss
+    assert (call is by_position) == torch.isclose(expected, plain, rtol=1e-5, atol=0), "it asks for nothing else"
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
@@ -225,12 +270,102 @@ class Doubled(torch.nn.Module):
         return 2 * context, weights
 
 
-def test_an_attention_of_another_class_gets_rows_and_masks(model, fast):
-    for each in (model, fast):
-        layer = each.text_decoder.bert.encoder.layer[1].attention
-        layer.self = Doubled(layer.self)
+class Wrapped(torch.nn.Module):
+    """A layer as others wrap it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args, **kwargs):
+        return -self.layer(*args, **kwargs)
+
+
+class Negative(BlipTextSelfAttention):
+    def forward(self, *args, **kwargs):
+        context, weights = super().forward(*args, **kwargs)
+        return -context, weights
+
+
+def double_attention(bert):
+    bert.encoder.layer[1].attention.self = Doubled(bert.encoder.layer[1].attention.self)
+
+
+def wrap_layer(bert):
+    bert.encoder.layer[1] = Wrapped(bert.encoder.layer[1])
+
+
+def subclass_attention(bert):
+    attention = bert.encoder.layer[1].attention
+    stock = attention.self
+    attention.self = Negative(stock.config, is_cross_attention=False, layer_idx=stock.layer_idx)
+    attention.self.load_state_dict(stock.state_dict())
+
+
+def hook_layer(bert):
+    """A hook that looks along a caption."""
+    bert.encoder.layer[0].register_forward_hook(lambda module, inputs, output: output - output[:, :1])
+
+
+def hook_attention(bert):
+    bert.encoder.layer[0].crossattention.self.register_forward_hook(
+        lambda module, inputs, output: (-output[0], output[1])
+    )
+
+
+def hook_embeddings(bert):
+    """As NEFTune's, whose noise goes by the length of the caption."""
+    bert.embeddings.word_embeddings.register_forward_hook(
+        lambda module, inputs, output: output + torch.sin(output) / output.shape[1]
+    )
+
+
+def turn_positions(bert):
+    bert.embeddings.position_ids = bert.embeddings.position_ids.flip(1)
+
+
+def chunk(bert):
+    bert.config.chunk_size_feed_forward = 7
+    for layer in bert.encoder.layer:
+        layer.chunk_size_feed_forward = 7
+
+
+CHANGES = [
+    double_attention, wrap_layer, subclass_attention, hook_layer, hook_attention, hook_embeddings, turn_positions,
+    chunk,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_text_model_with_other_modules_or_hooks_learns_as_in_stock(model, fast, change):
     batch = make_batch(model)
-    assert_same(loss_and_gradients(fast, batch), loss_and_gradients(model, batch))
+    before = model(**batch).loss
+    for each in (model, fast):
+        change(each.text_decoder.bert)
+    expected = loss_and_gradients(model, batch)
+    assert change is chunk or abs(expected[0] - before) > 1e-4, "the change changes nothing"
+    assert_same(loss_and_gradients(fast, batch), expected)
+
+
+@pytest.mark.parametrize("change", CHANGES[:5])
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_a_text_model_with_other_modules_or_hooks_captions_and_scores_as_in_stock(model, fast, change, num_beams):
+    batch = make_batch(model)
+    before = model.generate(batch["pixel_values"], max_new_tokens=12, num_beams=num_beams)
+    for each in (model.eval(), fast.eval()):
+        change(each.text_decoder.bert)
+    expected = model.generate(batch["pixel_values"], max_new_tokens=12, num_beams=num_beams)
+    assert not torch.equal(before, expected), "the change changes nothing"
+    assert torch.equal(fast.generate(batch["pixel_values"], max_new_tokens=12, num_beams=num_beams), expected)
+    is_label = torch.nn.functional.pad(batch["labels"][:, 1:] != -100, (1, 0))
+    logits = []
+    for each in (model, fast):
+        with torch.no_grad(), blip.packed_for_evaluation(each):
+            images = blip.encode_images(each, batch["pixel_values"])
+            cross_attention = blip.cross_attention_of(each, images)
+            texts = (batch["input_ids"], batch["attention_mask"])
+            logits.append(blip.caption_logits(each, images, *texts, is_label, cross_attention))
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-4)
 
 
 def test_a_compiled_model_is_compiled_in_few_pieces_for_batches_of_any_padding(model, fast):
@@ -244,3 +379,14 @@ def test_a_compiled_model_is_compiled_in_few_pieces_for_batches_of_any_padding(m
     torch._dynamo.reset()
     assert 0 < pieces[-1] < 8, "the layers are not one piece"
     assert pieces[1:] == [pieces[1]] * 3, "each batch is compiled again"
+
+
+def test_the_trainer_trains_on_packed_captions(make_trainer):
+    trainer, shapes = make_trainer(num_train_epochs=1, per_device_train_batch_size=4), []
+    use_fast_blip(trainer.model)
+    forward = BlipTextOutput.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BlipTextOutput, "forward", lambda *inputs: shapes.append(inputs[1].shape[0]) or forward(*inputs))
+        trainer.train()
+    in_training = shapes[: 6 * trainer.model.config.text_config.num_hidden_layers]
+    assert set(in_training) == {1}, "captions are in rows"

@@ -450,7 +450,8 @@ def returns_no_weights(model, batch) -> bool:
         for module in model.modules()
         if isinstance(module, ATTENTIONS)
     ]
-    model(**batch)
+    with torch.no_grad():  # hooks have the text in rows, and gradients through a mask are stock's
+        model(**batch)
     for hook in hooks:
         hook.remove()
     assert len(weights) == 2 + 2 * 2
@@ -484,6 +485,48 @@ def test_attention_weights_can_be_had_and_the_next_call_is_fast_again(model, fas
     assert [weights[0].shape[2:] for weights in (vision, text, cross)] == [(17, 17), (14, 14), (14, 17)]
     assert said() == ["Fast BLIP: attention weights are asked for: stock eager attention computes them"]
     assert returns_no_weights(fast, batch)
+
+
+class Lora(torch.nn.Module):
+    """A low-rank adapter with dropout in the place of a linear layer."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.dropout = base, torch.nn.Dropout(0.5)
+        self.down = torch.nn.Linear(base.in_features, 2, bias=False)
+        self.up = torch.nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, inputs):
+        return self.base(inputs) + self.up(self.down(self.dropout(inputs)))
+
+
+def test_dropout_of_an_adapter_in_the_mlp_is_one_in_both_passes(model, fast):
+    batch = make_batch(model)
+    torch.manual_seed(0)
+    for layer in model.vision_model.encoder.layers:
+        layer.mlp.fc2 = Lora(layer.mlp.fc2)
+    fast = use_fast_blip(copy.deepcopy(model))
+    found = []
+    for each in (model.train(), fast.train()):
+        torch.manual_seed(1)
+        found.append(loss_and_gradients(each, batch))
+    assert_same(found[1], found[0])
+
+
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("part", ["fc1", "activation_fn", "fc2"])
+def test_hooks_inside_the_mlp_see_what_they_see_in_stock(model, fast, learns, part):
+    batch, kept = make_batch(model), []
+    for each in (model, fast):
+        module, seen = getattr(each.vision_model.encoder.layers[0].mlp, part), []
+        module.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output.detach()))
+        with torch.set_grad_enabled(learns):
+            loss = each(**batch).loss
+        if learns:
+            loss.backward()
+        kept.append(seen)
+    assert len(kept[0]) == 1
+    torch.testing.assert_close(kept[1], kept[0], rtol=1e-4, atol=1e-4)
 
 
 def test_hidden_states_can_be_had_without_giving_up_speed(model, fast, said):
