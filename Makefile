@@ -24,6 +24,7 @@ benchmark: .venv/requirements-dev
 # All packages with their hashes; PyTorch apart, see the head that is put before them. What need not change keeps its
 # version; `make lock UPGRADE=--upgrade` takes the newest of all.
 lock: .venv/tools
+	@.venv/tools-env/bin/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "make lock: the lock is of Python 3.11, this is %d.%d; set PYTHON=python3.11" % sys.version_info[:2])'
 	grep '^#' requirements.lock > .venv/lock.head
 	cp requirements.lock .venv/lock.body
 	.venv/tools-env/bin/pip-compile --quiet --generate-hashes --strip-extras --no-annotate --no-header \

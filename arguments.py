@@ -221,6 +221,8 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
     def __post_init__(self):
         """Check our values, resolve precision and stages, then let the Trainer's arguments check themselves."""
         self._check_values()
+        if (self.resume_from_checkpoint or "").lower() in ("", "false"):
+            self.resume_from_checkpoint = None
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
             self.use_cpu = True  # or accelerate would start no process group, and each process train by itself
         if self.bf16 is None:
@@ -235,6 +237,7 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
             self.metric_for_best_model = "loss"
         self._check_best_model()
         super().__post_init__()
+        self._check_checkpointing()
         if self.accelerator_config.split_batches or self.accelerator_config.dispatch_batches:
             raise UserError("accelerator_config: split_batches and dispatch_batches must stay off, see sharding.py")
         if self.n_gpu > 1:
@@ -296,6 +299,19 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
             # The Trainer would sort the evaluation too, and predictions would meet the references of other images
             raise UserError(f"train_sampling_strategy is '{self.train_sampling_strategy}'; set random or sequential")
 
+    def _check_checkpointing(self) -> None:
+        """Check here what torch would find out in the first step."""
+        settings = self.activation_checkpointing_kwargs or {}  # the new name, which is given the value of the old
+        known = f"; there are {', '.join(CHECKPOINTING_SETTINGS)}"
+        if not isinstance(settings, dict):
+            raise UserError(
+                f"gradient_checkpointing_kwargs is '{str(settings)[:200]}', which is no JSON object{known}"
+            )
+        for name in settings:
+            if name not in CHECKPOINTING_SETTINGS:
+                hint = did_you_mean(name, CHECKPOINTING_SETTINGS) or known
+                raise UserError(f"gradient_checkpointing_kwargs: unknown key '{name[:200]}'{hint}")
+
     def _check_best_model(self) -> None:
         """Check here what the Trainer would find out at the end of the first epoch."""
         metric = (self.metric_for_best_model or "loss").removeprefix("eval_")
@@ -340,6 +356,8 @@ REPLACED_FIELDS = {
     "save_only_model": "a checkpoint without the optimizer cannot be resumed, which a run that was stopped promises",
     "fsdp": "evaluation calls parts of the model by themselves; BLIP fits a GPU, see DISTRIBUTED.md",
 }
+# Of `torch.utils.checkpoint.checkpoint`, what a recipe can say
+CHECKPOINTING_SETTINGS = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop")
 FILE_FIELDS = ("accelerator_config", "fsdp_config")  # an object, or the name of a JSON file that has it
 DATACLASSES = (ModelArguments, DataArguments, CaptioningArguments)
 
@@ -474,6 +492,8 @@ def read_recipe(path: str) -> dict[str, Any]:
     for key, value in recipe.items():
         if key not in known:
             raise UserError(f"recipe '{path}': unknown key '{key}'{did_you_mean(key, known)}")
+        if value and key in REPLACED_FIELDS:  # said before its type: no value of it is right
+            raise UserError(f"recipe '{path}': {key} is not used here; {REPLACED_FIELDS[key]}")
         if not _fits(value, known[key].type):
             raise UserError(
                 f"recipe '{path}': '{key}' is {json.dumps(value)[:200]}, which is no {_type_name(known[key].type)}"

@@ -124,9 +124,10 @@ def open_image(image: dict[str, Any] | Image.Image | None) -> Image.Image:
     if from_file:
         _check_work(image)
     try:
-        image.load()
-        # In place returns None; the caller's own image is left as it is
-        image = ImageOps.exif_transpose(image, in_place=from_file) or image
+        with warnings.catch_warnings(action="ignore"):  # Pillow warns of damaged EXIF, a line for each image
+            image.load()
+            # In place returns None; the caller's own image is left as it is
+            image = ImageOps.exif_transpose(image, in_place=from_file) or image
     except Exception as error:  # PIL's decoders raise whatever their format's parser raises
         raise ValueError(f"cannot be decoded: {error}") from error
     if min(image.size) < MIN_IMAGE_SIDE:
@@ -141,8 +142,7 @@ def _open(image: dict[str, Any] | None) -> Image.Image:
     try:
         if content is None and not stat.S_ISREG(os.stat(image["path"]).st_mode):
             raise ValueError("is no regular file")  # a pipe or a device would be read for ever
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the caller's limit is lower
+        with warnings.catch_warnings(action="ignore"):  # of damaged EXIF, and of sizes: the caller's limit is lower
             return Image.open(image["path"] if content is None else io.BytesIO(content), formats=FORMATS)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError("image file is missing") from error

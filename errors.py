@@ -33,14 +33,33 @@ class Stopped(UserError):
         self.exit_status = exit_status
 
 
+class Terminated(BaseException):
+    """SIGTERM has come where nothing is to be saved first; no `except Exception` on the way takes it for its own."""
+
+
 def exit_on_user_error(main: Callable[[], object]) -> None:
     """Run `main`; a `UserError` ends the process with its line on standard error and exit status 2.
 
-    So does a full disk, wherever it is met. Ctrl-C ends it with a line and status 130.
+    So does a full disk, wherever it is met. Ctrl-C ends it with a line and status 130, SIGTERM with 143, unless
+    `main` has taken over the signal.
     """
+    process = os.getpid()
+
+    def terminate(number: int, frame) -> None:
+        if os.getpid() != process:  # a worker that was forked with this handler
+            os._exit(128 + number)
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         main()
         sys.stdout.flush()
+    except Terminated:
+        _tell(
+            "stopped by SIGTERM; what is written is whole: run the same command again, with --resume_from_checkpoint "
+            "true if it trains"
+        )
+        sys.exit(128 + signal.SIGTERM)
     except UserError as error:
         # From a worker of a DataLoader it comes with the text of its trace before it
         _tell(str(error).rsplit("UserError: ", 1)[-1])
@@ -56,6 +75,8 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
             raise
         _tell(f"no space left to write '{error.filename or 'a file'}'; free some and run again")
         sys.exit(2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _tell(message: str) -> None:

@@ -10,6 +10,7 @@ downloaded, and nothing of what the libraries print reaches the user.
 import contextlib
 import functools
 import io
+import json
 import re
 import subprocess
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -432,6 +433,13 @@ def _bert_scorer(model: str, num_layers: int | None):
         num_layers = {name.split("/")[-1]: layers for name, layers in model2layers.items()}.get(Path(model).name)
         if num_layers is None:
             raise UserError(f"bert-score does not know which layer of {name} to compare: give num_layers")
+    for file in ("config.json", "tokenizer_config.json"):
+        with as_user_error(f"the BERTScore model {name}: {file} cannot be read"):
+            settings = json.loads((folder / file).read_text(encoding="utf-8")) if (folder / file).is_file() else {}
+        if "auto_map" in settings:  # transformers would ask on the terminal whether to run it
+            raise UserError(
+                f"the BERTScore model {name} wants code of its own to be run, which is not done: take another"
+            )
     with as_user_error(f"the BERTScore model {name} cannot be loaded"):
         # No processes for the idf: forked after torch has started its threads they can hang
         scorer = BERTScorer(model_type=str(folder), num_layers=num_layers, idf=True, nthreads=0)

@@ -34,7 +34,7 @@ def prepare_output_dir(args: CaptioningArguments) -> str | None:
             "another --output_dir for these scores"
         )
     wish = args.resume_from_checkpoint
-    if not args.do_train or wish is None or wish.lower() == "false":
+    if not args.do_train or wish is None:
         if args.do_train and any(Path(output_dir).glob("checkpoint-*")):
             raise UserError(
                 f"output folder '{output_dir}' holds checkpoints of an earlier run; continue it with "

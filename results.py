@@ -41,9 +41,10 @@ def training_for_floors(
         splits: what was checked and tokenised.
         data_args: how many images and captions are looked at.
     """
-    if not trainer.args.predict_with_generate or "train" not in dataset:
+    args = trainer.args
+    if not (args.do_eval or args.do_predict) or not args.predict_with_generate or "train" not in dataset:
         return None
-    texts = rocov2.texts(splits["train"] if trainer.args.do_train else dataset["train"])
+    texts = rocov2.texts(splits["train"] if args.do_train else dataset["train"])
     captions, cuis = (column[: data_args.max_train_samples] for column in texts)
     if not captions:
         return None

@@ -43,7 +43,7 @@ from errors import UserError, did_you_mean, exit_on_user_error, first_line
 from hub import pin_revision
 from phantoms import load_phantoms
 from predictions import write_whole
-from streaming import STORED, hub_shards, index_shards, is_streamed
+from streaming import STORED, hub_shards, index_shards, is_streamed, refuse_bomb
 from zenodo import UNUSABLE, ZenodoSplits, is_inside, load_zenodo
 
 
@@ -137,7 +137,10 @@ def _load_folder(folder: Path, streaming: bool) -> DatasetDict | Dataset:
             _refuse_empty_splits(folder, {split: len(state["_data_files"]) for split, state in states.items()})
             return load_from_disk(str(folder))
         if files:
-            counts = {split: sum(read_metadata(path).num_rows for path in paths) for split, paths in files.items()}
+            footers = {split: {path: read_metadata(path) for path in paths} for split, paths in files.items()}
+            for path, footer in (item for of_split in footers.values() for item in of_split.items()):
+                refuse_bomb(path, footer)
+            counts = {split: sum(each.num_rows for each in of_split.values()) for split, of_split in footers.items()}
             _refuse_empty_splits(folder, counts)
             return index_shards(files) if streaming else load_dataset("parquet", data_files=files)
         if any(folder.glob("*_captions.csv")):
@@ -278,7 +281,8 @@ def check_rows(
     )
     listed = f"see {rejected_file or 'rejected.jsonl'}"
     reasons: dict[str, Counter[str]] = {split: Counter() for split in checked}
-    entries = []  # only of what is left out, which is little, or the end of the run
+    # Only of what is left out, which is little, or the end of the run
+    entries = _streamed_entries(rejected_file, unopened) if rejected_file else []
     for split, rows in checked.items():
         for row, (image_id, reason) in enumerate(_columns(rows, "image_id", "rejected")):
             if reason:
@@ -301,6 +305,16 @@ def check_rows(
             logger.warning("%s: %d of %d rows left out (%s)", split, number, len(rows), summary)
     _warn_of_leaks(checked)
     return checked
+
+
+def _streamed_entries(rejected_file: str | os.PathLike, unopened: Sequence[str]) -> list[dict[str, Any]]:
+    """Return what an interrupted run has listed of images that it streamed: the run that goes on skips those rows."""
+    try:
+        lines = Path(rejected_file).read_text(encoding="utf-8").splitlines()
+        entries = [json.loads(line) for line in lines]
+        return [entry for entry in entries if entry["split"] in unopened and "row" not in entry]
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or it is not ours
+        return []
 
 
 def texts(rows: Dataset) -> tuple[list[str], list[list[str]]]:

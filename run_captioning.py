@@ -180,6 +180,8 @@ def prepare_data(
             del dataset["train"]
     num_proc = data_args.preprocessing_num_workers
     rejected_file = Path(args.output_dir) / "rejected.jsonl"
+    if args.should_save and not args.resume_from_checkpoint:
+        rejected_file.unlink(missing_ok=True)  # a run that goes on keeps what it has found in streamed images
     unopened = ["train"] if data_args.streaming and args.do_train else []  # `UnreadableImages` sees to them
     checked = rocov2.check_rows(
         dataset, data_args.max_rejected_fraction, rejected_file if args.should_save else None, num_proc, unopened

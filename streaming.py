@@ -41,6 +41,8 @@ READERS = 8  # shards whose texts are read at once: a read from the Hub is mostl
 CACHE_BYTES = 256 * 2**20  # images that a process keeps; a single row group that is larger is kept alone
 WINDOW_GROUPS = 8  # row groups whose rows are mixed; on the Hub one holds 100 rows of ROCOv2
 FEW_UNREADABLE = 20  # images that may be unreadable whatever their share: the first batches are no sample
+MAX_UNPACKED = 100  # times the size in a shard; images are compressed themselves, a bomb is far denser
+SMALL_SHARD = 2**30  # bytes; what unpacks to no more may be as dense as it likes
 STORED = "{} is no parquet, and only parquet is streamed; leave --streaming out: it needs no more memory"
 
 
@@ -136,9 +138,24 @@ def _index_rows(files: tuple[str, ...], state: tuple[str, ...]) -> Iterator[dict
         )
 
 
+def refuse_bomb(file: str, footer: pq.FileMetaData) -> None:
+    """Raise UserError on a parquet file that says it unpacks to far more than its size."""
+    columns = [
+        footer.row_group(group).column(column)
+        for group in range(footer.num_row_groups)
+        for column in range(footer.num_columns)
+    ]
+    packed, unpacked = (
+        sum(getattr(column, f"total_{size}_size") for column in columns) for size in ("compressed", "uncompressed")
+    )
+    if unpacked > max(MAX_UNPACKED * packed, SMALL_SHARD):
+        raise UserError(f"'{file}': {packed:,} bytes unpack to {unpacked:,}, which no images do; take it away")
+
+
 def _read_index(file: str) -> list[tuple[int, pa.Table]]:
     """Return for each row group of a shard the bytes of its images, and its texts."""
     footer = _footer(file)
+    refuse_bomb(file, footer)
     columns = [name for name in footer.schema.to_arrow_schema().names if name in TEXT_COLUMNS]
     with _open(file) as source:
         reader = pq.ParquetFile(source, metadata=footer, pre_buffer=True)  # joins the ranges of neighbouring columns

@@ -142,6 +142,8 @@ def test_decode_settings_that_do_nothing_are_left_out():
         ({"do_train": 1}, "which is no bool"),
         ({"max_train_samples": [1]}, "which is no int or null"),
         ({"seed": None}, "'seed' is null, which is no int"),
+        ({"fsdp": True}, "fsdp is not used here; .*DISTRIBUTED.md"),
+        ({"deepspeed": 7}, "deepspeed is not used here"),
         ("{", "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
         ("[]", "must be one JSON object"),
@@ -189,6 +191,12 @@ def test_a_missing_recipe_is_named():
         ([*MODEL, "--train_sampling_strategy", "group_by_length"], "set random or sequential"),
         ([*MODEL, "--dataloader_drop_last", "true"], "drop rows of the evaluation"),
         ([*MODEL, "--remove_unused_columns", "true"], "remove_unused_columns must stay false"),
+        (
+            [*MODEL, "--gradient_checkpointing_kwargs", '{"use_reentrance": false}'],
+            "unknown key 'use_reentrance'; did you mean 'use_reentrant'",
+        ),
+        ([*MODEL, "--gradient_checkpointing_kwargs", '{"context_fn": 1}'], "there are use_reentrant, preserve_rng"),
+        ([*MODEL, "--gradient_checkpointing_kwargs", "yes"], "is 'yes', which is no JSON object"),
     ],
 )
 def test_a_bad_flag_is_named_with_its_mend(flags, message):

@@ -1,12 +1,14 @@
 """From files as they are found to the tensors that BLIP is trained on."""
 
 import io
+import struct
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_png
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from collator import CaptioningCollator, open_image
@@ -129,6 +131,22 @@ def test_exif_rotation_is_applied():
     opened = open_image(encode(Image.fromarray(pixels), "PNG", exif=exif))
     assert opened.size == (20, 30)
     assert np.asarray(opened)[:, -5:].min() == 255
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF"])
+def test_damaged_exif_neither_warns_nor_costs_the_image(form):
+    """Pillow would print some lines for each such image, in each epoch."""
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x09\0\x12\x01\x03\0\x01"
+    content = encode(Image.new("L", (20, 30)), form, **({} if form == "TIFF" else {"exif": exif}))
+    if form == "TIFF":
+        content["bytes"] = content["bytes"].replace(struct.pack("<HHI", 262, 3, 1), struct.pack("<HHI", 262, 3, 9**9))
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        opened = Image.open(io.BytesIO(content["bytes"]))
+        ImageOps.exif_transpose(opened, in_place=True)
+    assert caught, "the file does not do what it is made for"
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        assert open_image(content).size == (20, 30)
+    assert not caught
 
 
 def test_cmyk_and_transparent_palette_images_get_their_colours(collator):

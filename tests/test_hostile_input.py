@@ -446,6 +446,21 @@ def test_a_streamed_table_reads_no_files_of_the_machine(tmp_path):
     assert [(row["image_id"], row["reason"]) for row in rejected] == [("b", "unreadable image: no image")]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_parquet_bomb_is_named_before_it_is_unpacked(tmp_path, monkeypatch, streaming):
+    shards = tmp_path / "data"
+    shards.mkdir()
+    images = [{"bytes": bytes(2**20), "path": None}] * 3
+    columns = {"image": images, "image_id": list("abc"), "caption": ["A nodule"] * 3}
+    pq.write_table(pa.table(columns), shards / "train-0.parquet", compression="zstd", use_dictionary=False)
+    rocov2.load_rocov2(str(tmp_path), streaming=streaming)  # a small one is no bomb
+    monkeypatch.setattr("streaming.SMALL_SHARD", 2**20)
+    pq.write_table(pa.table(columns), shards / "train-0.parquet", compression="gzip", use_dictionary=False)
+    monkeypatch.setattr("pyarrow.parquet.ParquetFile.read_row_group", lambda *args: pytest.fail("it is unpacked"))
+    with pytest.raises(UserError, match=r"train-0.parquet': [\d,]+ bytes unpack to 3,145,\d\d\d"):
+        rocov2.load_rocov2(str(tmp_path), streaming=streaming)
+
+
 def test_text_that_is_not_utf_8_in_a_table_is_named(tmp_path):
     texts = pa.Array.from_buffers(pa.string(), 2, pa.array([b"fine", b"\xff\xfe"]).buffers())
     columns = {"image": [{"bytes": make_png(i), "path": None} for i in (1, 2)], "image_id": ["a", "b"]}

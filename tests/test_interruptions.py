@@ -17,7 +17,7 @@ from test_end_to_end import command, flags, outcome, run
 
 import run_captioning
 import safeguards
-from errors import Stopped, UserError
+from errors import Stopped, UserError, exit_on_user_error
 from run_captioning import main
 from trainer import CaptioningTrainer, last_complete_checkpoint
 
@@ -41,8 +41,6 @@ def _run(arguments: list[str], log: str) -> None:
     os.dup2(stream, 2)
     torch.set_num_threads(1)
     sys.argv = ["run_captioning.py", *arguments]
-    from errors import exit_on_user_error
-
     exit_on_user_error(main)
 
 
@@ -165,6 +163,61 @@ def test_sigterm_in_the_middle_of_an_epoch_stops_before_the_next_step(make_train
     assert trainer.state.global_step == 3
     assert not [entry for entry in trainer.state.log_history if "eval_loss" in entry], "evaluated in the middle"
     assert last_complete_checkpoint(trainer.args.output_dir).endswith("checkpoint-3")
+
+
+def test_sigterm_while_a_split_is_scored_is_one_line_and_the_run_goes_on(config_file, parquet_folder, tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert run(flags(config_file, parquet_folder, whole)).returncode == 0
+    process = subprocess.Popen(
+        command(flags(config_file, parquet_folder, stopped)),
+        cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    wait_for((stopped / "train_results.json").exists, process)
+    process.send_signal(signal.SIGTERM)
+    errors = process.communicate()[1]
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert error_line(errors).startswith("error: stopped by SIGTERM; ")
+    assert "Traceback" not in errors
+    assert not (stopped / "predict_results.json").exists()
+    assert_whole(stopped)
+    resumed = run([*flags(config_file, parquet_folder, stopped), "--resume_from_checkpoint", "true"])
+    assert resumed.returncode == 0, resumed.stderr
+    assert outcome(stopped) == outcome(whole)
+
+
+def test_sigterm_ends_any_command_and_is_left_to_what_it_was_left_to(capsys):
+    def swallowing():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        except Exception:
+            pytest.fail("taken for an error of the library's")
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as error:
+        exit_on_user_error(swallowing)
+    assert error.value.code == 143
+    assert capsys.readouterr().err.startswith("error: stopped by SIGTERM; ")
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_forked_worker_dies_of_sigterm_without_a_line(capfd):
+    def work(started):
+        started.set()
+        time.sleep(60)
+
+    def main():
+        context = multiprocessing.get_context("fork")
+        started = context.Event()
+        worker = context.Process(target=work, args=(started,))
+        worker.start()
+        assert started.wait(30)
+        worker.terminate()
+        worker.join(30)
+        assert worker.exitcode == 143
+
+    exit_on_user_error(main)
+    assert "SIGTERM" not in capfd.readouterr().err
 
 
 # --- Full disk and memory -------------------------------------------------------------------------------------

@@ -349,6 +349,22 @@ def test_bertscore_equals_bert_score_pair_by_pair(deberta, monkeypatch):
 
 
 @needs_bert_score
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_bertscore_runs_no_code_of_a_model_and_does_not_ask(deberta, tmp_path, file):
+    folder = tmp_path / "model"
+    shutil.copytree(deberta[0], folder)
+    settings = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(settings | {"auto_map": {"AutoModel": "evil.Model"}}))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    score, reason = bertscore(["a cyst"], ["a cyst"], str(folder), num_layers=2)
+    assert score is None
+    assert reason == "the BERTScore model model wants code of its own to be run, which is not done: take another"
+    (folder / file).write_text("{")
+    assert f"{file} cannot be read" in bertscore(["a cyst"], ["a cyst"], str(folder), num_layers=2)[1]
+    assert not (tmp_path / "ran").exists()
+
+
+@needs_bert_score
 def test_bertscore_normalises_captions(deberta):
     texts = ["A cyst (3 cm).", "an effusion"], ["a cyst number cm", "no effusion, 12"]
     score, _ = bertscore(*texts, deberta[0], num_layers=2)

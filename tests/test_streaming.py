@@ -432,6 +432,27 @@ def test_an_unreadable_training_image_teaches_nothing_and_is_listed_once(config_
     assert all(np.isfinite(losses))
     weights = load_file(tmp_path / "run" / "model.safetensors")
     assert all(torch.isfinite(value).all() for value in weights.values())
+    # All epochs are done, and there are no floors to be made: no image is read again
+    resumed = run([*arguments, "--resume_from_checkpoint", "true", "--do_eval", "false"])
+    assert resumed.returncode == 0, resumed.stderr
+    assert "is left out" not in resumed.stderr
+    again = [json.loads(line) for line in (tmp_path / "run" / "rejected.jsonl").read_text().splitlines()]
+    assert again == lines
+
+
+def test_what_another_run_has_rejected_is_not_listed_in_a_new_one(sharded, tmp_path):
+    rejected = tmp_path / "rejected.jsonl"
+    streamed = {"split": "train", "image_id": "a", "reason": "unreadable image: empty"}
+    others = [streamed | {"split": "test"}, streamed | {"row": 3}, "no entry", 7]
+    rejected.write_text("".join(json.dumps(entry) + "\n" for entry in [streamed, *others[:2]]))
+    dataset = rocov2.load_rocov2(str(sharded), streaming=True)
+    rocov2.check_rows(dataset, 0.0, rejected, unopened=["train"])
+    assert [json.loads(line) for line in rejected.read_text().splitlines()] == [streamed]
+    rocov2.check_rows(dataset, 0.0, rejected)
+    assert not rejected.read_text()
+    rejected.write_text("".join(json.dumps(entry) + "\n" for entry in others))
+    rocov2.check_rows(dataset, 0.0, rejected, unopened=["train"])
+    assert not rejected.read_text()
 
 
 def test_a_batch_of_unreadable_images_has_no_loss_and_no_gradient(make_trainer, splits):
