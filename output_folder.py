@@ -7,9 +7,9 @@ import tempfile
 from pathlib import Path
 
 from arguments import CaptioningArguments, DataArguments, ModelArguments, resolved_recipe
+from checkpoints import checkpoint_fault, last_complete_checkpoint
 from errors import UserError, as_user_error
 from predictions import write_whole
-from trainer import checkpoint_fault, last_complete_checkpoint
 
 
 logger = logging.getLogger("captioning.output_folder")

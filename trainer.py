@@ -1,21 +1,18 @@
 """`CaptioningTrainer`: the token-normalised loss, evaluation that encodes each image once, and sound checkpoints."""
 
 import json
-import logging
 import os
 import shutil
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from safetensors import SafetensorError, safe_open
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Seq2SeqTrainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.trainer_utils import TrainOutput
 
 from blip import (
     attention_maps,
@@ -25,6 +22,7 @@ from blip import (
     generate_captions,
     packed_for_evaluation,
 )
+from checkpoints import last_complete_checkpoint
 from collator import IGNORE_INDEX
 from errors import Stopped, UserError, as_user_error
 from hub import Repository
@@ -34,9 +32,6 @@ from predictions import write_whole
 from safeguards import StopOnSigterm, full_is_user_error, loss_is_no_number, weight_is_no_number
 from sharding import PaddedRows, PaddedSampler
 from streaming import SetEpoch, StreamingSampler, is_streamed
-
-
-logger = logging.getLogger("captioning.trainer")
 
 
 class CaptioningTrainer(Seq2SeqTrainer):
@@ -374,50 +369,3 @@ def mean_training_loss(log_history: list[dict[str, float]]) -> float:
             total += entry["loss"] * (entry["step"] - last_step)
             last_step = entry["step"]
     return total / max(last_step, 1)
-
-
-def last_complete_checkpoint(output_dir: str) -> str | None:
-    """Return the newest checkpoint that was written to its end, or None; each incomplete one is logged.
-
-    The Trainer writes `trainer_state.json` last: a run that was killed while saving left none, or half of one. A run
-    that was killed while it removed an old checkpoint left that without some of its files.
-    """
-    checkpoints = {}
-    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-        if path.is_dir() and step.isdigit():
-            checkpoints[int(step)] = path
-    for step in sorted(checkpoints, reverse=True):
-        fault = checkpoint_fault(checkpoints[step], step)
-        if fault is None:
-            return str(checkpoints[step])
-        logger.warning("%s is incomplete and is passed over: %s", checkpoints[step], fault)
-    return None
-
-
-def checkpoint_fault(folder: Path, step: int | None = None) -> str | None:
-    """Return why a checkpoint cannot be resumed from, None if it can; of large files only their ends are read.
-
-    Args:
-        folder: the checkpoint.
-        step: of the optimizer, that it must be of.
-    """
-    try:
-        found = json.loads((folder / "trainer_state.json").read_text())["global_step"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return "trainer_state.json is missing or damaged"
-    if step is not None and found != step:
-        return f"trainer_state.json is of step {found}"
-    for name, others in (("model.safetensors", "pytorch_model_fsdp*"), ("optimizer.pt", "optimizer*")):
-        if not (folder / name).is_file() and not any(folder.glob(others)):
-            return f"{name} is missing"
-    for path in (*folder.glob("*.safetensors"), *folder.glob("*.pt"), *folder.glob("*.pth")):
-        try:
-            if path.suffix == ".safetensors":
-                with safe_open(path, "pt"):
-                    pass
-            elif not zipfile.is_zipfile(path):
-                return f"{path.name} is damaged"
-        except (OSError, SafetensorError) as error:
-            return f"{path.name} is damaged: {error}"
-    return None

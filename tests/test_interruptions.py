@@ -17,9 +17,10 @@ from test_end_to_end import command, flags, outcome, run
 
 import run_captioning
 import safeguards
+from checkpoints import last_complete_checkpoint
 from errors import Stopped, UserError, exit_on_user_error
 from run_captioning import main
-from trainer import CaptioningTrainer, last_complete_checkpoint
+from trainer import CaptioningTrainer
 
 
 ROOT = Path(run_captioning.__file__).parent
