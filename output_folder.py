@@ -6,10 +6,11 @@ import os
 import tempfile
 from pathlib import Path
 
-from arguments import CaptioningArguments, DataArguments, ModelArguments, resolved_recipe
+from arguments import CaptioningArguments, DataArguments, ModelArguments
 from checkpoints import checkpoint_fault, last_complete_checkpoint
 from errors import UserError, as_user_error
 from predictions import write_whole
+from recipe import resolved_recipe
 
 
 logger = logging.getLogger("captioning.output_folder")

@@ -19,13 +19,7 @@ from transformers import BlipForConditionalGeneration, BlipProcessor, set_seed
 
 import blip
 import rocov2
-from arguments import (
-    CaptioningArguments,
-    DataArguments,
-    ModelArguments,
-    parse_arguments,
-    parse_push_arguments,
-)
+from arguments import CaptioningArguments, DataArguments, ModelArguments
 from collator import CaptioningCollator
 from errors import PrintableFormatter, UserError, as_user_error, exit_on_user_error
 from fast_blip import is_fast, use_fast_blip
@@ -33,6 +27,7 @@ from floors import sample_rows
 from hub import PushCheckpoints, Repository, open_repository, pin_revision
 from model_card import push, push_finished_run, write_model_card
 from output_folder import prepare_output_dir, write_recipe
+from recipe import parse_arguments, parse_push_arguments
 from report import draw_training_curve, summary
 from results import keep_split, training_for_floors, write_page
 from scoring import Training

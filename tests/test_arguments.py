@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-import arguments
-from arguments import parse_arguments, read_recipe, resolved_recipe
+import run_captioning
 from errors import UserError
+from recipe import parse_arguments, read_recipe, resolved_recipe
 
 
-ROOT = Path(arguments.__file__).parent
+ROOT = Path(run_captioning.__file__).parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.json"))
 MODEL = ["--model_name_or_path", "some/model"]
 

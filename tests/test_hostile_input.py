@@ -32,9 +32,9 @@ import collator
 import rocov2
 import run_captioning
 import zenodo
-from arguments import _fields, parse_arguments, read_recipe
 from collator import open_image
 from errors import UserError, exit_on_user_error, printable
+from recipe import _fields, parse_arguments, read_recipe
 
 
 EXAMPLES = settings(
