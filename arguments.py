@@ -18,6 +18,7 @@ from metrics import METRIC_NAMES
 
 MAX_RECIPE = 2**20  # bytes
 MAX_BEAMS = 256  # far beyond what helps; a memory that they fill is noticed at the first evaluation only
+MAX_LENGTH_PENALTY = 100  # exponent of a length of some hundreds: beyond that a double overflows
 MAX_EPOCHS = 10**6
 MAX_IMAGE_SIZE = 8192  # pixels a side
 MAX_VOCABULARY = 2**20  # entries
@@ -100,7 +101,7 @@ class DataArguments:
         default=0.01, metadata={"help": "Share of a split's rows that may be unusable before the run stops."}
     )
     preprocessing_num_workers: int | None = field(
-        default=None, metadata={"help": "Processes that check and tokenise the rows."}
+        default=None, metadata={"help": "Processes that check the rows."}
     )
     neighbour_samples: int = field(
         default=10_000,
@@ -278,8 +279,13 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
             raise UserError("remove_unused_columns must stay false: the collator reads the images from the rows")
         if not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
             raise UserError(f"learning_rate is {self.learning_rate}; set --learning_rate to a number from 0 up")
-        if not math.isfinite(self.length_penalty):
-            raise UserError(f"length_penalty is {self.length_penalty}; set --length_penalty to a number")
+        if not abs(self.length_penalty) <= MAX_LENGTH_PENALTY:  # not NaN either
+            raise UserError(
+                f"length_penalty is {self.length_penalty}; set --length_penalty from -{MAX_LENGTH_PENALTY} to "
+                f"{MAX_LENGTH_PENALTY}"
+            )
+        if self.dataloader_persistent_workers and not self.dataloader_num_workers:
+            raise UserError("dataloader_persistent_workers needs workers; set --dataloader_num_workers to 1 or more")
         if self.seed >= 2**32:
             raise UserError(f"seed is {self.seed}; set --seed below 2**32")
         if self.train_sampling_strategy not in ("random", "sequential"):
@@ -294,10 +300,18 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
             raise UserError(
                 f"gradient_checkpointing_kwargs is '{str(settings)[:200]}', which is no JSON object{known}"
             )
-        for name in settings:
+        for name, value in settings.items():
             if name not in CHECKPOINTING_SETTINGS:
                 hint = did_you_mean(name, CHECKPOINTING_SETTINGS) or known
                 raise UserError(f"gradient_checkpointing_kwargs: unknown key '{name[:200]}'{hint}")
+            values = CHECKPOINTING_SETTINGS[name]
+            if not any(value is each or (isinstance(value, str) and value == each) for each in values):
+                raise UserError(
+                    f"gradient_checkpointing_kwargs: '{name}' is {str(value)[:200]!r}; set one of "
+                    f"{', '.join(map(str, values))}"
+                )
+        if settings.get("use_reentrant") and settings.get("debug"):
+            raise UserError("gradient_checkpointing_kwargs: debug goes with use_reentrant false")
 
     def _check_best_model(self) -> None:
         """Check here what the Trainer would find out at the end of the first epoch."""
@@ -344,7 +358,10 @@ REPLACED_FIELDS = {
     "fsdp": "evaluation calls parts of the model by themselves; BLIP fits a GPU, see DISTRIBUTED.md",
 }
 # Of `torch.utils.checkpoint.checkpoint`, what a recipe can say
-CHECKPOINTING_SETTINGS = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop")
+CHECKPOINTING_SETTINGS = {
+    name: (True, False) for name in ("use_reentrant", "preserve_rng_state", "debug", "early_stop")
+}
+CHECKPOINTING_SETTINGS["determinism_check"] = ("default", "none")
 FILE_FIELDS = ("accelerator_config", "fsdp_config")  # an object, or the name of a JSON file that has it
 
 

@@ -118,7 +118,12 @@ def build_blip(
     """
     path = config_name if os.path.exists(config_name) else REPOSITORY / config_name
     with as_user_error(f"config '{config_name}' cannot be loaded", "configs/ has examples"):
-        config = BlipConfig.from_pretrained(path if os.path.exists(path) else config_name)
+        path = path if os.path.exists(path) else config_name
+        given = BlipConfig.get_config_dict(path)[0]
+        if given.get("model_type", "blip") != "blip" or not given.keys() & {"text_config", "vision_config"}:
+            # Stock would build what its defaults say
+            raise UserError(f"config '{config_name}' describes no BLIP; configs/ has examples")
+        config = BlipConfig.from_pretrained(path)
         _check_size(config, config_name)
     if config.vision_config.initializer_range < 1e-4:
         # The default of BlipVisionConfig is 1e-10: harmless when weights are loaded, a dead encoder when not

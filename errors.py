@@ -13,6 +13,13 @@ from tqdm import tqdm
 
 
 MAX_LINE = 2000  # characters of an error on the terminal; what it quotes of a file may be of any length
+# What gloo and NCCL say to the processes that are left
+PEER_GONE = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "NCCL communicator was aborted",
+    "remote process exited",
+)
 MAX_NAME = 200  # characters of a name that is compared with those that exist: `difflib` takes time by the product
 
 
@@ -70,6 +77,14 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
     except KeyboardInterrupt:
         _tell("interrupted")
         sys.exit(128 + signal.SIGINT)
+    except RuntimeError as error:
+        if not (int(os.environ.get("WORLD_SIZE", "1")) > 1 and any(text in str(error) for text in PEER_GONE)):
+            raise
+        _tell(
+            "another process of the run has ended: its error is above, or it was killed; run again with "
+            "--resume_from_checkpoint true"
+        )
+        sys.exit(2)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

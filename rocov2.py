@@ -11,6 +11,7 @@ As a command, any source becomes a folder that `--dataset_name` and `datasets.lo
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -27,6 +28,7 @@ from datasets import (
     DatasetDict,
     Features,
     Image,
+    LargeList,
     List,
     Value,
     concatenate_datasets,
@@ -106,8 +108,8 @@ def load_rocov2(name: str, revision: str | None = None, streaming: bool = False)
     splits = {SPLIT_NAMES.get(split, split): rows for split, rows in splits.items()}
     if not set(splits) & set(SPLITS):
         raise UserError(f"dataset '{name}' has none of the splits {', '.join(SPLITS)}, but {', '.join(splits)}")
-    checked = {split: _checked_columns(splits[split], name, split) for split in SPLITS if split in splits}
-    if is_ours:
+    checked = {split: _checked_columns(splits[split], name, split, streaming) for split in SPLITS if split in splits}
+    if is_ours or streaming:
         return DatasetDict(checked)
     return DatasetDict({split: _without_foreign_files(rows, name) for split, rows in checked.items()})
 
@@ -198,13 +200,23 @@ def _load_from_hub(name: str, revision: str | None, streaming: bool) -> DatasetD
         ) from error
 
 
-def _checked_columns(rows: Dataset, name: str, split: str) -> Dataset:
+def _checked_columns(rows: Dataset, name: str, split: str, streaming: bool) -> Dataset:
     missing = [column for column in REQUIRED_COLUMNS if column not in rows.column_names]
     if missing:
         raise UserError(
             f"dataset '{name}', split '{split}': column '{missing[0]}' is missing, it has "
             f"{', '.join(rows.column_names)}; rename the column that holds it"
         )
+    # A table says by itself what its columns are; to read one of another kind than text could open any file
+    for column in [column for column in ("image_id", "caption", "cui", UNUSABLE) if column in rows.column_names]:
+        kind = rows.features[column]
+        kind = kind.feature if column == "cui" and isinstance(kind, List | LargeList) else kind
+        if not isinstance(kind, Value):
+            raise UserError(
+                f"dataset '{name}', split '{split}': column '{column}' is no text but {kind}; write it as text"
+            )
+    if is_streamed(rows) and not streaming:  # planted: it names the files that are read
+        raise UserError(f"dataset '{name}', split '{split}': column 'image' holds no images; write them as bytes")
     for column in ("image_id", "caption"):
         try:
             rows.data.column(column).validate(full=True)
@@ -215,7 +227,7 @@ def _checked_columns(rows: Dataset, name: str, split: str) -> Dataset:
             ) from error
     rows = rows.select_columns([c for c in (*REQUIRED_COLUMNS, "cui", UNUSABLE) if c in rows.column_names])
     try:
-        return rows if is_streamed(rows) else rows.cast_column("image", Image(decode=False))
+        return rows if streaming else rows.cast_column("image", Image(decode=False))
     except Exception as error:  # pyarrow's classes again
         raise UserError(
             f"dataset '{name}', split '{split}': column 'image' holds no images: {first_line(error)}"
@@ -230,8 +242,6 @@ def _without_foreign_files(rows: Dataset, name: str) -> Dataset:
     """
     if UNUSABLE in rows.column_names:
         rows = rows.remove_columns(UNUSABLE)
-    if is_streamed(rows):
-        return rows
     roots = [os.path.realpath(root) for root in (HF_HUB_CACHE, HF_DATASETS_CACHE, *([name] * os.path.isdir(name)))]
     marked: dict[int, str] = {}
     start = 0
@@ -311,10 +321,14 @@ def _streamed_entries(rejected_file: str | os.PathLike, unopened: Sequence[str])
     """Return what an interrupted run has listed of images that it streamed: the run that goes on skips those rows."""
     try:
         lines = Path(rejected_file).read_text(encoding="utf-8").splitlines()
-        entries = [json.loads(line) for line in lines]
-        return [entry for entry in entries if entry["split"] in unopened and "row" not in entry]
-    except (OSError, ValueError, KeyError, TypeError):  # there is none, or it is not ours
+    except (OSError, ValueError):  # there is none, or it is not ours
         return []
+    entries = []
+    for line in lines:
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a run that was killed may leave half a line
+            entry = json.loads(line)
+            entries += [entry] if entry["split"] in unopened and "row" not in entry else []
+    return entries
 
 
 def texts(rows: Dataset) -> tuple[list[str], list[list[str]]]:
@@ -460,7 +474,6 @@ def tokenise(
     tokenizer: PreTrainedTokenizerBase,
     max_caption_length: int,
     prompt_ids: list[int],
-    num_proc: int | None = None,
 ) -> DatasetDict:
     """Add the column `input_ids`: `[CLS]`, the prompt, the caption, `[SEP]`; the collator writes `[DEC]` over `[CLS]`.
 
@@ -469,7 +482,6 @@ def tokenise(
         tokenizer: a WordPiece tokenizer with `[CLS]` and `[SEP]`.
         max_caption_length: most tokens of a row, start, prompt and `[SEP]` included; a longer caption is cut.
         prompt_ids: tokens of the prompt, without special tokens.
-        num_proc: processes; the result is cached by `datasets`.
 
     Raises:
         UserError: `max_caption_length` leaves no room for a caption token.
@@ -487,7 +499,6 @@ def tokenise(
             _tokenise_batch,
             batched=True,
             fn_kwargs={"tokenizer": tokenizer, "start": start, "end": end, "room": room},
-            num_proc=num_proc,
             remove_columns="caption",
             desc=f"Tokenising {split}",
         )

@@ -181,7 +181,7 @@ def prepare_data(
     checked = rocov2.check_rows(
         dataset, data_args.max_rejected_fraction, rejected_file if args.should_save else None, num_proc, unopened
     )
-    tokenised = rocov2.tokenise(checked, processor.tokenizer, data_args.max_caption_length, prompt_ids, num_proc)
+    tokenised = rocov2.tokenise(checked, processor.tokenizer, data_args.max_caption_length, prompt_ids)
     limits = data_args.max_samples()
     return DatasetDict({split: rocov2.usable(rows, limits[split]) for split, rows in tokenised.items()})
 

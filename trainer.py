@@ -118,10 +118,14 @@ class CaptioningTrainer(Seq2SeqTrainer):
         with as_user_error("the optimizer cannot be built", "check --optim and --optim_args"):
             return super().create_optimizer(*args, **kwargs)
 
-    def create_scheduler(self, *args, **kwargs):
-        """Build the stock schedule; arguments that it refuses are the user's."""
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """Build the stock schedule; arguments that it refuses, or cannot compute a step with, are the user's."""
         with as_user_error("the schedule cannot be built", "check --lr_scheduler_type and --lr_scheduler_kwargs"):
-            return super().create_scheduler(*args, **kwargs)
+            scheduler = super().create_scheduler(num_training_steps, optimizer)
+            for rate in getattr(scheduler, "lr_lambdas", ()):
+                for step in (0, num_training_steps // 2, num_training_steps):
+                    rate(step)
+            return scheduler
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """Run the stock step; a loss that is no number ends the run before it reaches the weights."""

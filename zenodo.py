@@ -89,6 +89,7 @@ def _zenodo_rows(captions: str, concepts: str | None, images: str, state: str) -
     # The zips hold the images in a folder or not, depending on the version of the record
     files = {Path(name).stem: name for name in (archive.namelist() if archive else os.listdir(images))}
     root = [os.path.realpath(images)]
+    row = None
     for row in _read_csv(captions, "Caption"):
         image, reason = {"path": None, "bytes": None}, MISSING
         # Only names that the folder itself lists: an id is no path out of it
@@ -110,6 +111,8 @@ def _zenodo_rows(captions: str, concepts: str | None, images: str, state: str) -
             "caption": row["Caption"],
             "cui": concept_ids,
         }
+    if row is None:  # `datasets` would say so without the name of the file
+        raise UserError(f"'{captions}' holds no row below its columns; add captions or take it away")
 
 
 def is_inside(path: str, roots: list[str]) -> bool:
@@ -152,8 +155,10 @@ def _read_csv(path: str, column: str) -> Iterator[dict[str, str]]:
     with open(path, encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(lines.append(line) or line for line in file)
         try:
-            if not {"ID", column} <= set(rows.fieldnames or ()):
-                columns = ", ".join((rows.fieldnames or [])[:8])
+            if rows.fieldnames is None:
+                raise UserError(f"'{path}' is empty; the columns ID and {column} are needed")
+            if not {"ID", column} <= set(rows.fieldnames):
+                columns = ", ".join(rows.fieldnames[:8])
                 raise UserError(f"'{path}' has the columns {columns[:300]}; ID and {column} are needed")
             for row in rows:
                 if len(lines) > 1 and _ends_in_quotes(lines):

@@ -197,6 +197,15 @@ def test_a_missing_recipe_is_named():
         ),
         ([*MODEL, "--gradient_checkpointing_kwargs", '{"context_fn": 1}'], "there are use_reentrant, preserve_rng"),
         ([*MODEL, "--gradient_checkpointing_kwargs", "yes"], "is 'yes', which is no JSON object"),
+        ([*MODEL, "--gradient_checkpointing_kwargs", '{"use_reentrant": "x"}'], "'use_reentrant' is 'x'; set one of"),
+        ([*MODEL, "--gradient_checkpointing_kwargs", '{"debug": 1}'], "'debug' is '1'; set one of True, False"),
+        ([*MODEL, "--gradient_checkpointing_kwargs", '{"determinism_check": "a"}'], "set one of default, none"),
+        (
+            [*MODEL, "--gradient_checkpointing_kwargs", '{"use_reentrant": true, "debug": true}'],
+            "debug goes with use_reentrant false",
+        ),
+        ([*MODEL, "--length_penalty", "1e308"], "length_penalty is 1e\\+308; set --length_penalty from -100 to 100"),
+        ([*MODEL, "--dataloader_persistent_workers", "true"], "dataloader_persistent_workers needs workers"),
     ],
 )
 def test_a_bad_flag_is_named_with_its_mend(flags, message):

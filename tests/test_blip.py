@@ -129,6 +129,15 @@ def test_a_vocabulary_without_special_tokens_is_named(tmp_path):
         blip.load_tokenizer(str(tmp_path))
 
 
+@pytest.mark.parametrize("content", [None, {}, {"model_type": "bert", "hidden_size": 32}, {"hidden_size": 32}])
+def test_a_config_that_describes_no_blip_builds_none(processor, tmp_path, content):
+    """Stock would build BLIP-base, by its defaults."""
+    if content is not None:
+        (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"config '.*' (describes no BLIP|cannot be loaded).*configs/ has examples"):
+        blip.build_blip(str(tmp_path), processor.tokenizer, seed=0)
+
+
 def test_an_unreadable_config_is_named(processor, tmp_path):
     with pytest.raises(UserError, match=r"config 'nowhere\.json' cannot be loaded"):
         blip.build_blip("nowhere.json", processor.tokenizer, seed=0)

@@ -1,6 +1,7 @@
 """The script as its user runs it: whole output folders, reruns, runs killed in the middle, and mistakes."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -359,6 +360,15 @@ def test_captions_must_be_learnt_from_images(config_file, tmp_path):
     )
     assert metrics["predict_rougeL"] > 0.99
     assert metrics["predict_unique_captions"] == pytest.approx(3 / 9)
+
+
+def test_rows_are_checked_by_several_processes(config_file, parquet_folder, tmp_path):
+    """In a cache of its own: what another run has checked is not checked again."""
+    arguments = flags(config_file, parquet_folder, tmp_path / "run", preprocessing_num_workers=3, do_train=False)
+    environment = os.environ | {"HF_HOME": str(tmp_path / "cache")}
+    result = subprocess.run(command(arguments), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr
+    assert "num_proc=3" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -444,6 +445,46 @@ def test_a_streamed_table_reads_no_files_of_the_machine(tmp_path):
     rocov2.check_rows(rocov2.load_rocov2(str(tmp_path / "data"), streaming=True), 1.0, tmp_path / "rejected.jsonl")
     rejected = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
     assert [(row["image_id"], row["reason"]) for row in rejected] == [("b", "unreadable image: no image")]
+
+
+def plant(folder: Path, **features) -> None:
+    """Write parquet files whose metadata say what `datasets` should take the columns for."""
+    place = {"shard": pa.int32(), "row_group": pa.int32(), "row": pa.int32(), "group_bytes": pa.int64()}
+    streamed = features.get("image", {}).get("_type") == "StreamedImage"
+    text = {"_type": "Value", "dtype": "string"}
+    features = {"image": {"_type": "Image"}, "image_id": text, "caption": text} | features
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    folder.mkdir(parents=True)
+    for split in ("train", "validation", "test"):
+        images = [{"shard": 0, "row_group": 0, "row": 0, "group_bytes": 1}] if streamed else [{"bytes": make_png(1)}]
+        images = pa.array(images, pa.struct(place if streamed else {"bytes": pa.binary(), "path": pa.string()}))
+        captions = ["A nodule"]
+        if features["caption"]["_type"] == "Image":
+            captions = [{"bytes": None, "path": str(folder.parent / "pipe")}]
+            captions = pa.array(captions, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+        table = pa.table({"image": images, "image_id": ["a"], "caption": captions})
+        pq.write_table(table.replace_schema_metadata(metadata), folder / f"{split}-0.parquet")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_table_that_says_its_images_lie_in_other_files_is_not_believed(tmp_path, saved, streaming):
+    """As `StreamedImage` does, which is ours alone: a pipe among those files would be read for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    plant(tmp_path / "data", image={"_type": "StreamedImage", "shards": [str(tmp_path / "pipe")]})
+    if saved:
+        datasets.load_dataset("parquet", data_dir=str(tmp_path / "data")).save_to_disk(str(tmp_path / "saved"))
+    expected = "save_to_disk|is no parquet" if saved and streaming else "column 'image' holds no images"
+    with pytest.raises(UserError, match=expected):
+        rocov2.load_rocov2(str(tmp_path / ("saved" if saved else "data")), streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_table_that_says_its_captions_are_files_is_not_believed(tmp_path, streaming):
+    plant(tmp_path / "data", caption={"_type": "Image"})
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=r"'caption'.* is no text but Image|cannot be read"):
+        rocov2.load_rocov2(str(tmp_path / "data"), streaming=streaming)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -202,6 +202,18 @@ def test_sigterm_ends_any_command_and_is_left_to_what_it_was_left_to(capsys):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_process_whose_peer_is_gone_says_so_in_a_line(monkeypatch, capsys, processes):
+    def main():
+        raise RuntimeError("[../gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:3145")
+
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    with pytest.raises(RuntimeError if processes == 1 else SystemExit):
+        exit_on_user_error(main)
+    expected = "error: another process of the run has ended" if processes == 2 else ""
+    assert capsys.readouterr().err.startswith(expected)
+
+
 def test_a_forked_worker_dies_of_sigterm_without_a_line(capfd):
     def work(started):
         started.set()

@@ -218,7 +218,13 @@ def test_a_missing_column_is_named(raw_dataset, tmp_path):
 def test_a_zenodo_table_without_its_columns(tmp_path):
     folder = zenodo_folder(tmp_path / "zenodo")
     write_csv(folder / "train_captions.csv", ["ID", "Text"], [("a", "b")])
-    with pytest.raises(UserError, match="ID and Caption are needed"):
+    with pytest.raises(UserError, match="has the columns ID, Text; ID and Caption are needed"):
+        load_rocov2(str(folder))
+    write_csv(folder / "train_captions.csv", ["ID", "Caption"], [])
+    with pytest.raises(UserError, match=r"train_captions\.csv' holds no row below its columns"):
+        load_rocov2(str(folder))
+    (folder / "train_captions.csv").write_text("")
+    with pytest.raises(UserError, match=r"train_captions\.csv' is empty; the columns ID and Caption are needed"):
         load_rocov2(str(folder))
 
 

@@ -450,6 +450,9 @@ def test_what_another_run_has_rejected_is_not_listed_in_a_new_one(sharded, tmp_p
     assert [json.loads(line) for line in rejected.read_text().splitlines()] == [streamed]
     rocov2.check_rows(dataset, 0.0, rejected)
     assert not rejected.read_text()
+    rejected.write_text("".join(json.dumps(entry) + "\n" for entry in [*others, streamed]) + '{"split": "tr')
+    rocov2.check_rows(dataset, 0.0, rejected, unopened=["train"])
+    assert [json.loads(line) for line in rejected.read_text().splitlines()] == [streamed]
     rejected.write_text("".join(json.dumps(entry) + "\n" for entry in others))
     rocov2.check_rows(dataset, 0.0, rejected, unopened=["train"])
     assert not rejected.read_text()

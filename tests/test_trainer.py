@@ -13,6 +13,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 import blip
 import rocov2
 from checkpoints import last_complete_checkpoint
+from errors import UserError
 from metrics import decode_captions
 from trainer import caption_nll, mean_training_loss
 
@@ -291,6 +292,12 @@ def test_a_checkpoint_holds_the_whole_processor(make_trainer, tmp_path):
     assert processor.image_processor.size["height"] == 32
     assert processor.tokenizer.bos_token == "[DEC]"
     BlipForConditionalGeneration.from_pretrained(checkpoint)
+
+
+def test_a_schedule_that_cannot_be_computed_is_found_before_the_first_step(make_trainer):
+    trainer = make_trainer(lr_scheduler_type="polynomial", lr_scheduler_kwargs={"power": "x"}, max_steps=2)
+    with pytest.raises(UserError, match=r"the schedule cannot be built: .*check --lr_scheduler_type"):
+        trainer.train()
 
 
 def test_the_running_loss_is_logged_before_each_checkpoint(make_trainer, tmp_path):
