@@ -100,9 +100,7 @@ class DataArguments:
     max_rejected_fraction: float = field(
         default=0.01, metadata={"help": "Share of a split's rows that may be unusable before the run stops."}
     )
-    preprocessing_num_workers: int | None = field(
-        default=None, metadata={"help": "Processes that check the rows."}
-    )
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that check the rows."})
     neighbour_samples: int = field(
         default=10_000,
         metadata={"help": "Training images among which the nearest is sought, for a floor; 0 leaves it out."},
