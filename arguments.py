@@ -101,15 +101,15 @@ class DataArguments:
         default=0.01, metadata={"help": "Share of a split's rows that may be unusable before the run stops."}
     )
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that check the rows."})
-    neighbour_samples: int = field(
+    neighbor_samples: int = field(
         default=10_000,
-        metadata={"help": "Training images among which the nearest is sought, for a floor; 0 leaves it out."},
+        metadata={"help": "Training images among which the nearest is sought, for a baseline; 0 leaves it out."},
     )
     language: str = field(default="en", metadata={"help": "Language of the captions (ISO 639), for the model card."})
     license: str | None = field(
         default=None,
         metadata={
-            "help": "Licence of the trained model (a Hub licence id), for the model card. Default: that of ROCOv2 or "
+            "help": "License of the trained model (a Hub license id), for the model card. Default: that of ROCOv2 or "
             "the phantoms where the data is one of them, else 'other'."
         },
     )
@@ -118,7 +118,7 @@ class DataArguments:
         """Check the values that need nothing but themselves."""
         for name in ("max_train_samples", "max_eval_samples", "max_predict_samples", "preprocessing_num_workers"):
             _at_least(self, name, 1)
-        _at_least(self, "neighbour_samples", 0)
+        _at_least(self, "neighbor_samples", 0)
         _at_most(self, "preprocessing_num_workers", MAX_WORKERS)
         if not 0 <= self.max_rejected_fraction <= 1:
             raise UserError(f"max_rejected_fraction is {self.max_rejected_fraction}; set it from 0 to 1")
@@ -145,7 +145,7 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
         metadata={"help": "'true': the last complete checkpoint in output_dir; or a checkpoint's folder."},
     )
 
-    # Optimisation: the anchors of published BLIP fine-tunes on ROCOv2
+    # Optimization: the anchors of published BLIP fine-tunes on ROCOv2
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of AdamW."})
     weight_decay: float = field(default=0.05, metadata={"help": "Weight decay of AdamW."})
     num_train_epochs: float = field(default=5.0, metadata={"help": "Epochs."})

@@ -1,4 +1,4 @@
-r"""Clinical agreement of captions without a licence or a download: attributes read from the text.
+r"""Clinical agreement of captions without a license or a download: attributes read from the text.
 
     read_attributes("CT of the chest: 3.5 cm mass in the left lung, no effusion")
     # {"modality": {"CT"}, "region": {"chest"}, "laterality": {"left"}, "negation": {"effusion"},
@@ -311,7 +311,7 @@ def _negations(text: str) -> set[str]:
     return {head for head in heads if head}
 
 
-# --- Measurement: lengths in millimetres ---------------------------------------------------------------------------
+# --- Measurement: lengths in millimeters ---------------------------------------------------------------------------
 
 # "3. 5" is how BLIP's tokenizer decodes "3.5"
 _NUMBER = r"\d{1,3} ?[.,] ?\d{1,2}|\d{1,4}"
@@ -327,7 +327,7 @@ _TECHNIQUE = re.compile(
 _TECHNIQUE_AFTER = re.compile(
     r"[ -](?:\w+[ -])?(?:slices?|sections?|mip|fov|collimation|tomograms?)\b| \(\d+ ?x ?\d+ dpi"
 )
-TOLERANCE = 0.1  # of the larger length: what rounding to half a centimetre or another caliper placement moves
+TOLERANCE = 0.1  # of the larger length: what rounding to half a centimeter or another caliper placement moves
 
 
 def _measurements(text: str) -> set[str]:
@@ -338,8 +338,8 @@ def _measurements(text: str) -> set[str]:
             continue
         scale = 10 if match[2].startswith("c") else 1
         for number in _NUMBERS.findall(match[1]):
-            millimetres = scale * float(number.replace(" ", "").replace(",", "."))
-            lengths |= {f"{millimetres:g}"} if millimetres > 0 else set()
+            millimeters = scale * float(number.replace(" ", "").replace(",", "."))
+            lengths |= {f"{millimeters:g}"} if millimeters > 0 else set()
     return lengths
 
 
@@ -367,14 +367,14 @@ def _mentions(attribute: str, text: str) -> list[str]:
     return [values[match.lastindex - 1] for match in pattern.finditer(text)]
 
 
-# Floors repeat captions, and references are read once for each system
+# Baselines repeat captions, and references are read once for each system
 @functools.lru_cache(maxsize=2**15)
 def read_attributes(caption: str) -> dict[str, frozenset[str]]:
     """Return what `caption` says of each of `ATTRIBUTES`; an empty set where it says nothing.
 
     `modality`, `region` and `laterality` hold keys of the tables `MODALITY`, `REGION` and `LATERALITY`; `negation` the
     head words of the findings that are said to be absent, lower case and singular; `measurement` lengths in
-    millimetres, as text: "35", "12.5".
+    millimeters, as text: "35", "12.5".
     """
     text = plain_text(caption)
     found = {name: frozenset(_mentions(name, text)) for name in _READERS}

@@ -35,7 +35,7 @@ TIFF_TILE_SIDES = (322, 323)  # tags TileWidth and TileLength; a tile is decoded
 
 @dataclass
 class CaptioningCollator:
-    """Collate rows of a tokenised ROCOv2 split into a BLIP batch.
+    """Collate rows of a tokenized ROCOv2 split into a BLIP batch.
 
     Args:
         processor: supplies the image processor and the padding token.
@@ -83,7 +83,7 @@ class CaptioningCollator:
         return batch | {"image_id": [example["image_id"] for example in examples]} if self.with_ids else batch
 
     def pixel_values(self, examples: list[dict[str, Any]]) -> torch.Tensor:
-        """Decode, resize and normalise the images of `examples` into float32 `[B, 3, H, W]`."""
+        """Decode, resize and normalize the images of `examples` into float32 `[B, 3, H, W]`."""
         return self._pixel_values([self._image(example) for example in examples])
 
     def _image(self, example: dict[str, Any]) -> Image.Image | None:

@@ -1,8 +1,8 @@
-"""UMLS concepts (CUIs) in captions, without a licence or a download: read by what the training split teaches.
+"""UMLS concepts (CUIs) in captions, without a license or a download: read by what the training split teaches.
 
 extractor = ConceptExtractor().fit(train_captions, train_cuis)
 concept_f1(extractor.predict(predictions), [known_concepts(cuis) for cuis in image_cuis]).value
-concept_f1(extractor.predict(references), ...).value    # what perfect captions would score: the ceiling
+concept_f1(extractor.predict(references), ...).value    # what perfect captions would score: the upper bound
 """
 
 import re
@@ -132,11 +132,11 @@ class ConceptExtractor:
 
     def _learn(self, texts: Sequence[str], known: Sequence[Set[str]], kept: Sequence[str]) -> None:
         rng = np.random.default_rng(self.seed)
-        self._vectoriser = CountVectorizer(
+        self._vectorizer = CountVectorizer(
             binary=True, lowercase=False, ngram_range=(1, 3), min_df=2, token_pattern=r"[a-z0-9]+", dtype=np.float32
         )
         try:
-            grams = self._vectoriser.fit_transform(texts)
+            grams = self._vectorizer.fit_transform(texts)
         except ValueError:  # scikit-learn's word for an empty vocabulary
             self.reason = "the training captions have no words in common"
             return
@@ -162,7 +162,7 @@ class ConceptExtractor:
         """Return the concepts that each caption says; none if nothing was learned."""
         if not self.concepts:
             return [frozenset()] * len(captions)
-        grams = self._vectoriser.transform([plain_text(caption) for caption in captions])
+        grams = self._vectorizer.transform([plain_text(caption) for caption in captions])
         found = []
         for start in range(0, len(captions), 1000):  # dense scores of all captions would take a gigabyte
             scores = (grams[start : start + 1000] @ self._weights).toarray() + self._intercepts

@@ -1,6 +1,6 @@
-"""Captions that were not written for the image: the floors that a model's scores are read beside.
+"""Captions that were not written for the image: the baselines that a model's scores are read beside.
 
-A floor is a system like any other: it gives one caption for each image, and is scored as the model is. On ROCOv2 a
+A baseline is a system like any other: it gives one caption for each image, and is scored as the model is. On ROCOv2 a
 constant caption reaches a ROUGE-L of .165, more than a published fine-tune.
 """
 
@@ -15,7 +15,7 @@ from metrics import lcs_length, rouge_tokens
 MAX_REFERENCES = 10_000  # training captions that the constant caption is judged on, a seeded sample
 MIN_GROUP = 10  # captions of which one can be called typical
 WORD_BITS = 64  # words of a candidate whose matches fit into one integer
-CHUNK = 2048  # images whose neighbours are sought at a time
+CHUNK = 2048  # images whose neighbors are sought at a time
 
 
 def shuffled(captions: Sequence[str], seed: int = 0) -> list[str]:

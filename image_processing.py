@@ -1,6 +1,6 @@
 """PIL images to BLIP's `pixel_values`: the values of `BlipImageProcessorPil` without its float copies of each image.
 
-Two facts make it fast. An image of 8 bits has 256 values a channel, so rescaling and normalising are one look-up in
+Two facts make it fast. An image of 8 bits has 256 values a channel, so rescaling and normalizing are one look-up in
 a table, straight into the batch. And Pillow resizes each 8-bit channel by itself, so of a gray image, the usual one in
 radiology, one channel is resized instead of three equal ones.
 """
@@ -17,7 +17,7 @@ from transformers.image_utils import ChannelDimension, SizeDict
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 
-SAMPLE = (16, 16)  # pixels; enough to see that most colour images are none in gray
+SAMPLE = (16, 16)  # pixels; enough to see that most color images are none in gray
 DONE_HERE = ("do_convert_rgb", "do_resize", "do_rescale", "do_normalize")
 NOT_DONE_HERE = ("do_center_crop", "do_pad")
 FIRST = {"data_format": ChannelDimension.FIRST, "input_data_format": ChannelDimension.FIRST}
@@ -38,7 +38,7 @@ def fast_pixel_values(images: list[Image.Image], image_processor: BlipImageProce
     Args:
         images: PIL images of any mode and size; they are not changed.
         image_processor: its settings are read at each call. Where it asks for more or less than to convert to RGB,
-            resize to a height and a width, rescale and normalise three channels, it processes the batch itself.
+            resize to a height and a width, rescale and normalize three channels, it processes the batch itself.
 
     Returns:
         float32 `[B, 3, H, W]`.

@@ -2,7 +2,7 @@
 
 Everything is resampled by caption, seeded, and computed for all resamples at once. The interval is the percentile
 bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13), the test is approximate
-randomisation (Noreen, Computer-Intensive Methods for Testing Hypotheses, 1989).
+randomization (Noreen, Computer-Intensive Methods for Testing Hypotheses, 1989).
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import numpy as np
 
 
 RESAMPLES = 1000
-RANDOMISATIONS = 10_000
+RANDOMIZATIONS = 10_000
 LEVEL = 0.95
 CHUNK = 2**24  # random numbers drawn at a time: 128 MB
 
@@ -98,7 +98,7 @@ class Comparison:
         difference: of the two scores.
         low: end of its 95 % bootstrap interval.
         high: the other end.
-        p_value: of approximate randomisation, two-sided: how often a difference at least as large comes about when a
+        p_value: of approximate randomization, two-sided: how often a difference at least as large comes about when a
             coin swaps the two scores of each caption.
 
     All are nan where one of the scores has no value.
@@ -135,13 +135,13 @@ def compare(first: Score, second: Score, counts: np.ndarray, seed: int = 0) -> C
 
 
 def _swapped(first: Score, second: Score, seed: int):
-    """Yield the differences of randomised pairs, chunk by chunk."""
+    """Yield the differences of randomized pairs, chunk by chunk."""
     rng = np.random.default_rng(seed)
     number = len(first.statistics)
     totals = first.statistics.sum(axis=0), second.statistics.sum(axis=0)
     exchanged = second.statistics - first.statistics
     chunk = max(1, CHUNK // max(number, 1))
-    for start in range(0, RANDOMISATIONS, chunk):
-        swaps = rng.integers(2, size=(min(chunk, RANDOMISATIONS - start), number), dtype=np.uint8)
+    for start in range(0, RANDOMIZATIONS, chunk):
+        swaps = rng.integers(2, size=(min(chunk, RANDOMIZATIONS - start), number), dtype=np.uint8)
         moved = swaps.astype(np.float64) @ exchanged
         yield first.combine(totals[0] + moved, number) - second.combine(totals[1] - moved, number)

@@ -1,7 +1,7 @@
 """The field's metrics, with the values of their reference implementations.
 
 `coco_scores` are BLEU-1 to BLEU-4, CIDEr, ROUGE-L and METEOR as `pycocoevalcap` 1.2 gives them (Chen et al., 2015,
-arXiv:1504.00325): its tokeniser and its METEOR, which are Java programs, and the formulas of the other three on
+arXiv:1504.00325): its tokenizer and its METEOR, which are Java programs, and the formulas of the other three on
 n-grams that are counted once for all systems. `bertscore` is the BERTScore of ImageCLEFmedical Caption (`bert-score`
 0.3.13). What cannot be computed is named, with one line that says what is missing and the mend. Nothing is
 downloaded, and nothing of what the libraries print reaches the user.
@@ -50,12 +50,12 @@ class MissingError(UserError):
 def coco_tokens(captions: Sequence[str], tokenizer: str = "ptb") -> list[str]:
     """Return the tokens of each caption, joined by a space, as the scorers of `pycocoevalcap` take them.
 
-    Tokenise the references once and each system's predictions once: `coco_scores_of_tokens` starts no tokeniser. The
+    Tokenize the references once and each system's predictions once: `coco_scores_of_tokens` starts no tokenizer. The
     captions of one list go through one Java process, as `COCOEvalCap` sends them. Do not join the lists of two
     systems: an abbreviation at the end of a caption ("No.") is read with the start of the next caption.
 
     Args:
-        captions: N captions. Each is made one line first: the tokeniser works by line, and the library itself only
+        captions: N captions. Each is made one line first: the tokenizer works by line, and the library itself only
             takes out line feeds, so that a carriage return would shift all captions after it.
         tokenizer: "ptb" for Stanford's PTBTokenizer, lower-case and without punctuation, as `COCOEvalCap` does, which
             leaves brackets in as `-lrb-` and `-rrb-`: its list has them in upper case only;
@@ -143,8 +143,8 @@ def coco_scores_of_systems(
     themselves: the library takes five times as long, and twenty for a common subsequence.
 
     Args:
-        systems: of each N captions, tokenised.
-        references: of each image one tokenised reference, or a list of them.
+        systems: of each N captions, tokenized.
+        references: of each image one tokenized reference, or a list of them.
         prefix: what the names begin with: "coco", or "nlgeval" for "whitespace".
         with_meteor: the systems that have METEOR computed, most of the time that this takes: all from one start of the
             jar, which takes seconds.
@@ -374,7 +374,7 @@ def bertscore(
 ) -> tuple[Score | None, str | None]:
     """Return the BERTScore F1 of N captions as the evaluator of ImageCLEFmedical Caption computes it, from 0 to 1.
 
-    Captions are normalised (`metrics.imageclef_normalise`), tokens weigh by their idf over the references, scores are
+    Captions are normalized (`metrics.imageclef_normalize`), tokens weigh by their idf over the references, scores are
     not rescaled, and two empty captions score 1. The evaluator scores pair by pair; here they are batched, which
     changes the float32 rounding only: padding has similarity 0, and would win only where a word's cosine to every
     token of the other caption is negative.
@@ -391,11 +391,11 @@ def bertscore(
     Raises:
         ValueError: there are not as many predictions as references, or none.
     """
-    from metrics import imageclef_normalise
+    from metrics import imageclef_normalize
 
     _check_pairs(predictions, references)
     empty = np.array([not p and not r for p, r in zip(predictions, references, strict=True)])
-    predictions, references = ([imageclef_normalise(text) for text in texts] for texts in (predictions, references))
+    predictions, references = ([imageclef_normalize(text) for text in texts] for texts in (predictions, references))
     quiet = io.StringIO()  # bert-score warns of empty captions, transformers shows a progress bar
     with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet), _no_logs():
         try:

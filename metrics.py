@@ -7,8 +7,8 @@
 ROUGE is that of `rouge_score` 0.1.2, F1, no stemmer, mean over captions, from 0 to 1, against the full caption: the
 same tokens and the same formula, so the same floats, from a faster longest common subsequence. It is not
 `evaluate.load("rouge")`, whose script is a download, and whose result is a bootstrap median, random in the fourth
-digit. The scores of other implementations are in `library_metrics.py`, floors and intervals in `scoring.py`, the
-command in `metrics_command.py`. This file imports none of its neighbours, so that
+digit. The scores of other implementations are in `library_metrics.py`, baselines and intervals in `scoring.py`, the
+command in `metrics_command.py`. This file imports none of its neighbors, so that
 `evaluate.load("path/to/metrics.py")` works.
 """
 
@@ -64,7 +64,7 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, np
     Raises:
         ValueError: there are not as many predictions as references.
     """
-    # Each text once: many systems repeat themselves, and a floor is one caption for all images
+    # Each text once: many systems repeat themselves, and a baseline is one caption for all images
     words = {text: rouge_tokens(text) for text in {*predictions, *references}}
     bigrams = {text: list(pairwise(tokens)) for text, tokens in words.items()}
     return {
@@ -129,7 +129,7 @@ def f1(common: np.ndarray, predicted: np.ndarray, stated: np.ndarray) -> np.ndar
 # --- ImageCLEF ------------------------------------------------------------------------------------------------
 
 
-def imageclef_normalise(caption: str) -> str:
+def imageclef_normalize(caption: str) -> str:
     """Return a caption as the official evaluator compares it: lower case, digits to "number", no ASCII punctuation.
 
     The order matters: "3.5" becomes "numbernumber" (ImageCLEFmedical Caption 2023 to 2026, `evaluator.py`,
@@ -139,12 +139,12 @@ def imageclef_normalise(caption: str) -> str:
 
 
 def imageclef_rouge1(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
-    """Return the official ROUGE-1 of each pair, float64 `[N]`: F1 of the normalised captions, 1 where both are empty.
+    """Return the official ROUGE-1 of each pair, float64 `[N]`: F1 of the normalized captions, 1 where both are empty.
 
     Raises:
         ValueError: there are not as many predictions as references.
     """
-    words = {text: rouge_tokens(imageclef_normalise(text)) for text in {*predictions, *references}}
+    words = {text: rouge_tokens(imageclef_normalize(text)) for text in {*predictions, *references}}
     scores = _scores(overlap, words, predictions, references)
     both_empty = [not text and not reference for text, reference in zip(predictions, references, strict=True)]
     return np.where(both_empty, 1.0, scores)

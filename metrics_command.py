@@ -18,12 +18,12 @@ logger = logging.getLogger("captioning.metrics_command")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Score the captions of any system beside their floors, or test them against those of another system."""
+    """Score the captions of any system beside their baselines, or test them against those of another system."""
     parser = argparse.ArgumentParser(prog="metrics.py", description=main.__doc__, allow_abbrev=False)
     parser.add_argument("predictions", help="JSON lines of a run, or a CSV of ID,Caption")
     parser.add_argument("--references", help="CSV of ID,Caption; JSON lines have their own")
     parser.add_argument("--concepts", help="CSV of ID,CUIs: the concepts of these images; JSON lines have their own")
-    parser.add_argument("--train", help="CSV of ID,Caption: the training split, of which floors are made")
+    parser.add_argument("--train", help="CSV of ID,Caption: the training split, of which baselines are made")
     parser.add_argument("--train_concepts", help="CSV of ID,CUIs of the training split, for concept_f1")
     parser.add_argument("--against", help="captions of another system for the same images, for a paired test")
     parser.add_argument(
@@ -74,20 +74,20 @@ def _training(arguments: argparse.Namespace) -> Training | None:
 
 
 def table(scores: Mapping[str, Any]) -> str:
-    """Return the dict of `scoring.score` as text: scores with intervals and floors, modalities, what is missing."""
-    floors = list(scores["floors"])
+    """Return the dict of `scoring.score` as text: scores with intervals and baselines, modalities, what is missing."""
+    baselines = list(scores["baselines"])
     width = max(len(name) for name in scores["scores"]) + 2
     lines = [f"{scores['captions']:,} captions, {scores['unique_captions']:.1%} of them distinct", ""]
-    lines.append(" " * width + f"{'score':>8}  {'95 % interval':<17}" + "".join(f"{HEADINGS[f]:>13}" for f in floors))
+    lines.append(" " * width + f"{'score':>8}  {'95 % interval':<17}" + "".join(f"{HEADINGS[f]:>13}" for f in baselines))
     for name, entry in scores["scores"].items():
         row = f"{name:<{width}}{_number(entry['value']):>8}  {_number(entry['low'])} - {_number(entry['high']):<8}"
-        row += "".join(f"{_number(entry['floors'].get(floor)):>13}" for floor in floors)
-        lines.append(row + (f"   ceiling {_number(entry['ceiling'])}" if "ceiling" in entry else ""))
+        row += "".join(f"{_number(entry['baselines'].get(baseline)):>13}" for baseline in baselines)
+        lines.append(row + (f"   upper bound {_number(entry['upper_bound'])}" if "upper_bound" in entry else ""))
     lines.append("")
-    for name, note in scores["floors"].items():
+    for name, note in scores["baselines"].items():
         among = f", found among {note['found_among']}" if "found_among" in note else ""
         lines.append(f"{HEADINGS[name]}: {note['what']}{among}")
-    lines += [f"  {printable(scores['floors']['constant']['caption'])}", ""]
+    lines += [f"  {printable(scores['baselines']['constant']['caption'])}", ""]
     modalities = scores["modalities"]
     lines.append(f"{'by modality':<{width}}" + "".join(f"{name:>13}" for name in modalities))
     lines.append(f"{'captions':<{width}}" + "".join(f"{own['captions']:>13,}" for own in modalities.values()))
@@ -172,5 +172,5 @@ def comparison_table(result: Mapping[str, Any]) -> str:
         values = f"{_number(row['first']):>8}{_number(row['second']):>8}{difference:>12}"
         lines.append(f"{name:<{width}}{values}  {f'{low} to {high}':<20}{_number(row['p_value']):>8}")
     lines += ["", *(f"not computed: {name}: {reason}" for name, reason in result["missing"].items())]
-    lines += ["p: approximate randomisation, two-sided; the difference is the first's score minus the second's."]
+    lines += ["p: approximate randomization, two-sided; the difference is the first's score minus the second's."]
     return "\n".join(lines)

@@ -20,7 +20,7 @@ from blip import plain_generate_suffices
 from errors import UserError, as_user_error
 from hub import COMMIT_HASH, PROJECT, Repository
 from predictions import read_predictions, write_whole
-from scoring import FLOORS, HEADINGS
+from scoring import BASELINES, HEADINGS
 
 
 logger = logging.getLogger("captioning.model_card")
@@ -46,11 +46,11 @@ SCORE_COLUMNS = {
     "gen_len": "length",
     "unique_captions": "distinct",
 }
-LICENCES = {
+LICENSES = {
     "rocov2": (
         "cc-by-nc-sa-4.0",
-        "The images and captions of ROCOv2 come from PubMed Central. Their licence labels disagree between mirrors "
-        "(CC BY, CC BY-NC and CC BY-NC-SA 4.0); this card states the strictest, CC BY-NC-SA 4.0. The licence of each "
+        "The images and captions of ROCOv2 come from PubMed Central. Their license labels disagree between mirrors "
+        "(CC BY, CC BY-NC and CC BY-NC-SA 4.0); this card states the strictest, CC BY-NC-SA 4.0. The license of each "
         "image is in `license_information.csv` of the data's Zenodo record, 10821435. BLIP's own weights are "
         "BSD-3-Clause.",
     ),
@@ -60,7 +60,7 @@ LICENCES = {
     ),
     "other": (
         "other",
-        "The licence of the training data is not known to the recipe: whoever publishes this model states it here and "
+        "The license of the training data is not known to the recipe: whoever publishes this model states it here and "
         "in the metadata (`--license`). BLIP's own weights are BSD-3-Clause.",
     ),
 }
@@ -124,12 +124,12 @@ def render(output_dir: Path, name: str) -> str:
     base = start and (_hub_id(start, recipe["model_revision"]) or _folder_name(start))
     if not base and not recipe["do_train"]:
         base = Path(recipe["config_name"]).stem  # of random weights that were scored as they are
-    licence, licence_text = LICENCES[data["kind"]]
+    license, license_text = LICENSES[data["kind"]]
     if data["kind"] == "phantoms" and base:
-        licence, licence_text = "other", f"{licence_text} The licence of {base} applies to what was made from it."
+        license, license_text = "other", f"{license_text} The license of {base} applies to what was made from it."
     metadata = ModelCardData(
         language=recipe["language"],
-        license=recipe["license"] or licence,
+        license=recipe["license"] or license,
         library_name="transformers",
         pipeline_tag="image-to-text",
         base_model=base,
@@ -169,7 +169,7 @@ def render(output_dir: Path, name: str) -> str:
         facts=_facts(recipe, results, base or "random weights", data),
         has_curve=(output_dir / "training_curve.png").is_file(),
         history=_history(_read_json(output_dir / "trainer_state.json")),
-        licence_text=licence_text,
+        license_text=license_text,
     )
     return str(card)
 
@@ -189,7 +189,7 @@ def markdown(text: str) -> str:
 
 
 def _data_of(recipe: Mapping[str, Any], output_dir: Path) -> dict[str, Any]:
-    """Return the data's `kind` (a key of `LICENCES`), `id` for the metadata, `name` for the reader, `revision`."""
+    """Return the data's `kind` (a key of `LICENSES`), `id` for the metadata, `name` for the reader, `revision`."""
     given, revision = recipe["dataset_name"], recipe["dataset_revision"]
     if given == "phantoms":
         return {"kind": "phantoms", "id": "phantoms", "name": "phantoms, synthetic images", "revision": None}
@@ -265,7 +265,7 @@ def _worth(all_scores: Mapping[str, Any]) -> dict[str, Any] | None:
     if split is None:
         return None
     scores = all_scores[split]
-    floors = [floor for floor in FLOORS if floor in scores["floors"]]
+    baselines = [baseline for baseline in BASELINES if baseline in scores["baselines"]]
 
     def number(value: float | None) -> str:
         return "-" if value is None else f"{value:.4f}"
@@ -275,18 +275,18 @@ def _worth(all_scores: Mapping[str, Any]) -> dict[str, Any] | None:
             f"`{name}`",
             number(entry["value"]),
             f"{number(entry['low'])} to {number(entry['high'])}",
-            *(number(entry["floors"].get(floor)) for floor in floors),
-            number(entry.get("ceiling")),
+            *(number(entry["baselines"].get(baseline)) for baseline in baselines),
+            number(entry.get("upper_bound")),
         ]
         for name, entry in scores["scores"].items()
         if entry["value"] is not None
     ]
-    constant = scores["floors"]["constant"]
+    constant = scores["baselines"]["constant"]
     return {
         "split": split,
         "verdict": scores["verdict"],
-        "headings": [HEADINGS[floor] for floor in floors],
-        "floors": {HEADINGS[floor]: FLOORS[floor] for floor in floors},
+        "headings": [HEADINGS[baseline] for baseline in baselines],
+        "baselines": {HEADINGS[baseline]: BASELINES[baseline] for baseline in baselines},
         "rows": rows,
         "coco": any(name.startswith("coco_") for name in scores["scores"]),
         "constant": markdown(constant["caption"]),

@@ -171,7 +171,7 @@ def attribute_accuracy(predictions: list[str], references: list[str]) -> dict[st
 
 
 def oracle_captions(captions: list[str], seed: int = 0) -> list[str]:
-    """Each caption's attributes worded anew: the ceiling of a captioner that sees all but guesses wording."""
+    """Each caption's attributes worded anew: the upper bound of a captioner that sees all but guesses wording."""
     rng = np.random.default_rng(seed)
     return [reword(read_attributes(caption), rng) for caption in captions]
 

@@ -50,7 +50,7 @@ def draw_training_curve(output_dir: Path) -> None:
 
 
 def summary(metrics: Mapping[str, float], output_dir: Path) -> str:
-    """Return a table of the scores with the floors of ROUGE-L, the verdicts, and three captions of the last split.
+    """Return a table of the scores with the baselines of ROUGE-L, the verdicts, and three captions of the last split.
 
     They are the first, not the best: an example is a sample.
     """
@@ -58,7 +58,7 @@ def summary(metrics: Mapping[str, float], output_dir: Path) -> str:
         name: prefix for name, prefix in (("validation", "eval_"), ("test", "predict_")) if f"{prefix}loss" in metrics
     }
     rows = {name: name for name in METRIC_NAMES}
-    rows |= {f"{HEADLINE}_{floor}": f"{HEADLINE} of {heading}" for floor, heading in HEADINGS.items()}
+    rows |= {f"{HEADLINE}_{baseline}": f"{HEADLINE} of {heading}" for baseline, heading in HEADINGS.items()}
     lines = [" " * 24 + "".join(f"{name:>12}" for name in columns)]
     for row, label in rows.items():
         values = [metrics.get(prefix + row) for prefix in columns.values()]

@@ -1,4 +1,4 @@
-"""The report page, `report.html` of the output folder: scores beside their floors, curves, and every caption.
+"""The report page, `report.html` of the output folder: scores beside their baselines, curves, and every caption.
 
 One file that needs no network and no other file. Whatever comes from the data is text to it: Jinja escapes, the script
 writes text nodes only, and a Content-Security-Policy lets nothing run but the page's own script.
@@ -31,7 +31,7 @@ LEAST_SHARE = 1500  # characters: an image of fewer shows nothing, so beyond 30,
 SIDES = (512, 384, 320, 256, 224, 192, 160, 128, 96, 64, 48, 32)  # longer side of a stored image, pixels
 QUALITIES = (80, 65, 50, 35)  # JPEG; below 35 blocks show, and a smaller side looks better
 BYTES_A_PIXEL = 0.1  # what a radiograph takes at quality 80, so that most images fit at once
-GRAY_TOLERANCE = 10  # channels of a gray image that was stored as a colour JPEG differ by a few levels
+GRAY_TOLERANCE = 10  # channels of a gray image that was stored as a color JPEG differ by a few levels
 IMAGES_A_BLOCK = 50  # the page parses the images in such portions, as they come into view
 
 SCORES = {
@@ -49,7 +49,7 @@ SCORES = {
 }
 CLINICAL = "What is said, F1"  # all other scores
 # Letter in the pictures, name
-FLOORS = {
+BASELINES = {
     "shuffled_references": ("R", "shuffled references"),
     "constant": ("C", "constant caption"),
     "typical_of_modality": ("M", "typical of modality"),
@@ -57,7 +57,7 @@ FLOORS = {
     "shuffled_images": ("I", "shuffled images"),
 }
 PICTURE = {"width": 320, "height": 52, "margin": 8}  # units of the SVG, as below
-LETTER, CEILING_WIDTH = 13, 26  # what the letter of a floor and the word at a ceiling take
+LETTER, UPPER_BOUND_WIDTH = 13, 26  # what the letter of a baseline and the word at an upper bound take
 CHART = {"width": 460, "height": 216, "left": 46, "right": 12, "top": 12, "bottom": 36}
 LARGEST = 1e100  # of a diverged loss, so that differences stay finite
 POINTS = 600  # of a curve; more than a screen shows
@@ -207,7 +207,7 @@ def _is_gray(image: Image.Image) -> bool:
 def _split(name: str, scored: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the page shows of one split in `scores.json`, of which every part may be absent."""
     scores = {key: _dict(value) for key, value in _dict(scored.get("scores")).items()}
-    legend = _legend(floor for score in scores.values() for floor in _dict(score.get("floors")))
+    legend = _legend(baseline for score in scores.values() for baseline in _dict(score.get("baselines")))
     groups = {title: [key for key in labels if key in scores] for title, labels in SCORES.items()}
     groups[CLINICAL] = [key for key in scores if not any(key in labels for labels in SCORES.values())]
     return {
@@ -217,16 +217,16 @@ def _split(name: str, scored: Mapping[str, Any]) -> dict[str, Any]:
         "groups": [
             (title, [_score(key, scores[key], legend) for key in keys]) for title, keys in groups.items() if keys
         ],
-        "has_ceiling": any(_number(score.get("ceiling")) is not None for score in scores.values()),
+        "has_upper_bound": any(_number(score.get("upper_bound")) is not None for score in scores.values()),
         "missing": {_label(key, full=True): why for key, why in _dict(scored.get("missing")).items()},
         "notes": [
             {
-                "name": FLOORS.get(key, ("", key.replace("_", " ")))[1],
+                "name": BASELINES.get(key, ("", key.replace("_", " ")))[1],
                 "what": note.get("what"),
                 "found_among": note.get("found_among"),
                 "captions": {"": note["caption"]} if note.get("caption") else _dict(note.get("captions")),
             }
-            for key, note in ((key, _dict(note)) for key, note in _dict(scored.get("floors")).items())
+            for key, note in ((key, _dict(note)) for key, note in _dict(scored.get("baselines")).items())
         ],
         **_modalities({key: _dict(value) for key, value in _dict(scored.get("modalities")).items()}),
     }
@@ -235,18 +235,18 @@ def _split(name: str, scored: Mapping[str, Any]) -> dict[str, Any]:
 def _score(key: str, score: Mapping[str, Any], legend: Sequence[Mapping[str, str]]) -> dict[str, Any]:
     """Return a row of the score table, its numbers as text."""
     value, low = _number(score.get("value")), _number(score.get("low"))
-    floors = []
-    for floor in legend:
-        number = _number(_dict(score.get("floors")).get(floor["key"]))
+    baselines = []
+    for baseline in legend:
+        number = _number(_dict(score.get("baselines")).get(baseline["key"]))
         lost = None not in (number, value) and number >= value
         within = not lost and None not in (number, low) and number >= low
-        floors.append({**floor, "text": _text(number), "state": "lost" if lost else "within" if within else ""})
+        baselines.append({**baseline, "text": _text(number), "state": "lost" if lost else "within" if within else ""})
     return {
         "label": _label(key),
         "value": _text(value),
         "interval": _interval(score),
-        "floors": floors,
-        "ceiling": _text(_number(score.get("ceiling"))),
+        "baselines": baselines,
+        "upper_bound": _text(_number(score.get("upper_bound"))),
         "picture": _picture(_label(key), score, legend),
     }
 
@@ -274,14 +274,14 @@ def _modalities(modalities: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _legend(floors: Iterable[str]) -> list[dict[str, str]]:
-    """Return the floors that some score has, the known ones first, each with a letter of its own."""
-    found = set(floors)
+def _legend(baselines: Iterable[str]) -> list[dict[str, str]]:
+    """Return the baselines that some score has, the known ones first, each with a letter of its own."""
+    found = set(baselines)
     legend = []
-    for key in [key for key in FLOORS if key in found] + sorted(found.difference(FLOORS)):
-        used = {floor["letter"] for floor in legend} | {letter for letter, _ in FLOORS.values()}
+    for key in [key for key in BASELINES if key in found] + sorted(found.difference(BASELINES)):
+        used = {baseline["letter"] for baseline in legend} | {letter for letter, _ in BASELINES.values()}
         free = [letter for letter in f"{key.upper()}ABDEFGHJKLOPQSTUVWXYZ" if letter.isalpha() and letter not in used]
-        letter, name = FLOORS.get(key, (free[0] if free else "?", key.replace("_", " ")))
+        letter, name = BASELINES.get(key, (free[0] if free else "?", key.replace("_", " ")))
         legend.append({"key": key, "letter": letter, "name": name})
     return legend
 
@@ -296,7 +296,7 @@ def _label(key: str, full: bool = False) -> str:
 
 
 def _most(score: Mapping[str, Any]) -> float:
-    numbers = [score.get(key) for key in ("value", "high", "ceiling")] + list(_dict(score.get("floors")).values())
+    numbers = [score.get(key) for key in ("value", "high", "upper_bound")] + list(_dict(score.get("baselines")).values())
     return max((number for number in map(_number, numbers) if number is not None), default=0.0)
 
 
@@ -311,7 +311,7 @@ def _interval(score: Mapping[str, Any]) -> str:
 def _picture(
     label: str, score: Mapping[str, Any], legend: Sequence[Mapping[str, str]], top: float | None = None
 ) -> dict[str, Any] | None:
-    """Return the picture of a score: its interval as a bar, its floors and ceiling as lines with their letters.
+    """Return the picture of a score: its interval as a bar, its baselines and upper bound as lines with their letters.
 
     The axis starts at 0, so that lengths may be compared, and ends at `top` or at a round number beyond the largest.
     """
@@ -324,13 +324,13 @@ def _picture(
     def x(number: float) -> float:
         return round(left + (right - left) * min(max(number / top, 0), 1), 1)
 
-    marks = [(floor["letter"], floor["name"], _dict(score.get("floors")).get(floor["key"])) for floor in legend]
-    marks.append(("max", "ceiling", score.get("ceiling")))
+    marks = [(baseline["letter"], baseline["name"], _dict(score.get("baselines")).get(baseline["key"])) for baseline in legend]
+    marks.append(("max", "upper bound", score.get("upper_bound")))
     marks = sorted((_number(at), letter, name) for letter, name, at in marks if _number(at) is not None)
     said = [f"{label} {_text(value)}", f"95 % interval {_interval(score)}" if _interval(score) else "no interval"]
     interval = None if low is None or high is None else (x(low), max(round(x(high) - x(low), 1), 1.0))
     labels = _spread(
-        [x(at) for at, _, _ in marks], [CEILING_WIDTH if letter == "max" else LETTER for _, letter, _ in marks], right
+        [x(at) for at, _, _ in marks], [UPPER_BOUND_WIDTH if letter == "max" else LETTER for _, letter, _ in marks], right
     )
     return {
         **PICTURE,
@@ -340,7 +340,7 @@ def _picture(
         "point": x(value),
         "interval": interval,
         "marks": [
-            {"x": x(at), "label_x": label_x, "letter": letter, "ceiling": letter == "max"}
+            {"x": x(at), "label_x": label_x, "letter": letter, "upper_bound": letter == "max"}
             for (at, letter, _), label_x in zip(marks, labels, strict=True)
         ],
         "said": ", ".join(said + [f"{name} {_text(at)}" for at, _, name in marks]),

@@ -1,4 +1,4 @@
-"""What a run keeps of each split that it captioned: predictions, scores beside their floors, submission, page.
+"""What a run keeps of each split that it captioned: predictions, scores beside their baselines, submission, page.
 
 The Trainer's metrics of a split are made epoch after epoch and are few; these are made once, at the end.
 """
@@ -17,7 +17,7 @@ import rocov2
 from arguments import DataArguments
 from clinical import modality_of
 from collator import open_image
-from floors import sample_rows
+from baselines import sample_rows
 from metrics import decode_captions
 from predictions import Captions, read_predictions, write_predictions, write_submission, write_whole
 from report_page import write_report
@@ -30,15 +30,15 @@ logger = logging.getLogger("captioning.results")
 SHOWN_ATTENTION = 4  # captions of each order whose attention the page shows
 
 
-def training_for_floors(
+def training_for_baselines(
     trainer: CaptioningTrainer, dataset: DatasetDict, splits: DatasetDict, data_args: DataArguments
 ) -> Training | None:
-    """Return what floors and concepts are made of, None where there is no training split or nothing is captioned.
+    """Return what baselines and concepts are made of, None where there is no training split or nothing is captioned.
 
     Args:
         trainer: its model looks at the training images among which the nearest is sought.
         dataset: what was loaded, unchecked. A run that only scores takes the captions from here.
-        splits: what was checked and tokenised.
+        splits: what was checked and tokenized.
         data_args: how many images and captions are looked at.
     """
     args = trainer.args
@@ -48,9 +48,9 @@ def training_for_floors(
     captions, cuis = (column[: data_args.max_train_samples] for column in texts)
     if not captions:
         return None
-    if "train" not in splits or not data_args.neighbour_samples:
+    if "train" not in splits or not data_args.neighbor_samples:
         return Training(captions, cuis)
-    rows = splits["train"].select(sample_rows(len(splits["train"]), data_args.neighbour_samples))
+    rows = splits["train"].select(sample_rows(len(splits["train"]), data_args.neighbor_samples))
     return Training(captions, cuis, trainer.image_features(rows), list(rows["caption"]))
 
 
@@ -66,11 +66,11 @@ def keep_split(
 
     Args:
         trainer: the trainer that captioned it.
-        rows: N rows of the tokenised split.
+        rows: N rows of the tokenized split.
         tokens: int `[N, T]`, what was generated, padded with the padding token or -100.
         nll: `[N]`, the negative log-likelihood of each reference in nats.
         split: `validation` or `test`.
-        training: see `training_for_floors`; None makes the floors of the references.
+        training: see `training_for_baselines`; None makes the baselines of the references.
 
     Returns:
         On the main process; an empty dict on the others, which only help to look at the images.
@@ -105,7 +105,7 @@ def write_page(trainer: CaptioningTrainer, rows: Dataset, tokens: np.ndarray, sp
 
     Args:
         trainer: the trainer that captioned it.
-        rows: N rows of the tokenised split.
+        rows: N rows of the tokenized split.
         tokens: int `[N, T]`, what was generated.
         split: whose `predictions/<split>.jsonl` is written.
     """

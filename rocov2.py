@@ -1,6 +1,6 @@
 """Any source of radiology images with captions, in one schema: `image`, `image_id`, `caption`, `cui`.
 
-`load_rocov2` reads the source, `check_rows` marks the rows that cannot be used, `tokenise` adds `input_ids`, `usable`
+`load_rocov2` reads the source, `check_rows` marks the rows that cannot be used, `tokenize` adds `input_ids`, `usable`
 leaves the marked rows out. None of them copies the images: each `map` writes only its own small columns, which are
 joined to the memory-mapped table.
 
@@ -469,7 +469,7 @@ def _warn_of_leaks(checked: DatasetDict) -> None:
 # --- Tokens ---------------------------------------------------------------------------------------------------
 
 
-def tokenise(
+def tokenize(
     dataset: DatasetDict,
     tokenizer: PreTrainedTokenizerBase,
     max_caption_length: int,
@@ -493,23 +493,23 @@ def tokenise(
             f"{len(prompt_ids)} prompt tokens; set --max_caption_length to {len(prompt_ids) + 3} or more"
         )
     start, end = [tokenizer.cls_token_id, *prompt_ids], [tokenizer.sep_token_id]
-    tokenised = DatasetDict()
+    tokenized = DatasetDict()
     for split, rows in dataset.items():
         tokens = rows.select_columns("caption").map(
-            _tokenise_batch,
+            _tokenize_batch,
             batched=True,
             fn_kwargs={"tokenizer": tokenizer, "start": start, "end": end, "room": room},
             remove_columns="caption",
-            desc=f"Tokenising {split}",
+            desc=f"Tokenizing {split}",
         )
         cut = sum(tokens["cut"])
         if cut:
             logger.info("%s: %d of %d captions are cut to %d tokens", split, cut, len(rows), max_caption_length)
-        tokenised[split] = concatenate_datasets([rows, tokens.remove_columns("cut")], axis=1)
-    return tokenised
+        tokenized[split] = concatenate_datasets([rows, tokens.remove_columns("cut")], axis=1)
+    return tokenized
 
 
-def _tokenise_batch(
+def _tokenize_batch(
     batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, start: list[int], end: list[int], room: int
 ) -> dict[str, list[Any]]:
     captions = tokenizer(batch["caption"], add_special_tokens=False, verbose=False)["input_ids"]

@@ -23,13 +23,13 @@ from arguments import CaptioningArguments, DataArguments, ModelArguments
 from collator import CaptioningCollator
 from errors import PrintableFormatter, UserError, as_user_error, exit_on_user_error
 from fast_blip import is_fast, use_fast_blip
-from floors import sample_rows
+from baselines import sample_rows
 from hub import PushCheckpoints, Repository, open_repository, pin_revision
 from model_card import push, push_finished_run, write_model_card
 from output_folder import prepare_output_dir, write_recipe
 from recipe import parse_arguments, parse_push_arguments
 from report import draw_training_curve, summary
-from results import keep_split, training_for_floors, write_page
+from results import keep_split, training_for_baselines, write_page
 from scoring import Training
 from streaming import UnreadableImages
 from trainer import CaptioningTrainer
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     metrics: dict[str, float] = {}
     if args.do_train:
         metrics |= train(trainer, checkpoint)
-    training = training_for_floors(trainer, dataset, splits, data_args)
+    training = training_for_baselines(trainer, dataset, splits, data_args)
     if args.do_eval:
         metrics |= predict(trainer, splits["validation"], "validation", "eval", training, page=not args.do_predict)
     if args.do_predict:
@@ -114,7 +114,7 @@ def load_data(model_args: ModelArguments, data_args: DataArguments, args: Captio
                 f"add it or set --{stage} false"
             )
     if "train" in dataset and "train" not in needed and args.predict_with_generate:
-        needed.append("train")  # the floors of the scores are made of it
+        needed.append("train")  # the baselines of the scores are made of it
     limits = data_args.max_samples()
     # A trial run on few samples must not wait for the check of all rows; a few more make up for those set aside
     enough = {
@@ -165,11 +165,11 @@ def prepare_data(
     """Check the rows, add `input_ids`, and keep the usable rows, as many as the run asks for.
 
     The rows set aside are listed in `rejected.jsonl`. Without training, only those training images are kept that the
-    floors are made of.
+    baselines are made of.
     """
     if not args.do_train and "train" in dataset:
         number = min(len(dataset["train"]), data_args.max_train_samples or len(dataset["train"]))
-        sample = sample_rows(number, data_args.neighbour_samples)
+        sample = sample_rows(number, data_args.neighbor_samples)
         dataset = DatasetDict({**dataset, "train": dataset["train"].select(sample)})
         if not sample:
             del dataset["train"]
@@ -181,9 +181,9 @@ def prepare_data(
     checked = rocov2.check_rows(
         dataset, data_args.max_rejected_fraction, rejected_file if args.should_save else None, num_proc, unopened
     )
-    tokenised = rocov2.tokenise(checked, processor.tokenizer, data_args.max_caption_length, prompt_ids)
+    tokenized = rocov2.tokenize(checked, processor.tokenizer, data_args.max_caption_length, prompt_ids)
     limits = data_args.max_samples()
-    return DatasetDict({split: rocov2.usable(rows, limits[split]) for split, rows in tokenised.items()})
+    return DatasetDict({split: rocov2.usable(rows, limits[split]) for split, rows in tokenized.items()})
 
 
 # --- Train, evaluate, predict ---------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""All scores of a set of captions, beside what they are worth: floors, intervals, modalities.
+"""All scores of a set of captions, beside what they are worth: baselines, intervals, modalities.
 
     scores = score(captions, Training(train_captions, train_cuis))    # a dict that JSON can hold
     print(metrics_command.table(scores))
@@ -7,8 +7,8 @@
 is that of `scores.json`, where it stands under the name of its split:
 
     captions, unique_captions, verdict, beats_constant
-    scores      name -> value, low and high (95 % interval), floors (name -> value), ceiling
-    floors      name -> caption or how it was made
+    scores      name -> value, low and high (95 % interval), baselines (name -> value), upper bound
+    baselines      name -> caption or how it was made
     modalities  name -> captions, and scores as above
     missing     name -> what a score that was not computed needs
 """
@@ -24,7 +24,7 @@ import numpy as np
 import clinical
 import library_metrics
 from concepts import ConceptExtractor, concept_f1, known_concepts
-from floors import constant_caption, nearest_captions, shuffled, typical_captions
+from baselines import constant_caption, nearest_captions, shuffled, typical_captions
 from intervals import LEVEL, Score, compare, interval, resampled, resampling_counts
 from metrics import imageclef_rouge1, rouge
 from predictions import Captions
@@ -32,7 +32,7 @@ from predictions import Captions
 
 HEADLINE = "rougeL"
 # The most telling first
-FLOORS = {
+BASELINES = {
     "constant": "the best constant caption",
     "typical_of_modality": "the most typical caption of the true modality",
     "nearest_image": "the caption of the nearest training image",
@@ -53,19 +53,19 @@ BY_MODALITY = (HEADLINE, "rouge1", "imageclef_rouge1", *(f"{name}_f1" for name i
 
 @dataclass(frozen=True)
 class Training:
-    """The training split, as far as floors and concepts are made of it.
+    """The training split, as far as baselines and concepts are made of it.
 
     Attributes:
         captions: M captions.
         cuis: the concepts of each image, empty where none are known.
-        features: float `[M, H]` of the images whose captions are `neighbours`; None without a model.
-        neighbours: the captions of these images, where they are fewer than all.
+        features: float `[M, H]` of the images whose captions are `neighbors`; None without a model.
+        neighbors: the captions of these images, where they are fewer than all.
     """
 
     captions: Sequence[str]
     cuis: Sequence[Sequence[str]]
     features: np.ndarray | None = None
-    neighbours: Sequence[str] | None = None
+    neighbors: Sequence[str] | None = None
 
     @cached_property
     def constant(self) -> str:
@@ -94,11 +94,11 @@ def score(
     tokenizer: str | None = "ptb",
     bertscore_model: str | None = None,
 ) -> dict[str, Any]:
-    """Score the captions of a system, its floors, and its captions by modality.
+    """Score the captions of a system, its baselines, and its captions by modality.
 
     Args:
         captions: of N images.
-        training: the training split; without it the floors are made of the references themselves.
+        training: the training split; without it the baselines are made of the references themselves.
         features: float `[N, H]` of the images, for the nearest training image.
         tokenizer: of the COCO metrics, `ptb` or `whitespace`; None leaves them out.
         bertscore_model: the weights of BERTScore; None leaves it out.
@@ -107,8 +107,8 @@ def score(
         The dict described at the top of this file; what is not defined is None.
     """
     modalities = [clinical.modality_of(c, text) for c, text in zip(captions.cuis, captions.references, strict=True)]
-    floors, notes = _floors(captions, modalities, training, features)
-    systems = {"": captions.predictions, **floors}
+    baselines, notes = _baselines(captions, modalities, training, features)
+    systems = {"": captions.predictions, **baselines}
     scores, missing = scores_of_systems(systems, captions, training, tokenizer)
     if bertscore_model:
         found, reason = library_metrics.bertscore(captions.predictions, captions.references, bertscore_model)
@@ -118,16 +118,16 @@ def score(
     entries = {}
     for name, own in scores[""].items():
         entries[name] = _entry(own, counts)
-        entries[name]["floors"] = {f: finite(scores[f][name].value) for f in floors if name in scores[f]}
+        entries[name]["baselines"] = {f: finite(scores[f][name].value) for f in baselines if name in scores[f]}
     if "concept_f1" in entries:
-        ceiling = _concept_scores({"": captions.references}, captions, training, {})[""]
-        entries["concept_f1"]["ceiling"] = finite(ceiling.value)
+        upper_bound = _concept_scores({"": captions.references}, captions, training, {})[""]
+        entries["concept_f1"]["upper_bound"] = finite(upper_bound.value)
     return {
         "captions": len(captions),
         "unique_captions": len(set(captions.predictions)) / len(captions),
         **_verdict(scores, counts),
         "scores": entries,
-        "floors": notes,
+        "baselines": notes,
         "modalities": _by_modality(scores[""], modalities, counts),
         "missing": missing,
     }
@@ -160,10 +160,10 @@ def _caption_scores(predictions: Sequence[str], references: Sequence[str]) -> di
     return scores | {f"{name}_f1": found for name, found in clinical.agreement(predictions, references).items()}
 
 
-def _floors(
+def _baselines(
     captions: Captions, modalities: Sequence[str], training: Training | None, features: np.ndarray | None
 ) -> tuple[dict[str, list[str]], dict[str, Any]]:
-    """Return the captions of each floor, `[N]`, and what is to be said of it."""
+    """Return the captions of each baseline, `[N]`, and what is to be said of it."""
     number = len(captions)
     if training:
         source = f"{len(training.captions):,} training captions"
@@ -172,22 +172,22 @@ def _floors(
         source = f"the references themselves ({number:,})"
         constant = constant_caption(captions.references, captions.references)
         typical = typical_captions(captions.references, modalities)
-    floors = {
+    baselines = {
         "constant": [constant] * number,  # second to the captions: see `scores_of_systems`
         "typical_of_modality": [typical.get(modality, constant) for modality in modalities],
     }
     if training and training.features is not None and features is not None:
-        neighbours = training.captions if training.neighbours is None else training.neighbours
-        floors["nearest_image"] = nearest_captions(features, training.features, neighbours)
+        neighbors = training.captions if training.neighbors is None else training.neighbors
+        baselines["nearest_image"] = nearest_captions(features, training.features, neighbors)
     if number > 1:  # else there is no other image
-        floors["shuffled_references"] = shuffled(captions.references)
-        floors["shuffled_images"] = shuffled(captions.predictions)
-    notes = {name: {"what": FLOORS[name]} for name in floors}
+        baselines["shuffled_references"] = shuffled(captions.references)
+        baselines["shuffled_images"] = shuffled(captions.predictions)
+    notes = {name: {"what": BASELINES[name]} for name in baselines}
     notes["constant"] |= {"caption": constant, "found_among": source}
     notes["typical_of_modality"] |= {"captions": typical, "found_among": source}
-    if "nearest_image" in floors:
-        notes["nearest_image"]["found_among"] = f"{len(neighbours):,} training images"
-    return floors, notes
+    if "nearest_image" in baselines:
+        notes["nearest_image"]["found_among"] = f"{len(neighbors):,} training images"
+    return baselines, notes
 
 
 def _coco_scores(
@@ -249,13 +249,13 @@ def _by_modality(scores: Mapping[str, Score], modalities: Sequence[str], counts:
 
 
 def _verdict(scores: Mapping[str, Mapping[str, Score]], counts: np.ndarray) -> dict[str, Any]:
-    """Say whether the captions beat the constant one, what looking at the image adds, and which floors are higher.
+    """Say whether the captions beat the constant one, what looking at the image adds, and which baselines are higher.
 
     `beats_constant` needs all of the interval of the difference above 0, and a p-value below 0.05: of few captions the
-    interval is too narrow, and the randomisation is not.
+    interval is too narrow, and the randomization is not.
     """
     own = scores[""][HEADLINE]
-    values = {floor: scores[floor][HEADLINE].value for floor in FLOORS if floor in scores}
+    values = {baseline: scores[baseline][HEADLINE].value for baseline in BASELINES if baseline in scores}
     constant = compare(own, scores["constant"][HEADLINE], counts)
     beats = constant.low > 0 and constant.p_value < 1 - LEVEL
     if beats:
@@ -269,7 +269,7 @@ def _verdict(scores: Mapping[str, Mapping[str, Score]], counts: np.ndarray) -> d
         gain = compare(own, scores["shuffled_images"][HEADLINE], counts)
         between = f"{gain.low:+.4f} to {gain.high:+.4f}"
         sentences.append(f"looking at the image adds {gain.difference:+.4f} ({between})")
-    higher = [f"{FLOORS[f]} ({value:.4f})" for f, value in values.items() if value > own.value and f != "constant"]
+    higher = [f"{BASELINES[f]} ({value:.4f})" for f, value in values.items() if value > own.value and f != "constant"]
     if higher:
         sentences.append(f"higher than the captions is {' and '.join(higher)}")
     return {"verdict": f"{'; '.join(sentences)}.", "beats_constant": beats}
@@ -278,8 +278,8 @@ def _verdict(scores: Mapping[str, Mapping[str, Score]], counts: np.ndarray) -> d
 def flat(scores: Mapping[str, Any]) -> dict[str, float]:
     """Return the scores by the names that the Trainer's result files have: `rougeL`, `rougeL_constant`, ...
 
-    Of the floors only those of ROUGE-L; all of them are in `scores.json`.
+    Of the baselines only those of ROUGE-L; all of them are in `scores.json`.
     """
     values = {name: entry["value"] for name, entry in scores["scores"].items()}
-    values |= {f"{HEADLINE}_{floor}": value for floor, value in scores["scores"][HEADLINE]["floors"].items()}
+    values |= {f"{HEADLINE}_{baseline}": value for baseline, value in scores["scores"][HEADLINE]["baselines"].items()}
     return {name: value for name, value in values.items() if value is not None}

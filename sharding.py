@@ -15,7 +15,7 @@ from torch.utils.data import RandomSampler, Sampler
 
 
 class PaddedRows:
-    """The rows of a tokenised split; all indices from its length up are blank rows.
+    """The rows of a tokenized split; all indices from its length up are blank rows.
 
     A blank row has a black image and the first row's tokens up to the caption, so that all its labels are -100.
 

@@ -3,7 +3,7 @@
 Of each shard the footer and the text columns are read once, into an ordinary `Dataset` that also says where each image
 lies. Its column `image` is a `StreamedImage`: whoever asks for the image of a row gets the bytes, and the row group
 that holds it is read for that, and kept for the rows that follow; whoever asks for another column reads no image. So
-checks, tokens, floors and the Trainer work as on data that is stored, with a known number of rows.
+checks, tokens, baselines and the Trainer work as on data that is stored, with a known number of rows.
 
 `StreamingSampler` shuffles so that a row group is read once an epoch, by one worker of one process.
 """
@@ -158,7 +158,7 @@ def _read_index(file: str) -> list[tuple[int, pa.Table]]:
     refuse_bomb(file, footer)
     columns = [name for name in footer.schema.to_arrow_schema().names if name in TEXT_COLUMNS]
     with _open(file) as source:
-        reader = pq.ParquetFile(source, metadata=footer, pre_buffer=True)  # joins the ranges of neighbouring columns
+        reader = pq.ParquetFile(source, metadata=footer, pre_buffer=True)  # joins the ranges of neighboring columns
         return [(_image_bytes(footer, i), reader.read_row_group(i, columns)) for i in range(footer.num_row_groups)]
 
 

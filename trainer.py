@@ -1,4 +1,4 @@
-"""`CaptioningTrainer`: the token-normalised loss, evaluation that encodes each image once, and sound checkpoints."""
+"""`CaptioningTrainer`: the token-normalized loss, evaluation that encodes each image once, and sound checkpoints."""
 
 import json
 import os
@@ -42,14 +42,14 @@ class CaptioningTrainer(Seq2SeqTrainer):
     Args:
         start_ids: `[DEC]` and the tokens of the prompt, from which generation starts.
         decoding: the keyword arguments of `generate`.
-        kwargs: those of `Seq2SeqTrainer`; datasets must have the columns of a tokenised split.
+        kwargs: those of `Seq2SeqTrainer`; datasets must have the columns of a tokenized split.
     """
 
     def __init__(self, *, start_ids: list[int], decoding: dict[str, Any], **kwargs):
         super().__init__(compute_metrics=self._compute_metrics, **kwargs)
         self.start_ids = start_ids
         self.decoding = decoding
-        # `compute_loss` below normalises over the accumulated batch; with this set the Trainer counts its labels
+        # `compute_loss` below normalizes over the accumulated batch; with this set the Trainer counts its labels
         # and does not divide by the accumulation steps again
         self.model_accepts_loss_kwargs = True
         # Tied weights are stored once. Without this, each checkpoint that is loaded back is said to lack them
@@ -273,7 +273,7 @@ class CaptioningTrainer(Seq2SeqTrainer):
         return None, outputs, labels
 
     def image_features(self, rows: Dataset) -> np.ndarray:
-        """Return what the vision model makes of each image of a tokenised split, float32 `[N, D]`.
+        """Return what the vision model makes of each image of a tokenized split, float32 `[N, D]`.
 
         The mean over the patches: trained on captions alone, the embedding of `[CLS]` need not sum the image up.
         """
@@ -290,7 +290,7 @@ class CaptioningTrainer(Seq2SeqTrainer):
         """Return for each image the words of its caption, and where the decoder looked as it wrote them.
 
         Args:
-            rows: N rows of a tokenised split.
+            rows: N rows of a tokenized split.
             tokens: int `[N, T]`, what was generated for them, padded with the padding token or -100.
 
         Returns:

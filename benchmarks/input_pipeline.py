@@ -9,7 +9,7 @@ is a row; FOLDER is searched for image files and for Parquet files with a column
 generated whose PNG files have about the bytes of real radiographs of that size. `--workers` adds the images per
 second of a `DataLoader` with N processes, on all cores that the process may use.
 
-Ends with status 1 if ours is less than 2.8 times as fast as stock for L, gray RGB or colour RGB files (with `--quick`
+Ends with status 1 if ours is less than 2.8 times as fast as stock for L, gray RGB or color RGB files (with `--quick`
 nobody looks), or if a value differs by more than 1e-6.
 """
 
@@ -56,7 +56,7 @@ from image_processing import fast_pixel_values
 
 TARGET = 2.8  # stock by ours
 TOLERANCE = 1e-6
-KINDS = ("L", "gray RGB", "colour RGB")  # those with a target
+KINDS = ("L", "gray RGB", "color RGB")  # those with a target
 SIZE = (640, 520)  # pixels, as most of ROCOv2
 NOISE = 5.0  # gray levels; gives PNG files of 200 kB in mode L, as real chest radiographs have
 IMAGES, ROUNDS = 16, 9
@@ -109,12 +109,12 @@ def read_files(folder: str) -> Iterator[bytes]:
 def generated_files(number: int) -> Iterator[bytes]:
     rng = np.random.default_rng(0)
     for _ in range(number):
-        gray, colour = smooth_and_noisy(rng, 1), smooth_and_noisy(rng, 3)
-        for image in (gray, gray.convert("RGB"), colour):
+        gray, color = smooth_and_noisy(rng, 1), smooth_and_noisy(rng, 3)
+        for image in (gray, gray.convert("RGB"), color):
             yield encode(image, "PNG")
             yield encode(image, "JPEG", quality=90)
         yield encode(gray.convert("RGBA"), "PNG")
-        yield encode(colour.quantize(), "PNG")
+        yield encode(color.quantize(), "PNG")
 
 
 def smooth_and_noisy(rng: np.random.Generator, channels: int) -> Image.Image:
@@ -149,7 +149,7 @@ def kind_of(image: Image.Image) -> str:
     if image.mode != "RGB":
         return image.mode
     red, green, blue = (channel.tobytes() for channel in image.split())
-    return "gray RGB" if red == green == blue else "colour RGB"
+    return "gray RGB" if red == green == blue else "color RGB"
 
 
 # --- Measurements ---------------------------------------------------------------------------------------------

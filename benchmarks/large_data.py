@@ -4,7 +4,7 @@
 
 A set of that many rows in the schema of ROCOv2 is written to FOLDER (default: a temporary one): captions as long as
 ROCOv2's, JPEG files of 64 x 64 pixels, 1.7 kB each, in row groups of 100 rows, as the Hub has them. A process of its
-own, with an empty cache, loads it, checks and tokenises the rows, and collates an epoch of batches of 16 to 96 pixels,
+own, with an empty cache, loads it, checks and tokenizes the rows, and collates an epoch of batches of 16 to 96 pixels,
 in this process, in random order; without `--streaming`, then with it.
 
 Memory is `RssAnon` of /proc/self/status, sampled each 5 ms: what the process itself holds, without the pages of
@@ -46,7 +46,7 @@ from collator import CaptioningCollator
 from streaming import StreamingSampler
 
 
-STAGES = ("load", "check", "tokenise", "epoch")
+STAGES = ("load", "check", "tokenize", "epoch")
 SHARD, GROUP = 5000, 100  # rows of a shard and of a row group
 IMAGE, INPUT, BATCH = 64, 96, 16
 ROWS = (1000, 10_000, 100_000)
@@ -166,8 +166,8 @@ def stages(folder: Path, streamed: bool) -> Iterator[tuple[str, int]]:
     unopened = ["train"] if streamed else []
     checked = rocov2.check_rows(dataset, 0.0, os.devnull, unopened=unopened)
     yield "check", len(dataset["train"])
-    rows = rocov2.usable(rocov2.tokenise(checked, tokenizer, 64, [])["train"])
-    yield "tokenise", len(rows)
+    rows = rocov2.usable(rocov2.tokenize(checked, tokenizer, 64, [])["train"])
+    yield "tokenize", len(rows)
     collator = CaptioningCollator(processor, bos_token_id=1)
     sampler = StreamingSampler(rows, BATCH, 1, seed=0) if streamed else RandomSampler(rows)
     for _ in DataLoader(rows, BATCH, sampler=sampler, collate_fn=collator):

@@ -1,4 +1,4 @@
-"""How long do all default scores of 9,927 captions take on one core, floors and intervals included, and where?
+"""How long do all default scores of 9,927 captions take on one core, baselines and intervals included, and where?
 
     python benchmarks/scoring.py [--captions test_captions.csv] [--json scoring.json]
 
@@ -40,7 +40,7 @@ import clinical
 import library_metrics
 import phantoms
 from concepts import ConceptExtractor
-from floors import constant_caption
+from baselines import constant_caption
 from intervals import Score, interval, resampled, resampling_counts
 from metrics import imageclef_rouge1, rouge
 from predictions import Captions
@@ -109,7 +109,7 @@ def main(arguments: argparse.Namespace) -> bool:
         print(f"{row['step']:<24}{row['seconds']:9.3f}{replaced}")
     missing = "".join(f"; not computed: {name}" for name in result["missing"])
     reached = total < TARGET
-    print(f"\nall default scores, floors, intervals: {total:.1f} s, target {TARGET:.0f} s", end="   ")
+    print(f"\nall default scores, baselines, intervals: {total:.1f} s, target {TARGET:.0f} s", end="   ")
     print(f"{'reached' if reached else 'MISSED'}{missing}")
     if arguments.json:
         versions = {"python": platform.python_version(), "numpy": np.__version__}

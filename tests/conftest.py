@@ -159,8 +159,8 @@ def checked(raw_dataset, tmp_path_factory) -> DatasetDict:
 
 @pytest.fixture
 def splits(checked, processor) -> DatasetDict:
-    tokenised = rocov2.tokenise(checked, processor.tokenizer, max_caption_length=64, prompt_ids=[])
-    return DatasetDict({split: rocov2.usable(rows) for split, rows in tokenised.items()})
+    tokenized = rocov2.tokenize(checked, processor.tokenizer, max_caption_length=64, prompt_ids=[])
+    return DatasetDict({split: rocov2.usable(rows) for split, rows in tokenized.items()})
 
 
 @pytest.fixture(params=["fast", "stock"])

@@ -13,7 +13,7 @@ or the connection breaks (`HubServer.fail`).
 
 What only the real Hub can prove: Xet storage and the client's upload pipeline for it, multipart uploads, redirects to
 a CDN, rate limits, git itself, dates, .gitignore rules, branches, tags, pull requests, gated repositories,
-organisations and token scopes, the card's YAML schema in full (this one asks for more keys, and looks at fewer
+organizations and token scopes, the card's YAML schema in full (this one asks for more keys, and looks at fewer
 values), the rendering of the card, the dataset viewer.
 """
 
@@ -379,7 +379,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _info(self) -> dict:
         repository, commit = self._repository(), self._revision()
         card = card_data(commit.files.get("README.md", b"").decode()) or {}
-        # The Trainer's card takes its licence from this tag of the base model
+        # The Trainer's card takes its license from this tag of the base model
         tags = [f"license:{card['license']}"] if "license" in card else []
         info = {"_id": "0", "id": repository.id, "sha": commit.oid, "private": repository.private, "gated": False}
         siblings = [{"rfilename": path} for path in sorted(commit.files)]

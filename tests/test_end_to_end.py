@@ -19,7 +19,7 @@ from transformers import BlipForConditionalGeneration, BlipProcessor, Generation
 
 import run_captioning
 from errors import UserError
-from floors import nearest_captions, shuffled
+from baselines import nearest_captions, shuffled
 from metrics import rouge
 from predictions import check_submission, read_captions, read_predictions
 
@@ -135,7 +135,7 @@ def test_the_run_ends_with_a_table_and_three_captions(finished):
     assert stdout.count("  reference ") == stdout.count("  prediction ") == 3
 
 
-def test_scores_stand_beside_their_floors(finished, raw_dataset):
+def test_scores_stand_beside_their_baselines(finished, raw_dataset):
     folder, metrics, stdout = finished
     scores = json.loads((folder / "scores.json").read_text())
     assert list(scores) == ["validation", "test"]
@@ -144,10 +144,10 @@ def test_scores_stand_beside_their_floors(finished, raw_dataset):
         assert metrics[f"{prefix}rougeL"] == pytest.approx(found["value"], abs=1e-12)
         assert found["low"] <= found["value"] <= found["high"]
         assert {
-            f"{prefix}rougeL_{floor}": value for floor, value in found["floors"].items()
+            f"{prefix}rougeL_{baseline}": value for baseline, value in found["baselines"].items()
         }.items() <= metrics.items()
-        assert scores[split]["floors"]["constant"]["caption"] in raw_dataset["train"]["caption"]
-        assert scores[split]["floors"]["nearest_image"]["found_among"] == "24 training images"
+        assert scores[split]["baselines"]["constant"]["caption"] in raw_dataset["train"]["caption"]
+        assert scores[split]["baselines"]["nearest_image"]["found_among"] == "24 training images"
         assert scores[split]["verdict"] in stdout
     rows = read_predictions(folder / "predictions" / "test.jsonl")
     assert [row["cui"] for row in rows] == [["C1306645", "C0817096"], []] * 3 + [[]]
@@ -187,8 +187,8 @@ def test_the_caption_of_another_image_is_what_the_model_writes_for_it(finished, 
     assert metrics["predict_rougeL_shuffled_images"] == pytest.approx(expected, abs=1e-12)
 
 
-def test_floors_of_a_scored_model_are_those_of_its_run(finished, parquet_folder, tmp_path):
-    """Without training the training split is only read; without it the floors are made of the references."""
+def test_baselines_of_a_scored_model_are_those_of_its_run(finished, parquet_folder, tmp_path):
+    """Without training the training split is only read; without it the baselines are made of the references."""
     folder, metrics, _ = finished
     score = ["--model_name_or_path", str(folder), "--max_new_tokens", "12", "--use_cpu", "--coco_metrics", "false"]
     score += ["--do_train", "false", "--do_eval", "false"]
@@ -197,7 +197,7 @@ def test_floors_of_a_scored_model_are_those_of_its_run(finished, parquet_folder,
     assert {key: value for key, value in metrics.items() if "rougeL_" in key and key.startswith("predict")} == {
         key: value for key, value in again.items() if "rougeL_" in key
     }
-    fewer = run_captioning.main([*arguments, str(tmp_path / "fewer"), "--neighbour_samples", "0"])
+    fewer = run_captioning.main([*arguments, str(tmp_path / "fewer"), "--neighbor_samples", "0"])
     assert fewer["predict_rougeL_constant"] == metrics["predict_rougeL_constant"]
     assert "predict_rougeL_nearest_image" not in fewer
     (tmp_path / "alone" / "data").mkdir(parents=True)
@@ -206,7 +206,7 @@ def test_floors_of_a_scored_model_are_those_of_its_run(finished, parquet_folder,
         [*score, "--dataset_name", str(tmp_path / "alone"), "--output_dir", str(tmp_path / "out")]
     )
     assert alone["predict_rougeL"] == metrics["predict_rougeL"]
-    found = json.loads((tmp_path / "out" / "scores.json").read_text())["test"]["floors"]["constant"]
+    found = json.loads((tmp_path / "out" / "scores.json").read_text())["test"]["baselines"]["constant"]
     assert found["found_among"] == "the references themselves (7)"
 
 

@@ -279,7 +279,7 @@ def test_the_methods_of_the_trainer_push_the_same(make_trainer, finished, monkey
 
 def test_an_edited_card_is_pushed_as_it_is(hub, home, finished):
     card = finished / "README.md"
-    edited = card.read_text().replace("## Data and licence", "## Data and licence\n\nFrom our hospital.")
+    edited = card.read_text().replace("## Data and license", "## Data and license\n\nFrom our hospital.")
     card.write_text(edited)
     result = run(hub, home, ["--push_only", finished, "--hub_model_id", "tester/model"])
     assert "was edited and is pushed as it is" in result.stderr

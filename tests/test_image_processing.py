@@ -40,7 +40,7 @@ SIZES = ((8, 8), (9, 200), (31, 47), (32, 48), (48, 32), (640, 519), (3000, 20),
 
 
 def random_image(seed: int, mode: str, size: tuple[int, int]) -> Image.Image:
-    """Noise, or in two cases of three flat or few-coloured, in which rounding and clipping differ."""
+    """Noise, or in two cases of three flat or few-colored, in which rounding and clipping differ."""
     rng = np.random.default_rng(seed)
     levels = (256, 2, 9)[seed % 3]
     pixels = (rng.integers(0, levels, (*size[::-1], 4)) * (255 // (levels - 1))).astype(np.uint8)

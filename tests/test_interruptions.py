@@ -61,7 +61,7 @@ def test_a_run_killed_at_any_moment_leaves_whole_files_and_resumes(config_file, 
     def arguments(folder):
         return flags(
             config_file, parquet_folder, folder, num_train_epochs=3, resume_from_checkpoint="true", num_beams=2,
-            neighbour_samples=8, save_total_limit=1,
+            neighbor_samples=8, save_total_limit=1,
         )  # fmt: skip
 
     first = start(arguments(tmp_path / "first"), tmp_path / "first.log")  # fills the caches of the data

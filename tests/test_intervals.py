@@ -121,7 +121,7 @@ def test_a_score_without_a_value_is_not_compared():
     assert np.isnan([found.difference, found.low, found.high, found.p_value]).all()
 
 
-def test_randomisations_without_a_value_count_neither_way():
+def test_randomizations_without_a_value_count_neither_way():
     """A rare finding: in half of the swaps one of the two systems has none of it."""
     first, second = np.zeros((8, 2)), np.zeros((8, 2))
     first[0], second[1] = (1, 1), (0, 1)

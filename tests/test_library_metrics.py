@@ -21,7 +21,7 @@ from transformers import DebertaConfig, DebertaModel
 
 import library_metrics
 from library_metrics import MissingError, bertscore, coco_scores, coco_scores_of_tokens, coco_tokens
-from metrics import imageclef_normalise
+from metrics import imageclef_normalize
 
 
 NAMES = ["bleu1", "bleu2", "bleu3", "bleu4", "cider", "rougeL", "meteor"]
@@ -226,7 +226,7 @@ def test_nothing_is_printed_written_or_left_running(capfd):
     folder = Path(next(iter(pycocoevalcap.__path__)))
     before = sorted(path for path in folder.rglob("*") if "__pycache__" not in path.parts)
     children = psutil.Process().children()
-    odd = "a cyst \u2061 (arrow)"  # the tokeniser logs that it does not know the sign
+    odd = "a cyst \u2061 (arrow)"  # the tokenizer logs that it does not know the sign
     scores, missing = coco_scores([odd, "an effusion"], ["a cyst", "no effusion"])
     assert len(scores) == len(NAMES) and not missing
     assert capfd.readouterr() == ("", "")
@@ -275,7 +275,7 @@ def test_without_pycocoevalcap_all_says_how_to_mend_it(tokenizer, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
     scores, missing = coco_scores(["a cyst"], ["a cyst"], tokenizer)
-    needed = NAMES if tokenizer == "ptb" else ["meteor"]  # the tokeniser and METEOR are jars of the package
+    needed = NAMES if tokenizer == "ptb" else ["meteor"]  # the tokenizer and METEOR are jars of the package
     assert [name.split("_")[1] for name in missing] == needed
     assert len(scores) == len(NAMES) - len(needed)
     assert all("`pip install pycocoevalcap`" in line for line in missing.values())
@@ -306,7 +306,7 @@ def deberta(tmp_path_factory):
     official, plain = (tmp_path_factory.mktemp(name) for name in ("official", "plain"))
     bpe = ByteLevelBPETokenizer()
     special = ["[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"]
-    bpe.train_from_iterator([imageclef_normalise(text) for text in make_captions(20)], 320, special_tokens=special)
+    bpe.train_from_iterator([imageclef_normalize(text) for text in make_captions(20)], 320, special_tokens=special)
     config = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
     config |= {"vocab_size": bpe.get_vocab_size(), "max_position_embeddings": 64, "initializer_range": 0.3}
     config |= {"relative_attention": True, "pos_att_type": "c2p|p2c", "position_biased_input": False}
@@ -329,7 +329,7 @@ def pair_by_pair(predictions, references, model):
     """The loop of ImageCLEF's evaluator, on bert-score itself."""
     from bert_score import BERTScorer
 
-    predictions, references = ([imageclef_normalise(text) for text in texts] for texts in (predictions, references))
+    predictions, references = ([imageclef_normalize(text) for text in texts] for texts in (predictions, references))
     scorer = BERTScorer(model_type=model, num_layers=2, idf=True, idf_sents=references, nthreads=0)
     return [scorer.score([p], [r])[2].item() for p, r in zip(predictions, references, strict=True)]
 
@@ -365,7 +365,7 @@ def test_bertscore_runs_no_code_of_a_model_and_does_not_ask(deberta, tmp_path, f
 
 
 @needs_bert_score
-def test_bertscore_normalises_captions(deberta):
+def test_bertscore_normalizes_captions(deberta):
     texts = ["A cyst (3 cm).", "an effusion"], ["a cyst number cm", "no effusion, 12"]
     score, _ = bertscore(*texts, deberta[0], num_layers=2)
     assert score.statistics[0] == pytest.approx(1, abs=1e-5) and score.statistics[1] < 0.999

@@ -17,7 +17,7 @@ from metrics import (
     CaptionMetric,
     compute_metrics,
     decode_captions,
-    imageclef_normalise,
+    imageclef_normalize,
     imageclef_rouge1,
     lcs_length,
     rouge,
@@ -109,17 +109,17 @@ def test_predictions_and_references_must_be_as_many():
 # --- ImageCLEF ------------------------------------------------------------------------------------------------
 
 
-def test_imageclef_normalises_in_the_official_order():
-    assert imageclef_normalise("A 3.5-cm Mass (arrow), 12th!") == "a numbernumbercm mass arrow numberth"
-    assert imageclef_normalise("٣ x_y É") == "number xy é", "all decimal digits, ASCII punctuation only"
+def test_imageclef_normalizes_in_the_official_order():
+    assert imageclef_normalize("A 3.5-cm Mass (arrow), 12th!") == "a numbernumbercm mass arrow numberth"
+    assert imageclef_normalize("٣ x_y É") == "number xy é", "all decimal digits, ASCII punctuation only"
 
 
 def test_imageclef_rouge1_equals_the_official_evaluators():
-    """`evaluator.py` of 2026 scores the normalised pair by evaluate's ROUGE, which is rouge_score."""
+    """`evaluator.py` of 2026 scores the normalized pair by evaluate's ROUGE, which is rouge_score."""
     captions = real_captions()[:800]
     predictions = [" ".join(text.split()[::2]) for text in captions[::-1]]
     scorer = rouge_scorer.RougeScorer(["rouge1"], use_stemmer=False)
-    pairs = [(imageclef_normalise(r), imageclef_normalise(p)) for p, r in zip(predictions, captions, strict=True)]
+    pairs = [(imageclef_normalize(r), imageclef_normalize(p)) for p, r in zip(predictions, captions, strict=True)]
     expected = [scorer.score(*pair)["rouge1"].fmeasure for pair in pairs]
     assert imageclef_rouge1(predictions, captions).tolist() == expected
     assert np.mean(expected) != rouge(predictions, captions)["rouge1"].mean()

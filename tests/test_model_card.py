@@ -9,9 +9,9 @@ from huggingface_hub import ModelCard
 from test_end_to_end import FEW_SCORES, flags
 
 import run_captioning
-from model_card import LICENCES, markdown, render, write_model_card
+from model_card import LICENSES, markdown, render, write_model_card
 from predictions import read_predictions
-from scoring import FLOORS
+from scoring import BASELINES
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_the_card_says_whether_plain_generate_suffices(folder):
     assert "alone does not" in render(folder, "a/b")
 
 
-def test_data_and_licence(folder, parquet_folder):
+def test_data_and_license(folder, parquet_folder):
     """The strictest label of ROCOv2, and no guess where the data is the user's own."""
     data = metadata(folder)
     assert (data.license, data.datasets, data.base_model) == ("other", [parquet_folder.name], None)
@@ -74,13 +74,13 @@ def test_data_and_licence(folder, parquet_folder):
     data = metadata(folder)
     assert (data.license, data.datasets) == ("cc-by-nc-sa-4.0", ["eltorio/ROCOv2-radiology"])
     assert {result.dataset_revision for result in data.eval_results} == {commit}
-    (folder / "scores.json").unlink()  # else the floor that the run measured stands there
+    (folder / "scores.json").unlink()  # else the baseline that the run measured stands there
     card = render(folder, "a/b")
     assert "labels disagree between mirrors" in card and "rueckert2024rocov2" in card and ".165" in card
     change(folder, license="mit", language="de")
     assert (metadata(folder).license, metadata(folder).language) == ("mit", "de")
     change(folder, license=None, dataset_name="phantoms", dataset_revision=None)
-    assert metadata(folder).license == LICENCES["phantoms"][0] == "apache-2.0"
+    assert metadata(folder).license == LICENSES["phantoms"][0] == "apache-2.0"
     change(folder, model_name_or_path="some/start", model_revision=commit, config_name=None)
     assert (metadata(folder).license, metadata(folder).base_model) == ("other", "some/start")
 
@@ -124,14 +124,14 @@ def test_the_card_says_what_the_scores_are_worth(folder):
     assert f"**{scores['verdict']}**" in card
     assert "does NOT beat" in scores["verdict"], "an untrained model that beats a constant caption"
     row = scores["scores"]["rougeL"]
-    numbers = (row["value"], *(row["floors"][floor] for floor in FLOORS))
+    numbers = (row["value"], *(row["baselines"][baseline] for baseline in BASELINES))
     cells = next(line for line in card.splitlines() if line.startswith("| `rougeL`")).split(" | ")
     assert [cells[1], *cells[3:8]] == [f"{number:.4f}" for number in numbers]
     assert cells[2] == f"{row['low']:.4f} to {row['high']:.4f}"
-    assert markdown(scores["floors"]["constant"]["caption"]) in card
+    assert markdown(scores["baselines"]["constant"]["caption"]) in card
     assert f"Not computed: `concept_f1`: {scores['missing']['concept_f1']}" in card
     (folder / "scores.json").unlink()
-    assert "worth" not in render(folder, "user/model"), "a run of before there were floors"
+    assert "worth" not in render(folder, "user/model"), "a run of before there were baselines"
 
 
 def test_a_run_that_only_scored_has_its_own_settings(finished, parquet_folder, tmp_path, raw_dataset, capsys):

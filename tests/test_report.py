@@ -52,7 +52,7 @@ def test_the_training_curve_is_drawn_from_the_log(tmp_path):
     assert (tmp_path / "training_curve.png").read_bytes() != first
 
 
-def test_summary_shows_the_floors_and_the_verdict(predictions):
+def test_summary_shows_the_baselines_and_the_verdict(predictions):
     folder = predictions.parent.parent
     (folder / "scores.json").write_text(json.dumps({"test": {"verdict": "ROUGE-L 0.1 does NOT beat it."}}))
     text = summary(METRICS | {"predict_rougeL_constant": 0.165, "predict_rougeL_shuffled_images": 0.1}, folder)

@@ -37,7 +37,7 @@ HOSTILE = (
 SCORED = {
     "captions": 6,
     "unique_captions": 0.5,
-    "verdict": "Above every floor.",
+    "verdict": "Above every baseline.",
     "beats_constant": True,
     "missing": {"coco_meteor": "needs Java"},
     "scores": {
@@ -45,13 +45,13 @@ SCORED = {
             "value": 0.635,
             "low": 0.61,
             "high": 0.65,
-            "floors": {"constant": 0.37, "nearest_image": 0.62, "shuffled_images": 0.7, "shuffled_references": 0.34},
+            "baselines": {"constant": 0.37, "nearest_image": 0.62, "shuffled_images": 0.7, "shuffled_references": 0.34},
         },
         "coco_cider": {"value": 2.5},
-        "modality_f1": {"value": None, "ceiling": 0.9},
-        "negation_f1": {"value": 0.8, "ceiling": 0.9, "floors": {"constant": float("nan")}},
+        "modality_f1": {"value": None, "upper_bound": 0.9},
+        "negation_f1": {"value": 0.8, "upper_bound": 0.9, "baselines": {"constant": float("nan")}},
     },
-    "floors": {
+    "baselines": {
         "constant": {"what": "one caption for all", "caption": "Axial CT.", "found_among": "12,000 training captions"},
         "typical_of_modality": {"captions": {"CT": "Axial CT.", "MRI": "Sagittal MRI."}},
     },
@@ -200,7 +200,7 @@ def test_header_names_the_run_and_its_verdict_without_a_folder_of_the_machine(ru
     header = page.inner_text("header")
     for text in ("my-run", "fine-tuned from Salesforce/blip @ 0123456", "rocov2", "test, 6 captions", "50%"):
         assert text in header
-    assert "Above every floor." in header
+    assert "Above every baseline." in header
     assert "Not for clinical use" in header
     assert "constant caption" not in header
     assert "somebody" not in page.content()
@@ -216,7 +216,7 @@ def test_a_model_below_the_constant_caption_is_told_first(run, tmp_path, open_pa
     assert open_page(run).query_selector(".verdict.bad") is None
 
 
-def test_score_table_has_values_intervals_floors_and_what_is_missing(run, open_page):
+def test_score_table_has_values_intervals_baselines_and_what_is_missing(run, open_page):
     page = open_page(run)
     cells = page.eval_on_selector_all(
         ".ranked tbody tr:not(.group)", "rows => rows.map(row => [...row.cells].map(cell => cell.innerText.trim()))"
@@ -235,7 +235,7 @@ def test_score_table_has_values_intervals_floors_and_what_is_missing(run, open_p
     assert "MRI: Sagittal MRI." in notes
 
 
-def test_picture_of_a_score_places_interval_floors_and_ceiling_on_one_axis(run, open_page):
+def test_picture_of_a_score_places_interval_baselines_and_upper_bound_on_one_axis(run, open_page):
     page = open_page(run)
     picture, _, negation, *_ = page.query_selector_all("#section-scores-1 .ranked .picture")
     assert picture.get_attribute("aria-label").startswith("ROUGE-L 0.635, 95 % interval 0.610 – 0.650, ")
@@ -249,16 +249,16 @@ def test_picture_of_a_score_places_interval_floors_and_ceiling_on_one_axis(run, 
     bar = picture.eval_on_selector(".interval", "bar => [bar.getBBox().x, bar.getBBox().width]")
     assert (bar[0] - start) / axis * 0.8 == pytest.approx(0.61, abs=2e-3)
     assert bar[1] / axis * 0.8 == pytest.approx(0.04, abs=2e-3)
-    ends = picture.eval_on_selector_all(".floor", "lines => lines.map(line => line.getPointAtLength(1e6).x)")
+    ends = picture.eval_on_selector_all(".baseline", "lines => lines.map(line => line.getPointAtLength(1e6).x)")
     assert [(end - start) / axis * 0.8 for end in ends] == pytest.approx([0.34, 0.37, 0.62, 0.7], abs=2e-3)
-    assert negation.eval_on_selector_all(".ceiling", "lines => lines.length") == 1
+    assert negation.eval_on_selector_all(".upper_bound", "lines => lines.length") == 1
     boxes = picture.eval_on_selector_all(
         ".mark", "marks => marks.map(mark => [mark.getBBox().x, mark.getBBox().width])"
     )
     assert all(a + width <= b for (a, width), (b, _) in pairwise(boxes)), "letters overlap"
 
 
-def test_floors_that_coincide_keep_their_letters_apart_and_inside():
+def test_baselines_that_coincide_keep_their_letters_apart_and_inside():
     assert report_page._spread([300, 300, 310, 312], [13] * 4, 312) == [273, 286, 299, 312]
     assert report_page._spread([5, 5, 100], [13] * 3, 312) == [5, 18, 100]
 
@@ -296,7 +296,7 @@ def test_a_run_without_scores_recipe_and_log_has_its_captions(tmp_path, open_pag
     assert page.inner_text(".open .none") == "no image"
 
 
-@pytest.mark.parametrize("scored", [{}, None, {"scores": None}, {"scores": {"rougeL": None, "x": {"floors": 3}}}, []])
+@pytest.mark.parametrize("scored", [{}, None, {"scores": None}, {"scores": {"rougeL": None, "x": {"baselines": 3}}}, []])
 def test_parts_of_the_scores_may_be_absent(tmp_path, scored):
     scores = {"test": scored, "validation": SCORED}
     state = {"log_history": [{"step": None, "loss": 1}, {"loss": 2}, {"step": 4, "eval_loss": 1.0}, None]}
@@ -457,12 +457,12 @@ def test_nothing_of_the_data_runs_and_all_of_it_shows_as_text(tmp_path, open_pag
     number = len(HOSTILE)
     rows = make_rows(number, image_id=HOSTILE, reference=HOSTILE, prediction=HOSTILE)
     everything = " ".join(HOSTILE)
-    score = {"value": 0.5, "floors": {everything: 0.1, **{text: 0.2 for text in HOSTILE}}}
+    score = {"value": 0.5, "baselines": {everything: 0.1, **{text: 0.2 for text in HOSTILE}}}
     scored = {
         "verdict": everything,
         "missing": {everything: everything},
         "scores": {everything: score},
-        "floors": {
+        "baselines": {
             everything: {"what": everything, "caption": everything, "found_among": everything},
             "typical_of_modality": {"captions": {everything: everything}},
         },
@@ -605,13 +605,13 @@ def test_text_is_readable_in_both_schemes(tmp_path, open_page, scheme, beats):
 def test_theme_follows_the_system_until_the_button_is_pressed(run, open_page):
     background = "getComputedStyle(document.body).backgroundColor"
     light, dark = open_page(run), open_page(run, scheme="dark")
-    colours = [page.evaluate(background) for page in (light, dark)]
-    assert colours[0] != colours[1]
+    colors = [page.evaluate(background) for page in (light, dark)]
+    assert colors[0] != colors[1]
     seen = []
     for _ in range(3):
         light.click("#theme")
         seen.append((light.inner_text("#theme"), light.evaluate(background)))
-    assert seen == [("Theme: light", colours[0]), ("Theme: dark", colours[1]), ("Theme: system", colours[0])]
+    assert seen == [("Theme: light", colors[0]), ("Theme: dark", colors[1]), ("Theme: system", colors[0])]
 
 
 def test_a_phone_never_scrolls_sideways(run, open_page):
@@ -636,8 +636,8 @@ def test_print_leaves_the_controls_out_and_is_light(run, open_page):
     assert not page.is_visible(".toolbar")
     assert not page.is_visible("nav")
     assert page.is_visible(".card")
-    colours = "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
-    assert page.evaluate(colours) == ["rgb(255, 255, 255)", "rgb(26, 32, 39)"]
+    colors = "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
+    assert page.evaluate(colors) == ["rgb(255, 255, 255)", "rgb(26, 32, 39)"]
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert page.evaluate("document.querySelectorAll('.open img').length") == 5
 

@@ -79,13 +79,13 @@ def test_a_run_that_trains_has_new_weights_and_keeps_no_scores(tmp_path):
         assert (tmp_path / "model.safetensors").is_file()
 
 
-def test_floors_come_from_as_many_training_captions_as_the_run_had(trained, parquet_folder, tmp_path):
+def test_baselines_come_from_as_many_training_captions_as_the_run_had(trained, parquet_folder, tmp_path):
     found = json.loads((trained / "scores.json").read_text())["test"]
     run_captioning.main(score_flags(trained, parquet_folder, tmp_path, do_eval=False, max_train_samples=9))
     again = json.loads((tmp_path / "scores.json").read_text())["test"]
-    assert again["floors"] == found["floors"]
-    assert found["floors"]["constant"]["found_among"] == "9 training captions"
-    assert again["floors"]["nearest_image"]["found_among"] == "9 training images"
+    assert again["baselines"] == found["baselines"]
+    assert found["baselines"]["constant"]["found_among"] == "9 training captions"
+    assert again["baselines"]["nearest_image"]["found_among"] == "9 training images"
 
 
 @pytest.mark.parametrize("without", [{"do_predict": False}, {"predict_with_generate": False}])

@@ -17,7 +17,7 @@ from PIL import Image as PIL
 
 import rocov2
 from errors import UserError
-from rocov2 import check_rows, dataset_commit, load_rocov2, tokenise, usable
+from rocov2 import check_rows, dataset_commit, load_rocov2, tokenize, usable
 
 
 ROOT = Path(rocov2.__file__).parent
@@ -285,14 +285,14 @@ def test_numbers_as_ids_and_missing_values(tmp_path):
 
 
 def test_tokens_are_those_of_the_tokenizer(checked, processor):
-    rows = tokenise(checked, processor.tokenizer, 64, [])["train"]
+    rows = tokenize(checked, processor.tokenizer, 64, [])["train"]
     for row in rows.select(range(5)):
         assert row["input_ids"] == processor.tokenizer(row["caption"])["input_ids"]
 
 
 def test_long_captions_are_cut_and_still_end(checked, processor, caplog):
     with caplog.at_level("INFO", "captioning"):
-        rows = tokenise(checked, processor.tokenizer, 8, [])["train"]
+        rows = tokenize(checked, processor.tokenizer, 8, [])["train"]
     for row in rows.select(range(6)):
         expected = processor.tokenizer(row["caption"], truncation=True, max_length=8)["input_ids"]
         assert row["input_ids"] == expected
@@ -303,21 +303,21 @@ def test_long_captions_are_cut_and_still_end(checked, processor, caplog):
 def test_the_prompt_stands_before_every_caption(checked, processor):
     prompt = "a picture of"
     prompt_ids = processor.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    row = tokenise(checked, processor.tokenizer, 64, prompt_ids)["train"][0]
+    row = tokenize(checked, processor.tokenizer, 64, prompt_ids)["train"][0]
     assert row["input_ids"] == processor.tokenizer(f"{prompt} {row['caption']}")["input_ids"]
     with pytest.raises(UserError, match="no room for a caption"):
-        tokenise(checked, processor.tokenizer, len(prompt_ids) + 2, prompt_ids)
+        tokenize(checked, processor.tokenizer, len(prompt_ids) + 2, prompt_ids)
 
 
 def test_tokens_are_cached(parquet_folder, processor, tmp_path, monkeypatch):
     def tokens():
-        return tokenise(check(load_rocov2(str(parquet_folder)), tmp_path), processor.tokenizer, 64, [])["train"]
+        return tokenize(check(load_rocov2(str(parquet_folder)), tmp_path), processor.tokenizer, 64, [])["train"]
 
     first = tokens()
 
     @functools.wraps(Dataset._map_single)  # what `map` calls where the cache has nothing
     def refuse(*args, **kwargs):
-        raise AssertionError("tokenised or checked again")
+        raise AssertionError("tokenized or checked again")
 
     monkeypatch.setattr(Dataset, "_map_single", staticmethod(refuse))
     assert tokens()["input_ids"][:] == first["input_ids"][:]

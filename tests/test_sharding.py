@@ -80,7 +80,7 @@ def test_an_epoch_is_a_whole_number_of_global_batches_and_holds_each_row_once(nu
 
 # --- Whole runs -----------------------------------------------------------------------------------------------
 
-TRAINING = {"num_train_epochs": 2, "logging_steps": 1, "report_to": "none", "neighbour_samples": 6}
+TRAINING = {"num_train_epochs": 2, "logging_steps": 1, "report_to": "none", "neighbor_samples": 6}
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_training_in_several_processes_is_that_of_one(
 @pytest.mark.parametrize("number", [2, 3])
 def test_scores_of_a_model_are_the_same_in_every_digit(odd_folder, alone, tmp_path, number):
     one, several = tmp_path / "one", tmp_path / "several"
-    options = {"num_beams": 2, "neighbour_samples": 6}
+    options = {"num_beams": 2, "neighbor_samples": 6}
     sized = {"per_device_eval_batch_size": 6}, {"per_device_eval_batch_size": 6 // number}
     assert run(score_flags(alone, odd_folder, one, **options | sized[0])).returncode == 0
     result = launch(number, score_flags(alone, odd_folder, several, **options | sized[1]))

@@ -109,8 +109,8 @@ def test_streamed_rows_are_those_of_the_stored_set(sharded):
 
 def test_who_asks_for_text_reads_no_image(rows, reads, processor):
     checked = rocov2.check_rows(DatasetDict(train=rows), 0.0, os.devnull, unopened=["train"])
-    tokenised = rocov2.tokenise(checked, processor.tokenizer, 64, [])
-    usable = rocov2.usable(tokenised["train"], 30)
+    tokenized = rocov2.tokenize(checked, processor.tokenizer, 64, [])
+    usable = rocov2.usable(tokenized["train"], 30)
     assert len(usable["caption"][:]) == len(list(usable["input_ids"])) == 30
     rocov2.texts(rows)
     list(StreamingSampler(usable, 4, 2, seed=0))
@@ -365,7 +365,7 @@ class Logging(CaptioningCollator):
 with args.main_process_first():
     data = rocov2.load_rocov2({data!r}, streaming=True)
     checked = rocov2.check_rows(data, 0.0, os.devnull, unopened=["train"])
-    rows = rocov2.tokenise(checked, processor.tokenizer, 64, [])["train"].select(range(48))
+    rows = rocov2.tokenize(checked, processor.tokenizer, 64, [])["train"].select(range(48))
 start = model.config.text_config.bos_token_id
 trainer = CaptioningTrainer(
     model=model, args=args, processing_class=processor, data_collator=Logging(processor, start),
@@ -432,7 +432,7 @@ def test_an_unreadable_training_image_teaches_nothing_and_is_listed_once(config_
     assert all(np.isfinite(losses))
     weights = load_file(tmp_path / "run" / "model.safetensors")
     assert all(torch.isfinite(value).all() for value in weights.values())
-    # All epochs are done, and there are no floors to be made: no image is read again
+    # All epochs are done, and there are no baselines to be made: no image is read again
     resumed = run([*arguments, "--resume_from_checkpoint", "true", "--do_eval", "false"])
     assert resumed.returncode == 0, resumed.stderr
     assert "is left out" not in resumed.stderr

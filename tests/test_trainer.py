@@ -138,7 +138,7 @@ class KeepGradients(TrainerCallback):
 
 
 def one_step(make, model, batch_size, accumulation):
-    """Loss and gradients of one optimiser step over the same 8 rows."""
+    """Loss and gradients of one optimizer step over the same 8 rows."""
     keep = KeepGradients()
     trainer = make(
         model=copy.deepcopy(model),
@@ -168,7 +168,7 @@ def test_loss_and_gradients_do_not_depend_on_accumulation(make_trainer, model):
     def make_stock(model, **arguments):
         return stock_trainer(make_trainer(model=model, **arguments), model)
 
-    assert one_step(make_stock, model, 2, 4)[0] > 3 * loss, "stock normalises now: compute_loss can go"
+    assert one_step(make_stock, model, 2, 4)[0] > 3 * loss, "stock normalizes now: compute_loss can go"
 
 
 def test_training_loss_and_gradients_equal_stock_blip_on_one_batch(make_trainer, splits, model):
@@ -240,8 +240,8 @@ def test_nll_is_summed_over_the_labels_of_each_caption():
 
 def test_scores_are_against_the_full_captions(make_trainer, checked, processor):
     """T9: decoded labels are truncated, which flatters the score."""
-    tokenised = rocov2.tokenise(checked, processor.tokenizer, max_caption_length=6, prompt_ids=[])
-    cut = {split: rocov2.usable(rows) for split, rows in tokenised.items()}
+    tokenized = rocov2.tokenize(checked, processor.tokenizer, max_caption_length=6, prompt_ids=[])
+    cut = {split: rocov2.usable(rows) for split, rows in tokenized.items()}
     trainer = make_trainer(splits=cut)
     seen = []
     trainer._compute_metrics = None
@@ -323,7 +323,7 @@ def test_mean_training_loss_weighs_by_steps():
     assert mean_training_loss([]) == 0.0
 
 
-# --- What floors and page are made of -------------------------------------------------------------------------
+# --- What baselines and page are made of -------------------------------------------------------------------------
 
 
 def test_image_features_are_the_mean_of_the_patches_in_the_order_of_the_rows(make_trainer, splits, model):
