@@ -17,22 +17,28 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict
 from transformers import BlipForConditionalGeneration, BlipProcessor, set_seed
 
-import blip
-import rocov2
-from arguments import CaptioningArguments, DataArguments, ModelArguments
+from captioning.command_line import PrintableFormatter, exit_on_user_error
+from captioning.data import checks, sources
+from captioning.data.tokenize_captions import tokenize
+from captioning.errors import UserError, as_user_error
+from captioning.hub.repository import PushCheckpoints, Repository, open_repository
+from captioning.hub.revisions import pin_revision
+from captioning.models import blip
+from captioning.models.fast_blip.modules import is_fast, use_fast_blip
+from captioning.models.tokenizer import add_blip_tokens, load_tokenizer, train_tokenizer
+from captioning.reporting.curves import draw_training_curve
+from captioning.reporting.model_card import write_model_card
+from captioning.reporting.publish import push, push_finished_run
+from captioning.reporting.results import keep_split, training_for_baselines, write_page
+from captioning.reporting.summary import summary
+from captioning.scoring.baselines import sample_rows
+from captioning.scoring.score import Training
+from captioning.training.arguments import CaptioningArguments, DataArguments, ModelArguments
+from captioning.training.output_folder import prepare_output_dir, write_recipe
+from captioning.training.recipe import parse_arguments, parse_push_arguments
+from captioning.training.safeguards import UnreadableImages
+from captioning.training.trainer import CaptioningTrainer
 from collator import CaptioningCollator
-from errors import PrintableFormatter, UserError, as_user_error, exit_on_user_error
-from fast_blip import is_fast, use_fast_blip
-from baselines import sample_rows
-from hub import PushCheckpoints, Repository, open_repository, pin_revision
-from model_card import push, push_finished_run, write_model_card
-from output_folder import prepare_output_dir, write_recipe
-from recipe import parse_arguments, parse_push_arguments
-from report import draw_training_curve, summary
-from results import keep_split, training_for_baselines, write_page
-from scoring import Training
-from streaming import UnreadableImages
-from trainer import CaptioningTrainer
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
@@ -104,8 +110,8 @@ def load_data(model_args: ModelArguments, data_args: DataArguments, args: Captio
     stages = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
     learns_tokenizer = model_args.config_name is not None and model_args.tokenizer_name is None
     needed = [split for split, wanted in stages.items() if wanted or (split == "train" and learns_tokenizer)]
-    data_args.dataset_revision = rocov2.dataset_commit(data_args.dataset_name, data_args.dataset_revision)
-    dataset = rocov2.load_rocov2(data_args.dataset_name, data_args.dataset_revision, data_args.streaming)
+    data_args.dataset_revision = sources.dataset_commit(data_args.dataset_name, data_args.dataset_revision)
+    dataset = sources.load_rocov2(data_args.dataset_name, data_args.dataset_revision, data_args.streaming)
     for split in needed:
         if split not in dataset:
             stage = {"train": "do_train", "validation": "do_eval", "test": "do_predict"}[split]
@@ -140,11 +146,11 @@ def load_model(
             blip.tell_other_decoding(model, args.decoding())
     else:
         if model_args.tokenizer_name:
-            tokenizer = blip.load_tokenizer(model_args.tokenizer_name)
+            tokenizer = load_tokenizer(model_args.tokenizer_name)
         else:
             captions = [str(caption) for caption in dataset["train"]["caption"] if caption is not None]
-            tokenizer = blip.train_tokenizer(captions, model_args.vocab_size)
-        model, processor = blip.build_blip(model_args.config_name, blip.add_blip_tokens(tokenizer), args.seed)
+            tokenizer = train_tokenizer(captions, model_args.vocab_size)
+        model, processor = blip.build_blip(model_args.config_name, add_blip_tokens(tokenizer), args.seed)
     if model_args.image_size:
         blip.resize_images(model, processor, model_args.image_size)
     if model_args.label_smoothing is not None:
@@ -178,12 +184,12 @@ def prepare_data(
     if args.should_save and not args.resume_from_checkpoint:
         rejected_file.unlink(missing_ok=True)  # a run that goes on keeps what it has found in streamed images
     unopened = ["train"] if data_args.streaming and args.do_train else []  # `UnreadableImages` sees to them
-    checked = rocov2.check_rows(
+    checked = checks.check_rows(
         dataset, data_args.max_rejected_fraction, rejected_file if args.should_save else None, num_proc, unopened
     )
-    tokenized = rocov2.tokenize(checked, processor.tokenizer, data_args.max_caption_length, prompt_ids)
+    tokenized = tokenize(checked, processor.tokenizer, data_args.max_caption_length, prompt_ids)
     limits = data_args.max_samples()
-    return DatasetDict({split: rocov2.usable(rows, limits[split]) for split, rows in tokenized.items()})
+    return DatasetDict({split: checks.usable(rows, limits[split]) for split, rows in tokenized.items()})
 
 
 # --- Train, evaluate, predict ---------------------------------------------------------------------------------

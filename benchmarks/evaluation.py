@@ -26,18 +26,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BlipProcessor, LogitsProcessor, Seq2SeqTrainer
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from arguments import CaptioningArguments
-from blip import (
-    add_blip_tokens,
+from captioning.models.blip import (
     caption_logits,
     cross_attention_of,
     encode_images,
     generate_captions,
     packed_for_evaluation,
-    train_tokenizer,
 )
-from fast_blip import use_fast_blip, use_stock_blip
-from trainer import CaptioningTrainer
+from captioning.models.fast_blip.modules import use_fast_blip, use_stock_blip
+from captioning.models.tokenizer import add_blip_tokens, train_tokenizer
+from captioning.training.arguments import CaptioningArguments
+from captioning.training.trainer import CaptioningTrainer
 
 
 TARGET = 5.0

@@ -49,9 +49,10 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from measure import processor
 
-from blip import add_blip_tokens, train_tokenizer
-from collator import CaptioningCollator, open_image
-from image_processing import fast_pixel_values
+from captioning.data.images import open_image
+from captioning.models.fast_blip.pixel_values import fast_pixel_values
+from captioning.models.tokenizer import add_blip_tokens, train_tokenizer
+from collator import CaptioningCollator
 
 
 TARGET = 2.8  # stock by ours

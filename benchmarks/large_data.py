@@ -40,10 +40,11 @@ from torch.utils.data import DataLoader, RandomSampler
 from transformers import BlipProcessor
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-import rocov2
-from blip import add_blip_tokens, train_tokenizer
+from captioning.data import checks, sources
+from captioning.data.tokenize_captions import tokenize
+from captioning.models.tokenizer import add_blip_tokens, train_tokenizer
+from captioning.training.samplers import StreamingSampler
 from collator import CaptioningCollator
-from streaming import StreamingSampler
 
 
 STAGES = ("load", "check", "tokenize", "epoch")
@@ -161,12 +162,12 @@ def stages(folder: Path, streamed: bool) -> Iterator[tuple[str, int]]:
     """Do what a run does with its data, and yield the name of each stage that is done, and the number of rows."""
     tokenizer = add_blip_tokens(train_tokenizer(["a chest radiograph of abcdefghilmnoprstu"] * 9, vocab_size=300))
     processor = BlipProcessor(BlipImageProcessorPil(size={"height": INPUT, "width": INPUT}), tokenizer)
-    dataset = rocov2.load_rocov2(str(folder), streaming=streamed)
+    dataset = sources.load_rocov2(str(folder), streaming=streamed)
     yield "load", len(dataset["train"])
     unopened = ["train"] if streamed else []
-    checked = rocov2.check_rows(dataset, 0.0, os.devnull, unopened=unopened)
+    checked = checks.check_rows(dataset, 0.0, os.devnull, unopened=unopened)
     yield "check", len(dataset["train"])
-    rows = rocov2.usable(rocov2.tokenize(checked, tokenizer, 64, [])["train"])
+    rows = checks.usable(tokenize(checked, tokenizer, 64, [])["train"])
     yield "tokenize", len(rows)
     collator = CaptioningCollator(processor, bos_token_id=1)
     sampler = StreamingSampler(rows, BATCH, 1, seed=0) if streamed else RandomSampler(rows)

@@ -18,7 +18,7 @@ from transformers import BlipConfig, BlipForConditionalGeneration
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from blip import REPOSITORY
+from captioning.files import PROJECT
 
 
 # Length in WordPieces of ROCOv2's captions: median 31, mean 38; a log-normal of these has p90 70 and p99 137 where the
@@ -48,7 +48,7 @@ def autocast(arguments: argparse.Namespace):
 def build_model(arguments: argparse.Namespace) -> BlipForConditionalGeneration:
     """Return BLIP-base with random weights; with `--quick` one of 2 + 2 layers and 96 pixels."""
     torch.manual_seed(0)
-    config = BlipConfig.from_pretrained(REPOSITORY / "configs" / "blip_base.json")
+    config = BlipConfig.from_pretrained(PROJECT / "recipes" / "configs" / "blip_base.json")
     config.vision_config.initializer_range = config.initializer_range
     text = config.text_config
     text.bos_token_id, text.pad_token_id = START, PADDING

@@ -17,7 +17,7 @@ import sys
 import torch
 from measure import autocast, build_model, make_batch, parser, report
 
-from fast_blip import use_fast_blip
+from captioning.models.fast_blip.modules import use_fast_blip
 
 
 VARIANTS = {  # and the share of stock's memory that it may take

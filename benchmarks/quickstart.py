@@ -17,12 +17,12 @@ from transformers import BlipForConditionalGeneration, GenerationConfig
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from blip import load_blip
+from captioning.data.phantoms import attribute_accuracy, oracle_captions
+from captioning.data.sources import load_rocov2
+from captioning.models.blip import load_blip
+from captioning.scoring.captions import read_predictions
 from collator import CaptioningCollator
 from metrics import decode_captions, rouge
-from phantoms import attribute_accuracy, oracle_captions
-from predictions import read_predictions
-from rocov2 import load_rocov2
 
 
 ORACLE_SEEDS = 5

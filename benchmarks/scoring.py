@@ -36,15 +36,14 @@ from rouge_score import rouge_scorer
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from measure import processor
 
-import clinical
-import library_metrics
-import phantoms
-from concepts import ConceptExtractor
-from baselines import constant_caption
-from intervals import Score, interval, resampled, resampling_counts
+from captioning.data import phantoms
+from captioning.scoring import clinical, coco
+from captioning.scoring.baselines import constant_caption
+from captioning.scoring.bootstrap import Score, interval, resampled, resampling_counts
+from captioning.scoring.captions import Captions
+from captioning.scoring.concepts import ConceptExtractor
+from captioning.scoring.score import Training, score
 from metrics import imageclef_rouge1, rouge
-from predictions import Captions
-from scoring import Training, score
 
 
 NUMBER, TRAINING = 9_927, 59_958  # ROCOv2's test and training split
@@ -66,7 +65,7 @@ def main(arguments: argparse.Namespace) -> bool:
     training = [texts[i] for i in rng.integers(len(texts), size=TRAINING)]
     counts = resampling_counts(NUMBER)
     rouge_l = Score.of(rouge(predictions, references)["rougeL"])
-    tokens = [library_metrics.coco_tokens(captions, "whitespace") for captions in (predictions, references)]
+    tokens = [coco.coco_tokens(captions, "whitespace") for captions in (predictions, references)]
 
     rows = [
         step("ROUGE-1, 2, L", lambda: rouge(predictions, references), lambda: naive_rouge(predictions, references)),
@@ -86,7 +85,7 @@ def main(arguments: argparse.Namespace) -> bool:
         step("clinical agreement", lambda: agreement(predictions, references)),
         step(
             "BLEU, CIDEr, ROUGE-L",
-            lambda: library_metrics.coco_scores_of_tokens(*tokens, "nlgeval", meteor=False),
+            lambda: coco.coco_scores_of_tokens(*tokens, "nlgeval", meteor=False),
             lambda: library_coco(*tokens),
         ),
     ]

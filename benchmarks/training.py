@@ -14,7 +14,7 @@ import torch
 from measure import alternate, autocast, build_model, make_batch, matrix_rate, parser, report
 from torch.utils.flop_counter import FlopCounterMode
 
-from fast_blip import use_fast_blip, use_stock_blip
+from captioning.models.fast_blip.modules import use_fast_blip, use_stock_blip
 
 
 TARGETS = {  # the matrix rate: a share of the best measured

@@ -1,7 +1,6 @@
 """Tiny models, images and datasets, built here: nothing is downloaded, and the Hub client is told to stay offline."""
 
 import atexit
-import io
 import os
 import shutil
 import tempfile
@@ -14,94 +13,24 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"  # the tests themselves run in several processes, and start more
 
 import copy
-import csv
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-from datasets import Dataset, DatasetDict, Features, Image, List, Value
-from PIL import Image as PIL
+from datasets import DatasetDict, Image
+from helpers import TINY_CONFIG, make_captions, make_rows
 
-import blip
-import rocov2
-from arguments import CaptioningArguments
+from captioning.data import checks
+from captioning.data.tokenize_captions import tokenize
+from captioning.models import blip
+from captioning.models.fast_blip.modules import use_fast_blip
+from captioning.models.tokenizer import add_blip_tokens, train_tokenizer
+from captioning.training.arguments import CaptioningArguments
+from captioning.training.trainer import CaptioningTrainer
 from collator import CaptioningCollator
-from fast_blip import use_fast_blip, use_stock_blip
-from trainer import CaptioningTrainer
 
 
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
-
-SHARED = Path(__file__).parent.parent.parent / "shared" / "data"  # real data of development, absent elsewhere
-TINY_CONFIG = {
-    "text_config": {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.3,  # large, so that an untrained model has opinions
-    },
-    "vision_config": {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "image_size": 32,
-        "patch_size": 8,
-        "initializer_range": 0.3,
-    },
-}
-SUBJECTS = ("chest radiograph", "axial CT of the abdomen", "sagittal MRI of the lumbar spine", "renal ultrasound")
-FINDINGS = (
-    "a small nodule in the right upper lobe",
-    "no abnormality",
-    "a large cyst at the left lower pole, with a thin septum and without solid parts",
-    "an effusion",
-    "multilevel degeneration (arrow)",
-)
-
-
-def make_captions(number: int) -> list[str]:
-    """Captions of very different lengths, all distinct for `number` up to 20."""
-    return [f"{SUBJECTS[i % 4]} shows {FINDINGS[i % 5]}".capitalize() for i in range(number)]
-
-
-def real_captions(number: int | None = None, splits: tuple[str, ...] = ("test",)) -> list[str]:
-    """Captions as published, the first `number`; a test that needs them is skipped where they are absent."""
-    captions = []
-    for split in splits:
-        path = SHARED / "roco_captions_ccby" / f"{split}.csv"
-        if not path.is_file():
-            pytest.skip("the published captions are not beside the project")
-        with open(path, encoding="utf-8", newline="") as file:
-            captions += [row["caption"] for row in csv.DictReader(file)]
-    return captions[:number]
-
-
-def make_png(seed: int, size: tuple[int, int] = (40, 36)) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, size[::-1], dtype=np.uint8)
-    buffer = io.BytesIO()
-    PIL.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def make_rows(number: int, start: int = 0, **columns) -> Dataset:
-    """Rows in the schema of the Hub's ROCOv2; `columns` replace the made ones."""
-    rows = {
-        "image": [{"bytes": make_png(start + i), "path": None} for i in range(number)],
-        "image_id": [f"image_{start + i:04d}" for i in range(number)],
-        "caption": make_captions(number),
-        "cui": [["C1306645", "C0817096"], ["nan"]] * (number // 2) + [[]] * (number % 2),
-    }
-    features = {
-        "image": Image(),
-        "image_id": Value("string"),
-        "caption": Value("string"),
-        "cui": List(Value("string")),
-    }
-    return Dataset.from_dict(rows | columns, features=Features(features))
 
 
 @pytest.fixture(scope="session")
@@ -127,18 +56,13 @@ def config_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_blip(config_file):
-    tokenizer = blip.add_blip_tokens(blip.train_tokenizer(make_captions(20), vocab_size=200))
+    tokenizer = add_blip_tokens(train_tokenizer(make_captions(20), vocab_size=200))
     return blip.build_blip(str(config_file), tokenizer, seed=0)
 
 
 @pytest.fixture
 def model(tiny_blip):
     return copy.deepcopy(tiny_blip[0])
-
-
-def stock_copy(model):
-    """Return a copy of `model` that computes as transformers ships it."""
-    return use_stock_blip(copy.deepcopy(model))
 
 
 @pytest.fixture
@@ -154,13 +78,13 @@ def collator(model, processor):
 @pytest.fixture(scope="session")
 def checked(raw_dataset, tmp_path_factory) -> DatasetDict:
     splits = DatasetDict({name: rows.cast_column("image", Image(decode=False)) for name, rows in raw_dataset.items()})
-    return rocov2.check_rows(splits, 0.0, tmp_path_factory.mktemp("checked") / "rejected.jsonl")
+    return checks.check_rows(splits, 0.0, tmp_path_factory.mktemp("checked") / "rejected.jsonl")
 
 
 @pytest.fixture
 def splits(checked, processor) -> DatasetDict:
-    tokenized = rocov2.tokenize(checked, processor.tokenizer, max_caption_length=64, prompt_ids=[])
-    return DatasetDict({split: rocov2.usable(rows) for split, rows in tokenized.items()})
+    tokenized = tokenize(checked, processor.tokenizer, max_caption_length=64, prompt_ids=[])
+    return DatasetDict({split: checks.usable(rows) for split, rows in tokenized.items()})
 
 
 @pytest.fixture(params=["fast", "stock"])

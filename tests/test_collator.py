@@ -7,11 +7,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import make_png
+from helpers import make_png
 from PIL import Image, ImageOps
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from collator import CaptioningCollator, open_image
+from captioning.data.images import open_image
+from collator import CaptioningCollator
 
 
 def encode(image: Image.Image, format: str, **options) -> dict:

@@ -5,81 +5,22 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, make_rows
 from datasets import DatasetDict, Image
+from helpers import ROOT, SHARED, command, flags, make_rows, outcome, run, score_flags
 from safetensors.torch import load_file
 from transformers import BlipForConditionalGeneration, BlipProcessor, GenerationConfig
 
 import run_captioning
-from errors import UserError
-from baselines import nearest_captions, shuffled
+from captioning.errors import UserError
+from captioning.scoring.baselines import nearest_captions, shuffled
+from captioning.scoring.captions import read_captions, read_predictions
+from captioning.scoring.submission import check_submission
 from metrics import rouge
-from predictions import check_submission, read_captions, read_predictions
-
-
-ROOT = Path(run_captioning.__file__).parent
-FEW_SCORES = ("--coco_metrics", "false")  # BLEU, CIDEr, METEOR would start Java in each run; see test_scoring.py
-TIMES = ("_runtime", "_per_second", "_time", "total_flos")
-
-
-def flags(config_file, dataset, folder, **values) -> list[str]:
-    values = {
-        "config_name": config_file,
-        "dataset_name": dataset,
-        "output_dir": folder,
-        "num_train_epochs": 2,
-        "learning_rate": 1e-3,
-        "max_new_tokens": 12,
-        "per_device_train_batch_size": 4,
-        "use_cpu": True,
-        "vocab_size": 200,
-        "coco_metrics": False,  # see `FEW_SCORES`
-    } | values
-    return [item for key, value in values.items() for item in (f"--{key}", str(value))]
-
-
-def score_flags(trained, dataset, folder, **values) -> list[str]:
-    values = {
-        "model_name_or_path": trained,
-        "dataset_name": dataset,
-        "output_dir": folder,
-        "do_train": False,
-        "max_new_tokens": 12,
-        "use_cpu": True,
-        "coco_metrics": False,
-    } | values
-    return [item for key, value in values.items() for item in (f"--{key}", str(value))]
-
-
-def command(arguments: list[str]) -> list[str]:
-    return [sys.executable, "run_captioning.py", *arguments]
-
-
-def run(arguments: list[str]) -> subprocess.CompletedProcess:
-    return subprocess.run(command(arguments), cwd=ROOT, capture_output=True, text=True)
-
-
-def without_times(metrics: dict) -> dict:
-    return {key: value for key, value in metrics.items() if not key.endswith(TIMES)}
-
-
-def outcome(folder: Path) -> dict:
-    """All that a run decides: weights, scores, predictions, the logged history; no times."""
-    state = json.loads((folder / "trainer_state.json").read_text())
-    return {
-        "weights": {name: value.tolist() for name, value in load_file(folder / "model.safetensors").items()},
-        "results": without_times(json.loads((folder / "all_results.json").read_text())),
-        "predictions": {path.name: path.read_text() for path in (folder / "predictions").iterdir()},
-        "history": [without_times(entry) for entry in state["log_history"] if "train_runtime" not in entry],
-        "best": (state["best_metric"], state["best_global_step"]),
-    }
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 import evaluate
 import numpy as np
 import pytest
-from conftest import SHARED, make_captions, real_captions
+from helpers import SHARED, make_captions, real_captions
 from rouge_score import rouge_scorer
 from transformers import EvalPrediction
 

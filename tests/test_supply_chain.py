@@ -7,10 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-import run_captioning
 
-
-ROOT = Path(run_captioning.__file__).parent
+ROOT = Path(__file__).parent.parent
 LOCKED = re.compile(r"^([a-z0-9._-]+)==(\S+) \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", re.MULTILINE)
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.y*ml"))
 

@@ -1,0 +1,1 @@
+"""The rooms behind `run_captioning.py`; `python -m captioning` lists the commands."""

@@ -1,0 +1,1 @@
+"""Any source of images and captions in one schema, checked and tokenized."""

@@ -1,0 +1,111 @@
+"""TODO."""
+
+import io
+import math
+import os
+import stat
+import warnings
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+
+MIN_IMAGE_SIDE = 8  # pixels; a tracking pixel or a stripe is no radiology image
+# Of one image; mammograms, the largest in radiology, have 20 million. To rescale 16 bits an image is held as floats,
+# some 32 bytes a pixel in all: 22 million of them stay below 1 GB
+MAX_PIXELS = 2**26
+MAX_PIXELS_16_BIT = 22 * 2**20
+# Pillow's own readers of raster images, and none that starts another program (EPS) or fetches what a file names
+FORMATS = ("PNG", "JPEG", "JPEG2000", "TIFF", "BMP", "GIF", "WEBP", "PPM", "TGA", "AVIF")
+MAX_JPEG_SCANS = 100  # encoders write about 10; each, a few bytes long, makes the decoder pass over all pixels
+TIFF_TILE_SIDES = (322, 323)  # tags TileWidth and TileLength; a tile is decoded whole, however little of it is used
+
+
+def open_image(image: dict[str, Any] | Image.Image | None) -> Image.Image:
+    """Decode an image completely and turn it upright by its EXIF orientation.
+
+    Args:
+        image: what `datasets.Image(decode=False)` yields, `{"bytes": ..., "path": ...}`, or a PIL image.
+
+    Returns:
+        An image that `BlipImageProcessorPil` converts to RGB without loss of meaning: 16-bit and float modes
+        are rescaled to 8 bits here (T12), the other modes are left to it (it lays transparency on white).
+
+    Raises:
+        ValueError: the image cannot be used; the message says why.
+    """
+    from_file = not isinstance(image, Image.Image)
+    if from_file:
+        image = _open(image)
+    most = MAX_PIXELS_16_BIT if image.mode.startswith(("I", "F")) else MAX_PIXELS
+    if image.width * image.height > most:  # known before any pixel is decoded
+        raise ValueError(f"is {image.width}x{image.height} pixels; at most {most:,} are decoded")
+    if from_file:
+        _check_work(image)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # Pillow warns of damaged EXIF, a line for each image
+            image.load()
+            # In place returns None; the caller's own image is left as it is
+            image = ImageOps.exif_transpose(image, in_place=from_file) or image
+    except Exception as error:  # PIL's decoders raise whatever their format's parser raises
+        raise ValueError(f"cannot be decoded: {error}") from error
+    if min(image.size) < MIN_IMAGE_SIDE:
+        raise ValueError(f"is {image.width}x{image.height} pixels; the shorter side needs at least {MIN_IMAGE_SIDE}")
+    return _to_8_bit(image) if image.mode.startswith(("I", "F")) else image
+
+
+def _open(image: dict[str, Any] | None) -> Image.Image:
+    if not image or (image.get("bytes") is None and not image.get("path")):
+        raise ValueError("no image")
+    content = image.get("bytes")
+    try:
+        if content is None and not stat.S_ISREG(os.stat(image["path"]).st_mode):
+            raise ValueError("is no regular file")  # a pipe or a device would be read for ever
+        with warnings.catch_warnings(action="ignore"):  # of damaged EXIF, and of sizes: the caller's limit is lower
+            return Image.open(image["path"] if content is None else io.BytesIO(content), formats=FORMATS)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ValueError("image file is missing") from error
+    except UnidentifiedImageError as error:
+        if content is None:
+            with open(image["path"], "rb") as file:
+                content = file.read(16)
+        what = f"starts with {bytes(content[:16])!r}" if content else "is empty"
+        raise ValueError(f"not an image: {what}") from error
+    except ValueError:
+        raise
+    except Exception as error:  # as above
+        raise ValueError(f"cannot be opened: {error}") from error
+
+
+def _check_work(image: Image.Image) -> None:
+    """Raise ValueError if a file of few pixels, of which only the header is read, takes much memory or time."""
+    if image.format == "TIFF":
+        sides = [image.tag_v2.get(tag, 0) for tag in TIFF_TILE_SIDES]
+        if not all(isinstance(side, int) for side in sides) or math.prod(sides) > MAX_PIXELS:
+            raise ValueError(f"has tiles of {sides} pixels; at most {MAX_PIXELS:,} are decoded")
+    if image.format in ("JPEG", "MPO"):
+        place = image.fp.tell()
+        image.fp.seek(0)
+        # In the data a byte 255 is followed by 0: this pair begins a scan, of the image or of a header's thumbnail
+        scans = image.fp.read().count(b"\xff\xda")
+        image.fp.seek(place)
+        if scans > MAX_JPEG_SCANS:
+            raise ValueError(f"has {scans:,} JPEG scans; at most {MAX_JPEG_SCANS} are decoded")
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Rescale a one-channel image of 16 bits or more to mode L (T12: `convert` would clip it to white).
+
+    The divisor is the full range of the bits in use, since scanners write 10, 12 or 14 bits into 16-bit files;
+    an 8-bit image in a 16-bit file keeps its values. Float or negative values are stretched from their extremes.
+    """
+    values = np.asarray(image).astype(np.float64)
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        raise ValueError("holds no finite value")
+    low, high = float(finite.min()), float(finite.max())
+    if image.mode.startswith("I") and low >= 0:
+        low, high = 0.0, 2.0 ** max(8, math.ceil(math.log2(high + 1))) - 1
+    scaled = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) * (255 / max(high - low, 1e-12))
+    return Image.fromarray(scaled.round().astype(np.uint8))

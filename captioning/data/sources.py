@@ -1,0 +1,269 @@
+"""Any source of radiology images with captions, in one schema: `image`, `image_id`, `caption`, `cui`.
+
+`load_rocov2` reads the source, `check_rows` marks the rows that cannot be used, `tokenize` adds `input_ids`, `usable`
+leaves the marked rows out. None of them copies the images: each `map` writes only its own small columns, which are
+joined to the memory-mapped table.
+
+As a command, any source becomes a folder that `--dataset_name` and `datasets.load_from_disk` take:
+
+    python rocov2.py eltorio/ROCOv2-radiology data/rocov2
+    python rocov2.py path/to/zenodo data/rocov2
+"""
+
+import argparse
+import json
+import logging
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Image,
+    LargeList,
+    List,
+    Value,
+    load_dataset,
+    load_from_disk,
+)
+from datasets.config import HF_DATASETS_CACHE
+from huggingface_hub.constants import HF_HUB_CACHE
+from pyarrow.parquet import read_metadata
+
+from captioning.command_line import exit_on_user_error
+from captioning.data.checks import check_rows, usable
+from captioning.data.phantoms import load_phantoms
+from captioning.data.streaming import STORED, hub_shards, index_shards, is_streamed, refuse_bomb
+from captioning.data.zenodo import UNUSABLE, ZenodoSplits, is_inside, load_zenodo
+from captioning.errors import UserError, did_you_mean, first_line
+from captioning.hub.revisions import pin_revision
+
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "validation", "test")
+SPLIT_NAMES = {"valid": "validation", "val": "validation", "dev": "validation"}
+OUTSIDE = "unreadable image: a file outside of the data set's folder"
+REQUIRED_COLUMNS = ("image", "image_id", "caption")
+
+
+# --- Sources --------------------------------------------------------------------------------------------------
+
+
+def load_rocov2(name: str, revision: str | None = None, streaming: bool = False) -> DatasetDict:
+    """Load a source into those of the splits `train`, `validation`, `test` that it has, rows as they are.
+
+    Args:
+        name: a Hub id; a folder made by `save_to_disk`; a folder of parquet files named by split; a folder in
+            the layout of Zenodo record 10821435, its zips extracted or not; or `phantoms`.
+        revision: commit, branch or tag, for a Hub id.
+        streaming: read the images of parquet shards, in a folder or on the Hub, when they are needed.
+
+    Returns:
+        Splits with at least the columns `image` (undecoded: the collator does it), `image_id` and `caption`.
+
+    Raises:
+        UserError: the source does not exist, cannot be read, cannot be streamed, or lacks a column.
+    """
+    if name == "phantoms":
+        if streaming:
+            raise UserError(STORED.format("dataset 'phantoms'"))
+        splits = load_phantoms()
+    elif os.path.isdir(name):
+        splits = _load_folder(Path(name), streaming)
+    elif os.path.exists(name):
+        raise UserError(f"dataset '{name}' is a file; give the folder that holds it")
+    elif _is_local(name):
+        raise UserError(f"dataset folder '{name}' does not exist; set --dataset_name")
+    else:
+        splits = _load_from_hub(name, revision, streaming)
+    is_ours = isinstance(splits, ZenodoSplits)
+    if not isinstance(splits, DatasetDict):
+        raise UserError(f"dataset '{name}' is a single split; save a DatasetDict of {', '.join(SPLITS)}")
+    named = Counter(SPLIT_NAMES.get(split, split) for split in splits)
+    if repeated := [split for split, count in named.items() if count > 1]:
+        raise UserError(f"dataset '{name}' has split '{repeated[0]}' under two names: {', '.join(splits)}; keep one")
+    splits = {SPLIT_NAMES.get(split, split): rows for split, rows in splits.items()}
+    if not set(splits) & set(SPLITS):
+        raise UserError(f"dataset '{name}' has none of the splits {', '.join(SPLITS)}, but {', '.join(splits)}")
+    checked = {split: _checked_columns(splits[split], name, split, streaming) for split in SPLITS if split in splits}
+    if is_ours or streaming:
+        return DatasetDict(checked)
+    return DatasetDict({split: _without_foreign_files(rows, name) for split, rows in checked.items()})
+
+
+def dataset_commit(name: str, revision: str | None = None) -> str | None:
+    """Return the commit that `revision` of a Hub dataset names; `revision` itself for another source.
+
+    Raises:
+        UserError: the revision is not, or no longer, there.
+    """
+    return revision if _is_local(name) else pin_revision(name, revision, kind="dataset")
+
+
+def _is_local(name: str) -> bool:
+    return name == "phantoms" or os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def _load_folder(folder: Path, streaming: bool) -> DatasetDict | Dataset:
+    _refuse_special_files(folder)
+    try:
+        is_saved = (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+        files = {} if is_saved else _parquet_files(folder)
+        if streaming and not files and (is_saved or any(folder.glob("*_captions.csv"))):
+            raise UserError(STORED.format(f"dataset folder '{folder}'"))
+        if is_saved:
+            states = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("*/state.json")}
+            _refuse_empty_splits(folder, {split: len(state["_data_files"]) for split, state in states.items()})
+            return load_from_disk(str(folder))
+        if files:
+            footers = {split: {path: read_metadata(path) for path in paths} for split, paths in files.items()}
+            for path, footer in (item for of_split in footers.values() for item in of_split.items()):
+                refuse_bomb(path, footer)
+            counts = {split: sum(each.num_rows for each in of_split.values()) for split, of_split in footers.items()}
+            _refuse_empty_splits(folder, counts)
+            return index_shards(files) if streaming else load_dataset("parquet", data_files=files)
+        if any(folder.glob("*_captions.csv")):
+            return load_zenodo(folder)
+    except UserError:
+        raise
+    except Exception as error:  # pyarrow and datasets raise errors of many unrelated classes
+        cause = error.__cause__ or error  # `from_generator` wraps what the generator raised
+        if isinstance(cause, UserError):
+            raise cause from error
+        raise UserError(f"dataset folder '{folder}' cannot be read: {first_line(cause)}") from error
+    raise UserError(
+        f"dataset folder '{folder}' holds none of dataset_dict.json (save_to_disk), [data/]<split>-*.parquet, "
+        "<split>_captions.csv (Zenodo)"
+    )
+
+
+def _refuse_special_files(folder: Path) -> None:
+    """Raise UserError on a pipe or a device where a table of the data set should be: reading it might never end."""
+    for pattern in ("*", "data/*.parquet", "*/*.json", "*/*.arrow"):
+        for path in folder.glob(pattern):
+            if path.exists() and not path.is_file() and not path.is_dir():
+                raise UserError(f"dataset folder '{folder}': '{path.name}' is no regular file; take it away")
+
+
+def _refuse_empty_splits(folder: Path, counts: dict[str, int]) -> None:
+    """Raise UserError on a split that holds nothing: `datasets` says so by an error that does not name it."""
+    for split, count in counts.items():
+        if not count:
+            raise UserError(f"dataset folder '{folder}': split '{split}' is empty; add rows or take it away")
+
+
+def _parquet_files(folder: Path) -> dict[str, list[str]]:
+    files: dict[str, list[str]] = {}
+    for place in (folder / "data", folder):
+        for path in sorted(place.glob("*.parquet")):
+            split = re.split(r"[-.]", path.name)[0]
+            files.setdefault(split, []).append(str(path))
+        if files:
+            break
+    return files
+
+
+def _load_from_hub(name: str, revision: str | None, streaming: bool) -> DatasetDict:
+    logger.info("Loading dataset '%s' from the Hub", name)
+    try:
+        return index_shards(hub_shards(name, revision)) if streaming else load_dataset(name, revision=revision)
+    except UserError:
+        raise
+    except Exception as error:  # the Hub client raises errors of many unrelated classes
+        at = f" at revision '{revision}'" if revision else ""
+        hint = did_you_mean(name, ["phantoms", "eltorio/ROCOv2-radiology"])
+        raise UserError(
+            f"dataset '{name}'{at} is no local folder and cannot be loaded from the Hub: {first_line(error)}{hint}"
+        ) from error
+
+
+def _checked_columns(rows: Dataset, name: str, split: str, streaming: bool) -> Dataset:
+    missing = [column for column in REQUIRED_COLUMNS if column not in rows.column_names]
+    if missing:
+        raise UserError(
+            f"dataset '{name}', split '{split}': column '{missing[0]}' is missing, it has "
+            f"{', '.join(rows.column_names)}; rename the column that holds it"
+        )
+    # A table says by itself what its columns are; to read one of another kind than text could open any file
+    for column in [column for column in ("image_id", "caption", "cui", UNUSABLE) if column in rows.column_names]:
+        kind = rows.features[column]
+        kind = kind.feature if column == "cui" and isinstance(kind, List | LargeList) else kind
+        if not isinstance(kind, Value):
+            raise UserError(
+                f"dataset '{name}', split '{split}': column '{column}' is no text but {kind}; write it as text"
+            )
+    if is_streamed(rows) and not streaming:  # planted: it names the files that are read
+        raise UserError(f"dataset '{name}', split '{split}': column 'image' holds no images; write them as bytes")
+    for column in ("image_id", "caption"):
+        try:
+            rows.data.column(column).validate(full=True)
+        except Exception as error:  # pyarrow's classes again; it meets text that is no UTF-8 when a row is read
+            raise UserError(
+                f"dataset '{name}', split '{split}': column '{column}' is damaged: {first_line(error)}; "
+                "write it in UTF-8"
+            ) from error
+    rows = rows.select_columns([c for c in (*REQUIRED_COLUMNS, "cui", UNUSABLE) if c in rows.column_names])
+    try:
+        return rows if streaming else rows.cast_column("image", Image(decode=False))
+    except Exception as error:  # pyarrow's classes again
+        raise UserError(
+            f"dataset '{name}', split '{split}': column 'image' holds no images: {first_line(error)}"
+        ) from error
+
+
+def _without_foreign_files(rows: Dataset, name: str) -> Dataset:
+    """Mark the rows whose image is a file outside of the source: a stranger's table can name any file of the machine.
+
+    Its own folder counts, and those to which `datasets` downloads. Links that a Zenodo folder itself has are checked
+    where it is read.
+    """
+    if UNUSABLE in rows.column_names:
+        rows = rows.remove_columns(UNUSABLE)
+    roots = [os.path.realpath(root) for root in (HF_HUB_CACHE, HF_DATASETS_CACHE, *([name] * os.path.isdir(name)))]
+    marked: dict[int, str] = {}
+    start = 0
+    for images in rows.data.column("image").chunks:
+        for row in np.flatnonzero(images.field("bytes").is_null().to_numpy(zero_copy_only=False)).tolist():
+            path = (images[row].as_py() or {}).get("path")
+            if path and not is_inside(path, roots):
+                marked[start + row] = OUTSIDE
+        start += len(images)
+    if not marked:
+        return rows
+    return rows.add_column(UNUSABLE, [marked.get(row) for row in range(len(rows))], feature=Value("string"))
+
+
+# --- Command --------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Load any source, leave the unusable rows out and store the rest with `save_to_disk`."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("source", help="Hub id, folder (save_to_disk, parquet, Zenodo) or 'phantoms'")
+    parser.add_argument("folder", help="new folder to write; the rows left out are listed in its rejected.jsonl")
+    parser.add_argument("--revision", help="commit, branch or tag of a Hub id")
+    parser.add_argument("--max_rejected_fraction", type=float, default=0.01)
+    parser.add_argument("--num_proc", type=int)
+    arguments = parser.parse_args(argv)
+    folder = Path(arguments.folder)
+    if arguments.num_proc is not None and arguments.num_proc < 1:
+        raise UserError(f"num_proc is {arguments.num_proc}; set --num_proc to 1 or more")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"'{folder}' exists and is not an empty folder; name a new one")
+    dataset = load_rocov2(arguments.source, arguments.revision)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        checked = check_rows(dataset, arguments.max_rejected_fraction, folder / "rejected.jsonl", arguments.num_proc)
+        stored = DatasetDict({split: usable(rows).cast_column("image", Image()) for split, rows in checked.items()})
+        stored.save_to_disk(str(folder), num_proc=arguments.num_proc)
+    except OSError as error:
+        raise UserError(f"folder '{folder}' cannot be written: {error}") from error
+    print(f"{folder}: " + ", ".join(f"{split} {len(rows):,}" for split, rows in stored.items()))
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

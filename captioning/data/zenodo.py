@@ -1,0 +1,181 @@
+"""ROCOv2 as its record on Zenodo (10821435) has it: tables of captions and concepts, and images in folders or zips."""
+
+import csv
+import hashlib
+import lzma
+import os
+import stat
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, Features, Image, List, Value
+
+from captioning.errors import UserError, first_line
+
+
+UNUSABLE = "unusable row"  # column of a loader: the reason to set a row aside unread, null where there is none
+MISSING = "unreadable image: image file is missing"
+LINK_OUT = "unreadable image: a link out of the folder of images"
+SPLIT_FILES = {"train": "train", "valid": "validation", "test": "test"}
+FEATURES = Features(
+    {
+        "image": Image(decode=False),
+        UNUSABLE: Value("string"),
+        "image_id": Value("string"),
+        "caption": Value("string"),
+        "cui": List(Value("string")),
+    }
+)
+MAX_MEMBER = 2**28  # bytes of an image in a zip
+MAX_UNPACKED = 100  # times its size in the zip; the formats of images are compressed themselves, a bomb is far more
+SMALL_MEMBER = 2**20  # bytes; what is not larger may be as dense as it likes
+
+
+class ZenodoSplits(DatasetDict):
+    """Splits whose column `UNUSABLE` is ours; that of another source is a stranger's, and is not believed."""
+
+
+def load_zenodo(folder: Path) -> ZenodoSplits:
+    """Load `<split>_captions.csv`, `<split>_concepts.csv` and the images beside them, in a folder or a zip.
+
+    Rows without an image that can be read are there, too, with the reason in the column `UNUSABLE`.
+
+    Raises:
+        UserError: a table or a zip cannot be read, or a table has no images beside it.
+    """
+    splits = {}
+    for name, split in SPLIT_FILES.items():
+        captions = folder / f"{name}_captions.csv"
+        if not captions.is_file():
+            continue
+        # `_concepts` holds the manual concepts and the automatic ones, `_concepts_manual` only the former
+        concepts = [folder / f"{name}_concepts{kind}.csv" for kind in ("", "_manual")]
+        images = [folder / f"{name}_images", folder / name, folder / f"{name}_images.zip"]
+        if not any(path.exists() for path in images):
+            raise UserError(f"'{captions}' has no images beside it: '{images[0]}' and '{images[2]}' do not exist")
+        sources = {
+            "captions": captions,
+            "concepts": next((path for path in concepts if path.is_file()), None),
+            "images": next(path for path in images if path.exists()),
+        }
+        arguments = {key: str(path) if path else None for key, path in sources.items()}
+        arguments["state"] = _state([path for path in sources.values() if path])
+        splits[split] = Dataset.from_generator(_zenodo_rows, features=FEATURES, gen_kwargs=arguments, split=split)
+    return ZenodoSplits(splits)
+
+
+def _state(paths: list[Path]) -> str:
+    """Return a digest of names, sizes and times: part of the cache key, so that a changed folder is read again."""
+    files = [entry for path in paths for entry in (os.scandir(path) if path.is_dir() else (path,))]
+    listing = sorted((file.name, (status := _status(file)).st_size, status.st_mtime_ns) for file in files)
+    return hashlib.sha256(repr(listing).encode()).hexdigest()
+
+
+def _status(file: os.DirEntry | Path) -> os.stat_result:
+    try:
+        return file.stat()
+    except OSError:  # a symbolic link that leads nowhere, or in a circle
+        return os.lstat(file)
+
+
+def _zenodo_rows(captions: str, concepts: str | None, images: str, state: str) -> Iterator[dict[str, Any]]:
+    cuis = {row["ID"]: row["CUIs"] for row in _read_csv(concepts, "CUIs")} if concepts else {}
+    if not os.path.isdir(images) and not os.path.isfile(images):
+        raise UserError(f"'{images}' is neither a folder nor a file")
+    archive = _open_zip(images) if images.endswith(".zip") else None
+    # The zips hold the images in a folder or not, depending on the version of the record
+    files = {Path(name).stem: name for name in (archive.namelist() if archive else os.listdir(images))}
+    root = [os.path.realpath(images)]
+    row = None
+    for row in _read_csv(captions, "Caption"):
+        image, reason = {"path": None, "bytes": None}, MISSING
+        # Only names that the folder itself lists: an id is no path out of it
+        image_id = row["ID"] or ""
+        if file := files.get(image_id):
+            if archive:
+                image["bytes"], reason = _read_member(archive, archive.getinfo(file))
+            else:
+                image["path"], reason = os.path.join(images, file), None
+                if os.path.islink(image["path"]) and not is_inside(image["path"], root):
+                    reason = LINK_OUT
+        if None in row:  # what `csv.DictReader` found behind the last column
+            reason = "more fields than columns: put the caption in double quotes"
+        concept_ids = [cui.strip() for cui in (cuis.get(row["ID"]) or "").split(";") if cui.strip()]
+        yield {
+            "image": None if reason else image,  # nothing later reads what must not be read
+            UNUSABLE: reason,
+            "image_id": image_id,
+            "caption": row["Caption"],
+            "cui": concept_ids,
+        }
+    if row is None:  # `datasets` would say so without the name of the file
+        raise UserError(f"'{captions}' holds no row below its columns; add captions or take it away")
+
+
+def is_inside(path: str, roots: list[str]) -> bool:
+    """Tell whether a path, with its links followed, is in one of the `roots`, which are real paths."""
+    try:
+        real = Path(os.path.realpath(path))
+    except ValueError:  # a NUL in the name
+        return False
+    return any(real.is_relative_to(root) for root in roots)
+
+
+def _open_zip(path: str) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+        raise UserError(f"'{path}' cannot be read as a zip: {error}; download it again") from error
+
+
+def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> tuple[bytes | None, str | None]:
+    """Return the member's content, or the reason to set its row aside: one must not cost the whole set.
+
+    No more is unpacked than the size that the zip states.
+    """
+    size, packed = member.file_size, member.compress_size
+    if stat.S_ISLNK(member.external_attr >> 16):
+        return None, "unreadable image: a symbolic link in the zip"
+    if size > MAX_MEMBER or size > max(MAX_UNPACKED * packed, SMALL_MEMBER):
+        return None, f"unreadable image: {packed:,} bytes in the zip unpack to {size:,}"
+    try:
+        return archive.read(member), None
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, lzma.LZMAError) as error:
+        return None, f"unreadable image: damaged in the zip: {first_line(error)}"
+    except RuntimeError as error:  # encrypted, or of an unknown method
+        return None, f"unreadable image: cannot be unpacked: {first_line(error)}"
+
+
+def _read_csv(path: str, column: str) -> Iterator[dict[str, str]]:
+    csv.field_size_limit(2**27)  # characters; the module's default of 2**17 refuses a long caption
+    lines: list[str] = []  # those of one row
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(lines.append(line) or line for line in file)
+        try:
+            if rows.fieldnames is None:
+                raise UserError(f"'{path}' is empty; the columns ID and {column} are needed")
+            if not {"ID", column} <= set(rows.fieldnames):
+                columns = ", ".join(rows.fieldnames[:8])
+                raise UserError(f"'{path}' has the columns {columns[:300]}; ID and {column} are needed")
+            for row in rows:
+                if len(lines) > 1 and _ends_in_quotes(lines):
+                    first = rows.line_num - len(lines) + 1
+                    raise UserError(f"'{path}', line {first}: a double quote is not closed; close it, or double it")
+                lines.clear()
+                yield row
+        except csv.Error as error:
+            raise UserError(f"'{path}', line {rows.line_num + 1} is no CSV: {error}; mend or remove it") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"'{path}' is not UTF-8 behind line {rows.line_num}; save it as UTF-8") from error
+
+
+def _ends_in_quotes(lines: list[str]) -> bool:
+    """Tell whether a row goes to the end of the file only because its quotes do: it swallows the rows below it."""
+    try:
+        list(csv.reader(lines, strict=True))
+    except csv.Error as error:
+        return "unexpected end" in str(error)
+    return False

@@ -1,0 +1,279 @@
+"""To the Hub and back: pinned commits, recipes read from a repository, and what a push sends and how it fails.
+
+Only files on a list are pushed, from a copy in which no path of this machine is left. The Trainer's own push is not
+used: it uploads `training_args.bin` and TensorBoard logs, which hold paths and would hold a token (T15), rewrites the
+card (T16), lets a failed upload pass without a word, and uploads files that training goes on to write.
+"""
+
+import json
+import logging
+import os
+import re
+import shlex
+import shutil
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+)
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, validate_repo_id
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+
+from captioning.errors import UserError
+from captioning.hub.faults import _limit_waiting, _with_retries, describe_fault
+from captioning.hub.privacy import without_local_paths
+
+
+logger = logging.getLogger(__name__)
+MODEL_FILES = (
+    "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
+    "processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.txt",
+)  # fmt: skip
+# Not report.html: it holds the images, which may not be the user's to publish
+RECORD_FILES = (
+    "README.md", "recipe.json", "*_results.json", "scores.json", "trainer_state.json", "training_curve.png",
+    "predictions/*.jsonl", "submission.csv", "submission.zip",
+)  # fmt: skip
+REWRITTEN_FILES = ("recipe.json", "trainer_state.json")  # those that hold paths of this machine
+# Files of a repository that may be there before the first push: those that the Hub's web page creates
+BLANK_FILES = {".gitattributes", "README.md", "LICENSE"}
+# Keys of a recipe that say on what it was run; a rerun tells where they differ
+RUN_FIELDS = ("package_versions", "hardware")
+# Keys of a recipe that two models which follow each other in one repository have in common
+ORIGIN_FIELDS = ("model_name_or_path", "config_name", "dataset_name")
+
+
+# --- Push -----------------------------------------------------------------------------------------------------
+
+
+class Repository:
+    """The model repository that an output folder is pushed to.
+
+    Args:
+        output_dir: the output folder.
+        model_id: `<user>/<name>` or `<name>`; default: the folder's name.
+        private: whether a new repository is private; None: as the user's account says.
+        strategy: when checkpoints are pushed, as in `TrainingArguments.hub_strategy`.
+        always_push: push a checkpoint also while the one before is still being uploaded.
+
+    Raises:
+        UserError: `model_id` cannot be the name of a repository.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        model_id: str | None = None,
+        private: bool | None = None,
+        strategy: str | HubStrategy = HubStrategy.EVERY_SAVE,
+        always_push: bool = False,
+    ):
+        self.output_dir = Path(output_dir)
+        folder_name = re.sub(r"[^A-Za-z0-9._]+", "-", self.output_dir.resolve().name).strip("-.")
+        self.model_id = model_id or folder_name
+        try:
+            validate_repo_id(self.model_id)
+        except HFValidationError as error:
+            raise UserError(f"hub_model_id '{self.model_id}': {error}; set --hub_model_id to <user>/<name>") from error
+        self.private = private
+        self.strategy = HubStrategy(strategy)
+        self.always_push = always_push
+        self.repo_id: str | None = None
+        self._api = HfApi()
+        self._uploads: list[Future] = []
+
+    @property
+    def push_command(self) -> str:
+        """The command that pushes the output folder later."""
+        command = f"python run_captioning.py --push_only {shlex.quote(str(self.output_dir))}"
+        command += f" --hub_model_id {shlex.quote(self.model_id)}"
+        return command + (f" --hub_private_repo {self.private}" if self.private is not None else "")
+
+    def open(self) -> None:
+        """Create the repository unless it exists.
+
+        Raises:
+            UserError: it cannot be created, or holds the model of another origin; the message is the bare reason.
+        """
+        for leftover in self.output_dir.glob(".push-*"):  # of a run that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        _limit_waiting()
+        try:
+            repo_id, is_new = _with_retries(self._create)
+        except KeyError as error:  # a 409 that does not say where one's own repository of this name is
+            raise UserError(f"409, the name '{self.model_id}' is taken; set another --hub_model_id") from error
+        except Exception as error:
+            raise UserError(describe_fault(error)) from error
+        if not is_new:
+            self._refuse_another_model(repo_id)
+        self.repo_id = repo_id
+
+    def _create(self) -> tuple[str, bool]:
+        """Return the repository's id and whether it is new."""
+        try:
+            return self._api.create_repo(self.model_id, private=self.private).repo_id, True
+        except HfHubHTTPError as error:
+            if error.response.status_code not in (401, 402, 403, 409):
+                raise
+        # It may be there although this token may not create it
+        return self._api.create_repo(self.model_id, private=self.private, exist_ok=True).repo_id, False
+
+    def _refuse_another_model(self, repo_id: str) -> None:
+        """Raise UserError unless the repository is blank, or holds a model of the same start and the same data."""
+        try:
+            files = self._files(repo_id) - BLANK_FILES
+            theirs = None
+            if "recipe.json" in files:  # forced: the cache may hold an older one
+                theirs = Path(self._api.hf_hub_download(repo_id, "recipe.json", force_download=True))
+        except Exception as error:
+            raise UserError(f"what '{repo_id}' holds cannot be read: {describe_fault(error)}") from error
+        if files and (theirs is None or _origin(theirs) != _origin(self.output_dir / "recipe.json")):
+            raise UserError(
+                f"409, the name is taken: '{repo_id}' holds another model; set another --hub_model_id, or delete that "
+                "repository"
+            )
+
+    def _files(self, repo_id: str) -> set[str]:
+        try:
+            return set(self._api.list_repo_files(repo_id))
+        except HfHubHTTPError:  # a mirror may not have this address, but the older one
+            return {file.rfilename for file in self._api.model_info(repo_id).siblings}
+
+    def push_checkpoint(self, folder: Path) -> None:
+        """Start to upload a checkpoint; training goes on meanwhile, and a fault is no more than a warning.
+
+        The model goes to the top of the repository and, by `strategy`, all that a resume needs to `last-checkpoint`
+        or `checkpoint-<step>`. As in the Trainer, a checkpoint is left out while the one before is still on its way.
+        """
+        if self.repo_id is None or self.strategy == HubStrategy.END:
+            return
+        if not self.always_push and not all(upload.done() for upload in self._uploads):
+            return
+        message = f"Training, step {folder.name.removeprefix(f'{PREFIX_CHECKPOINT_DIR}-')}"
+        model = _select(folder, (*MODEL_FILES, "trainer_state.json")) | _select(self.output_dir, ("recipe.json",))
+        commits = {message: model}
+        if self.strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            place = "last-checkpoint" if self.strategy == HubStrategy.CHECKPOINT else folder.name
+            state = {path: file for path, file in _select(folder, ("**/*",)).items() if path != "training_args.bin"}
+            # A commit of its own: the weights are on the Hub by then, and are not uploaded twice
+            commits[f"{message}, checkpoint"] = {f"{place}/{path}": file for path, file in state.items()}
+        disable_progress_bars()  # they would run through those of the training
+        try:
+            stages = {title: self._stage(files) for title, files in commits.items()}
+        except OSError as error:
+            logger.warning("%s cannot be pushed: %s; training goes on", folder, error)
+            return
+        self._uploads.append(self._api.run_as_future(self._upload_checkpoint, stages))
+
+    def _upload_checkpoint(self, stages: dict[str, Path]) -> None:
+        for message, stage in stages.items():
+            try:
+                self._upload(stage, message)
+            except Exception as error:
+                logger.warning("%s is not on the Hub: %s; training goes on", message, describe_fault(error))
+
+    def push(self, write_card: Callable[[str], None]) -> str:
+        """Push the finished output folder after the uploads of checkpoints; return the address of the commit.
+
+        Args:
+            write_card: called with the repository's id, `<user>/<name>`, before the files are laid out.
+
+        Raises:
+            UserError: with the reason and the command that pushes it later.
+        """
+        wait(self._uploads)
+        enable_progress_bars()
+        try:
+            if self.repo_id is None:
+                self.open()
+            write_card(self.repo_id)
+            stage = self._stage(_select(self.output_dir, MODEL_FILES + RECORD_FILES))
+            return self._upload(stage, "End of training")
+        except Exception as error:
+            reason = str(error) if isinstance(error, UserError) else describe_fault(error)
+            raise UserError(
+                f"the model is complete in '{self.output_dir}' but not on the Hub: {reason}; push it later with: "
+                f"{self.push_command}"
+            ) from error
+
+    def _stage(self, files: dict[str, Path]) -> Path:
+        """Lay out what is pushed in a folder of its own: training may rewrite or delete its files meanwhile."""
+        stage = Path(tempfile.mkdtemp(prefix=".push-", dir=self.output_dir))
+        for path, source in files.items():
+            target = stage / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if source.name in REWRITTEN_FILES:
+                target.write_text(without_local_paths(source.read_text(encoding="utf-8")), encoding="utf-8")
+            else:
+                _link_or_copy(source, target)
+        return stage
+
+    def _upload(self, stage: Path, message: str) -> str:
+        try:
+            commit = _with_retries(
+                lambda: self._api.upload_folder(repo_id=self.repo_id, folder_path=stage, commit_message=message)
+            )
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+        return commit.commit_url
+
+
+def open_repository(args: TrainingArguments) -> Repository | None:
+    """Create the repository to push to, in the first process of a run that asks for one; None elsewhere.
+
+    A fault is told at once but does not stop the run: hours of training are worth more than their upload, which is
+    tried again at the end.
+    """
+    wanted, args.push_to_hub = args.push_to_hub, False  # where the Trainer sees it, it pushes by its own means
+    if not wanted or not args.should_save:
+        return None
+    repository = Repository(
+        args.output_dir, args.hub_model_id, args.hub_private_repo, args.hub_strategy, args.hub_always_push
+    )
+    try:
+        repository.open()
+    except UserError as error:
+        logger.warning("Nothing can be pushed now: %s. The run goes on and tries again at its end", error)
+    return repository
+
+
+class PushCheckpoints(TrainerCallback):
+    """Hand each checkpoint to a `Repository` as soon as it is complete."""
+
+    def __init__(self, repository: Repository):
+        self.repository = repository
+
+    def on_save(self, args, state, control, **kwargs):
+        """Start the upload, in the first process."""
+        if state.is_world_process_zero:
+            self.repository.push_checkpoint(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+
+def _select(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
+    """Return the files of `folder` that one of the patterns names, by their path in the repository."""
+    found = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path for path in found}
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)  # gigabytes of weights need no second copy on the disk
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _origin(recipe_file: Path) -> list[Any] | None:
+    """Return what a model was made from: two runs of one origin may share a repository. None for a broken recipe."""
+    try:
+        recipe = json.loads(without_local_paths(recipe_file.read_text(encoding="utf-8")))
+        return [recipe[name] for name in ORIGIN_FIELDS]
+    except (ValueError, KeyError, TypeError):
+        return None

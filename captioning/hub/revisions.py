@@ -1,0 +1,96 @@
+"""TODO."""
+
+import logging
+import os
+import re
+from urllib.parse import unquote
+
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import (
+    HFValidationError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from captioning.errors import UserError
+from captioning.hub.faults import describe_fault
+
+
+logger = logging.getLogger(__name__)
+COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
+HUB_RECIPE = re.compile(r"hf://(?P<repo>[^/@\s]+/[^/@\s]+)(@(?P<revision>[^/\s]+))?(/(?P<file>\S+))?")
+
+
+# --- Read -----------------------------------------------------------------------------------------------------
+
+
+def pin_revision(name: str, revision: str | None, kind: str = "model") -> str | None:
+    """Return the commit hash that `revision` of a Hub repository names now; `revision` itself where none can be had.
+
+    Args:
+        name: Hub id.
+        revision: commit, branch or tag; None: the main branch.
+        kind: `model` or `dataset`.
+
+    Raises:
+        UserError: `revision` is not, or no longer, in the repository; the message says where its main branch is.
+    """
+    if os.path.exists(name):
+        return revision
+    api = HfApi()
+    try:
+        if revision is None or not COMMIT_HASH.fullmatch(revision):
+            return api.resolve_revision(name, repo_type=kind, revision=revision).resolved
+        found = api.repo_info(name, repo_type=kind, revision=revision).sha
+    except RevisionNotFoundError as error:
+        raise UserError(_moved(api, name, revision, kind)) from error
+    except (HFValidationError, RepositoryNotFoundError):
+        return revision  # loading it says what is wrong
+    except Exception as error:  # the cache may still have it
+        logger.warning("The commit of %s '%s' cannot be checked: %s", kind, name, describe_fault(error))
+        return revision
+    if found != revision:
+        raise UserError(_moved(api, name, revision, kind))
+    return revision
+
+
+def _moved(api: HfApi, name: str, revision: str | None, kind: str) -> str:
+    try:
+        now = f"its main branch is at {api.repo_info(name, repo_type=kind).sha}"
+    except Exception:
+        now = "its main branch cannot be read either"
+    return (
+        f"{kind} '{name}' has moved: revision {revision} is not there, {now}; "
+        f"to go on with other contents, set --{kind}_revision to that commit"
+    )
+
+
+def is_hub_recipe(name: str) -> bool:
+    """Tell whether the name of a recipe is an address on the Hub."""
+    return name.startswith("hf://")
+
+
+def download_recipe(address: str) -> str:
+    """Download `hf://<user>/<model>[@<revision>][/recipe.json]` and return the path of the local copy.
+
+    Raises:
+        UserError: the address is malformed, or there is no such file.
+    """
+    match = HUB_RECIPE.fullmatch(address)
+    if not match:
+        raise UserError(f"recipe '{address}' is no address; write hf://<user>/<model>/recipe.json")
+    file = match["file"] or "recipe.json"
+    revision = unquote(match["revision"]) if match["revision"] else None
+    try:
+        return hf_hub_download(match["repo"], file, revision=revision)
+    except Exception as error:
+        if isinstance(error, RepositoryNotFoundError):
+            reason = "there is no such repository, or it is private: `hf auth login`"
+        elif isinstance(error, RevisionNotFoundError):
+            reason = f"there is no revision '{revision}'"
+        elif isinstance(error, RemoteEntryNotFoundError):
+            reason = f"the repository has no file '{file}'; a model of another recipe cannot be rerun"
+        else:
+            reason = describe_fault(error)
+        raise UserError(f"recipe '{address}' cannot be read: {reason}") from error

@@ -1,0 +1,1 @@
+"""Captioning models behind one interface, `captioner.py`."""

@@ -1,0 +1,1 @@
+"""BLIP, faster: the same numbers from fused attention, shared image keys and packed weights."""

@@ -1,0 +1,71 @@
+"""TODO."""
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers.implementations import BertWordPieceTokenizer
+from transformers import (
+    AutoTokenizer,
+    BertTokenizer,
+    PreTrainedTokenizerBase,
+)
+
+from captioning.errors import UserError, as_user_error
+
+
+logger = logging.getLogger(__name__)
+BERT_SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from the Hub, from a saved folder, or from a folder with a WordPiece `vocab.txt` alone.
+
+    Raises:
+        UserError: there is none, or it has no `[CLS]` and `[SEP]`.
+    """
+    vocab_file = Path(name) / "vocab.txt"
+    with as_user_error(f"tokenizer '{name}' cannot be loaded", "give a folder, with a vocab.txt at least"):
+        if vocab_file.is_file() and not (Path(name) / "tokenizer.json").is_file():
+            # T13: `BertTokenizerFast(vocab_file=...)` is silently ignored in transformers 5
+            tokens = vocab_file.read_text(encoding="utf-8").splitlines()
+            if missing := set(BERT_SPECIAL_TOKENS) - set(tokens):
+                raise UserError(f"'{vocab_file}' lacks {sorted(missing)[0]}; give a BERT vocabulary, one entry a line")
+            return BertTokenizer(vocab={token: index for index, token in enumerate(tokens)})
+        # Without `False` a tokenizer that brings code is asked about on the terminal
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
+        raise UserError(f"tokenizer '{name}' has no [CLS] or [SEP]; BLIP needs a BERT tokenizer")
+    if (
+        len(tokenizer) <= len(BERT_SPECIAL_TOKENS) + 2
+    ):  # T13 again: a folder without tokenizer files gives an empty one
+        raise UserError(f"tokenizer '{name}' has no words: tokenizer.json and vocab.txt are missing")
+    return tokenizer
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
+    """Train a lower-casing WordPiece tokenizer of at most `vocab_size` entries on `captions`.
+
+    The same captions give the same vocabulary in every process. `tokenizers` numbers the continuation characters
+    (`##a`) in the order of a randomly seeded hash map and breaks ties between merges by these numbers, so they are
+    fixed beforehand here.
+    """
+    captions = list(captions)
+    trainer = BertWordPieceTokenizer(lowercase=True)
+    continuations = set()
+    for caption in captions:
+        for word, _ in trainer.pre_tokenizer.pre_tokenize_str(trainer.normalizer.normalize_str(caption)):
+            continuations.update(f"##{character}" for character in word[1:])
+    trainer.train_from_iterator(
+        captions,
+        vocab_size=vocab_size,
+        special_tokens=BERT_SPECIAL_TOKENS + sorted(continuations),
+        show_progress=False,
+    )
+    return BertTokenizer(vocab=trainer.get_vocab())
+
+
+def add_blip_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Append BLIP's `[DEC]` (the start of a caption) and `[ENC]` to a BERT tokenizer that lacks them."""
+    tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
+    return tokenizer

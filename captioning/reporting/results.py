@@ -1,0 +1,148 @@
+"""What a run keeps of each split that it captioned: predictions, scores beside their baselines, submission, page.
+
+The Trainer's metrics of a split are made epoch after epoch and are few; these are made once, at the end.
+"""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, DatasetDict
+
+from captioning.data import checks
+from captioning.data.images import open_image
+from captioning.files import write_whole
+from captioning.reporting.page import write_report
+from captioning.scoring.baselines import sample_rows
+from captioning.scoring.captions import Captions, read_predictions, write_predictions
+from captioning.scoring.clinical import modality_of
+from captioning.scoring.score import Training, flat, score
+from captioning.scoring.submission import write_submission
+from captioning.training.arguments import DataArguments
+from captioning.training.trainer import CaptioningTrainer
+from metrics import decode_captions
+
+
+logger = logging.getLogger(__name__)
+
+SHOWN_ATTENTION = 4  # captions of each order whose attention the page shows
+
+
+def training_for_baselines(
+    trainer: CaptioningTrainer, dataset: DatasetDict, splits: DatasetDict, data_args: DataArguments
+) -> Training | None:
+    """Return what baselines and concepts are made of, None where there is no training split or nothing is captioned.
+
+    Args:
+        trainer: its model looks at the training images among which the nearest is sought.
+        dataset: what was loaded, unchecked. A run that only scores takes the captions from here.
+        splits: what was checked and tokenized.
+        data_args: how many images and captions are looked at.
+    """
+    args = trainer.args
+    if not (args.do_eval or args.do_predict) or not args.predict_with_generate or "train" not in dataset:
+        return None
+    texts = checks.texts(splits["train"] if args.do_train else dataset["train"])
+    captions, cuis = (column[: data_args.max_train_samples] for column in texts)
+    if not captions:
+        return None
+    if "train" not in splits or not data_args.neighbor_samples:
+        return Training(captions, cuis)
+    rows = splits["train"].select(sample_rows(len(splits["train"]), data_args.neighbor_samples))
+    return Training(captions, cuis, trainer.image_features(rows), list(rows["caption"]))
+
+
+def keep_split(
+    trainer: CaptioningTrainer,
+    rows: Dataset,
+    tokens: np.ndarray,
+    nll: np.ndarray,
+    split: str,
+    training: Training | None,
+) -> dict[str, float]:
+    """Write predictions and scores of a split, and return its scores by the names of the result files.
+
+    Args:
+        trainer: the trainer that captioned it.
+        rows: N rows of the tokenized split.
+        tokens: int `[N, T]`, what was generated, padded with the padding token or -100.
+        nll: `[N]`, the negative log-likelihood of each reference in nats.
+        split: `validation` or `test`.
+        training: see `training_for_baselines`; None makes the baselines of the references.
+
+    Returns:
+        On the main process; an empty dict on the others, which only help to look at the images.
+    """
+    features = None if training is None or training.features is None else trainer.image_features(rows)
+    if not trainer.is_world_process_zero():
+        return {}
+    folder, args = Path(trainer.args.output_dir), trainer.args
+    captions = Captions(
+        list(rows["image_id"]), decode_captions(tokens, trainer.tokenizer), list(rows["caption"]), list(rows["cui"])
+    )
+    path = folder / "predictions" / f"{split}.jsonl"
+    write_predictions(path, captions, nll)
+    scores = score(captions, training, features, "ptb" if args.coco_metrics else None, args.bertscore_model)
+    write_scores(folder, split, scores)
+    if not scores["beats_constant"]:
+        logger.warning("%s: %s", split, scores["verdict"])
+    if args.write_submission and split == "test":
+        write_submission(folder, captions.image_ids, captions.predictions)
+    return flat(scores)
+
+
+def write_scores(folder: Path, split: str, scores: dict[str, Any]) -> None:
+    """Write the scores of a split into `scores.json`, beside those of the other."""
+    path = folder / "scores.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    write_whole(path, json.dumps(known | {split: scores}, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_page(trainer: CaptioningTrainer, rows: Dataset, tokens: np.ndarray, split: str) -> None:
+    """Write `report.html` of a split, with the cross-attention of some captions; a failure is told, and no more.
+
+    Args:
+        trainer: the trainer that captioned it.
+        rows: N rows of the tokenized split.
+        tokens: int `[N, T]`, what was generated.
+        split: whose `predictions/<split>.jsonl` is written.
+    """
+    if not trainer.is_world_process_zero():
+        return
+    try:
+        _write_page(trainer, rows, tokens, split)
+    except Exception as error:  # the page is made of what is on disk already: no reason to lose card and push
+        logger.error("report.html cannot be written: %s: %s", type(error).__name__, error)
+        logger.debug("The page failed here", exc_info=True)
+
+
+def _write_page(trainer: CaptioningTrainer, rows: Dataset, tokens: np.ndarray, split: str) -> None:
+    folder = Path(trainer.args.output_dir)
+    predictions = read_predictions(folder / "predictions" / f"{split}.jsonl")
+    chosen = shown_with_attention(predictions)
+    attention = trainer.word_attention(rows.select(chosen), tokens[chosen])
+    write_report(
+        folder,
+        split,
+        images=(open_image(row["image"]) for row in rows.select_columns("image")),
+        modalities=[modality_of(cui, caption) for cui, caption in zip(rows["cui"], rows["caption"], strict=True)],
+        attention={rows[row]["image_id"]: words for row, words in zip(chosen, attention, strict=True)},
+    )
+
+
+def shown_with_attention(predictions: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return the rows that come first in each of the orders of the page: the data's, best, worst, most generic."""
+    scores = [row["rougeL"] for row in predictions]
+    uses = Counter(row["prediction"] for row in predictions)
+    numbers = range(len(predictions))
+    orders = (
+        numbers,
+        sorted(numbers, key=lambda i: -scores[i]),
+        sorted(numbers, key=lambda i: scores[i]),
+        sorted(numbers, key=lambda i: -uses[predictions[i]["prediction"]]),
+    )
+    return list(dict.fromkeys(row for order in orders for row in order[:SHOWN_ATTENTION]))

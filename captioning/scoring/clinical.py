@@ -1,0 +1,477 @@
+r"""Clinical agreement of captions without a license or a download: attributes read from the text.
+
+    read_attributes("CT of the chest: 3.5 cm mass in the left lung, no effusion")
+    # {"modality": {"CT"}, "region": {"chest"}, "laterality": {"left"}, "negation": {"effusion"},
+    #  "measurement": {"35"}}
+    summary(agreement(predictions, references)["laterality"])     # {"f1": .41, "precision": .40, ...}
+
+The readers look words up in the tables below: English captions as published, and as BLIP decodes them (lower case,
+"x - ray", "3. 5 cm"). They read what a caption says, not what its image shows, and score words, not their meaning.
+"""
+
+import functools
+import itertools
+import math
+import re
+import unicodedata
+from collections.abc import Sequence, Set
+
+import numpy as np
+
+from captioning.scoring.bootstrap import Score
+
+
+ATTRIBUTES = ("modality", "region", "laterality", "negation", "measurement")
+
+# --- Words: regular expressions of a whole word, on lower-case text without accents ------------------------------
+
+_MR_STUDY = (
+    r"imag|scan|angio|veno|cholangio|spectro|arthro|entero|uro|stud|exam|sequence|slice|view|of the|show|reveal"
+)
+MODALITY = {
+    "PET": ("pet", "positron emission", r"(?:18f?-?)?fdg"),
+    # Of catheters only: CT and MR angiography are CT and MRI, and ROCOv2's modality classes agree
+    "angiography": (
+        r"(?<!tomography )(?<!tomographic )(?<!resonance )(?<!mr )(?<!mr-)(?<!ct )(?<!ct-)angiogra\w+",
+        "dsa",
+        r"arteriogra\w+",
+        r"aortogra\w+",
+        r"phlebogra\w+",
+        r"(?<!resonance )(?<!mr )(?<!ct )venogra\w+",
+        r"ventriculogra(?:m|ms|phy)",
+        r"cine-?angiogra\w+",
+    ),
+    "CT": (
+        r"(?:hr|md|cb|ce|nc|cc|micro-?)?ct(?:a|s)?",
+        r"cat(?= scan)",
+        r"comput\w+(?: axial)?(?:-aided)? tomogra\w+",
+        r"computed-tomogra\w+",
+        r"comput\w+(?=-tomogra)",
+    ),
+    "MRI": (
+        r"(?:f|c|mp)?mris?",
+        r"cmr",
+        r"mr[av]",
+        r"mrcp",
+        rf"mr(?=[ -](?:{_MR_STUDY}))",
+        r"magnetic[ -]resonance",
+        r"t[12][ -]?(?:w|wi|wis|weighted|weighed|flair|fse|tse|space|stir|fs)",
+        "flair",
+        "stir",
+        "dwi",
+        "diffusion[ -]weighted",
+        r"gadolinium\w*",
+    ),
+    "ultrasound": (
+        r"ultra-?so(?:und|no)\w*",
+        r"sonogra\w+",
+        r"us(?= (?:image|scan|exam|show|reveal|of the))",
+        r"echo-?cardiogra\w+",
+        r"echogra\w+",
+        r"echo",
+        r"doppler",
+        r"t[te]e",
+        r"(?:iv|e)us",
+        r"[bm]-mode",
+    ),
+    # Projections of every kind: ROCOv2 has no class of its own for mammograms and fluoroscopy
+    "X-ray": (
+        r"x[ -]?rays?",
+        r"radiogra(?:ph|m)\w*",
+        r"ro?entgen\w*",
+        "cxr",
+        "kub",
+        r"(?:plain|chest) films?",
+        r"mammogra\w+",
+        r"orthopantomogra\w+",
+        r"opg|dpt",
+        r"cephalogra\w+",
+        r"fluorosco\w+",
+        r"barium|upper gi|gastrografin",
+        r"(?:cysto|urethro|cystourethro|uro|pyelo|myelo|fistulo|hysterosalpingo|esophago|oesophago)gra(?:m|ms|phy)",
+        "mcu|mcug|vcug|ivu|ivp",
+        "ercp",
+        "skiagram",
+    ),
+}
+REGION = {
+    "head": (
+        r"(?<!femoral )(?<!humeral )(?<!radial )(?<!arrow )(?<!pancreatic )(?<!metatarsal )(?<!metacarpal )"
+        r"heads?(?! of | and body)",
+        r"skull|cranium|cranio(?!-?caud)\w+|cranial (?:nerve|fossa|vault|bone|ct|mr|comp|magn|base)\w*",
+        r"(?:intra|extra)-?cranial|brains?|brainstem|midbrain",
+        r"cerebr\w+|cerebell\w+|hemispher\w+|thalam\w+|hippocamp\w+|basal ganglia|pons|pontine|corpus callosum",
+        r"pituitary|hypophys\w+|sellar?|suprasellar|cavernous sinus\w*|white matter|gr[ae]y matter|choroid plexus",
+        r"(?:frontal|temporal|parietal|occipital)(?= (?:lobe|region|bone|horn|area|cortex|sinus|gyrus|mass|hemorr))",
+        r"(?:fronto|temporo|parieto|occipito)-?(?:parietal|temporal|occipital|frontal|basal)|occipital",
+        r"(?:lateral|third|fourth|3rd|4th|cerebral) ventricles?|hydrocephal\w+|subdural|subarachnoid|mening\w+",
+        r"orbit(?:s|al)?|optic nerves?|eyes?|ocular|globe|nas(?:al|i)|naso(?:septal|ethmoid\w*)|paranasal|sinonasal",
+        r"maxill\w+|mandib(?:le|ul)\w*|jaws?|zygoma\w*|facial|sphenoid\w*|ethmoid\w*|mastoid\w*|temporomandibular",
+        r"teeth|tooth|(?:pre)?molars?|incisors?|dental|orthopantomogra\w+|opg|cochlea\w*|auditory|palat(?:e|al)",
+        r"middle cerebral|circle of willis|scalp|clivus|pterygo\w+|tongue",
+    ),
+    "chest": (
+        r"chests?|cxr|thorax|hemi-?thorax|intra-?thoracic|thoraco-?abdominal",
+        r"(?<!trans)thoracic(?! (?:spin|vertebr|cord|level|region of the spin|kypho))",
+        r"lungs?|pulmonary(?! (?:valve|steno))|intrapulmonary|pleur\w+|mediastin\w+|hil(?:ar|um) (?:lymph|aden)\w*",
+        r"bronch\w+|pneumo(?:thora\w+|nia|mediastinum|nitis)|hydro-?pneumothora\w+",
+        r"(?:pneumo-?)?ha?emo-?thora\w+|empyema",
+        r"ribs?|stern(?:um|al)|lingula\w*|middle lobe|hemi-?diaphragm\w*|costophrenic|cardiothoracic",
+    ),
+    "heart": (
+        r"hearts?|cardi(?:ac|omegaly|omyopathy)|echo-?cardiogra\w+|intracardiac|myocard\w+|endocard\w+",
+        r"(?:hemo)?pericardi\w+|atri(?:um|a|al)|interatrial|interventricular|biventricular|mitral|tricuspid",
+        r"(?:left|right) ventric\w+|ventricular (?:septal|septum)|(?:aortic|pulmonary) valves?",
+        r"coronar(?:y|ies)|[lr]v(?:ot)?",
+    ),
+    "breast": (r"breasts?", r"mammogra\w+", r"(?<!internal )mammary"),
+    "abdomen": (
+        r"abdom\w+|intra-?abdom\w+|thoraco-?abdominal|liver|(?:intra|extra)?-?hepat(?:ic|o)\w*|hepatitis",
+        r"spleen|splen(?:ic|omegaly)|(?:peri)?pancrea\w+|kidneys?|(?:peri|supra|infra|ad|pararenal)?-?renal|nephr\w+",
+        r"hydro-?nephro\w+|gall-?bladder|gall bladder|bil(?:e|iary)|cholecyst\w+|choledoch\w+|cholangio\w+|stomach",
+        r"gastric|duoden\w+|jejun\w+|ile(?:um|al|us)|ileo\w+|colon(?:ic|ogra\w+)?|colitis|ca?ec(?:um|al)|intestin\w+|bowels?",
+        r"appendi(?:x|ci\w+|ceal)|mesenter\w+|(?:retro|intra)?-?perito?n\w+|ureter(?:s|ic|al)?|celiac|omental|omentum",
+        r"portal (?:vein|venous)|kub|flanks?|subphrenic|porta hepatis",
+    ),
+    "pelvis": (
+        r"(?<!renal )pelvi[sc]|hemi-?pelvis|uter(?:us|ine)|ovar(?:y|ies|ian)|(?<!gall )bladder|prostat\w+",
+        r"(?:peri|ano)?-?rect(?:um|al)|vagina\w*|adnexa\w*|endometri(?:um|al)|myometri\w+|scrot(?:um|al)",
+        r"testi(?:s|c\w+|s)|testes|hips?|acetabul\w+|ischi(?:um|al)|pub(?:is|ic)|sacro-?iliac|sacr(?:um|al)|coccyx",
+        r"ili(?:ac|um)|urethr(?:a|al|ogram)|c(?:o)?ysto-?(?:urethro)?gra\w+|cervix|cervical (?:canc|carc)\w+|penile",
+        r"inguinal|groins?",
+    ),
+    "spine": (
+        r"(?<!iliac )(?<!scapular )spines?|spinal|vertebra(?:e|l(?! arter))?|inter-?vertebral|paravertebral",
+        "paraspinal",
+        r"(?:thoraco|dorso)?-?lumbar|lumbo-?sacral|spondyl\w+|scolio\w+|kypho\w+|odontoid|atlanto-?\w+|myelogra\w+",
+        r"l[1-5][-/](?:l?[2-5]|s1)|c[2-7][-/]c?[3-7]|t\d{1,2}[-/]t?\d{1,2}",
+    ),
+    "neck": (
+        r"(?<!femoral )(?<!bladder )(?<!humeral )(?<!radial )(?<!surgical )(?<!anatomical )(?<!aneurysm )(?<!wide )"
+        r"necks?(?! of )",
+        r"(?:para)?thyroid\w*|(?:naso|oro|hypo|para|retro)?-?pharyn\w+|laryn\w+|(?:epi|supra|sub)?glotti\w+",
+        r"jugular|common carotid|carotid (?:bifurcation|sheath|bulb)|submandibular|parotid|hyoid|tonsil\w*",
+        r"cervical(?! (?:canc|carc|vagin|os\b|intraep|spin|vertebr|cord|disc|syrin|myel|kypho|lordo))",
+    ),
+    "upper limb": (
+        r"upper (?:limb|extremit)\w*|arms?|forearms?|elbows?|wrists?|fingers?|thumbs?|shoulders?|clavic\w+",
+        r"(?<!other )(?<!right-)(?<!left-)hands?(?![ -]side)|humer(?:us|al|i)|(?:distal|proximal) radi(?:us|al)",
+        r"radial heads?|radius and ulna|ulnar?|carpal|metacarp\w+|scaphoid|lunate|scapula\w*|glen(?:oid|ohumeral)",
+        r"acromio\w*|rotator cuff|supraspinatus|brachial",
+    ),
+    "lower limb": (
+        r"lower (?:limb|extremit)\w*|legs?|thighs?|knees?|femur|femora|femoral|tibi(?:a|al|as)|tibio\w+|fibul\w+",
+        r"patell\w+|ankles?|foot|feet|toes?|calcan\w+|tal(?:us|ar|onavicular)|metatars\w+|tarsal|menisc\w+|cruciate",
+        r"malleol\w+|perone(?:al|us)|achilles|popliteal|heels?|hallux|calf|calves",
+    ),
+}
+# What makes "left" and "right" no side of the patient: layout of the figure, arrows, projections, the verb "leave"
+_LAYOUT = (
+    r"arrow\w*|panels?|images?|pictures?|figures?|photo\w*|columns?|curves?|rows?|corner|inset|frame|star|asterisk"
+)
+_BETWEEN = (
+    r"upper|lower|top|bottom|most|side|small|big|large|thick|thin|short|long|white|black|red|blue|green|yellow|orange"
+    r"|open|solid|curved|dotted|dashed|hand|hand side"
+)
+_NO_SIDE_AFTER = (
+    rf"(?![ -](?:(?:{_BETWEEN})[ -])*(?:{_LAYOUT})\b|[ -]?(?:side|part|half) of (?:the|each|this) (?:{_LAYOUT}|screen)"
+    r"|[ -](?:anterior|posterior) oblique|[ -]lateral (?:decubitus|view|radio|x|chest|proj)|[ -]to[ -](?:right|left)\b"
+    r"|[ -](?:after|before|now|away|angle\w*|handed|untreated|alone|behind|unrepaired|open\b|in (?:place|situ)|over\b)"
+    r"|\s*[:=])"
+)
+_NO_SIDE_BEFORE = "".join(
+    rf"(?<!{word} )"
+    for word in ("top", "bottom", "was", "were", "been", "had", "right to", "left to", "image on the", "figure on the")
+) + "".join(rf"(?<!{word}-to-)" for word in ("right", "left"))
+_PAIRED = (
+    r"lungs?|kidneys?|sides?|hips?|knees?|breasts?|lobes?|femurs?|femora|femoral|legs?|feet|hands?|eyes?|orbits?|hila"
+    r"|ovar(?:y|ies)|adrenals?|hemispher\w+|shoulders?|ureters?|thalam\w+|hemithora\w+|ankles?|maxill\w+|testes"
+)
+LATERALITY = {
+    "left": (rf"{_NO_SIDE_BEFORE}left{_NO_SIDE_AFTER}",),
+    "right": (rf"{_NO_SIDE_BEFORE}right{_NO_SIDE_AFTER}",),
+    "bilateral": (r"bilat\w*", rf"both(?: the)?(?: \w+)? (?:{_PAIRED})"),
+}
+
+
+def _compile(words: dict[str, Sequence[str]]) -> tuple[re.Pattern, tuple[str, ...]]:
+    """Return one pattern with a group per value, in the order of the values."""
+    groups = "|".join(f"({'|'.join(fragments)})" for fragments in words.values())
+    return re.compile(rf"(?<![a-z0-9])(?:{groups})(?![a-z0-9])"), tuple(words)
+
+
+_READERS = {"modality": _compile(MODALITY), "region": _compile(REGION), "laterality": _compile(LATERALITY)}
+
+# --- Negation: the triggers of NegEx that occur in captions (Chapman et al., J Biomed Inform 34:301, 2001) ----------
+
+_SHOWN = (
+    r"(?:seen|visible|visuali[sz]ed|identified|detected|observed|noted|present|found|demonstrated|demonstrable|evident"
+    r"|apparent|depicted|appreciated|recogni[sz]ed|perceived)"
+)
+_SIGNS = r"(?:\w+ )?(?:evidence|signs?|features|indications?) (?:of|for)"
+_BEFORE = re.compile(
+    r"\b(?<![-.])(?:(?:no|without)(?! (?:longer|more|change|changes|only)\b)(?![-.:])(?: (?:any|further))?"
+    r"|(?:absence|lack) of|absent|negative for|free of|neither|(?:ruled|ruling|rules|rule) out|exclud\w+(?= an?y?\b)"
+    rf"|(?:does|do|did) not (?:show|reveal|demonstrate)|not (?:showing|revealing|demonstrating)|lacking)(?: {_SIGNS})?"
+    r"(?: |$)"
+)
+_AFTER = re.compile(
+    rf"\b(?:(?:(?:is|are|was|were|could|can|has|have)(?: be| been)? )?(?:not|no longer|never)"
+    rf"(?: be| been)?(?: \w+ly)? {_SHOWN}|cannot be {_SHOWN}"
+    r"|(?:is|are|was|were) (?:absent|excluded(?! from)|ruled out))\b"
+)
+_SCOPE = 6  # words that a trigger reaches, as in NegEx
+# What ends the noun phrase in which a finding is named
+_STOP = re.compile(
+    r"in|on|of|at|with|within|from|to|for|by|after|before|during|between|along|around|into|through|near|over|under|or"
+    r"|and|nor|but|however|although|though|except|despite|while|whereas|which|that|this|these|those|who|where|when|as"
+    r"|than|is|are|was|were|be|been|being|has|have|had|can|could|may|due|because|since|if|then|also|only|it|its|there"
+    r"|seen|noted|visible|identified|found|present|observed|detected|demonstrat\w+|show\w*|reveal\w*|display\w*"
+    r"|confirm\w*|suggest\w*|indicat\w+|consistent|associated|involving|causing|following|compatible|compared"
+    r"|extending|arising|secondary|caused|occurred|occurring|surrounding|requiring|related|prior|suitable"
+    r"|obtained|continuing|presents|results"
+)
+_DETERMINERS = frozenset(("a", "an", "the", "any", "other", "further", "obvious", "apparent"))
+# Not heads where they end the phrase: "no flow distal to", "no residual or recurrent disease"
+_ADJECTIVES = re.compile(
+    r"distal|proximal|lateral|medial|anterior|posterior|elsewhere|outside|anywhere|residual|recurrent|new|local|acute"
+    r"|active|focal|left|right|bilateral\w*|primary|clear|definite|significant|intravenous|iv|oral|free|else|well"
+    r"|yet|more|beyond|\w+ly"
+)
+# "Without contrast" tells how an image was made, not what it lacks
+_NO_FINDING = re.compile(
+    r"contrast|gadolinium|injection|agents?|medium|material|administration|use|need|history|complications?|time|case"
+    r"|patients?|symptoms?|changes?|difference|way|one|doubt|success|assumptions?|surgery|treatment|evidence|signs?"
+)
+_WORD = re.compile(r"[a-z][a-z0-9'/-]*|\d+|[,.;:()]")
+
+
+def _singular(word: str) -> str:
+    for ending, singular in (("ies", "y"), ("eses", "esis"), ("ases", "asis"), ("oses", "osis"), ("sses", "ss")):
+        if word.endswith(ending) and len(word) > len(ending) + 2:
+            return word[: -len(ending)] + singular
+    return word[:-1] if word.endswith("s") and len(word) > 3 and not word.endswith(("ss", "us", "is")) else word
+
+
+def _ends(word: str) -> bool:
+    return not word[0].isalpha() or _STOP.fullmatch(word) is not None
+
+
+def _head(words: Sequence[str]) -> str | None:
+    """Return the last noun, singular, of the phrase that `words` begin with; None if it names no finding."""
+    phrase = [word for word in itertools.takewhile(lambda word: not _ends(word), words) if word not in _DETERMINERS]
+    while phrase and _ADJECTIVES.fullmatch(phrase[-1]):
+        phrase.pop()
+    if not phrase or len(phrase[-1]) < 3 or _NO_FINDING.fullmatch(phrase[-1]):
+        return None
+    return _singular(phrase[-1])
+
+
+def _negated_after(text: str) -> list[str | None]:
+    """Return the heads of the findings that the beginning of `text` lists: "fracture, dislocation or effusion in"."""
+    words = _WORD.findall(text[:160])
+    heads, start = [], 0
+    for position in range(min(len(words), 4 * _SCOPE) + 1):
+        word = words[position] if position < len(words) else "."
+        if word in (",", "and", "or", "nor"):
+            if position > start:
+                heads.append(_head(words[start:position]))
+            following = words[position + 1 : position + 2 + _SCOPE]
+            # A comma goes on with the list only if an "or" closes it; "and a", "and the" begin something else
+            closed = word != "," or following[:1] in (["or"], ["nor"], ["and"]) or _closes(following)
+            if not closed or (word in (",", "and") and following[:1] in (["a"], ["an"], ["the"], ["normal"])):
+                return heads
+            start = position + 1
+        elif _ends(word) or position - start >= _SCOPE:
+            if position > start:
+                heads.append(_head(words[start:position]))
+            return heads
+    return heads
+
+
+def _closes(words: Sequence[str]) -> bool:
+    """Tell whether an "or" or "nor" comes before anything else ends the list that `words` go on with."""
+    for word in words:
+        if word in ("or", "nor"):
+            return True
+        if word != "," and _ends(word):
+            return False
+    return False
+
+
+def _negated_before(text: str) -> str | None:
+    """Return the head of the clause that ends `text`: "the fistulous tract to the anorectum" [is not seen]."""
+    clause = re.split(r"[,.;:()]|\b(?:and|but|while|which|that|where|with|showing|shows?)\b", text[-100:])[-1]
+    return _head(_WORD.findall(clause))
+
+
+def _negations(text: str) -> set[str]:
+    heads = [head for match in _BEFORE.finditer(text) for head in _negated_after(text[match.end() :])]
+    heads += [_negated_before(text[: match.start()]) for match in _AFTER.finditer(text)]
+    return {head for head in heads if head}
+
+
+# --- Measurement: lengths in millimeters ---------------------------------------------------------------------------
+
+# "3. 5" is how BLIP's tokenizer decodes "3.5"
+_NUMBER = r"\d{1,3} ?[.,] ?\d{1,2}|\d{1,4}"
+_LENGTH = re.compile(
+    rf"(?<![\w.,])((?:{_NUMBER})(?: ?(?:x|\*|by|-|/|to|and) ?(?:{_NUMBER})){{0,2}})"
+    r"[ -]{0,2}(mms?|cms?|millimet\w+|centimet\w+)(?![\w/^]| ?hg\b| h2o| ?2\b| ?3\b)"
+)
+_NUMBERS = re.compile(_NUMBER)
+# Lengths of the scan or of the printed figure, not of the patient: what stands before and after them
+_TECHNIQUE = re.compile(
+    r"\b(?:slices?|sections?|slab|field of view|fov|collimation|scale|bar|interval|spacing|pixel|voxel)\b"
+)
+_TECHNIQUE_AFTER = re.compile(
+    r"[ -](?:\w+[ -])?(?:slices?|sections?|mip|fov|collimation|tomograms?)\b| \(\d+ ?x ?\d+ dpi"
+)
+TOLERANCE = 0.1  # of the larger length: what rounding to half a centimeter or another caliper placement moves
+
+
+def _measurements(text: str) -> set[str]:
+    lengths = set()
+    for match in _LENGTH.finditer(text):
+        before = text[max(0, match.start() - 25) : match.start()]
+        if _TECHNIQUE.search(before) or _TECHNIQUE_AFTER.match(text, match.end()):
+            continue
+        scale = 10 if match[2].startswith("c") else 1
+        for number in _NUMBERS.findall(match[1]):
+            millimeters = scale * float(number.replace(" ", "").replace(",", "."))
+            lengths |= {f"{millimeters:g}"} if millimeters > 0 else set()
+    return lengths
+
+
+# --- Reading a caption ---------------------------------------------------------------------------------------------
+
+
+_GLUED = re.compile(r"(?<=[a-z]{2})(?=[A-Z][a-z]{2})")  # published captions lose the end of a title: "scanThe mass"
+
+
+def plain_text(caption: str) -> str:
+    """Return `caption` as the tables are written: lower case, no accents, one kind of dash and of times sign."""
+    caption = _GLUED.sub(" ", caption)
+    if not caption.isascii():
+        caption = unicodedata.normalize("NFKD", caption)
+        caption = "".join(c for c in caption if not unicodedata.combining(c))
+        caption = re.sub(r"\s*[–—]\s+", ", ", caption)  # a dash between clauses, not within a word
+        caption = caption.translate({ord(c): "-" for c in "–—−‐‑‒"} | {ord("×"): "x", ord("’"): "'"})
+    # A decoded "x - ray" is an X-ray; line breaks and runs of blanks say nothing
+    return re.sub(r" ?([-/]) ?", r"\1", " ".join(caption.lower().split()))
+
+
+def _mentions(attribute: str, text: str) -> list[str]:
+    """Return the values of `attribute` in the order in which `text` names them."""
+    pattern, values = _READERS[attribute]
+    return [values[match.lastindex - 1] for match in pattern.finditer(text)]
+
+
+# Baselines repeat captions, and references are read once for each system
+@functools.lru_cache(maxsize=2**15)
+def read_attributes(caption: str) -> dict[str, frozenset[str]]:
+    """Return what `caption` says of each of `ATTRIBUTES`; an empty set where it says nothing.
+
+    `modality`, `region` and `laterality` hold keys of the tables `MODALITY`, `REGION` and `LATERALITY`; `negation` the
+    head words of the findings that are said to be absent, lower case and singular; `measurement` lengths in
+    millimeters, as text: "35", "12.5".
+    """
+    text = plain_text(caption)
+    found = {name: frozenset(_mentions(name, text)) for name in _READERS}
+    return found | {"negation": frozenset(_negations(text)), "measurement": frozenset(_measurements(text))}
+
+
+# --- Agreement -----------------------------------------------------------------------------------------------------
+
+
+def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """Return the quotient, nan where the denominator is 0."""
+    numerator, denominator = np.asarray(numerator, float), np.asarray(denominator, float)
+    return np.divide(numerator, denominator, out=np.full(denominator.shape, np.nan), where=denominator > 0)
+
+
+def micro_f1(sums: np.ndarray, number: int) -> np.ndarray:
+    """Return the F1 `[...]` of `[..., 3]` true positives, predicted and stated items; nan where nobody says any."""
+    return _ratio(2 * sums[..., 0], sums[..., 1] + sums[..., 2])
+
+
+def micro_precision(sums: np.ndarray, number: int) -> np.ndarray:
+    """Return the precision `[...]` of the same sums; nan where nothing is predicted."""
+    return _ratio(sums[..., 0], sums[..., 1])
+
+
+def micro_recall(sums: np.ndarray, number: int) -> np.ndarray:
+    """Return the recall `[...]` of the same sums; nan where nothing is stated."""
+    return _ratio(sums[..., 0], sums[..., 2])
+
+
+def _same_lengths(predicted: Set[str], stated: Set[str]) -> int:
+    """Return the most pairs, one to one, that differ by at most `TOLERANCE`.
+
+    In order, the smallest of one side pairs with the smallest of the other that is near enough, which is optimal: what
+    is too small for this one is too small for all that follow.
+    """
+    ours, theirs = sorted(map(float, predicted)), sorted(map(float, stated))
+    i = j = pairs = 0
+    while i < len(ours) and j < len(theirs):
+        if abs(ours[i] - theirs[j]) <= TOLERANCE * max(ours[i], theirs[j]) + 1e-9:
+            i, j, pairs = i + 1, j + 1, pairs + 1
+        elif ours[i] < theirs[j]:
+            i += 1
+        else:
+            j += 1
+    return pairs
+
+
+def agreement(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Score]:
+    """Return the micro F1 of the (caption, value) items of each attribute, from 0 to 1.
+
+    Each score's statistics are `[N, 3]`: items that both captions say, that the prediction says, that the reference
+    says. Its value is nan where neither side says any, which is no agreement and no lack of it.
+
+    Raises:
+        ValueError: there are not as many predictions as references.
+    """
+    counts = {name: [] for name in ATTRIBUTES}
+    for prediction, reference in zip(predictions, references, strict=True):
+        said, stated = read_attributes(prediction), read_attributes(reference)
+        for name, rows in counts.items():
+            both = _same_lengths if name == "measurement" else lambda a, b: len(a & b)
+            rows.append((both(said[name], stated[name]), len(said[name]), len(stated[name])))
+    return {name: Score(np.array(rows, float).reshape(-1, 3), micro_f1) for name, rows in counts.items()}
+
+
+def summary(score: Score) -> dict[str, float | int | None]:
+    """Return what `score` of `agreement` says, fit for JSON: an undefined share is None, never nan.
+
+    Returns:
+        `f1`, `precision` and `recall`, from 0 to 1, and how many captions say anything of this attribute: `stated`, of
+        the references, and `predicted`, of the predictions.
+    """
+    shares = {"f1": micro_f1, "precision": micro_precision, "recall": micro_recall}
+    values = {name: Score(score.statistics, combine).value for name, combine in shares.items()}
+    said = {"stated": int((score.statistics[:, 2] > 0).sum()), "predicted": int((score.statistics[:, 1] > 0).sum())}
+    return {name: None if math.isnan(value) else value for name, value in values.items()} | said
+
+
+# --- The modality of an image --------------------------------------------------------------------------------------
+
+# The first that an image has counts: what is more specific comes first. A PET comes with a CT, an angiogram is made
+# of X-rays, and an image that combines others is named after the one with more contrast of soft tissue.
+MODALITY_CUIS = {
+    "C0032743": "PET",
+    "C0002978": "angiography",
+    "C0024485": "MRI",
+    "C0040405": "CT",
+    "C0041618": "ultrasound",
+    "C1306645": "X-ray",
+}
+
+
+def modality_of(cuis: Sequence[str], caption: str) -> str:
+    """Return an image's modality, a key of `MODALITY` or "unknown".
+
+    It is the first of `MODALITY_CUIS` among its `cuis`, else the first that its `caption` names.
+    """
+    known = [modality for cui, modality in MODALITY_CUIS.items() if cui in set(cuis)]
+    return next(iter(known or _mentions("modality", plain_text(caption))), "unknown")

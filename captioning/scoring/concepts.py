@@ -1,0 +1,182 @@
+"""UMLS concepts (CUIs) in captions, without a license or a download: read by what the training split teaches.
+
+extractor = ConceptExtractor().fit(train_captions, train_cuis)
+concept_f1(extractor.predict(predictions), [known_concepts(cuis) for cuis in image_cuis]).value
+concept_f1(extractor.predict(references), ...).value    # what perfect captions would score: the upper bound
+"""
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Sequence, Set
+
+import numpy as np
+import scipy.sparse as sp
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.linear_model import LogisticRegression
+
+from captioning.scoring.bootstrap import Score
+from captioning.scoring.clinical import plain_text
+
+
+_CUI = re.compile(r"C\d{7}")
+MIN_IMAGES = 10  # training images that a concept needs to be learned
+MIN_PAIRS = 30  # training captions with concepts below which nothing is learned
+# N-grams that each concept may weigh: as many as its images, within these bounds
+MIN_FEATURES, MAX_FEATURES = 200, 1000
+CUES = 10  # its most telling n-grams; the captions that hold one are in question
+NEGATIVES, MIN_NEGATIVES = 10, 3000  # captions without it that it is told from: ten for each with it, or more
+
+
+def known_concepts(cuis: Sequence[str]) -> frozenset[str]:
+    """Return the concepts of one image; "nan" and blanks, which some mirrors hold for none, are none."""
+    return frozenset(cui for cui in map(str.strip, cuis) if _CUI.fullmatch(cui))
+
+
+def _surprise(both: np.ndarray, spread: np.ndarray, positives: int, number: int) -> np.ndarray:
+    """Return the chi-squared of each n-gram's 2 x 2 table with one concept, `[grams]`.
+
+    Args:
+        both: `[grams]`, captions that hold the n-gram and the concept.
+        spread: `[grams]`, captions that hold the n-gram.
+        positives: captions that hold the concept.
+        number: captions in all.
+    """
+    expected = spread * (positives / number)
+    variance = expected * (1 - spread / number) * (1 - positives / number)
+    return np.divide((both - expected) ** 2, variance, out=np.zeros(len(spread)), where=variance > 1e-9)
+
+
+def _first(surprise: np.ndarray, number: int) -> np.ndarray:
+    return np.argsort(-surprise, kind="stable")[:number]
+
+
+def _telling(
+    grams: sp.csr_matrix, together: sp.csc_matrix, spread: np.ndarray, positive: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the n-grams, sorted, that tell most about the concept of the `positive` captions; and those in question.
+
+    Half of the n-grams tell the concept from all captions; half from the captions in question only, where "left lung"
+    may tell that "lung" was not meant alone.
+    """
+    half = int(np.clip(positive.sum(), MIN_FEATURES, MAX_FEATURES)) // 2
+    held = together.indices
+    telling = held[_first(_surprise(together.data, spread[held], positive.sum(), len(positive)), half)]
+    cues = np.zeros(grams.shape[1], np.float32)
+    cues[telling[:CUES]] = 1
+    question = np.flatnonzero(grams @ cues)
+    rows = grams[question]
+    both, seen = rows.T @ positive[question].astype(np.float32), np.bincount(rows.indices, minlength=len(cues))
+    surprise = _surprise(both, seen, positive[question].sum(), len(question))
+    return np.union1d(telling, _first(surprise, half)), question
+
+
+def _separate(
+    part: sp.csr_matrix, positive: np.ndarray, question: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, float]:
+    """Return the weights `[features]` and the intercept that tell the `positive` rows of `part` from the others.
+
+    Of the others it sees those in question, which are hard to tell, and as many drawn from all.
+    """
+    most = max(MIN_NEGATIVES, NEGATIVES * int(positive.sum()))
+    hard, others = question[~positive[question]], np.flatnonzero(~positive)
+    if not len(others):
+        return np.zeros(part.shape[1]), 1.0  # every caption has the concept
+    drawn = [rng.permutation(rows)[:most] for rows in (hard, others)]
+    rows = np.unique(np.concatenate([np.flatnonzero(positive), *drawn]))
+    # L1, since few n-grams name a concept; liblinear draws the order of its steps from its own seed
+    model = LogisticRegression(C=1.0, l1_ratio=1, solver="liblinear", tol=1e-2, random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # near is enough: a tighter fit scores the same
+        model.fit(part[rows], positive[rows])
+    return model.coef_[0], float(model.intercept_[0])
+
+
+class ConceptExtractor:
+    """Reads UMLS concepts (CUIs) from captions, as it learned from the training split's captions and concepts.
+
+    ROCOv2's concepts were mostly found in the captions by a tool, so that a logistic regression per concept on words,
+    pairs and triples of words retraces them. It weighs only the n-grams that go along with the concept, which keeps a
+    thousand concepts on 60,000 captions to about a minute of one core.
+
+    Attributes:
+        concepts: the CUIs it has learned, sorted.
+        left_out: how many CUIs of the training split are too rare to be learned; they count as missed in the truth.
+        reason: why nothing was learned, else "".
+    """
+
+    def __init__(self, min_images: int = MIN_IMAGES, seed: int = 0):
+        self.min_images, self.seed = min_images, seed
+        self.concepts: tuple[str, ...] = ()
+        self.left_out = 0
+        self.reason = "the extractor has not been fitted"
+
+    def fit(self, captions: Sequence[str], cuis: Sequence[Sequence[str]]) -> "ConceptExtractor":
+        """Learn from pairs; where there are too few, `concepts` stays empty and `reason` says why.
+
+        Raises:
+            ValueError: there are not as many captions as lists of CUIs.
+        """
+        pairs = [(plain_text(c), known_concepts(known)) for c, known in zip(captions, cuis, strict=True)]
+        images = Counter(cui for _, known in pairs for cui in known)
+        kept = sorted(cui for cui, number in images.items() if number >= self.min_images)
+        self.concepts, self.left_out, self.reason = (), len(images) - len(kept), ""
+        if sum(bool(known) for _, known in pairs) < MIN_PAIRS:
+            self.reason = f"fewer than {MIN_PAIRS} training captions have concepts"
+        elif not kept:
+            self.reason = f"no concept has {self.min_images} training images"
+        else:
+            self._learn([text for text, _ in pairs], [known for _, known in pairs], kept)
+        return self
+
+    def _learn(self, texts: Sequence[str], known: Sequence[Set[str]], kept: Sequence[str]) -> None:
+        rng = np.random.default_rng(self.seed)
+        self._vectorizer = CountVectorizer(
+            binary=True, lowercase=False, ngram_range=(1, 3), min_df=2, token_pattern=r"[a-z0-9]+", dtype=np.float32
+        )
+        try:
+            grams = self._vectorizer.fit_transform(texts)
+        except ValueError:  # scikit-learn's word for an empty vocabulary
+            self.reason = "the training captions have no words in common"
+            return
+        columns_of_grams, spread = grams.tocsc(), np.bincount(grams.indices, minlength=grams.shape[1])
+        column = {cui: i for i, cui in enumerate(kept)}
+        entries = [(row, column[cui]) for row, cuis in enumerate(known) for cui in sorted(cuis) if cui in column]
+        rows, columns = np.array(entries).T
+        truth = sp.csc_matrix((np.ones(len(rows), np.float32), (rows, columns)), shape=(len(texts), len(kept)))
+        together = (grams.T @ truth).tocsc()  # [grams, concepts], captions that hold both
+        weights, self._intercepts = [], np.zeros(len(kept))
+        for c in range(len(kept)):
+            positive = np.zeros(len(texts), bool)
+            positive[truth.indices[truth.indptr[c] : truth.indptr[c + 1]]] = True
+            features, question = _telling(grams, together[:, c], spread, positive)
+            part = columns_of_grams[:, features].tocsr()
+            weight, self._intercepts[c] = _separate(part, positive, question, rng)
+            weights.append(sp.csc_matrix((weight, (features, np.zeros_like(features))), shape=(grams.shape[1], 1)))
+        self._weights = sp.hstack(weights).tocsr()
+        self._weights.eliminate_zeros()
+        self.concepts = tuple(kept)
+
+    def predict(self, captions: Sequence[str]) -> list[frozenset[str]]:
+        """Return the concepts that each caption says; none if nothing was learned."""
+        if not self.concepts:
+            return [frozenset()] * len(captions)
+        grams = self._vectorizer.transform([plain_text(caption) for caption in captions])
+        found = []
+        for start in range(0, len(captions), 1000):  # dense scores of all captions would take a gigabyte
+            scores = (grams[start : start + 1000] @ self._weights).toarray() + self._intercepts
+            found += [frozenset(self.concepts[c] for c in np.flatnonzero(row)) for row in scores > 0]
+        return found
+
+
+def concept_f1(predicted: Sequence[Set[str]], truth: Sequence[Set[str]]) -> Score:
+    """Return ImageCLEFmedical's F1 of concept detection: the mean over images of the F1 of two sets of CUIs.
+
+    As in the official evaluator, an image without concepts for which none is predicted scores 1.
+
+    Raises:
+        ValueError: there are not as many predictions as images.
+    """
+    pairs = [(set(a), set(b)) for a, b in zip(predicted, truth, strict=True)]
+    return Score.of(np.array([2 * len(a & b) / (len(a) + len(b)) if a or b else 1.0 for a, b in pairs]))

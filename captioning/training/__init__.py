@@ -1,0 +1,1 @@
+"""Arguments, recipes, the Trainer, and what keeps a run sound."""

@@ -1,0 +1,59 @@
+"""Which checkpoints of an output folder a run can go on from."""
+
+import json
+import logging
+import zipfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+
+logger = logging.getLogger(__name__)
+
+
+def last_complete_checkpoint(output_dir: str) -> str | None:
+    """Return the newest checkpoint that was written to its end, or None; each incomplete one is logged.
+
+    The Trainer writes `trainer_state.json` last: a run that was killed while saving left none, or half of one. A run
+    that was killed while it removed an old checkpoint left that without some of its files.
+    """
+    checkpoints = {}
+    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+        if path.is_dir() and step.isdigit():
+            checkpoints[int(step)] = path
+    for step in sorted(checkpoints, reverse=True):
+        fault = checkpoint_fault(checkpoints[step], step)
+        if fault is None:
+            return str(checkpoints[step])
+        logger.warning("%s is incomplete and is passed over: %s", checkpoints[step], fault)
+    return None
+
+
+def checkpoint_fault(folder: Path, step: int | None = None) -> str | None:
+    """Return why a checkpoint cannot be resumed from, None if it can; of large files only their ends are read.
+
+    Args:
+        folder: the checkpoint.
+        step: of the optimizer, that it must be of.
+    """
+    try:
+        found = json.loads((folder / "trainer_state.json").read_text())["global_step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "trainer_state.json is missing or damaged"
+    if step is not None and found != step:
+        return f"trainer_state.json is of step {found}"
+    for name, others in (("model.safetensors", "pytorch_model_fsdp*"), ("optimizer.pt", "optimizer*")):
+        if not (folder / name).is_file() and not any(folder.glob(others)):
+            return f"{name} is missing"
+    for path in (*folder.glob("*.safetensors"), *folder.glob("*.pt"), *folder.glob("*.pth")):
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, "pt"):
+                    pass
+            elif not zipfile.is_zipfile(path):
+                return f"{path.name} is damaged"
+        except (OSError, SafetensorError) as error:
+            return f"{path.name} is damaged: {error}"
+    return None

@@ -1,0 +1,650 @@
+"""Files of strangers: no traceback, no hang, bounded memory, and nothing of theirs is run."""
+
+import csv
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+import struct
+import subprocess
+import time
+import tracemalloc
+import zipfile
+import zlib
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from datasets import DatasetDict
+from helpers import TINY_CONFIG, flags, make_captions, make_png, make_rows, run
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file
+
+import run_captioning
+from captioning.command_line import exit_on_user_error
+from captioning.data import checks, images, sources, zenodo
+from captioning.data.images import open_image
+from captioning.errors import UserError, printable
+from captioning.models import blip
+from captioning.training.recipe import _fields, parse_arguments, read_recipe
+
+
+EXAMPLES = settings(
+    max_examples=150,
+    deadline=5000,  # ms: a hang is a failure
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+BIDIRECTIONAL = "\u202e\u2066\x1b[31m"
+
+
+def as_bytes(content: bytes) -> dict:
+    return {"bytes": content, "path": None}
+
+
+# --- Images ---------------------------------------------------------------------------------------------------
+
+
+def encoded(name: str, mode: str = "RGB", **options) -> bytes:
+    buffer = io.BytesIO()
+    Image.effect_noise((24, 20), 60).convert(mode).save(buffer, name, **options)
+    return buffer.getvalue()
+
+
+IMAGES = [
+    encoded("PNG"),
+    encoded("PNG", "I;16"),
+    encoded("JPEG"),
+    encoded("GIF", "P"),
+    encoded("BMP"),
+    encoded("TIFF", "F"),
+    encoded("TIFF", "L", compression="tiff_lzw"),
+    encoded("WEBP"),
+    encoded("JPEG2000"),
+]
+
+
+def is_decoded_or_refused(content: bytes) -> None:
+    try:
+        image = open_image(as_bytes(content))
+    except ValueError as error:
+        assert str(error)
+    else:
+        assert image.width * image.height <= images.MAX_PIXELS
+
+
+@EXAMPLES
+@given(st.binary(max_size=300))
+def test_any_bytes_are_an_image_or_refused(content):
+    is_decoded_or_refused(content)
+
+
+@settings(EXAMPLES, max_examples=600)
+@given(st.sampled_from(IMAGES), st.lists(st.tuples(st.floats(0, 1), st.binary(min_size=1, max_size=8)), max_size=4),
+       st.floats(0.2, 1))  # fmt: skip
+def test_damaged_images_are_decoded_or_refused(content, changes, kept):
+    damaged = bytearray(content)
+    for place, new in changes:
+        start = int(place * len(damaged))
+        damaged[start : start + len(new)] = new
+    is_decoded_or_refused(bytes(damaged[: int(kept * len(damaged)) + 1]))
+
+
+def png_of(width: int, height: int, bits: int = 8, rows: int = 1) -> bytes:
+    """A PNG whose header claims any size, with a few rows of pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    pixels = zlib.compress(b"\0" * rows * (1 + width * bits // 8))
+    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(("width", "height", "bits"), [(10_000, 9_000, 8), (100_000, 100_000, 8), (6_000, 5_000, 16)])
+def test_giant_images_are_refused_before_they_are_decoded(width, height, bits):
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="pixels"):
+        open_image(as_bytes(png_of(width, height, bits)))
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
+def test_a_mammogram_is_not_refused():
+    pixels = Image.new("I;16", (4_096, 5_328), 2_000)
+    assert open_image(pixels).size == (4_096, 5_328)
+
+
+@pytest.mark.parametrize("device", ["/dev/zero", "fifo", "."])
+def test_what_is_no_file_is_not_read(tmp_path, device):
+    path = tmp_path / "fifo" if device == "fifo" else Path(device)
+    if device == "fifo":
+        os.mkfifo(path)
+    with pytest.raises(ValueError, match="is no regular file"):
+        open_image({"bytes": None, "path": str(path)})
+
+
+def test_postscript_starts_no_program(monkeypatch):
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 20)).save(buffer, "EPS")
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program is started"))
+    with pytest.raises(ValueError, match="not an image"):
+        open_image(as_bytes(buffer.getvalue()))
+
+
+def tiff_with_a_tile(side: int) -> bytes:
+    """A TIFF of 100x100 pixels whose only tile claims `side` x `side`."""
+    tags = [(256, 100), (257, 100), (258, 8), (259, 1), (262, 1), (277, 1), (322, side), (323, side)]
+    tags += [(324, 134), (325, side * side)]
+    return b"II*\0\x08\0\0\0\x0a\0" + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+
+
+def test_a_small_tiff_of_a_giant_tile_is_refused():
+    with pytest.raises(ValueError, match="tiles of"):
+        open_image(as_bytes(tiff_with_a_tile(30_000) + bytes(4)))
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused_in_time():
+    content = encoded("JPEG", "L", progressive=True)
+    last = content.rindex(b"\xff\xda")
+    open_image(as_bytes(content))
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="JPEG scans"):
+        open_image(as_bytes(content[:last] + content[last:-2] * 20_000 + content[-2:]))
+    assert time.monotonic() - began < 2
+
+
+# --- Recipes --------------------------------------------------------------------------------------------------
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+FIELDS = sorted(_fields())
+
+
+def is_read_or_refused(path: Path) -> None:
+    try:
+        parse_arguments([str(path)])
+    except UserError as error:
+        assert len(printable(str(error)).splitlines()) == 1  # as `exit_on_user_error` shows it
+        assert len(str(error)) < 3_000
+
+
+@EXAMPLES
+@given(JSON)
+def test_any_json_is_a_recipe_or_refused(tmp_path, value):
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(value))
+    is_read_or_refused(path)
+
+
+@EXAMPLES
+@given(st.dictionaries(st.sampled_from([name for name in FIELDS if name not in {"output_dir", "deepspeed"}]), JSON,
+                       min_size=1, max_size=4))  # fmt: skip
+def test_any_values_of_the_fields_run_or_are_refused(tmp_path, values):
+    path = tmp_path / "recipe.json"
+    path.write_text(
+        json.dumps({"config_name": "recipes/configs/blip_small.json", "output_dir": str(tmp_path)} | values)
+    )
+    is_read_or_refused(path)
+
+
+@EXAMPLES
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_recipe_or_refused(tmp_path, content):
+    path = tmp_path / "recipe.json"
+    path.write_bytes(content)
+    is_read_or_refused(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[" * 200_000,
+        '{"a":' * 200_000,
+        " " * 2**20 + "{}",
+        '{"seed": 1' + "0" * 5_000 + "}",
+        '{"seed": 1' + "0" * 300 + "}",
+        '{"learning_rate": NaN}',
+        '{"weight_decay": 1e999}',
+        '{"prompt": "\\ud800", "config_name": "x"}',
+        '{"num_train_epochs": 1e300, "config_name": "x"}',
+        '{"num_beams": 100000, "config_name": "x"}',
+        '{"data_seed": -1, "config_name": "x"}',
+        '{"dataloader_prefetch_factor": -1, "dataloader_num_workers": 1, "config_name": "x"}',
+        '{"eval_do_concat_batches": false, "config_name": "x"}',
+        '{"image_size": 1000000, "config_name": "x"}',
+        '{"vocab_size": 4611686018427387904, "config_name": "x"}',
+        '{"save_only_model": true, "config_name": "x"}',
+        '{"accelerator_config": {"split_batches": true}, "config_name": "x"}',
+        '{"accelerator_config": "/dev/zero", "config_name": "x"}',
+        '{"dataloader_num_workers": 1000000, "config_name": "x"}',
+        '{"preprocessing_num_workers": 1000000, "config_name": "x"}',
+        "{" + ",".join(f'"k{i}": 1' for i in range(50_000)) + "}",
+    ],
+    ids=[
+        "deep",
+        "deep objects",
+        "huge",
+        "digits",
+        "integer",
+        "nan",
+        "infinite",
+        "surrogate",
+        "epochs",
+        "beams",
+        "data seed",
+        "prefetch",
+        "batches apart",
+        "image",
+        "vocabulary",
+        "no optimizer",
+        "split batches",
+        "device",
+        "workers",
+        "processes",
+        "keys",
+    ],
+)
+def test_recipes_meant_to_hurt_are_one_short_line(tmp_path, content):
+    path = tmp_path / "recipe.json"
+    path.write_text(content)
+    began = time.monotonic()
+    with pytest.raises(UserError) as error:
+        parse_arguments([str(path)])
+    assert time.monotonic() - began < 5
+    assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "device"])
+def test_a_recipe_that_is_no_file_is_not_waited_for(tmp_path, kind):
+    path = {"fifo": tmp_path / "fifo", "folder": tmp_path, "device": Path("/dev/zero")}[kind]
+    if kind == "fifo":
+        os.mkfifo(path)
+    with pytest.raises(UserError, match="is no file"):
+        read_recipe(str(path))
+
+
+def test_a_long_error_keeps_its_mend_and_fits_a_screen(capsys):
+    def fail():
+        raise UserError(f"unknown key '{'x' * 10**6}\x1b[2J'; see --help")
+
+    with pytest.raises(SystemExit):
+        exit_on_user_error(fail)
+    shown = capsys.readouterr().err
+    assert len(shown) < 2_100
+    assert shown.endswith("; see --help\n")
+    assert "\x1b" not in shown
+
+
+# --- Captions -------------------------------------------------------------------------------------------------
+
+
+def zenodo_folder(folder: Path, captions: bytes, images: dict[str, bytes]) -> Path:
+    for split in ("train", "valid", "test"):
+        (folder / f"{split}_images").mkdir(parents=True)
+        (folder / f"{split}_captions.csv").write_bytes(captions)
+        for name, content in images.items():
+            (folder / f"{split}_images" / name).write_bytes(content)
+    return folder
+
+
+def checked(folder: Path, tmp_path: Path) -> list[dict]:
+    """Load and check a folder; return what is set aside."""
+    checks.check_rows(sources.load_rocov2(str(folder)), 1.0, tmp_path / "rejected.jsonl")
+    return [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
+
+
+def table(rows: list[tuple[str, str]]) -> bytes:
+    file = io.StringIO(newline="")
+    csv.writer(file).writerows([("ID", "Caption"), *rows])
+    return file.getvalue().encode("utf-8", "surrogatepass")
+
+
+@settings(EXAMPLES, max_examples=60)
+@given(st.binary(max_size=120) | st.text(alphabet=' ,"\n\r\0;aé\u202e', max_size=60).map(str.encode))
+def test_any_table_of_captions_is_read_or_refused(tmp_path_factory, content):
+    folder = tmp_path_factory.mktemp("table")
+    path = folder / "captions.csv"
+    path.write_bytes(b"ID,Caption\n" + content)
+    try:
+        for row in zenodo._zenodo_rows(str(path), None, str(folder), ""):
+            checks._check_batch({name: [value] for name, value in row.items()}, open_images=True)
+    except UserError as error:
+        assert "captions.csv" in str(error)
+
+
+def test_captions_meant_to_hurt_are_set_aside_and_the_rest_is_kept(tmp_path):
+    png = make_png(1)
+    rows = [
+        ("good", "An effu\0sion"),
+        ("long", "word " * 2_000_000),
+        ("../escape", "A nodule"),
+        ("/etc/passwd", "A nodule"),
+        ("link", "A nodule"),
+        ("", "A nodule"),
+        ("blank", "\u202e\u2066\x07"),
+    ]
+    names = ("good", "long", "blank")
+    folder = zenodo_folder(tmp_path / "zenodo", table(rows), {f"{name}.png": png for name in names})
+    (tmp_path / "secret.png").write_bytes(png)
+    (tmp_path / "zenodo" / "escape.png").write_bytes(png)
+    (folder / "test_images" / "link.png").symlink_to(tmp_path / "secret.png")
+    reasons = {row["image_id"]: row["reason"] for row in checked(folder, tmp_path) if row["split"] == "test"}
+    assert reasons.keys() == {"long", "../escape", "/etc/passwd", "link", "", "blank"}
+    assert reasons["long"] == "overlong caption"
+    assert reasons["../escape"] == reasons["/etc/passwd"] == "unreadable image: image file is missing"
+    assert "link out of the" in reasons["link"]
+    assert reasons["blank"] == "blank caption"
+
+
+def test_a_link_within_the_folder_and_a_folder_that_is_a_link_are_followed(tmp_path):
+    folder = zenodo_folder(
+        tmp_path / "zenodo", table([("a", "An effusion"), ("b", "A nodule")]), {"a.png": make_png(1)}
+    )
+    for split in ("train", "valid", "test"):
+        (folder / f"{split}_images" / "b.png").symlink_to("a.png")
+        (folder / f"{split}_images").rename(tmp_path / split)
+        (folder / f"{split}_images").symlink_to(tmp_path / split)
+    assert not checked(folder, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["bomb", "encrypted", "traversal"])
+def test_zips_meant_to_hurt(tmp_path, kind, monkeypatch):
+    folder = tmp_path / "zenodo"
+    folder.mkdir()
+    for split in ("train", "valid", "test"):
+        (folder / f"{split}_captions.csv").write_bytes(table([("a", "An effusion"), ("b", "A nodule")]))
+        path = folder / f"{split}_images.zip"
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("a.png", make_png(1))
+            name = "../../b.png" if kind == "traversal" else "b.png"
+            archive.writestr(name, bytes(3 * 2**20) if kind == "bomb" else make_png(2))
+        if kind == "encrypted":
+            content = bytearray(path.read_bytes())
+            content[content.rindex(b"PK\x01\x02") + 8] |= 1  # the flag of the last entry in the directory
+            path.write_bytes(content)
+    monkeypatch.setattr(zenodo, "MAX_MEMBER", 2**20)
+    rejected = checked(folder, tmp_path)
+    if kind == "traversal":  # read from the zip like any other; nothing is written
+        assert not rejected
+    else:
+        reason = {
+            "bomb": r"[\d,]+ bytes in the zip unpack to 3,145,728",
+            "encrypted": "cannot be unpacked: .*encrypted",
+        }
+        assert {row["image_id"] for row in rejected} == {"b"}
+        assert all(re.match(f"unreadable image: {reason[kind]}", row["reason"]) for row in rejected)
+
+
+@pytest.mark.parametrize("claim", ["dense", "link"])
+def test_zip_members_that_are_bombs_or_links_are_named(tmp_path, claim):
+    member = zipfile.ZipInfo("b.png")
+    if claim == "link":
+        member.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        content = bytes(4 * 2**20) if claim == "dense" else b"/etc/passwd"
+        archive.writestr(member, content, zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
+        found, reason = zenodo._read_member(archive, archive.getinfo("b.png"))
+    assert found is None
+    assert ("unpack to 4,194,304" if claim == "dense" else "a symbolic link") in reason
+
+
+def test_a_quote_that_is_not_closed_swallows_no_rows_unseen(tmp_path):
+    content = b'ID,Caption\na,fine\nb,"not closed\n' + b"".join(b"c%d,fine\n" % i for i in range(9))
+    folder = zenodo_folder(tmp_path / "zenodo", content, {"a.png": make_png(1)})
+    with pytest.raises(UserError, match=r"train_captions\.csv', line 3: a double quote is not closed"):
+        sources.load_rocov2(str(folder))
+
+
+def test_rows_that_would_be_used_in_part_or_lead_nowhere_are_set_aside(tmp_path):
+    content = b'ID,Caption\ncommas,Chest, CT\nnowhere,A nodule\nfine,"A cyst,\nmultilocular"\n../fine,A cyst\n'
+    content += b"x" * 2000 + b",A cyst\n"
+    folder = zenodo_folder(tmp_path / "zenodo", content, {f"{name}.jpg": make_png(1) for name in ("commas", "fine")})
+    for split in ("train", "valid", "test"):
+        (folder / f"{split}_images" / "nowhere.png").symlink_to("/no/such/file")
+    reasons = {row["image_id"][:9]: row["reason"] for row in checked(folder, tmp_path)}
+    assert reasons["commas"].startswith("more fields than columns")
+    assert "link out of the" in reasons["nowhere"]
+    assert reasons["../fine"] == "unreadable image: image file is missing", "not the image of another id"
+    assert reasons["x" * 9] == "overlong image_id"
+    assert "fine" not in reasons
+
+
+@pytest.mark.parametrize("disguise", [False, True])
+def test_a_table_reads_no_files_of_the_machine(tmp_path, disguise):
+    (tmp_path / "secret.png").write_bytes(make_png(1))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "own.png").write_bytes(make_png(2))
+    paths = [str(tmp_path / "secret.png"), str(tmp_path / "data" / "own.png"), "/etc/passwd", "\0"]
+    columns = {"image": [{"bytes": None, "path": path} for path in paths]}
+    columns |= {"image_id": list("abcd"), "caption": ["A nodule"] * 4}
+    if disguise:
+        columns[sources.UNUSABLE] = ["", "", "", ""]
+    pq.write_table(pa.table(columns), tmp_path / "data" / "train-0.parquet")
+    reasons = {row["image_id"]: row["reason"] for row in checked(tmp_path / "data", tmp_path)}
+    assert reasons == dict.fromkeys("acd", sources.OUTSIDE)
+
+
+def test_a_streamed_table_reads_no_files_of_the_machine(tmp_path):
+    (tmp_path / "secret.png").write_bytes(make_png(1))
+    images = [{"bytes": make_png(2), "path": "x.png"}, {"bytes": None, "path": str(tmp_path / "secret.png")}]
+    columns = {"image": images, "image_id": ["a", "b"], "caption": ["A nodule"] * 2}
+    (tmp_path / "data").mkdir()
+    pq.write_table(pa.table(columns), tmp_path / "data" / "train-0.parquet")
+    checks.check_rows(sources.load_rocov2(str(tmp_path / "data"), streaming=True), 1.0, tmp_path / "rejected.jsonl")
+    rejected = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
+    assert [(row["image_id"], row["reason"]) for row in rejected] == [("b", "unreadable image: no image")]
+
+
+def plant(folder: Path, **features) -> None:
+    """Write parquet files whose metadata say what `datasets` should take the columns for."""
+    place = {"shard": pa.int32(), "row_group": pa.int32(), "row": pa.int32(), "group_bytes": pa.int64()}
+    streamed = features.get("image", {}).get("_type") == "StreamedImage"
+    text = {"_type": "Value", "dtype": "string"}
+    features = {"image": {"_type": "Image"}, "image_id": text, "caption": text} | features
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    folder.mkdir(parents=True)
+    for split in ("train", "validation", "test"):
+        images = [{"shard": 0, "row_group": 0, "row": 0, "group_bytes": 1}] if streamed else [{"bytes": make_png(1)}]
+        images = pa.array(images, pa.struct(place if streamed else {"bytes": pa.binary(), "path": pa.string()}))
+        captions = ["A nodule"]
+        if features["caption"]["_type"] == "Image":
+            captions = [{"bytes": None, "path": str(folder.parent / "pipe")}]
+            captions = pa.array(captions, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+        table = pa.table({"image": images, "image_id": ["a"], "caption": captions})
+        pq.write_table(table.replace_schema_metadata(metadata), folder / f"{split}-0.parquet")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_table_that_says_its_images_lie_in_other_files_is_not_believed(tmp_path, saved, streaming):
+    """As `StreamedImage` does, which is ours alone: a pipe among those files would be read for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    plant(tmp_path / "data", image={"_type": "StreamedImage", "shards": [str(tmp_path / "pipe")]})
+    if saved:
+        datasets.load_dataset("parquet", data_dir=str(tmp_path / "data")).save_to_disk(str(tmp_path / "saved"))
+    expected = "save_to_disk|is no parquet" if saved and streaming else "column 'image' holds no images"
+    with pytest.raises(UserError, match=expected):
+        sources.load_rocov2(str(tmp_path / ("saved" if saved else "data")), streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_table_that_says_its_captions_are_files_is_not_believed(tmp_path, streaming):
+    plant(tmp_path / "data", caption={"_type": "Image"})
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=r"'caption'.* is no text but Image|cannot be read"):
+        sources.load_rocov2(str(tmp_path / "data"), streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_parquet_bomb_is_named_before_it_is_unpacked(tmp_path, monkeypatch, streaming):
+    shards = tmp_path / "data"
+    shards.mkdir()
+    images = [{"bytes": bytes(2**20), "path": None}] * 3
+    columns = {"image": images, "image_id": list("abc"), "caption": ["A nodule"] * 3}
+    pq.write_table(pa.table(columns), shards / "train-0.parquet", compression="zstd", use_dictionary=False)
+    sources.load_rocov2(str(tmp_path), streaming=streaming)  # a small one is no bomb
+    monkeypatch.setattr("streaming.SMALL_SHARD", 2**20)
+    pq.write_table(pa.table(columns), shards / "train-0.parquet", compression="gzip", use_dictionary=False)
+    monkeypatch.setattr("pyarrow.parquet.ParquetFile.read_row_group", lambda *args: pytest.fail("it is unpacked"))
+    with pytest.raises(UserError, match=r"train-0.parquet': [\d,]+ bytes unpack to 3,145,\d\d\d"):
+        sources.load_rocov2(str(tmp_path), streaming=streaming)
+
+
+def test_text_that_is_not_utf_8_in_a_table_is_named(tmp_path):
+    texts = pa.Array.from_buffers(pa.string(), 2, pa.array([b"fine", b"\xff\xfe"]).buffers())
+    columns = {"image": [{"bytes": make_png(i), "path": None} for i in (1, 2)], "image_id": ["a", "b"]}
+    pq.write_table(pa.table(columns | {"caption": texts}), tmp_path / "train-0.parquet")
+    with pytest.raises(UserError, match="column 'caption' is damaged"):
+        sources.load_rocov2(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["train-0.parquet", "train/state.json", "dataset_dict.json"])
+def test_a_pipe_instead_of_a_table_is_not_waited_for(tmp_path, name):
+    (tmp_path / "train").mkdir()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match="is no regular file"):
+        sources.load_rocov2(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"ID,Caption\na,\xff\xfe\n", r"train_captions.csv' is not UTF-8"),
+        (b"ID," + b",".join(b"c%d" % i for i in range(50_000)) + b"\n", "ID and Caption are needed"),
+    ],
+    ids=["encoding", "columns"],
+)
+def test_tables_that_cannot_be_read_are_named(tmp_path, content, message):
+    folder = zenodo_folder(tmp_path / "zenodo", content, {"a.png": make_png(1)})
+    with pytest.raises(UserError, match=message) as error:
+        sources.load_rocov2(str(folder))
+    assert len(str(error.value)) < 1_000
+
+
+# --- What is shown --------------------------------------------------------------------------------------------
+
+
+def test_errors_and_logs_show_no_control_and_no_bidirectional_characters(config_file, tmp_path):
+    rows = make_rows(8, caption=[f"{BIDIRECTIONAL}{text}" for text in make_captions(8)],
+                     image_id=[f"{BIDIRECTIONAL}{i}" for i in range(8)])  # fmt: skip
+    DatasetDict(train=rows, validation=rows, test=rows).save_to_disk(str(tmp_path / "data"))
+    result = run(flags(config_file, tmp_path / "data", tmp_path / "run", num_train_epochs=1))
+    assert result.returncode == 0, result.stderr
+    wrong = run(flags(config_file, f"{tmp_path}/{BIDIRECTIONAL}", tmp_path / "other"))
+    assert wrong.returncode == 2
+    for text in (result.stdout, wrong.stderr, result.stderr.replace("\x1b[A", "")):
+        assert not set(text) & set("\u202e\u2066\x1b"), text
+    assert printable("a\u202eb\x1b[1m") == "a b [1m"
+
+
+# --- Nothing is run -------------------------------------------------------------------------------------------
+
+
+class Payload:
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+CODE = "import os\nos.mkdir({marker!r})\nclass Planted: pass\n"
+
+
+@pytest.fixture
+def saved(tiny_blip, tmp_path):
+    """A saved model, and the marker that a payload would make."""
+    folder = tmp_path / "model"
+    for part in tiny_blip:
+        part.save_pretrained(folder)
+    return folder, tmp_path / "marker"
+
+
+def test_the_payload_works(tmp_path):
+    pickle.loads(pickle.dumps(Payload(tmp_path / "marker")))
+    assert (tmp_path / "marker").is_dir()
+
+
+def test_a_pickle_instead_of_weights_is_not_unpickled(saved):
+    folder, marker = saved
+    (folder / "model.safetensors").unlink()
+    torch.save({"payload": Payload(marker)}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        blip.load_blip(str(folder))
+    assert not marker.exists()
+
+
+def test_tensors_of_a_bin_are_read_where_there_are_no_others(saved):
+    """As of checkpoints on the Hub that were saved before safetensors."""
+    folder, _ = saved
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    model, _ = blip.load_blip(str(folder))
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in weights.items())
+
+
+@pytest.mark.parametrize("sizes", [{"num_hidden_layers": 10**9}, {"hidden_size": 64_000, "intermediate_size": 64_000}])
+def test_a_config_of_a_giant_model_is_refused_before_it_is_built(tmp_path, tiny_blip, sizes):
+    text_config = TINY_CONFIG["text_config"] | sizes
+    (tmp_path / "giant.json").write_text(json.dumps(TINY_CONFIG | {"text_config": text_config}))
+    with pytest.raises(UserError, match="more than 1,000 layers or"):
+        blip.build_blip(str(tmp_path / "giant.json"), tiny_blip[1].tokenizer, seed=0)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "processor_config.json"])
+def test_code_that_a_model_brings_is_not_run(saved, file, monkeypatch):
+    folder, marker = saved
+    (folder / "planted.py").write_text(CODE.format(marker=str(marker)))
+    config = json.loads((folder / file).read_text())
+    names = ("AutoConfig", "AutoModel", "AutoTokenizer", "AutoProcessor", "AutoImageProcessor")
+    config["auto_map"] = dict.fromkeys(names, "planted.Planted") | {"AutoTokenizer": ["planted.Planted"] * 2}
+    if file == "tokenizer_config.json":
+        config["tokenizer_class"] = "Planted"
+    (folder / file).write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the user is asked"))
+    try:
+        blip.load_blip(str(folder))
+    except UserError as error:
+        assert str(folder) in str(error)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
+def test_a_checkpoint_is_not_unpickled(config_file, parquet_folder, tmp_path, file):
+    folder, marker = tmp_path / "run", tmp_path / "marker"
+    arguments = flags(config_file, parquet_folder, folder, num_train_epochs=1, do_eval=False, do_predict=False,
+                      eval_strategy="no", load_best_model_at_end=False,
+                      save_strategy="steps", save_steps=4)  # fmt: skip
+    run_captioning.main(arguments)
+    shutil.rmtree(folder / "checkpoint-6")
+    torch.save(Payload(marker), folder / "checkpoint-4" / file)
+    arguments = [*arguments, "--resume_from_checkpoint", "true"]
+    if file == "training_args.bin":  # is never read
+        run_captioning.main(arguments)
+    else:
+        with pytest.raises(UserError, match="cannot be resumed"):
+            run_captioning.main(arguments)
+    assert not marker.exists()
+
+
+def test_code_beside_a_data_set_is_not_run(parquet_folder, tmp_path):
+    folder, marker = tmp_path / "data", tmp_path / "marker"
+    folder.mkdir()
+    (folder / "data.py").write_text(CODE.format(marker=str(marker)))
+    for path in (parquet_folder / "data").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    sources.load_rocov2(str(folder))
+    assert not marker.exists()

@@ -1,0 +1,357 @@
+"""Every source of data gives the same rows; bad rows are set aside, counted and listed."""
+
+import csv
+import functools
+import io
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import Dataset, DatasetDict, Image, load_from_disk
+from helpers import SHARED, make_png, make_rows
+from PIL import Image as PIL
+
+from captioning.data.checks import check_rows, usable
+from captioning.data.sources import dataset_commit, load_rocov2
+from captioning.data.tokenize_captions import tokenize
+from captioning.errors import UserError
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def check(dataset: DatasetDict, folder: Path, fraction: float = 1.0) -> DatasetDict:
+    return check_rows(dataset, fraction, folder / "rejected.jsonl")
+
+
+def undecoded(**splits: Dataset) -> DatasetDict:
+    return DatasetDict({split: rows.cast_column("image", Image(decode=False)) for split, rows in splits.items()})
+
+
+def write_csv(path: Path, header: list[str], rows: list[tuple]) -> None:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+def jpeg(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    PIL.open(io.BytesIO(make_png(seed))).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def zenodo_folder(folder: Path, zipped: bool = False) -> Path:
+    """The layout of record 10821435: a `valid` split, ids with gaps, concepts that may be empty."""
+    folder.mkdir()
+    for number, split in enumerate(("train", "valid", "test")):
+        ids = [f"ROCOv2_2023_{split}_{i:06d}" for i in (1, 2, 5, 9)]
+        captions = [(name, f'A "quoted", comma-separated\ncaption {i}') for i, name in enumerate(ids)]
+        write_csv(folder / f"{split}_captions.csv", ["ID", "Caption"], captions)
+        concepts = [(ids[0], "C0040405;C0817096"), (ids[1], ""), (ids[2], "C1306645")]  # the last id has no row
+        write_csv(folder / f"{split}_concepts.csv", ["ID", "CUIs"], concepts)
+        write_csv(folder / f"{split}_concepts_manual.csv", ["ID", "CUIs"], [(name, "C1306645") for name in ids])
+        images = {f"{name}.jpg": jpeg(10 * number + i) for i, name in enumerate(ids)}
+        if zipped:
+            with zipfile.ZipFile(folder / f"{split}_images.zip", "w") as archive:
+                for name, content in images.items():
+                    archive.writestr(f"{split}_images/{name}", content)
+        else:
+            (folder / f"{split}_images").mkdir()
+            for name, content in images.items():
+                (folder / f"{split}_images" / name).write_bytes(content)
+    return folder
+
+
+# --- Sources --------------------------------------------------------------------------------------------------
+
+
+def test_parquet_and_saved_folders_give_the_same_rows(raw_dataset, parquet_folder, tmp_path):
+    raw_dataset.save_to_disk(str(tmp_path / "saved"))
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for file in (parquet_folder / "data").iterdir():
+        (flat / file.name.replace("validation-", "val-")).write_bytes(file.read_bytes())
+    expected = raw_dataset["validation"]
+    for source in (parquet_folder, tmp_path / "saved", flat):
+        loaded = load_rocov2(str(source))
+        assert {split: len(rows) for split, rows in loaded.items()} == {"train": 24, "validation": 10, "test": 7}
+        rows = usable(check(loaded, tmp_path)["validation"])
+        assert rows["image_id"][:] == expected["image_id"][:]
+        assert rows["caption"][:] == expected["caption"][:]
+        assert rows["cui"][:2] == [["C1306645", "C0817096"], []], "['nan'] means no concept"
+        assert rows[3]["image"]["bytes"] == make_png(103)
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_zenodo_layout(tmp_path, zipped):
+    folder = zenodo_folder(tmp_path / "zenodo", zipped)
+    dataset = check(load_rocov2(str(folder)), tmp_path, 0.0)
+    assert list(dataset) == ["train", "validation", "test"]
+    rows = usable(dataset["validation"])
+    assert rows["image_id"][:] == [f"ROCOv2_2023_valid_{i:06d}" for i in (1, 2, 5, 9)]
+    assert rows["caption"][1] == 'A "quoted", comma-separated\ncaption 1'
+    assert rows["cui"][:] == [["C0040405", "C0817096"], [], ["C1306645"], []]
+
+
+def test_a_changed_zenodo_folder_is_read_again(tmp_path):
+    folder = zenodo_folder(tmp_path / "zenodo")
+    load_rocov2(str(folder))
+    write_csv(folder / "test_captions.csv", ["ID", "Caption"], [("ROCOv2_2023_test_000001", "New.")])
+    assert load_rocov2(str(folder))["test"]["caption"][:] == ["New."]
+
+
+def test_an_image_changed_in_place_is_checked_again(tmp_path):
+    folder = zenodo_folder(tmp_path / "zenodo")
+    check(load_rocov2(str(folder)), tmp_path, 0.0)
+    (folder / "test_images" / "ROCOv2_2023_test_000005.jpg").write_bytes(b"now a text")
+    assert len(usable(check(load_rocov2(str(folder)), tmp_path)["test"])) == 3
+
+
+def test_zenodo_images_of_other_endings_are_found(tmp_path):
+    folder = zenodo_folder(tmp_path / "zenodo")
+    for file in (folder / "test_images").iterdir():
+        file.rename(file.with_suffix(".JPEG"))
+    check(load_rocov2(str(folder)), tmp_path, 0.0)
+
+
+def test_a_damaged_image_in_a_zip_is_set_aside(tmp_path):
+    folder = zenodo_folder(tmp_path / "zenodo", zipped=True)
+    archive = folder / "test_images.zip"
+    content = bytearray(archive.read_bytes())
+    content[content.index(b"\xff\xd8\xff") + 60] ^= 0xFF  # in the first image: its checksum is wrong now
+    archive.write_bytes(bytes(content))
+    assert len(usable(check(load_rocov2(str(folder)), tmp_path)["test"])) == 3
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_zenodo_captions_without_their_image_are_set_aside(tmp_path, zipped):
+    folder = zenodo_folder(tmp_path / "zenodo", zipped)
+    if zipped:
+        with zipfile.ZipFile(folder / "test_images.zip") as archive:
+            images = {name: archive.read(name) for name in archive.namelist() if "000005" not in name}
+        with zipfile.ZipFile(folder / "test_images.zip", "w") as archive:
+            for name, content in images.items():
+                archive.writestr(name, content)
+    else:
+        (folder / "test_images" / "ROCOv2_2023_test_000005.jpg").unlink()
+    dataset = check(load_rocov2(str(folder)), tmp_path)
+    assert len(usable(dataset["test"])) == 3
+    [line] = (tmp_path / "rejected.jsonl").read_text().splitlines()
+    assert json.loads(line) == {
+        "split": "test",
+        "row": 2,
+        "image_id": "ROCOv2_2023_test_000005",
+        "reason": "unreadable image: image file is missing",
+    }
+
+
+def test_phantoms_are_a_source():
+    assert list(load_rocov2("phantoms")) == ["train", "validation", "test"]
+
+
+def test_real_radiographs(tmp_path):
+    if not SHARED.is_dir():
+        pytest.skip("the real radiographs are not beside the project")
+    dataset = check(load_rocov2(str(SHARED / "chest_xrays_rocov2_schema")), tmp_path, 0.0)
+    assert {split: len(usable(rows)) for split, rows in dataset.items()} == {"train": 64, "validation": 14, "test": 16}
+
+
+def test_a_revision_stays_as_it_is_where_there_is_no_commit_to_be_had(tmp_path):
+    """What a reachable Hub answers is tested in test_hub.py."""
+    assert dataset_commit("nobody/nothing", "main") == "main", "the Hub is out of reach here"
+    assert dataset_commit("phantoms") is None
+    assert dataset_commit(str(tmp_path)) is None
+
+
+def test_no_copy_of_the_images_is_made(parquet_folder, tmp_path):
+    """Each step joins small columns to the memory-mapped images instead of writing 18 GB again."""
+    loaded = load_rocov2(str(parquet_folder))
+    images = {file["filename"] for file in loaded["train"].cache_files}
+    checked = check(loaded, tmp_path)
+    assert images < {file["filename"] for file in checked["train"].cache_files}
+
+
+# --- Mistakes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./nowhere", "does not exist"),
+        ("/no/such/folder", "does not exist"),
+        ("nobody/nothing", "cannot be loaded from the Hub"),
+        ("phantom", "did you mean 'phantoms'"),
+    ],
+)
+def test_unknown_datasets(name, message):
+    with pytest.raises(UserError, match=message):
+        load_rocov2(name)
+
+
+def test_a_folder_that_holds_no_dataset(tmp_path):
+    with pytest.raises(UserError, match=r"holds none of dataset_dict\.json"):
+        load_rocov2(str(tmp_path))
+    (tmp_path / "train-0.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_rocov2(str(tmp_path))
+    with pytest.raises(UserError, match="is a file"):
+        load_rocov2(str(tmp_path / "train-0.parquet"))
+
+
+def test_a_split_under_two_names_is_refused(tmp_path):
+    DatasetDict(dev=make_rows(2), validation=make_rows(2)).save_to_disk(str(tmp_path))
+    with pytest.raises(UserError, match="split 'validation' under two names"):
+        load_rocov2(str(tmp_path))
+
+
+def test_a_missing_column_is_named(raw_dataset, tmp_path):
+    for column in ("image", "image_id", "caption"):
+        raw_dataset.remove_columns(column).save_to_disk(str(tmp_path / column))
+        with pytest.raises(UserError, match=f"column '{column}' is missing"):
+            load_rocov2(str(tmp_path / column))
+    raw_dataset.remove_columns("cui").save_to_disk(str(tmp_path / "cui"))
+    assert usable(check(load_rocov2(str(tmp_path / "cui")), tmp_path)["test"])["cui"][0] == []
+
+
+def test_a_zenodo_table_without_its_columns(tmp_path):
+    folder = zenodo_folder(tmp_path / "zenodo")
+    write_csv(folder / "train_captions.csv", ["ID", "Text"], [("a", "b")])
+    with pytest.raises(UserError, match="has the columns ID, Text; ID and Caption are needed"):
+        load_rocov2(str(folder))
+    write_csv(folder / "train_captions.csv", ["ID", "Caption"], [])
+    with pytest.raises(UserError, match=r"train_captions\.csv' holds no row below its columns"):
+        load_rocov2(str(folder))
+    (folder / "train_captions.csv").write_text("")
+    with pytest.raises(UserError, match=r"train_captions\.csv' is empty; the columns ID and Caption are needed"):
+        load_rocov2(str(folder))
+
+
+# --- Checks ---------------------------------------------------------------------------------------------------
+
+
+def test_bad_rows_are_left_out_and_listed_with_the_reason(tmp_path):
+    good = make_rows(8)
+    images = [dict(image) for image in good.cast_column("image", Image(decode=False))["image"]]
+    images[1] = {"bytes": b"<html>not found</html>", "path": None}
+    images[2] = {"bytes": make_png(2)[:150], "path": None}
+    images[3] = {"bytes": b"", "path": None}
+    captions = good["caption"][:]
+    captions[4], captions[5] = "\u202f", " \n\t"
+    ids = good["image_id"][:]
+    ids[7] = ids[6]
+    rows = make_rows(8, image=images, caption=captions, image_id=ids)
+    dataset = check(undecoded(test=rows), tmp_path)
+    assert usable(dataset["test"])["image_id"][:] == ["image_0000", "image_0006"]
+    listed = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
+    assert [(entry["row"], entry["reason"].split(":")[0]) for entry in listed] == [
+        (1, "unreadable image"),
+        (2, "unreadable image"),
+        (3, "unreadable image"),
+        (4, "blank caption"),
+        (5, "blank caption"),
+        (7, "repeated image_id"),
+    ]
+
+
+def test_too_many_bad_rows_are_an_error_that_counts_them(tmp_path):
+    rows = make_rows(10, caption=["", "  ", *make_rows(8)["caption"]])
+    with pytest.raises(UserError, match=r"2 of 10 rows cannot be used \(2 x blank caption\).*max_rejected_fraction"):
+        check(undecoded(test=rows), tmp_path, 0.1)
+    assert len((tmp_path / "rejected.jsonl").read_text().splitlines()) == 2
+    check(undecoded(test=rows), tmp_path, 0.2)
+
+
+def test_a_split_without_a_usable_row_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="no usable row out of 3"):
+        check(undecoded(test=make_rows(3, caption=["", "", ""])), tmp_path, 1.0)
+
+
+def test_images_shared_by_training_and_test_are_told(tmp_path, caplog):
+    check(undecoded(train=make_rows(6), test=make_rows(4, start=3)), tmp_path)
+    assert "3 image ids of split 'test' are in split 'train' too" in caplog.text
+
+
+def test_numbers_as_ids_and_missing_values(tmp_path):
+    rows = make_rows(3).remove_columns(["image_id", "caption"])
+    rows = rows.add_column("image_id", [1, 2, None]).add_column("caption", ["A cyst.", None, "A cyst."])
+    dataset = check(undecoded(test=rows), tmp_path)
+    assert dataset["test"]["rejected"][:] == [None, "blank caption", "blank image_id"]
+    assert usable(dataset["test"])["image_id"][:] == ["1"]
+
+
+# --- Tokens ---------------------------------------------------------------------------------------------------
+
+
+def test_tokens_are_those_of_the_tokenizer(checked, processor):
+    rows = tokenize(checked, processor.tokenizer, 64, [])["train"]
+    for row in rows.select(range(5)):
+        assert row["input_ids"] == processor.tokenizer(row["caption"])["input_ids"]
+
+
+def test_long_captions_are_cut_and_still_end(checked, processor, caplog):
+    with caplog.at_level("INFO", "captioning"):
+        rows = tokenize(checked, processor.tokenizer, 8, [])["train"]
+    for row in rows.select(range(6)):
+        expected = processor.tokenizer(row["caption"], truncation=True, max_length=8)["input_ids"]
+        assert row["input_ids"] == expected
+    cut = sum(len(processor.tokenizer(caption)["input_ids"]) > 8 for caption in rows["caption"])
+    assert f"train: {cut} of 24 captions are cut to 8 tokens" in caplog.text
+
+
+def test_the_prompt_stands_before_every_caption(checked, processor):
+    prompt = "a picture of"
+    prompt_ids = processor.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    row = tokenize(checked, processor.tokenizer, 64, prompt_ids)["train"][0]
+    assert row["input_ids"] == processor.tokenizer(f"{prompt} {row['caption']}")["input_ids"]
+    with pytest.raises(UserError, match="no room for a caption"):
+        tokenize(checked, processor.tokenizer, len(prompt_ids) + 2, prompt_ids)
+
+
+def test_tokens_are_cached(parquet_folder, processor, tmp_path, monkeypatch):
+    def tokens():
+        return tokenize(check(load_rocov2(str(parquet_folder)), tmp_path), processor.tokenizer, 64, [])["train"]
+
+    first = tokens()
+
+    @functools.wraps(Dataset._map_single)  # what `map` calls where the cache has nothing
+    def refuse(*args, **kwargs):
+        raise AssertionError("tokenized or checked again")
+
+    monkeypatch.setattr(Dataset, "_map_single", staticmethod(refuse))
+    assert tokens()["input_ids"][:] == first["input_ids"][:]
+
+
+# --- Command --------------------------------------------------------------------------------------------------
+
+
+def run_command(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "rocov2.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def test_the_command_stores_any_source_for_load_from_disk(tmp_path):
+    folder = zenodo_folder(tmp_path / "zenodo")
+    (folder / "test_images" / "ROCOv2_2023_test_000005.jpg").write_bytes(b"")
+    result = run_command(folder, tmp_path / "stored", "--max_rejected_fraction", "0.3")
+    assert result.returncode == 0, result.stderr
+    assert "train 4, validation 4, test 3" in result.stdout
+    stored = load_from_disk(str(tmp_path / "stored"))
+    assert stored["test"].column_names == ["image", "image_id", "caption", "cui"]
+    for file in (folder / "test_images").iterdir():
+        file.unlink()  # the stored set holds the images themselves
+    assert np.asarray(stored["test"][0]["image"]).shape == (36, 40)
+    assert "test" in (tmp_path / "stored" / "rejected.jsonl").read_text()
+    assert usable(check(load_rocov2(str(tmp_path / "stored")), tmp_path)["test"])["cui"][0] == ["C0040405", "C0817096"]
+
+
+def test_the_command_never_overwrites(tmp_path):
+    (tmp_path / "mine.txt").write_text("precious")
+    result = run_command("phantoms", tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+    assert "is not an empty folder" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

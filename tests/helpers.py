@@ -1,0 +1,197 @@
+"""Tiny models, images and datasets that the tests share."""
+
+import copy
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Image, List, Value
+from PIL import Image as PIL
+from safetensors.torch import load_file
+
+from captioning.models.fast_blip.modules import use_stock_blip
+
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"  # real data of development, absent elsewhere
+TINY_CONFIG = {
+    "text_config": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,  # large, so that an untrained model has opinions
+    },
+    "vision_config": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+        "initializer_range": 0.3,
+    },
+}
+SUBJECTS = ("chest radiograph", "axial CT of the abdomen", "sagittal MRI of the lumbar spine", "renal ultrasound")
+FINDINGS = (
+    "a small nodule in the right upper lobe",
+    "no abnormality",
+    "a large cyst at the left lower pole, with a thin septum and without solid parts",
+    "an effusion",
+    "multilevel degeneration (arrow)",
+)
+
+
+def make_captions(number: int) -> list[str]:
+    """Captions of very different lengths, all distinct for `number` up to 20."""
+    return [f"{SUBJECTS[i % 4]} shows {FINDINGS[i % 5]}".capitalize() for i in range(number)]
+
+
+def real_captions(number: int | None = None, splits: tuple[str, ...] = ("test",)) -> list[str]:
+    """Captions as published, the first `number`; a test that needs them is skipped where they are absent."""
+    captions = []
+    for split in splits:
+        path = SHARED / "roco_captions_ccby" / f"{split}.csv"
+        if not path.is_file():
+            pytest.skip("the published captions are not beside the project")
+        with open(path, encoding="utf-8", newline="") as file:
+            captions += [row["caption"] for row in csv.DictReader(file)]
+    return captions[:number]
+
+
+def make_png(seed: int, size: tuple[int, int] = (40, 36)) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, size[::-1], dtype=np.uint8)
+    buffer = io.BytesIO()
+    PIL.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def make_rows(number: int, start: int = 0, **columns) -> Dataset:
+    """Rows in the schema of the Hub's ROCOv2; `columns` replace the made ones."""
+    rows = {
+        "image": [{"bytes": make_png(start + i), "path": None} for i in range(number)],
+        "image_id": [f"image_{start + i:04d}" for i in range(number)],
+        "caption": make_captions(number),
+        "cui": [["C1306645", "C0817096"], ["nan"]] * (number // 2) + [[]] * (number % 2),
+    }
+    features = {
+        "image": Image(),
+        "image_id": Value("string"),
+        "caption": Value("string"),
+        "cui": List(Value("string")),
+    }
+    return Dataset.from_dict(rows | columns, features=Features(features))
+
+
+def stock_copy(model):
+    """Return a copy of `model` that computes as transformers ships it."""
+    return use_stock_blip(copy.deepcopy(model))
+
+
+# --- Runs of the script ---
+
+
+ROOT = Path(__file__).parents[1]
+
+
+FEW_SCORES = ("--coco_metrics", "false")  # BLEU, CIDEr, METEOR would start Java in each run; see test_scoring.py
+
+
+TIMES = ("_runtime", "_per_second", "_time", "total_flos")
+
+
+def flags(config_file, dataset, folder, **values) -> list[str]:
+    values = {
+        "config_name": config_file,
+        "dataset_name": dataset,
+        "output_dir": folder,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-3,
+        "max_new_tokens": 12,
+        "per_device_train_batch_size": 4,
+        "use_cpu": True,
+        "vocab_size": 200,
+        "coco_metrics": False,  # see `FEW_SCORES`
+    } | values
+    return [item for key, value in values.items() for item in (f"--{key}", str(value))]
+
+
+def score_flags(trained, dataset, folder, **values) -> list[str]:
+    values = {
+        "model_name_or_path": trained,
+        "dataset_name": dataset,
+        "output_dir": folder,
+        "do_train": False,
+        "max_new_tokens": 12,
+        "use_cpu": True,
+        "coco_metrics": False,
+    } | values
+    return [item for key, value in values.items() for item in (f"--{key}", str(value))]
+
+
+def command(arguments: list[str]) -> list[str]:
+    return [sys.executable, "run_captioning.py", *arguments]
+
+
+def run(arguments: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run(command(arguments), cwd=ROOT, capture_output=True, text=True)
+
+
+def without_times(metrics: dict) -> dict:
+    return {key: value for key, value in metrics.items() if not key.endswith(TIMES)}
+
+
+def outcome(folder: Path) -> dict:
+    """All that a run decides: weights, scores, predictions, the logged history; no times."""
+    state = json.loads((folder / "trainer_state.json").read_text())
+    return {
+        "weights": {name: value.tolist() for name, value in load_file(folder / "model.safetensors").items()},
+        "results": without_times(json.loads((folder / "all_results.json").read_text())),
+        "predictions": {path.name: path.read_text() for path in (folder / "predictions").iterdir()},
+        "history": [without_times(entry) for entry in state["log_history"] if "train_runtime" not in entry],
+        "best": (state["best_metric"], state["best_global_step"]),
+    }
+
+
+# --- Batches ---
+
+
+def make_batch(model, seed=0, number=5, length=14, prompt_length=0, side=None):
+    """Random images and captions of `length` and less tokens, padded at their right, without labels on the prompt."""
+    random = torch.Generator().manual_seed(seed)
+    side = side or model.config.vision_config.image_size
+    input_ids = torch.randint(5, model.config.text_config.vocab_size, (number, length), generator=random)
+    input_ids[:, 0] = model.config.text_config.bos_token_id
+    lengths = torch.randint(prompt_length + 3, length + 1, (number, 1), generator=random)
+    lengths[0] = length
+    attention_mask = (torch.arange(length) < lengths).long()
+    input_ids = input_ids.masked_fill(attention_mask == 0, model.config.text_config.pad_token_id)
+    labels = input_ids.masked_fill(attention_mask == 0, -100)
+    labels[:, : 1 + prompt_length] = -100
+    pixel_values = torch.randn(number, 3, side, side, generator=random)
+    return {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def loss_and_gradients(model, batch, **kwargs):
+    model.zero_grad()
+    loss = model(**batch, **kwargs).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(found, expected):
+    """Losses within 1e-5 and each gradient within 1e-4, by its norm, of stock's.
+
+    The bias of keys has gradients of 0 but for rounding: they are measured by those of the whole model.
+    """
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=0)
+    assert found[1].keys() == expected[1].keys()
+    whole = torch.stack([gradient.norm() for gradient in expected[1].values()]).norm()
+    for name, gradient in expected[1].items():
+        assert (found[1][name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6 * whole, name

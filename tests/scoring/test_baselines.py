@@ -1,0 +1,101 @@
+"""The baselines against a naive search."""
+
+import numpy as np
+import pytest
+from helpers import make_captions, real_captions
+
+from captioning.scoring import baselines
+from captioning.scoring.baselines import constant_caption, nearest_captions, sample_rows, shuffled, typical_captions
+from metrics import lcs_length, rouge, rouge_tokens
+
+
+def mean_rouge_l(caption, references):
+    return rouge([caption] * len(references), references)["rougeL"].mean()
+
+
+def test_no_caption_stays_in_its_place():
+    captions = [str(i) for i in range(50)]
+    moved = shuffled(captions)
+    assert sorted(moved) == sorted(captions)
+    assert not any(a == b for a, b in zip(captions, moved, strict=True))
+    assert shuffled(captions) == moved != shuffled(captions, seed=1)
+    assert shuffled(["a", "b"]) == ["b", "a"]
+    assert shuffled(["a"]) == ["a"]
+
+
+def test_the_constant_caption_is_that_of_a_naive_search():
+    captions = real_captions(150)
+    scores = [mean_rouge_l(caption, captions) for caption in captions]
+    found = constant_caption(captions, captions)
+    assert mean_rouge_l(found, captions) == pytest.approx(max(scores), abs=1e-12)
+    assert found == captions[int(np.argmax(scores))]
+    others = real_captions(400)[150:]
+    found = constant_caption(captions, others)
+    assert found == captions[int(np.argmax([mean_rouge_l(caption, others) for caption in captions]))]
+
+
+def test_the_bound_is_the_mean_rouge1_and_the_score_the_mean_rouge_l():
+    captions = [*real_captions(80), "", "?!", "the the the the", "word " * 90]
+    words = [rouge_tokens(caption) for caption in captions]
+    against = baselines._References(words)
+    bounds = against.mean_rouge1(words)
+    for caption, own, bound in zip(captions, words, bounds, strict=True):
+        scores = rouge([caption] * len(captions), captions)
+        assert bound == pytest.approx(scores["rouge1"].mean(), abs=1e-12)
+        assert against.mean_rouge_l(own) == pytest.approx(scores["rougeL"].mean(), abs=1e-12)
+
+
+def test_all_references_are_compared_at_once_as_one_by_one():
+    rng = np.random.default_rng(0)
+    references = [list(rng.choice(list("abcdefg"), size=rng.integers(0, 30))) for _ in range(60)]
+    against = baselines._References(references)
+    for length in (0, 1, 5, 63, 64, 65, 100):
+        candidate = list(rng.choice(list("abcdefgh"), size=length))
+        assert against._lcs_lengths(candidate).tolist() == [lcs_length(candidate, words) for words in references]
+
+
+def test_of_many_references_a_sample_is_taken(monkeypatch):
+    monkeypatch.setattr(baselines, "MAX_REFERENCES", 30)
+    captions = make_captions(20) * 5
+    assert constant_caption(captions, captions) in captions
+    assert constant_caption(captions, captions) == constant_caption(captions, captions)
+
+
+def test_a_constant_caption_needs_captions():
+    with pytest.raises(ValueError, match="needs candidates"):
+        constant_caption([], ["a"])
+    assert constant_caption(["?"], ["!"]) == "?"
+
+
+def test_each_group_has_its_own_typical_caption():
+    captions = [
+        "CT of the chest",
+        "CT of the abdomen",
+        "CT of the chest shows",
+        "MRI knee",
+        "MRI of the knee",
+        "MRI knee",
+    ]
+    found = typical_captions(captions, ["CT"] * 3 + ["MRI"] * 3, fewest=3)
+    assert found == {"CT": "CT of the chest", "MRI": "MRI knee"}
+    assert typical_captions(captions, ["CT"] * 4 + ["MRI"] * 2, fewest=3).keys() == {"CT"}
+    assert typical_captions(captions, ["CT"] * 6) == {}, "too few to call one typical"
+
+
+def test_the_nearest_image_is_nearest_by_angle_from_what_all_have_in_common():
+    common = np.array([100.0, 50.0])
+    train = np.array([[1, 0], [-1, 0], [0, 9], [0, -9]]) + common
+    features = np.array([[5, 0.5], [-0.01, 0.002], [1, 3], [0.9, -1]]) + common
+    assert nearest_captions(features, train, ["east", "west", "north", "south"]) == ["east", "west", "north", "south"]
+    many = np.random.default_rng(0).normal(size=(5000, 2)) + common
+    found = nearest_captions(many, train, ["east", "west", "north", "south"])
+    assert found[4999] == nearest_captions(many[4999:], train, ["east", "west", "north", "south"])[0]
+    assert len(found) == 5000
+
+
+def test_a_sample_of_rows_is_fixed_and_sorted():
+    assert sample_rows(5, 10) == [0, 1, 2, 3, 4]
+    assert sample_rows(1000, 10) == sorted(sample_rows(1000, 10)) == sample_rows(1000, 10)
+    assert len(set(sample_rows(1000, 10))) == 10
+    assert sample_rows(1000, 10) != list(range(10)), "the first rows may be alike"
+    assert sample_rows(5, 0) == []

@@ -1,0 +1,116 @@
+"""Concepts learned from the training split, and their F1."""
+
+import numpy as np
+import pytest
+from sklearn.metrics import f1_score
+
+from captioning.data import phantoms
+from captioning.scoring import concepts
+from captioning.scoring.concepts import ConceptExtractor, concept_f1, known_concepts
+
+
+def phantom_pairs(number: int, seed: int, split: str = "train") -> tuple[list[str], list[list[str]]]:
+    rng = np.random.default_rng(seed)
+    sets = phantoms.combinations(split)
+    drawn = [sets[i] for i in rng.integers(len(sets), size=number)]
+    cuis = [[phantoms.CUIS[each["modality"]], phantoms.CUIS[each["region"]]] for each in drawn]
+    return [phantoms.reword(each, rng) for each in drawn], cuis
+
+
+@pytest.fixture(scope="module")
+def extractor():
+    captions, cuis = phantom_pairs(600, seed=1)
+    return ConceptExtractor().fit([*captions, "A rare one"], [*cuis, ["C9999999", "nan"]])
+
+
+def score(extractor, captions, cuis) -> float:
+    return concept_f1(extractor.predict(captions), [known_concepts(known) for known in cuis]).value
+
+
+def test_the_extractor_learns_the_phantoms_concepts(extractor):
+    references, cuis = phantom_pairs(200, seed=2, split="test")
+    assert extractor.reason == ""
+    assert 0.95 < score(extractor, references, cuis) <= 1
+    assert 0 < score(extractor, references[::-1], cuis) < 0.8, "captions of other images name other concepts"
+    assert len(extractor.concepts) == 9
+    assert extractor.left_out == 1, "a concept of one image is left out, 'nan' is none"
+
+
+def test_left_out_concepts_count_as_missed(extractor):
+    captions, cuis = phantom_pairs(50, seed=3)
+    assert score(extractor, captions, [[*known, "C9999999"] for known in cuis]) < score(extractor, captions, cuis) <= 1
+
+
+def test_nested_names_are_told_apart():
+    """Tools take the longest name: "pleural effusion" is one concept, "effusion" alone another."""
+    rng = np.random.default_rng(0)
+    names = {"pleural effusion": "C0000001", "joint effusion": "C0000002", "effusion": "C0000003", "normal": ""}
+    picked = [list(names)[i] for i in rng.integers(4, size=400)]
+    captions = [f"finding{number} {name}" for name, number in zip(picked, rng.integers(100, size=400), strict=True)]
+    fitted = ConceptExtractor().fit(captions, [[names[name]] for name in picked])
+    assert fitted.predict([f"another {name}" for name in names]) == [{cui} - {""} for cui in names.values()]
+
+
+def test_unseen_words_name_no_concept(extractor):
+    assert extractor.predict(["zzz qqq", ""]) == [frozenset(), frozenset()]
+    assert extractor.predict([]) == []
+
+
+def test_a_concept_of_every_image_is_learned():
+    captions, cuis = phantom_pairs(60, seed=4)
+    fitted = ConceptExtractor().fit(captions, [[*known, "C0000009"] for known in cuis])
+    assert all("C0000009" in found for found in fitted.predict(captions))
+
+
+def test_the_same_seed_learns_the_same(monkeypatch):
+    monkeypatch.setattr(concepts, "MIN_NEGATIVES", 20)  # so that negatives are drawn
+    monkeypatch.setattr(concepts, "NEGATIVES", 1)
+    captions, cuis = phantom_pairs(200, seed=5)
+    fits = [ConceptExtractor(seed=seed).fit(captions, cuis) for seed in (0, 0, 1)]
+    weights = [fitted._weights.toarray() for fitted in fits]
+    assert (weights[0] == weights[1]).all() and (fits[0]._intercepts == fits[1]._intercepts).all()
+    assert (weights[0] != weights[2]).any(), "the seed draws nothing"
+
+
+@pytest.mark.parametrize(
+    ("pairs", "reason"),
+    [
+        (([], []), "fewer than"),
+        ((["a"] * 50, [[]] * 50), "fewer than"),
+        ((["a"] * 50, [["nan"]] * 50), "fewer than"),
+        ((["CT"] * 8, [["C0040405"]] * 8), "fewer than"),
+        (([f"a{i}" for i in range(50)], [[f"C{i:07d}"] for i in range(50)]), "no concept has"),
+        ((["\u202f"] * 50, [["C0040405"]] * 50), "no words in common"),
+    ],
+)
+def test_too_little_to_learn_is_a_reason_not_a_traceback(pairs, reason):
+    fitted = ConceptExtractor().fit(*pairs)
+    assert reason in fitted.reason
+    assert fitted.predict(["CT"]) == [frozenset()]
+
+
+def test_what_was_not_fitted_finds_nothing_and_says_so():
+    assert "not been fitted" in ConceptExtractor().reason
+    assert ConceptExtractor().predict(["CT"]) == [frozenset()]
+
+
+def test_no_concept_is_made_of_nan_and_blanks():
+    assert known_concepts(["nan", "", " C0040405 ", "C0040405", "CT"]) == {"C0040405"}
+
+
+def test_concept_f1_is_the_mean_over_images():
+    predicted = [{"A", "B"}, set(), set(), {"A"}]
+    truth = [{"A", "C", "D"}, set(), {"A"}, set()]
+    assert concept_f1(predicted, truth).statistics[:, 0].tolist() == [2 * 1 / (2 + 3), 1.0, 0.0, 0.0]
+    assert concept_f1(predicted, truth).value == pytest.approx((0.4 + 1) / 4)
+
+
+def test_concept_f1_equals_the_official_evaluators():
+    """ImageCLEFmedical scores each image with scikit-learn's binary F1 over the union of both sets."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        predicted, truth = (set(rng.choice(list("ABCDEFG"), size=rng.integers(0, 5))) for _ in range(2))
+        union = sorted(predicted | truth)
+        marks = [[int(cui in side) for cui in union] for side in (truth, predicted)]
+        expected = f1_score(*marks, zero_division=0) if union else 1.0
+        assert concept_f1([predicted], [truth]).value == pytest.approx(expected)

@@ -1,0 +1,265 @@
+"""Recipes and flags: flags win, and a mistake is one line that names it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from captioning.errors import UserError
+from captioning.training.recipe import parse_arguments, read_recipe, resolved_recipe
+
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes").rglob("*.json"))
+MODEL = ["--model_name_or_path", "some/model"]
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(content) -> str:
+        path = tmp_path / "recipe.json"
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return str(path)
+
+    return write
+
+
+# --- The recipes of the repository ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_parses(path):
+    model_args, data_args, args = parse_arguments([str(path)])
+    assert model_args.model_name_or_path or model_args.config_name
+    for name, value in json.loads(path.read_text()).items():
+        parsed = next(getattr(a, name) for a in (model_args, data_args, args) if hasattr(a, name))
+        assert getattr(parsed, "value", parsed) == value, name
+
+
+def test_the_recipes_are_those_of_the_table():
+    table = (ROOT / "recipes" / "README.md").read_text()
+    assert {path.stem for path in RECIPES} == {
+        "quickstart",
+        "rocov2_blip_base",
+        "rocov2_blip_base_long",
+        "rocov2_blip_base_frozen_vision",
+        "rocov2_blip_large",
+        "rocov2_blip_large_4gpu",
+    }
+    for path in RECIPES:
+        assert f"recipes/{path.name}" in table
+
+
+def test_the_rocov2_recipes_differ_as_their_names_say():
+    recipes = {path.stem: read_recipe(str(path)) for path in RECIPES}
+    base = recipes["rocov2_blip_base"]
+    assert (base["num_beams"], base["max_new_tokens"], base["lr_scheduler_type"]) == (3, 64, "linear")
+
+    def changes(name):
+        other = recipes[name]
+        return {key: other.get(key) for key in base.keys() | other.keys() if other.get(key) != base.get(key)}
+
+    assert changes("rocov2_blip_base_frozen_vision") == {"freeze_vision_model": True}
+    assert changes("rocov2_blip_base_long") == {
+        "max_caption_length": 128,
+        "max_new_tokens": 128,
+        "no_repeat_ngram_size": 3,
+    }
+    large = changes("rocov2_blip_large")
+    assert large["model_name_or_path"].endswith("large")
+    effective = {
+        name: recipes[name]["per_device_train_batch_size"] * recipes[name]["gradient_accumulation_steps"]
+        for name in ("rocov2_blip_base", "rocov2_blip_large")
+    }
+    assert set(effective.values()) == {32}
+
+
+# --- Defaults and precedence ----------------------------------------------------------------------------------
+
+
+def test_the_defaults_are_the_contract():
+    _, data_args, args = parse_arguments(["--model_name_or_path", "Salesforce/blip-image-captioning-base"])
+    assert data_args.dataset_name == "eltorio/ROCOv2-radiology"
+    assert (args.do_train, args.do_eval, args.do_predict, args.predict_with_generate) == (True,) * 4
+    assert (args.num_beams, args.max_new_tokens) == (3, 64)
+    assert args.output_dir == "outputs/blip-image-captioning-base-ROCOv2-radiology"
+    assert args.lr_scheduler_type == "linear"
+    assert 0 < args.warmup_steps < 1
+    assert args.optim.startswith("adamw")
+
+
+def test_flags_win_over_the_recipe_and_the_recipe_over_the_defaults(recipe):
+    path = recipe({"model_name_or_path": "a/b", "num_beams": 5, "max_new_tokens": 20, "do_predict": False})
+    model_args, _, args = parse_arguments([path, "--num_beams", "2", "--do-predict", "true"])
+    assert (model_args.model_name_or_path, args.num_beams, args.max_new_tokens, args.do_predict) == (
+        "a/b",
+        2,
+        20,
+        True,
+    )
+
+
+def test_stages_that_are_off_switch_off_what_needs_them():
+    args = parse_arguments([*MODEL, "--do_eval", "false"])[2]
+    assert (args.do_eval, args.eval_strategy, args.load_best_model_at_end) == (False, "no", False)
+    args = parse_arguments([*MODEL, "--predict_with_generate", "false"])[2]
+    assert (args.metric_for_best_model, args.greater_is_better) == ("loss", False)
+    assert parse_arguments(MODEL)[2].greater_is_better
+    assert parse_arguments([*MODEL, "--metric_for_best_model", "perplexity"])[2].greater_is_better is False
+    assert parse_arguments([*MODEL, "--save_strategy", "no"])[2].load_best_model_at_end is False
+
+
+def test_decode_settings_that_do_nothing_are_left_out():
+    args = parse_arguments([*MODEL, "--num_beams", "1", "--length_penalty", "2"])[2]
+    assert args.decoding() == {"num_beams": 1, "max_new_tokens": 64, "do_sample": False}
+    args = parse_arguments([*MODEL, "--length_penalty", "2", "--no_repeat_ngram_size", "3", "--min_new_tokens", "4"])[
+        2
+    ]
+    assert args.decoding() == {
+        "num_beams": 3,
+        "max_new_tokens": 64,
+        "do_sample": False,
+        "length_penalty": 2.0,
+        "no_repeat_ngram_size": 3,
+        "min_new_tokens": 4,
+    }
+
+
+# --- Mistakes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"num_beam": 3}, "unknown key 'num_beam'; did you mean 'num_beams'"),
+        ({"zzz": 3}, "unknown key 'zzz'$"),
+        ({"num_beams": "3"}, "'num_beams' is \"3\", which is no int"),
+        ({"num_beams": True}, "'num_beams' is true, which is no int"),
+        ({"num_beams": 3.0}, "which is no int"),
+        ({"learning_rate": "1e-5"}, "'learning_rate' is \"1e-5\", which is no float"),
+        ({"do_train": "yes"}, "which is no bool"),
+        ({"do_train": 1}, "which is no bool"),
+        ({"max_train_samples": [1]}, "which is no int or null"),
+        ({"seed": None}, "'seed' is null, which is no int"),
+        ({"fsdp": True}, "fsdp is not used here; .*DISTRIBUTED.md"),
+        ({"deepspeed": 7}, "deepspeed is not used here"),
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ("[]", "must be one JSON object"),
+        ('{"seed": 1, "seed": 2}', "key 'seed' stands twice"),
+    ],
+)
+def test_a_bad_recipe_is_named_with_its_key(recipe, content, message):
+    path = recipe(content)
+    with pytest.raises(UserError, match=message) as error:
+        parse_arguments([path])
+    assert path in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_recipe_is_named():
+    with pytest.raises(UserError, match=r"recipe 'recipes/nowhere\.json' cannot be read: No such file"):
+        parse_arguments(["recipes/nowhere.json"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "give either --model_name_or_path"),
+        ([*MODEL, "--config_name", "x"], "give either --model_name_or_path"),
+        ([*MODEL, "--num_beam", "3"], "unknown flag '--num_beam'; did you mean '--num_beams'"),
+        ([*MODEL, "stray"], "'stray' is no flag"),
+        ([*MODEL, "--num_beams", "three"], "invalid int value: 'three'"),
+        ([*MODEL, "--num_beams", "0"], "num_beams is 0; set --num_beams to 1 or more"),
+        ([*MODEL, "--max_new_tokens", "0"], "max_new_tokens is 0"),
+        ([*MODEL, "--min_new_tokens", "9", "--max_new_tokens", "8"], "min_new_tokens 9 exceeds max_new_tokens 8"),
+        ([*MODEL, "--max_predict_samples", "0"], "max_predict_samples is 0"),
+        ([*MODEL, "--max_rejected_fraction", "2"], "set it from 0 to 1"),
+        ([*MODEL, "--label_smoothing", "1"], "label_smoothing is 1.0"),
+        ([*MODEL, "--tokenizer_name", "x"], "tokenizer_name goes with config_name"),
+        ([*MODEL, "--eval_strategy", "sometimes"], "sometimes"),
+        ([*MODEL, "--eval_strategy", "steps"], "eval_strategy is steps and save_strategy epoch: set both alike"),
+        ([*MODEL, "--metric_for_best_model", "rougel"], "'rougel' is not measured; did you mean 'rougeL'"),
+        ([*MODEL, "--metric_for_best_model", "bleu"], "there are loss, perplexity"),
+        ([*MODEL, "--learning_rate", "nan"], "learning_rate is nan"),
+        ([*MODEL, "--learning_rate", "-1"], "learning_rate is -1"),
+        ([*MODEL, "--seed", "-1"], "seed is -1"),
+        ([*MODEL, "--seed", str(10**30)], "below 2\\*\\*32"),
+        ([*MODEL, "--length_penalty", "nan"], "length_penalty is nan"),
+        ([*MODEL, "--vocab_size", "1"], "vocab_size is 1"),
+        ([*MODEL, "--train_sampling_strategy", "group_by_length"], "set random or sequential"),
+        ([*MODEL, "--dataloader_drop_last", "true"], "drop rows of the evaluation"),
+        ([*MODEL, "--remove_unused_columns", "true"], "remove_unused_columns must stay false"),
+        (
+            [*MODEL, "--gradient_checkpointing_kwargs", '{"use_reentrance": false}'],
+            "unknown key 'use_reentrance'; did you mean 'use_reentrant'",
+        ),
+        ([*MODEL, "--gradient_checkpointing_kwargs", '{"context_fn": 1}'], "there are use_reentrant, preserve_rng"),
+        ([*MODEL, "--gradient_checkpointing_kwargs", "yes"], "is 'yes', which is no JSON object"),
+        ([*MODEL, "--gradient_checkpointing_kwargs", '{"use_reentrant": "x"}'], "'use_reentrant' is 'x'; set one of"),
+        ([*MODEL, "--gradient_checkpointing_kwargs", '{"debug": 1}'], "'debug' is '1'; set one of True, False"),
+        ([*MODEL, "--gradient_checkpointing_kwargs", '{"determinism_check": "a"}'], "set one of default, none"),
+        (
+            [*MODEL, "--gradient_checkpointing_kwargs", '{"use_reentrant": true, "debug": true}'],
+            "debug goes with use_reentrant false",
+        ),
+        ([*MODEL, "--length_penalty", "1e308"], "length_penalty is 1e\\+308; set --length_penalty from -100 to 100"),
+        ([*MODEL, "--dataloader_persistent_workers", "true"], "dataloader_persistent_workers needs workers"),
+    ],
+)
+def test_a_bad_flag_is_named_with_its_mend(flags, message):
+    with pytest.raises(UserError, match=message) as error:
+        parse_arguments(flags)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "instead"),
+    [
+        ("hub_token", "hf_secret", "HF_TOKEN"),
+        ("label_smoothing_factor", 0.1, "--label_smoothing"),
+        ("generation_num_beams", 4, "--num_beams"),
+        ("generation_max_length", 40, "--max_new_tokens"),
+    ],
+)
+def test_trainer_fields_that_would_mislead_are_refused(recipe, name, value, instead):
+    """T5, T7, T15: each would be ignored, be wrong for BLIP, or end in clear text in `training_args.bin`."""
+    for argv in ([*MODEL, f"--{name}", str(value)], [recipe({name: value}), *MODEL]):
+        with pytest.raises(UserError, match=instead) as error:
+            parse_arguments(argv)
+        assert "hf_secret" not in str(error.value)
+
+
+# --- Write back -----------------------------------------------------------------------------------------------
+
+
+def test_the_resolved_recipe_is_a_recipe_of_the_same_run(recipe, tmp_path):
+    flags = ["--num_beams", "4", "--prompt", "a picture of", "--weight_decay", "0.1", "--dataloader_num_workers", "2"]
+    first = parse_arguments([*MODEL, *flags])
+    written = resolved_recipe(*first)
+    again = parse_arguments([recipe(written), "--output_dir", str(tmp_path)])
+    assert resolved_recipe(*again) == written
+    assert written["num_beams"] == 4
+    assert written["dataloader_num_workers"] == 2
+    assert written["seed"] == 42
+    assert written["package_versions"]["transformers"]
+
+
+def test_the_resolved_recipe_holds_no_place_and_no_secret():
+    written = resolved_recipe(*parse_arguments([*MODEL, "--output_dir", "/tmp/secret-place"]))
+    assert not {"output_dir", "resume_from_checkpoint", "hub_token", "local_rank"} & written.keys()
+    assert "secret-place" not in json.dumps(written)
+
+
+def test_a_flag_makes_void_what_it_replaces(recipe):
+    """Also with dashes, which the parser takes: the revision of one model means nothing for another."""
+    path = recipe(
+        {"model_name_or_path": "a/b", "model_revision": "0" * 40, "dataset_name": "c/d", "dataset_revision": "v1"}
+    )
+    for flag in ("--model_name_or_path", "--model-name-or-path"):
+        model_args, data_args, _ = parse_arguments([path, flag, "e/f"])
+        assert (model_args.model_name_or_path, model_args.model_revision) == ("e/f", "main")
+        assert data_args.dataset_revision == "v1"
+    assert parse_arguments([path, "--dataset_name", "phantoms"])[1].dataset_revision is None
+    model_args, _, _ = parse_arguments([path, "--config_name", "recipes/configs/blip_small.json"])
+    assert (model_args.model_name_or_path, model_args.model_revision) == (None, "main")

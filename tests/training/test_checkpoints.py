@@ -1,0 +1,29 @@
+"""A run goes on from the newest checkpoint that was written to its end."""
+
+import torch
+from safetensors.torch import save_file
+
+from captioning.training.checkpoints import last_complete_checkpoint
+
+
+def test_incomplete_checkpoints_are_passed_over(tmp_path, caplog):
+    states = ('{"global_step": 10}', '{"global_step": 15}', '{"global_st', None, *['{"global_step": %d}'] * 4)
+    for step, content in zip(range(10, 50, 5), states, strict=True):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        save_file({"weight": torch.ones(99)}, folder / "model.safetensors")
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            torch.save({"state": torch.ones(99)}, folder / name)
+        if content:
+            (folder / "trainer_state.json").write_text(content.replace("%d", str(step)))
+    (tmp_path / "checkpoint-30" / "model.safetensors").unlink()  # as if killed while it was removed
+    (tmp_path / "checkpoint-35" / "optimizer.pt").unlink()
+    for step, name in ((40, "model.safetensors"), (45, "scheduler.pt")):
+        path = tmp_path / f"checkpoint-{step}" / name
+        path.write_bytes(path.read_bytes()[:-40])
+    (tmp_path / "checkpoint-final").mkdir()
+    assert last_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-15")
+    reasons = ("trainer_state.json", "trainer_state.json", "model.safetensors", "optimizer.pt", "model.safetensors")
+    for step, reason in zip(range(20, 50, 5), (*reasons, "scheduler.pt"), strict=True):
+        assert f"checkpoint-{step} is incomplete and is passed over: {reason} is " in caplog.text
+    assert last_complete_checkpoint(str(tmp_path / "none")) is None

@@ -1,0 +1,378 @@
+"""Runs that are killed, stopped, or out of space: what they leave is whole, and they go on as if nothing had been."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import command, flags, outcome, run
+from safetensors import safe_open
+
+from captioning.command_line import exit_on_user_error
+from captioning.errors import Stopped, UserError
+from captioning.training import safeguards
+from captioning.training.checkpoints import last_complete_checkpoint
+from captioning.training.trainer import CaptioningTrainer
+from run_captioning import main
+
+
+ROOT = Path(__file__).parents[2]
+MOMENTS = 20
+
+
+def start(arguments: list[str], log: Path) -> multiprocessing.Process:
+    """Start a run in a process of its own, forked from one that has imported everything: no seconds of imports."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["run_captioning"])
+    process = context.Process(target=_run, args=(arguments, str(log)))
+    process.start()
+    return process
+
+
+def _run(arguments: list[str], log: str) -> None:
+    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    torch.set_num_threads(1)
+    sys.argv = ["run_captioning.py", *arguments]
+    exit_on_user_error(main)
+
+
+def assert_whole(folder: Path) -> None:
+    """Whatever file is there under its own name is whole."""
+    for path in (*folder.glob("*.json"), *folder.glob("predictions/*.jsonl"), *folder.glob("rejected.jsonl")):
+        for text in path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]:
+            json.loads(text)
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            assert file.keys()
+    page = folder / "report.html"
+    assert not page.is_file() or page.read_text().rstrip().endswith("</html>")
+
+
+def test_a_run_killed_at_any_moment_leaves_whole_files_and_resumes(config_file, parquet_folder, tmp_path):
+    def arguments(folder):
+        return flags(
+            config_file, parquet_folder, folder, num_train_epochs=3, resume_from_checkpoint="true", num_beams=2,
+            neighbor_samples=8, save_total_limit=1,
+        )  # fmt: skip
+
+    first = start(arguments(tmp_path / "first"), tmp_path / "first.log")  # fills the caches of the data
+    first.join()
+    began = time.monotonic()
+    whole = start(arguments(tmp_path / "whole"), tmp_path / "whole.log")
+    whole.join()
+    seconds = time.monotonic() - began
+    assert (first.exitcode, whole.exitcode) == (0, 0), (tmp_path / "whole.log").read_text()
+    expected = outcome(tmp_path / "whole")
+    draw, killed, stages = random.Random(0), 0, set()
+    for moment in range(MOMENTS):
+        folder, log = tmp_path / f"killed-{moment}", tmp_path / f"killed-{moment}.log"
+        process = start(arguments(folder), log)
+        process.join(seconds * (moment + draw.random()) / MOMENTS)
+        killed += process.is_alive()
+        process.kill()
+        process.join()
+        if folder.is_dir():
+            assert_whole(folder)
+            stages.add((len(list(folder.glob("checkpoint-*"))), (folder / "model.safetensors").is_file()))
+        process = start(arguments(folder), log)
+        process.join()
+        assert process.exitcode == 0, log.read_text()
+        assert outcome(folder) == expected, f"killed at moment {moment} of {MOMENTS}"
+        assert not list(folder.rglob("*.tmp"))
+    assert killed > MOMENTS / 2, "most runs ended before they could be killed"
+    assert len(stages) > 2, "all runs were killed in the same stage"
+
+
+def error_line(errors: str) -> str:
+    """Return the one line that tells of an error, which stands on a line of its own."""
+    lines = [line for line in errors.splitlines() if line.startswith("error")]
+    assert len(lines) == 1, errors
+    return lines[0]
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def test_sigterm_saves_a_checkpoint_and_says_how_to_go_on(config_file, parquet_folder, tmp_path):
+    arguments = {"num_train_epochs": 3, "logging_steps": 1, "per_device_train_batch_size": 1}
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert run(flags(config_file, parquet_folder, whole, **arguments)).returncode == 0
+    process = subprocess.Popen(
+        command(flags(config_file, parquet_folder, stopped, **arguments)),
+        cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    wait_for(lambda: any(stopped.glob("checkpoint-*/trainer_state.json")), process)
+    process.send_signal(signal.SIGTERM)
+    errors = process.communicate()[1]
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    last = error_line(errors)
+    assert last.startswith("error: stopped by SIGTERM after step ")
+    assert "--resume_from_checkpoint true" in last
+    assert "Traceback" not in errors
+    step = int(last.split("after step ")[1].split()[0])
+    assert last_complete_checkpoint(str(stopped)) == str(stopped / f"checkpoint-{step}")
+    assert not (stopped / "model.safetensors").exists()
+    resumed = run([*flags(config_file, parquet_folder, stopped, **arguments), "--resume_from_checkpoint", "true"])
+    assert resumed.returncode == 0, resumed.stderr
+    assert outcome(stopped)["weights"] == outcome(whole)["weights"]
+    assert outcome(stopped)["predictions"] == outcome(whole)["predictions"]
+
+
+def test_sigterm_in_the_last_step_of_an_epoch_stops_behind_its_evaluation(make_trainer, monkeypatch):
+    """The run that goes on from there begins the next epoch, and would never make up for it."""
+    trainer = make_trainer(num_train_epochs=2, per_device_train_batch_size=4, logging_steps=1)
+    step = CaptioningTrainer.training_step
+
+    def send(self, *args):
+        if self.state.global_step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args)
+
+    monkeypatch.setattr(CaptioningTrainer, "training_step", send)
+    with pytest.raises(Stopped, match=r"after step 6 of 12.*checkpoint-6"):
+        trainer.train()
+    assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [6]
+    assert trainer.state.best_global_step == 6
+
+
+def test_sigterm_in_the_middle_of_an_epoch_stops_before_the_next_step(make_trainer, tmp_path, monkeypatch):
+    trainer = make_trainer(num_train_epochs=2, per_device_train_batch_size=4, logging_steps=1, save_total_limit=1)
+    step = CaptioningTrainer.training_step
+
+    def send(self, *args):
+        if self.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args)
+
+    monkeypatch.setattr(CaptioningTrainer, "training_step", send)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped, match=r"after step 3 of 12.*checkpoint-3"):
+        trainer.train()
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert trainer.state.global_step == 3
+    assert not [entry for entry in trainer.state.log_history if "eval_loss" in entry], "evaluated in the middle"
+    assert last_complete_checkpoint(trainer.args.output_dir).endswith("checkpoint-3")
+
+
+def test_sigterm_while_a_split_is_scored_is_one_line_and_the_run_goes_on(config_file, parquet_folder, tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert run(flags(config_file, parquet_folder, whole)).returncode == 0
+    process = subprocess.Popen(
+        command(flags(config_file, parquet_folder, stopped)),
+        cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    wait_for((stopped / "train_results.json").exists, process)
+    process.send_signal(signal.SIGTERM)
+    errors = process.communicate()[1]
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert error_line(errors).startswith("error: stopped by SIGTERM; ")
+    assert "Traceback" not in errors
+    assert not (stopped / "predict_results.json").exists()
+    assert_whole(stopped)
+    resumed = run([*flags(config_file, parquet_folder, stopped), "--resume_from_checkpoint", "true"])
+    assert resumed.returncode == 0, resumed.stderr
+    assert outcome(stopped) == outcome(whole)
+
+
+def test_sigterm_ends_any_command_and_is_left_to_what_it_was_left_to(capsys):
+    def swallowing():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        except Exception:
+            pytest.fail("taken for an error of the library's")
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as error:
+        exit_on_user_error(swallowing)
+    assert error.value.code == 143
+    assert capsys.readouterr().err.startswith("error: stopped by SIGTERM; ")
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_process_whose_peer_is_gone_says_so_in_a_line(monkeypatch, capsys, processes):
+    def main():
+        raise RuntimeError("[../gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:3145")
+
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    with pytest.raises(RuntimeError if processes == 1 else SystemExit):
+        exit_on_user_error(main)
+    expected = "error: another process of the run has ended" if processes == 2 else ""
+    assert capsys.readouterr().err.startswith(expected)
+
+
+def test_a_forked_worker_dies_of_sigterm_without_a_line(capfd):
+    def work(started):
+        started.set()
+        time.sleep(60)
+
+    def main():
+        context = multiprocessing.get_context("fork")
+        started = context.Event()
+        worker = context.Process(target=work, args=(started,))
+        worker.start()
+        assert started.wait(30)
+        worker.terminate()
+        worker.join(30)
+        assert worker.exitcode == 143
+
+    exit_on_user_error(main)
+    assert "SIGTERM" not in capfd.readouterr().err
+
+
+# --- Full disk and memory -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a file system of 2 MB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    if sys.platform != "linux" or os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_resumes(config_file, parquet_folder, tmp_path, small_disk):
+    folder = small_disk / "run"
+    arguments = flags(config_file, parquet_folder, folder, num_train_epochs=8, save_total_limit=20, report_to="none")
+    failed = run(arguments)
+    assert failed.returncode == 2, failed.stderr
+    assert "Traceback" not in failed.stderr
+    line = error_line(failed.stderr)
+    assert line.startswith("error: no space left to write '")
+    assert str(folder) in line
+    checkpoint = last_complete_checkpoint(str(folder))
+    assert checkpoint
+    assert subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)]).returncode == 0
+    resumed = run([*arguments, "--resume_from_checkpoint", "true"])
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"Resuming from {checkpoint}" in resumed.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError(28, "No space left on device", "a/b.bin"), "no space left to write 'a/b.bin'"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "no space left to write "),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "per_device_train_batch_size 4"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "--gradient_checkpointing true"),
+    ],
+)
+def test_full_memory_and_disk_are_one_line(tmp_path, error, expected):
+    with (
+        pytest.raises(UserError, match=expected.replace("(", r"\(")),
+        safeguards.full_is_user_error(str(tmp_path), 4, "train"),
+    ):
+        raise error
+
+
+def test_other_errors_keep_their_traceback(tmp_path):
+    with (
+        pytest.raises(RuntimeError, match="PytorchStreamWriter failed"),
+        safeguards.full_is_user_error(str(tmp_path), 4, "train"),
+    ):
+        raise RuntimeError("PytorchStreamWriter failed writing file")  # while there is space
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_gpu_out_of_memory_names_batch_size_and_flags(make_trainer, monkeypatch):
+    """No GPU here: torch's own error is raised in its place."""
+
+    def out_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
+
+    trainer = make_trainer(per_device_train_batch_size=3, per_device_eval_batch_size=5)
+    with monkeypatch.context() as patch:
+        patch.setattr(CaptioningTrainer, "compute_loss", out_of_memory)
+        with pytest.raises(UserError, match=r"per_device_train_batch_size 3; .*--auto_find_batch_size"):
+            trainer.train()
+    monkeypatch.setattr(CaptioningTrainer, "prediction_step", out_of_memory)
+    with pytest.raises(UserError, match=r"per_device_eval_batch_size 5; .*--num_beams"):
+        trainer.evaluate()
+
+
+# --- Numbers that go wrong ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_ends_the_run_with_its_images(make_trainer, monkeypatch, value):
+    trainer = make_trainer(
+        num_train_epochs=2, per_device_train_batch_size=4, save_strategy="steps", save_steps=2, eval_strategy="no",
+        load_best_model_at_end=False, logging_steps=1,
+    )  # fmt: skip
+    trainer.data_collator.with_ids = True
+    compute_loss, seen = CaptioningTrainer.compute_loss, []
+
+    def spoilt(self, model, inputs, *args, **kwargs):
+        loss = compute_loss(self, model, inputs, *args, **kwargs)
+        return loss * value if self.state.global_step == 4 else loss
+
+    collate = type(trainer.data_collator).__call__
+
+    def record(self, examples):
+        seen.append([example["image_id"] for example in examples])
+        return collate(self, examples)
+
+    monkeypatch.setattr(type(trainer.data_collator), "__call__", record)
+    monkeypatch.setattr(CaptioningTrainer, "compute_loss", spoilt)
+    with pytest.raises(UserError, match=r"the loss of step 5 is (nan|inf)") as error:
+        trainer.train()
+    assert ", ".join(seen[4]) in str(error.value)
+    assert "checkpoint-4" in str(error.value)
+    assert all(torch.isfinite(parameter).all() for parameter in trainer.model.parameters())
+
+
+def test_a_checkpoint_never_holds_weights_that_are_no_numbers(make_trainer, monkeypatch):
+    trainer = make_trainer(
+        num_train_epochs=1, per_device_train_batch_size=4, save_strategy="steps", save_steps=1, eval_strategy="no",
+        load_best_model_at_end=False,
+    )  # fmt: skip
+    compute_loss = CaptioningTrainer.compute_loss
+
+    def spoil_gradients(self, model, inputs, *args, **kwargs):
+        loss = compute_loss(self, model, inputs, *args, **kwargs)
+        if self.state.global_step == 2:
+            loss.register_hook(lambda gradient: gradient * float("nan"))
+        return loss
+
+    monkeypatch.setattr(CaptioningTrainer, "compute_loss", spoil_gradients)
+    with pytest.raises(UserError, match=r"step 3 left weights that are no numbers.*checkpoint-2"):
+        trainer.train()
+    assert last_complete_checkpoint(trainer.args.output_dir).endswith("checkpoint-2")
+
+
+def test_sigterm_in_the_last_evaluation_ends_the_run_when_its_model_is_saved(
+    config_file, parquet_folder, tmp_path, monkeypatch
+):
+    evaluation_loop = CaptioningTrainer.evaluation_loop
+
+    def send(self, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluation_loop(self, *args, **kwargs)
+
+    monkeypatch.setattr(CaptioningTrainer, "evaluation_loop", send)
+    arguments = {"num_train_epochs": 1, "save_strategy": "no", "load_best_model_at_end": False}
+    with pytest.raises(Stopped, match="after step 6 of 6"):
+        main(flags(config_file, parquet_folder, tmp_path / "run", **arguments))
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def test_a_learning_rate_without_bounds_is_one_line(config_file, parquet_folder, tmp_path):
+    with pytest.raises(UserError, match=r"the loss of step .* is (nan|inf).*there is no checkpoint yet"):
+        main(flags(config_file, parquet_folder, tmp_path / "run", learning_rate=1e30, max_grad_norm=0))
