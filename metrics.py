@@ -1,17 +1,12 @@
-"""Scores of generated captions, as an `evaluate.Metric` that needs no network, and as a command.
-
-    python metrics.py outputs/my-run/predictions/test.jsonl
-    python metrics.py run.csv --references test_captions.csv --train train_captions.csv
-    python metrics.py a/predictions/test.jsonl --against b/predictions/test.jsonl
+"""Scores of generated captions: the Trainer's `compute_metrics`, and an `evaluate.Metric` that needs no network.
 
 ROUGE is that of `rouge_score` 0.1.2, F1, no stemmer, mean over captions, from 0 to 1, against the full caption: the
 same tokens and the same formula, so the same floats, from a faster longest common subsequence. It is not
 `evaluate.load("rouge")`, whose script is a download, and whose result is a bootstrap median, random in the fourth
-digit. The scores of other implementations are in `library_metrics.py`, baselines and intervals in `scoring.py`, the
-command in `metrics_command.py`. This file imports none of its neighbors, so that
-`evaluate.load("path/to/metrics.py")` works.
+digit. This file imports nothing of `captioning`, so that `evaluate.load("path/to/metrics.py")` works.
 """
 
+import functools
 import math
 import re
 import string
@@ -23,7 +18,7 @@ import datasets
 import evaluate
 import numpy as np
 from rouge_score.tokenize import tokenize
-from transformers import EvalPrediction, PreTrainedTokenizerBase
+from transformers import EvalPrediction
 
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
@@ -50,9 +45,20 @@ class CaptionMetric(evaluate.Metric):
         )
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
-        values = rouge(predictions, references) | {"imageclef_rouge1": imageclef_rouge1(predictions, references)}
+        values = wording_scores(tuple(predictions), tuple(references))
         scores = {name: float(score.mean()) for name, score in values.items()}
         return scores | {"unique_captions": len(set(predictions)) / len(predictions)}
+
+
+# The Trainer's metrics, the predictions file and `scores.json` ask for those of the same captions
+@functools.lru_cache(maxsize=1)
+def wording_scores(predictions: tuple[str, ...], references: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Return `rouge1`, `rouge2`, `rougeL` and `imageclef_rouge1` of each pair, each float64 `[N]`; not to be changed.
+
+    Raises:
+        ValueError: there are not as many predictions as references.
+    """
+    return rouge(predictions, references) | {"imageclef_rouge1": imageclef_rouge1(predictions, references)}
 
 
 # --- ROUGE ----------------------------------------------------------------------------------------------------
@@ -153,41 +159,23 @@ def imageclef_rouge1(predictions: Sequence[str], references: Sequence[str]) -> n
 # --- The Trainer's metrics ------------------------------------------------------------------------------------
 
 
-def decode_captions(tokens: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Turn generated tokens `[N, T]`, padded with the padding token or -100, into N captions."""
-    tokens = np.where(tokens < 0, tokenizer.pad_token_id, tokens)
-    return [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
-
-
-def compute_metrics(
-    prediction: EvalPrediction, references: Sequence[str], tokenizer: PreTrainedTokenizerBase
-) -> dict[str, float]:
-    """Score what `CaptioningTrainer.prediction_step` gathered over a split.
+def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Score an evaluation of `CaptioningTrainer`, which is given this function.
 
     Args:
-        prediction: its `predictions` are `nll` float `[N]` (nats, summed over each caption), `num_tokens` int `[N]`
-            and, with `predict_with_generate`, the new tokens int `[N, T]`.
-        references: the N full captions. The label ids would flatter the score: they are truncated (T9).
-        tokenizer: decodes the tokens.
+        prediction: its `label_ids` are the N full reference captions; its `predictions` have `nll` float `[N]` (nats,
+            summed over each reference), `num_tokens` int `[N]`, and, where captions were generated, `captions`, N
+            texts, and `num_new_tokens` int `[N]`.
 
     Returns:
-        `loss` (token-level, nats) and `perplexity`; with generated tokens also the scores of `CaptionMetric` and
-        `gen_len`, the mean number of new tokens, the closing `[SEP]` included.
+        `loss` (token-level, nats) and `perplexity`; with captions also the scores of `CaptionMetric` and `gen_len`,
+        the mean number of new tokens, the end token included.
     """
-    nll, num_tokens, *generated = prediction.predictions
+    found = prediction.predictions
     # T6: a mean of batch means is not the token-level loss, and moves with the batch size
-    loss = float(nll.sum(dtype=np.float64) / num_tokens.sum())
+    loss = float(found.nll.sum(dtype=np.float64) / found.num_tokens.sum())
     scores = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}  # 709 is where a float64 overflows
-    if generated:
-        new_tokens = (generated[0] >= 0) & (generated[0] != tokenizer.pad_token_id)
-        captions = decode_captions(generated[0], tokenizer)
-        scores |= CaptionMetric().compute(predictions=captions, references=list(references))
-        scores["gen_len"] = float(new_tokens.sum(axis=1).mean())
+    if found.captions is not None:
+        scores |= CaptionMetric().compute(predictions=found.captions, references=prediction.label_ids)
+        scores["gen_len"] = float(found.num_new_tokens.mean())
     return scores
-
-
-if __name__ == "__main__":
-    from errors import exit_on_user_error
-    from metrics_command import main
-
-    exit_on_user_error(main)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Fine-tune BLIP on radiology images and captions, score it by beam search, and keep all that a rerun needs.
+"""Fine-tune a captioning model on radiology images, score it by beam search, and keep all that a rerun needs.
 
     python run_captioning.py --model_name_or_path Salesforce/blip-image-captioning-base
     python run_captioning.py recipes/rocov2_blip_base.json --num_train_epochs 3
@@ -11,21 +11,21 @@ The first trains on ROCOv2 from the Hub, the second runs a recipe (flags win), t
 fourth repeats a published run, the fifth pushes a finished one.
 """
 
-import logging
+from functools import partial
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict
-from transformers import BlipForConditionalGeneration, BlipProcessor, set_seed
+from transformers import set_seed
 
-from captioning.command_line import PrintableFormatter, exit_on_user_error
-from captioning.data import checks, sources
+from captioning.command_line import exit_on_user_error, set_up_logging
+from captioning.data.checks import check_rows, usable
+from captioning.data.sources import dataset_commit, load_source
 from captioning.data.tokenize_captions import tokenize
 from captioning.errors import UserError, as_user_error
 from captioning.hub.repository import PushCheckpoints, Repository, open_repository
 from captioning.hub.revisions import pin_revision
-from captioning.models import blip
-from captioning.models.fast_blip.modules import is_fast, use_fast_blip
-from captioning.models.tokenizer import add_blip_tokens, load_tokenizer, train_tokenizer
+from captioning.models.captioner import Captioner
+from captioning.models.load import build_captioner, load_captioner
 from captioning.reporting.curves import draw_training_curve
 from captioning.reporting.model_card import write_model_card
 from captioning.reporting.publish import push, push_finished_run
@@ -34,11 +34,13 @@ from captioning.reporting.summary import summary
 from captioning.scoring.baselines import sample_rows
 from captioning.scoring.score import Training
 from captioning.training.arguments import CaptioningArguments, DataArguments, ModelArguments
+from captioning.training.decoding import warn_of_other_settings
 from captioning.training.output_folder import prepare_output_dir, write_recipe
 from captioning.training.recipe import parse_arguments, parse_push_arguments
 from captioning.training.safeguards import UnreadableImages
 from captioning.training.trainer import CaptioningTrainer
 from collator import CaptioningCollator
+from metrics import compute_metrics
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
@@ -59,15 +61,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     with args.main_process_first(desc="loading the data"):
         dataset = load_data(model_args, data_args, args)
-        model, processor = load_model(model_args, dataset, args)
-        prompt_ids = processor.tokenizer(data_args.prompt or "", add_special_tokens=False)["input_ids"]
-        blip.check_lengths(model, data_args.max_caption_length, 1 + len(prompt_ids), args.max_new_tokens)
-        splits = prepare_data(dataset, processor, prompt_ids, data_args, args)
+        captioner = load_model(model_args, data_args, dataset, args)
+        splits = prepare_data(dataset, captioner, data_args, args)
 
     write_recipe(model_args, data_args, args)
     repository = open_repository(args)
     with as_user_error("the Trainer cannot be set up with these arguments"):
-        trainer = make_trainer(model, processor, splits, prompt_ids, data_args, args, repository)
+        trainer = make_trainer(captioner, splits, data_args, args, repository)
     metrics: dict[str, float] = {}
     if args.do_train:
         metrics |= train(trainer, checkpoint)
@@ -79,24 +79,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     if trainer.is_world_process_zero():
         draw_training_curve(Path(args.output_dir))
-        write_model_card(Path(args.output_dir), args.hub_model_id)
+        write_model_card(Path(args.output_dir), args.hub_model_id, type(captioner))
         print(summary(metrics, Path(args.output_dir)))
         if repository:
             push(repository)
     trainer.accelerator.wait_for_everyone()  # a process that ends earlier takes the launcher, and the others, with it
     trainer.accelerator.end_training()
     return metrics
-
-
-def set_up_logging() -> None:
-    """Show our own messages on standard error, and of the Hub client only errors: it reports each retry twice."""
-    ours = logging.getLogger("captioning")
-    ours.setLevel(logging.INFO)
-    if not ours.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(PrintableFormatter())
-        ours.addHandler(handler)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 # --- Data and model -------------------------------------------------------------------------------------------
@@ -110,8 +99,8 @@ def load_data(model_args: ModelArguments, data_args: DataArguments, args: Captio
     stages = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
     learns_tokenizer = model_args.config_name is not None and model_args.tokenizer_name is None
     needed = [split for split, wanted in stages.items() if wanted or (split == "train" and learns_tokenizer)]
-    data_args.dataset_revision = sources.dataset_commit(data_args.dataset_name, data_args.dataset_revision)
-    dataset = sources.load_rocov2(data_args.dataset_name, data_args.dataset_revision, data_args.streaming)
+    data_args.dataset_revision = dataset_commit(data_args.dataset_name, data_args.dataset_revision)
+    dataset = load_source(data_args.dataset_name, data_args.dataset_revision, data_args.streaming)
     for split in needed:
         if split not in dataset:
             stage = {"train": "do_train", "validation": "do_eval", "test": "do_predict"}[split]
@@ -122,7 +111,7 @@ def load_data(model_args: ModelArguments, data_args: DataArguments, args: Captio
     if "train" in dataset and "train" not in needed and args.predict_with_generate:
         needed.append("train")  # the baselines of the scores are made of it
     limits = data_args.max_samples()
-    # A trial run on few samples must not wait for the check of all rows; a few more make up for those set aside
+    # A trial run on few samples must not wait for the check of all rows; a few more make up for those left out
     enough = {
         split: len(dataset[split]) if limits[split] is None else limits[split] * 51 // 50 + 10 for split in needed
     }
@@ -132,8 +121,8 @@ def load_data(model_args: ModelArguments, data_args: DataArguments, args: Captio
 
 
 def load_model(
-    model_args: ModelArguments, dataset: DatasetDict, args: CaptioningArguments
-) -> tuple[BlipForConditionalGeneration, BlipProcessor]:
+    model_args: ModelArguments, data_args: DataArguments, dataset: DatasetDict, args: CaptioningArguments
+) -> Captioner:
     """Load the checkpoint, or build the model of `config_name`, and adapt it to the run.
 
     The commit on the Hub that the checkpoint came from is written into `model_args.model_revision`.
@@ -141,36 +130,29 @@ def load_model(
     if model_args.model_name_or_path:
         name = model_args.model_name_or_path
         model_args.model_revision = pin_revision(name, model_args.model_revision)
-        model, processor = blip.load_blip(name, model_args.model_revision)
+        captioner = load_captioner(name, model_args.model_revision)
         if not args.do_train:
-            blip.tell_other_decoding(model, args.decoding())
+            warn_of_other_settings(captioner.model.generation_config, args.decoding())
     else:
-        if model_args.tokenizer_name:
-            tokenizer = load_tokenizer(model_args.tokenizer_name)
-        else:
-            captions = [str(caption) for caption in dataset["train"]["caption"] if caption is not None]
-            tokenizer = train_tokenizer(captions, model_args.vocab_size)
-        model, processor = blip.build_blip(model_args.config_name, add_blip_tokens(tokenizer), args.seed)
-    if model_args.image_size:
-        blip.resize_images(model, processor, model_args.image_size)
-    if model_args.label_smoothing is not None:
-        blip.set_label_smoothing(model, model_args.label_smoothing)
-    if model_args.freeze_vision_model:
-        model.vision_model.requires_grad_(False)
-    blip.set_decoding(model, args.decoding())
-    return use_fast_blip(model) if model_args.fast_blip else model, processor
+        captions = (str(caption) for caption in dataset["train"]["caption"] if caption is not None)
+        captioner = build_captioner(
+            model_args.config_name, args.seed, model_args.tokenizer_name, captions, model_args.vocab_size
+        )
+    captioner.adapt(
+        model_args.image_size, model_args.label_smoothing, model_args.freeze_vision_model, model_args.fast_blip
+    )
+    captioner.set_prompt(data_args.prompt)
+    captioner.check_lengths(data_args.max_caption_length, args.max_new_tokens)
+    captioner.set_generation_config(args.decoding())
+    return captioner
 
 
 def prepare_data(
-    dataset: DatasetDict,
-    processor: BlipProcessor,
-    prompt_ids: list[int],
-    data_args: DataArguments,
-    args: CaptioningArguments,
+    dataset: DatasetDict, captioner: Captioner, data_args: DataArguments, args: CaptioningArguments
 ) -> DatasetDict:
     """Check the rows, add `input_ids`, and keep the usable rows, as many as the run asks for.
 
-    The rows set aside are listed in `rejected.jsonl`. Without training, only those training images are kept that the
+    The rows left out are listed in `rejected.jsonl`. Without training, only those training images are kept that the
     baselines are made of.
     """
     if not args.do_train and "train" in dataset:
@@ -179,49 +161,49 @@ def prepare_data(
         dataset = DatasetDict({**dataset, "train": dataset["train"].select(sample)})
         if not sample:
             del dataset["train"]
-    num_proc = data_args.preprocessing_num_workers
     rejected_file = Path(args.output_dir) / "rejected.jsonl"
     if args.should_save and not args.resume_from_checkpoint:
         rejected_file.unlink(missing_ok=True)  # a run that goes on keeps what it has found in streamed images
     unopened = ["train"] if data_args.streaming and args.do_train else []  # `UnreadableImages` sees to them
-    checked = checks.check_rows(
-        dataset, data_args.max_rejected_fraction, rejected_file if args.should_save else None, num_proc, unopened
+    checked = check_rows(
+        dataset,
+        data_args.max_rejected_fraction,
+        rejected_file if args.should_save else None,
+        data_args.preprocessing_num_workers,
+        unopened,
     )
-    tokenized = tokenize(checked, processor.tokenizer, data_args.max_caption_length, prompt_ids)
+    tokenized = tokenize(checked, captioner, data_args.max_caption_length)
     limits = data_args.max_samples()
-    return DatasetDict({split: checks.usable(rows, limits[split]) for split, rows in tokenized.items()})
+    return DatasetDict({split: usable(rows, limits[split]) for split, rows in tokenized.items()})
 
 
 # --- Train, evaluate, predict ---------------------------------------------------------------------------------
 
 
 def make_trainer(
-    model: BlipForConditionalGeneration,
-    processor: BlipProcessor,
+    captioner: Captioner,
     splits: DatasetDict,
-    prompt_ids: list[int],
     data_args: DataArguments,
     args: CaptioningArguments,
     repository: Repository | None = None,
 ) -> CaptioningTrainer:
-    """Wire model, data and collator together; training and generation start from the same `[DEC]` and prompt."""
-    bos_token_id = model.config.text_config.bos_token_id
-    collator = CaptioningCollator(processor, bos_token_id, len(prompt_ids), is_fast(model), with_ids=True)
+    """Wire model, data, collator and metrics together."""
+    collator = CaptioningCollator(captioner, with_ids=True)
     callbacks = [PushCheckpoints(repository)] if repository else []
     if data_args.streaming:
         unreadable = UnreadableImages(data_args.max_rejected_fraction, Path(args.output_dir) / "rejected.jsonl")
         collator.unreadable = unreadable.add
         callbacks.append(unreadable)
     return CaptioningTrainer(
-        model=model,
+        captioner=captioner,
         args=args,
-        processing_class=processor,
         data_collator=collator,
         train_dataset=splits.get("train"),
         eval_dataset=splits.get("validation"),
-        start_ids=[bos_token_id, *prompt_ids],
-        decoding=args.decoding(),
+        compute_metrics=compute_metrics,
+        generation_config=args.decoding(),
         callbacks=callbacks,
+        publish=partial(push_finished_run, args.output_dir, args.hub_model_id, args.hub_private_repo),
     )
 
 
@@ -241,14 +223,14 @@ def predict(
 ) -> dict[str, float]:
     """Caption and score a split; write `<prefix>_results.json`, predictions, scores, and the page if asked for."""
     output = trainer.predict(rows, metric_key_prefix=prefix)
+    found = output.predictions
     metrics = output.metrics | {f"{prefix}_samples": len(rows)}
-    nll, _, *tokens = output.predictions
-    if tokens:
-        scores = keep_split(trainer, rows, tokens[0], nll, split, training)
+    if found.captions is not None:
+        scores = keep_split(trainer, rows, found, split, training)
         metrics |= {f"{prefix}_{name}": value for name, value in scores.items()}
     trainer.save_metrics(prefix, metrics)
-    if tokens and page:
-        write_page(trainer, rows, tokens[0], split)
+    if found.captions is not None and page:
+        write_page(trainer, rows, found.tokens, split)
     return metrics
 
 

@@ -162,7 +162,7 @@ def stages(folder: Path, streamed: bool) -> Iterator[tuple[str, int]]:
     """Do what a run does with its data, and yield the name of each stage that is done, and the number of rows."""
     tokenizer = add_blip_tokens(train_tokenizer(["a chest radiograph of abcdefghilmnoprstu"] * 9, vocab_size=300))
     processor = BlipProcessor(BlipImageProcessorPil(size={"height": INPUT, "width": INPUT}), tokenizer)
-    dataset = sources.load_rocov2(str(folder), streaming=streamed)
+    dataset = sources.load_source(str(folder), streaming=streamed)
     yield "load", len(dataset["train"])
     unopened = ["train"] if streamed else []
     checked = checks.check_rows(dataset, 0.0, os.devnull, unopened=unopened)

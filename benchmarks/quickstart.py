@@ -18,7 +18,7 @@ from transformers import BlipForConditionalGeneration, GenerationConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from captioning.data.phantoms import attribute_accuracy, oracle_captions
-from captioning.data.sources import load_rocov2
+from captioning.data.sources import load_source
 from captioning.models.blip import load_blip
 from captioning.scoring.captions import read_predictions
 from collator import CaptioningCollator
@@ -61,7 +61,7 @@ def captions_of_shuffled_images(folder: Path, number: int) -> list[str]:
     assert type(model) is BlipForConditionalGeneration
     settings = GenerationConfig.from_pretrained(folder)
     collator = CaptioningCollator(processor, model.config.text_config.bos_token_id)
-    images = load_rocov2("phantoms")["test"].select_columns("image")
+    images = load_source("phantoms")["test"].select_columns("image")
     order = np.random.default_rng(0).permutation(number)
     moved = np.empty(number, dtype=int)
     moved[order] = np.roll(order, 1)  # a cycle through all of them leaves none in its place

@@ -1,4 +1,4 @@
-"""TODO."""
+"""How a command ends: one line on standard error for what the user can mend, and how its messages are shown."""
 
 import errno
 import logging
@@ -98,3 +98,14 @@ class PrintableFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as a line, or as several if it has a traceback."""
         return "\n".join(printable(line) for line in super().format(record).split("\n"))
+
+
+def set_up_logging() -> None:
+    """Show our own messages on standard error, and of the Hub client only errors: it reports each retry twice."""
+    ours = logging.getLogger("captioning")
+    ours.setLevel(logging.INFO)
+    if not ours.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(PrintableFormatter())
+        ours.addHandler(handler)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

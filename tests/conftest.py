@@ -20,14 +20,13 @@ import pytest
 from datasets import DatasetDict, Image
 from helpers import TINY_CONFIG, make_captions, make_rows
 
-from captioning.data import checks
+from captioning.data.checks import check_rows, usable
 from captioning.data.tokenize_captions import tokenize
-from captioning.models import blip
-from captioning.models.fast_blip.modules import use_fast_blip
-from captioning.models.tokenizer import add_blip_tokens, train_tokenizer
+from captioning.models.blip import BlipCaptioner
 from captioning.training.arguments import CaptioningArguments
 from captioning.training.trainer import CaptioningTrainer
 from collator import CaptioningCollator
+from metrics import compute_metrics
 
 
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
@@ -55,58 +54,62 @@ def config_file(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_blip(config_file):
-    tokenizer = add_blip_tokens(train_tokenizer(make_captions(20), vocab_size=200))
-    return blip.build_blip(str(config_file), tokenizer, seed=0)
+def tiny_captioner(config_file) -> BlipCaptioner:
+    """Shared by all tests: they must not change it."""
+    return BlipCaptioner.from_config(str(config_file), 0, None, make_captions(20), vocab_size=200)
 
 
 @pytest.fixture
-def model(tiny_blip):
-    return copy.deepcopy(tiny_blip[0])
+def captioner(tiny_captioner) -> BlipCaptioner:
+    return copy.deepcopy(tiny_captioner)
 
 
 @pytest.fixture
-def processor(tiny_blip):
-    return copy.deepcopy(tiny_blip[1])
+def model(captioner):
+    return captioner.model
 
 
 @pytest.fixture
-def collator(model, processor):
-    return CaptioningCollator(processor, model.config.text_config.bos_token_id)
+def processor(captioner):
+    return captioner.processor
+
+
+@pytest.fixture
+def collator(captioner) -> CaptioningCollator:
+    return CaptioningCollator(captioner)
 
 
 @pytest.fixture(scope="session")
 def checked(raw_dataset, tmp_path_factory) -> DatasetDict:
     splits = DatasetDict({name: rows.cast_column("image", Image(decode=False)) for name, rows in raw_dataset.items()})
-    return checks.check_rows(splits, 0.0, tmp_path_factory.mktemp("checked") / "rejected.jsonl")
+    return check_rows(splits, 0.0, tmp_path_factory.mktemp("checked") / "rejected.jsonl")
 
 
 @pytest.fixture
-def splits(checked, processor) -> DatasetDict:
-    tokenized = tokenize(checked, processor.tokenizer, max_caption_length=64, prompt_ids=[])
-    return DatasetDict({split: checks.usable(rows) for split, rows in tokenized.items()})
+def splits(checked, captioner) -> DatasetDict:
+    return DatasetDict({split: usable(rows) for split, rows in tokenize(checked, captioner, 64).items()})
 
 
 @pytest.fixture(params=["fast", "stock"])
-def make_trainer(request, model, processor, splits, tmp_path):
+def make_trainer(request, captioner, splits, tmp_path):
     """Return a function from training arguments to a `CaptioningTrainer` on the tiny model and data.
 
     Each test that uses it runs twice, with fast BLIP and with stock; `stock_copy` is what it compares with.
     """
 
-    def make(model=model, prompt_ids=(), splits=splits, **arguments) -> CaptioningTrainer:
+    def make(captioner=captioner, prompt=None, splits=splits, **arguments) -> CaptioningTrainer:
         defaults = {"output_dir": str(tmp_path / "run"), "report_to": "none", "max_new_tokens": 12, "use_cpu": True}
         args = CaptioningArguments(**defaults | {"disable_tqdm": True} | arguments)
-        bos_token_id = model.config.text_config.bos_token_id
+        captioner.adapt(fast=request.param == "fast")
+        captioner.set_prompt(prompt)
         return CaptioningTrainer(
-            model=use_fast_blip(model) if request.param == "fast" else model,
+            captioner=captioner,
             args=args,
-            processing_class=processor,
-            data_collator=CaptioningCollator(processor, bos_token_id, prompt_length=len(prompt_ids)),
+            data_collator=CaptioningCollator(captioner),
             train_dataset=splits["train"],
             eval_dataset=splits["validation"],
-            start_ids=[bos_token_id, *prompt_ids],
-            decoding=args.decoding(),
+            compute_metrics=compute_metrics,
+            generation_config=args.decoding(),
         )
 
     return make

@@ -47,7 +47,7 @@ def check_rows(
     """Decode every image once and mark the rows that cannot be used: in `rejected`, with the reason.
 
     Args:
-        dataset: what `load_rocov2` returned.
+        dataset: what `load_source` returned.
         max_rejected_fraction: of each split, from 0 to 1.
         rejected_file: where the marked rows are listed, one JSON object a line; None lists them nowhere.
         num_proc: processes; the result is cached by `datasets`.

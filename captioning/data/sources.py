@@ -1,6 +1,6 @@
 """Any source of radiology images with captions, in one schema: `image`, `image_id`, `caption`, `cui`.
 
-`load_rocov2` reads the source, `check_rows` marks the rows that cannot be used, `tokenize` adds `input_ids`, `usable`
+`load_source` reads the source, `check_rows` marks the rows that cannot be used, `tokenize` adds `input_ids`, `usable`
 leaves the marked rows out. None of them copies the images: each `map` writes only its own small columns, which are
 joined to the memory-mapped table.
 
@@ -53,7 +53,7 @@ REQUIRED_COLUMNS = ("image", "image_id", "caption")
 # --- Sources --------------------------------------------------------------------------------------------------
 
 
-def load_rocov2(name: str, revision: str | None = None, streaming: bool = False) -> DatasetDict:
+def load_source(name: str, revision: str | None = None, streaming: bool = False) -> DatasetDict:
     """Load a source into those of the splits `train`, `validation`, `test` that it has, rows as they are.
 
     Args:
@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"num_proc is {arguments.num_proc}; set --num_proc to 1 or more")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"'{folder}' exists and is not an empty folder; name a new one")
-    dataset = load_rocov2(arguments.source, arguments.revision)
+    dataset = load_source(arguments.source, arguments.revision)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         checked = check_rows(dataset, arguments.max_rejected_fraction, folder / "rejected.jsonl", arguments.num_proc)

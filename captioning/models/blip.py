@@ -1,19 +1,21 @@
-"""Load BLIP from the Hub or a folder, or build one from a config; encode images, score and generate captions.
+"""BLIP behind the interface of `captioner.py`.
 
 Weights on disk stay plain BLIP: stock `BlipForConditionalGeneration` and `BlipProcessor` load what is saved.
 """
 
-import functools
 import logging
 import math
-import os
-import platform
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
-from typing import Any
+from copy import deepcopy
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     BlipConfig,
     BlipForConditionalGeneration,
@@ -24,72 +26,452 @@ from transformers import (
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from captioning.errors import UserError, as_user_error
-from captioning.files import PROJECT
+from captioning.models.captioner import IGNORE_INDEX, Batch, Captioner, CardFacts, sum_nll
 from captioning.models.fast_blip.decoding import CrossAttention, caption_hidden_states, project_images
-from captioning.models.fast_blip.modules import has_shipped_layers, is_fast
+from captioning.models.fast_blip.modules import has_shipped_layers, is_fast, use_fast_blip, use_stock_blip
 from captioning.models.fast_blip.packed_weights import caption_layers, packed_weights
-from captioning.models.tokenizer import load_tokenizer
+from captioning.models.fast_blip.pixel_values import fast_pixel_values
+from captioning.models.tokenizer import add_blip_tokens, load_tokenizer, match_special_tokens, train_tokenizer
 
 
 logger = logging.getLogger(__name__)
 
-EXAMPLE_CHECKPOINT = "Salesforce/blip-image-captioning-base"
 # BLIP starts its position embedding as small as a weight, below a tenth of the patch embeddings that it is added to:
 # a model trained from nothing finds out late where in the image a thing is. Without this factor the quickstart ends
 # with side right in .83 and place right in .45 of the test captions, at 94 % of the oracle's ROUGE-L.
 POSITION_SCALE = 10
 # Images that a CPU encodes at a time without gradients: activations of more than these leave its caches, and the
 # allocator hands back and clears their memory again and again. Measured at BLIP-base: 2 to 4 images are 1.35 times as
-# fast as 16, see benchmarks/README.md
+# fast as 16, see docs/performance.md
 CPU_IMAGES = 4
 MAX_PARAMETERS = 2**31  # of each half of a model, 8 GB; BLIP-large has 470 million in both
 MAX_LAYERS = 1000
 
+CARD = CardFacts(
+    kind="BLIP model",
+    tags=("blip",),
+    license_note="BLIP's own weights are BSD-3-Clause.",
+    citation="""@inproceedings{li2022blip,
+  title     = {{BLIP}: Bootstrapping Language-Image Pre-training for Unified Vision-Language Understanding
+               and Generation},
+  author    = {Li, Junnan and Li, Dongxu and Xiong, Caiming and Hoi, Steven},
+  booktitle = {International Conference on Machine Learning},
+  year      = {2022}
+}""",
+    usage="""{% if autocast %}import torch
+{% endif %}from PIL import Image
+from transformers import BlipForConditionalGeneration, BlipImageProcessorPil, BlipProcessor, GenerationConfig
 
-# --- Load and build -------------------------------------------------------------------------------------------
+name = {{ name }}
+model = BlipForConditionalGeneration.from_pretrained(name)
+processor = BlipProcessor.from_pretrained(name)
+processor.image_processor = BlipImageProcessorPil.from_pretrained(name)  # torchvision would resize to other pixels
+settings = {{ settings }}
+
+inputs = processor(images=Image.open("image.png"){% if prompt %}, text={{ prompt }}{% endif %}, return_tensors="pt")
+{% if autocast -%}
+device = "cuda" if torch.cuda.is_available() else "cpu"
+with torch.autocast(device, torch.{{ autocast }}, enabled=device == "cuda"):  # as in the evaluation
+    tokens = model.to(device).generate(**inputs.to(device), generation_config=settings)
+{% else -%}
+tokens = model.generate(**inputs, generation_config=settings)
+{% endif -%}
+{% if prompt -%}
+tokens = tokens[:, inputs["input_ids"].shape[1] - 1 :]  # without [DEC] and the prompt
+{% endif -%}
+print(processor.decode(tokens[0], skip_special_tokens=True).strip())""",
+    plain_generate="""{% if suffices -%}
+So does `model.generate({{ "**inputs" if prompt else 'pixel_values=inputs["pixel_values"]' }})` without the settings.
+{%- else -%}
+`model.generate(pixel_values=...)` alone does not: BLIP generates by its text decoder, into which stock
+`from_pretrained` reads neither `generation_config.json` nor beams from `config.json`. It would search greedily,
+for 20 tokens.
+{%- endif %}""",
+)
 
 
-def load_blip(name: str, revision: str | None = None) -> tuple[BlipForConditionalGeneration, BlipProcessor]:
-    """Load a captioning checkpoint and its processor from the Hub or a folder, in float32.
+@dataclass
+class EncodedImages:
+    """B images, encoded.
 
-    The image processor is the PIL one whatever is installed: torchvision resizes to other pixels, which gives
-    other scores (T11).
-
-    Raises:
-        UserError: there is no such checkpoint, or it is not one of `BlipForConditionalGeneration`.
+    Attributes:
+        image_embeds: `[B, P + 1, D]`: P patches, and `[CLS]` before them.
+        cross_attention: keys and values of each layer, once they are needed; `generate` uses them up.
     """
-    with as_user_error(f"model '{name}' cannot be loaded", "give a folder of a saved BLIP or a Hub id"):
-        model_type = BlipConfig.get_config_dict(name, revision=revision)[0].get("model_type")
-        if model_type != "blip":
-            raise UserError(f"model '{name}' is no BLIP but {model_type}; give one such as {EXAMPLE_CHECKPOINT}")
-        _check_size(BlipConfig.from_pretrained(name, revision=revision), name)
-        # float32: a checkpoint saved in half precision would otherwise be trained in it
-        model, loading = BlipForConditionalGeneration.from_pretrained(
-            name, revision=revision, dtype=torch.float32, output_loading_info=True
+
+    image_embeds: torch.Tensor
+    cross_attention: CrossAttention | None = None
+
+
+class BlipCaptioner(Captioner):
+    """`BlipForConditionalGeneration` with its `BlipProcessor`."""
+
+    card = CARD
+    fast = False
+
+    # --- Load and adapt ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, name: str, revision: str | None = None) -> "BlipCaptioner":
+        """Load a captioning checkpoint and its processor from the Hub or a folder, in float32.
+
+        The image processor is the PIL one whatever is installed: torchvision resizes to other pixels, which gives
+        other scores (T11).
+
+        Raises:
+            UserError: there is no such checkpoint, or it is not one of `BlipForConditionalGeneration`.
+        """
+        with as_user_error(f"model '{name}' cannot be loaded", "give the folder of a saved BLIP or a Hub id"):
+            _check_size(BlipConfig.from_pretrained(name, revision=revision), name)
+            # float32: a checkpoint saved in half precision would otherwise be trained in it
+            model, loading = BlipForConditionalGeneration.from_pretrained(
+                name, revision=revision, dtype=torch.float32, output_loading_info=True
+            )
+            image_processor = BlipImageProcessorPil.from_pretrained(name, revision=revision)
+        side = model.config.vision_config.image_size
+        if image_processor.size != {"height": side, "width": side}:
+            # The position embedding decides: the model cannot take images of another size
+            logger.warning(
+                "The processor of '%s' is for %s; images are resized to %d pixels", name, image_processor.size, side
+            )
+            image_processor.size = {"height": side, "width": side}
+        tokenizer = load_tokenizer(name, revision)
+        if len(tokenizer) > model.config.text_config.vocab_size:
+            raise UserError(
+                f"model '{name}': its tokenizer has {len(tokenizer)} entries, its embedding "
+                f"{model.config.text_config.vocab_size}; give the tokenizer that it was trained with"
+            )
+        if loading["missing_keys"]:
+            missing = sorted(loading["missing_keys"])
+            raise UserError(
+                f"model '{name}' lacks {len(missing)} weights of a captioning BLIP ('{missing[0]}', ...); "
+                "give a BlipForConditionalGeneration checkpoint such as Salesforce/blip-image-captioning-base"
+            )
+        return cls(model, BlipProcessor(image_processor, match_special_tokens(tokenizer, model.config)))
+
+    @classmethod
+    def from_config(
+        cls, name: str, seed: int, tokenizer_name: str | None, captions: Iterable[str], vocab_size: int
+    ) -> "BlipCaptioner":
+        """Build a BLIP with random weights, in evaluation mode, from a `BlipConfig`.
+
+        Vocabulary size and special tokens come from the tokenizer.
+
+        Raises:
+            UserError: config or tokenizer cannot be read, or the config does not describe a BLIP.
+        """
+        tokenizer = load_tokenizer(tokenizer_name) if tokenizer_name else train_tokenizer(captions, vocab_size)
+        return cls.from_tokenizer(name, seed, add_blip_tokens(tokenizer))
+
+    @classmethod
+    def from_tokenizer(cls, name: str, seed: int, tokenizer: PreTrainedTokenizerBase) -> "BlipCaptioner":
+        """Build the same with a tokenizer at hand, which must hold `[DEC]` as its `bos_token`."""
+        with as_user_error(f"config '{name}' cannot be loaded", "recipes/configs/ has examples"):
+            if not BlipConfig.get_config_dict(name)[0].keys() & {"text_config", "vision_config"}:
+                # Stock would build what its defaults say
+                raise UserError(f"config '{name}' does not describe a BLIP; recipes/configs/ has examples")
+            config = BlipConfig.from_pretrained(name)
+            _check_size(config, name)
+        if config.vision_config.initializer_range < 1e-4:
+            # The default of BlipVisionConfig is 1e-10: harmless when weights are loaded, a dead encoder when not
+            config.vision_config.initializer_range = config.initializer_range
+        text = config.text_config
+        text.vocab_size = len(tokenizer)
+        text.bos_token_id = tokenizer.bos_token_id
+        text.pad_token_id = tokenizer.pad_token_id
+        text.sep_token_id = text.eos_token_id = tokenizer.sep_token_id
+        torch.manual_seed(seed)
+        with as_user_error(f"config '{name}' builds no model", "recipes/configs/ has examples"):
+            model = BlipForConditionalGeneration(config).eval()  # as `from_pretrained` leaves it
+        with torch.no_grad():
+            model.vision_model.embeddings.position_embedding *= POSITION_SCALE
+        side = config.vision_config.image_size
+        return cls(model, BlipProcessor(BlipImageProcessorPil(size={"height": side, "width": side}), tokenizer))
+
+    def adapt(
+        self,
+        image_size: int | None = None,
+        label_smoothing: float | None = None,
+        freeze_vision_model: bool = False,
+        fast: bool = True,
+    ) -> None:
+        """Adapt the model to a run, in place: see `Captioner.adapt`.
+
+        Smoothing is set where BLIP keeps it (T5).
+        """
+        if image_size:
+            self._resize_images(image_size)
+        if label_smoothing is not None:
+            self.config.text_config.label_smoothing = label_smoothing
+            self.model.text_decoder.label_smoothing = label_smoothing
+        if freeze_vision_model:
+            self.model.vision_model.requires_grad_(False)
+        self.fast = fast
+        (use_fast_blip if fast else use_stock_blip)(self.model)
+
+    def _resize_images(self, image_size: int) -> None:
+        """Make model and processor take square images of another side, by interpolating the position embedding.
+
+        Done once in the weights, with the model's own bicubic interpolation, instead of in every `forward`: so the
+        saved model is plain BLIP at its new size and nobody needs `interpolate_pos_encoding=True`.
+
+        Raises:
+            UserError: `image_size` (pixels) is not a multiple of the patch size.
+        """
+        vision = self.config.vision_config
+        if image_size < vision.patch_size or image_size % vision.patch_size:
+            raise UserError(
+                f"image_size {image_size} is not a multiple of the model's patch size {vision.patch_size}; "
+                f"set --image_size to {max(1, round(image_size / vision.patch_size)) * vision.patch_size}"
+            )
+        embeddings = self.model.vision_model.embeddings
+        num_patches = (image_size // vision.patch_size) ** 2
+        if num_patches != embeddings.num_patches:
+            tokens = torch.empty(1, 1 + num_patches, embeddings.embed_dim)  # only its shape is read
+            with torch.no_grad():
+                positions = embeddings.interpolate_pos_encoding(tokens, image_size, image_size)
+            embeddings.position_embedding = nn.Parameter(positions.detach().clone())
+            embeddings.num_patches, embeddings.num_positions = num_patches, 1 + num_patches
+        embeddings.image_size = vision.image_size = image_size
+        self.processor.image_processor.size = {"height": image_size, "width": image_size}
+
+    def check_lengths(self, max_caption_length: int, max_new_tokens: int) -> None:
+        """Check that a caption fits into the model's position embeddings, in training and in generation.
+
+        Raises:
+            UserError: it does not.
+        """
+        positions = self.config.text_config.max_position_embeddings
+        if max_caption_length > positions:
+            raise UserError(
+                f"max_caption_length {max_caption_length} exceeds the model's {positions} text positions; "
+                f"set --max_caption_length to {positions} or less"
+            )
+        start_length = len(self.start_ids)
+        if start_length + max_new_tokens > positions:
+            room = positions - start_length
+            mend = f"set --max_new_tokens to {room} or less" if room > 0 else "shorten --prompt"
+            raise UserError(
+                f"max_new_tokens {max_new_tokens} after {start_length} start and prompt tokens exceeds the model's "
+                f"{positions} text positions; {mend}"
+            )
+
+    def set_generation_config(self, config: GenerationConfig) -> None:
+        """Write the decode settings where a reader of the saved model, and stock `generate`, look.
+
+        `generation_config.json` has all of them, but stock BLIP generates by its text decoder, whose own settings are
+        made from the text config when the model is loaded (T7). Loading drops `num_beams` and the other old generation
+        parameters from a config (transformers 5.23.0, `PreTrainedConfig.__init__`) and leaves the numbers of new
+        tokens: so a greedy search can be made what `model.generate(pixel_values=...)` does, a beam search cannot.
+        """
+        text = self.config.text_config
+        plain = self.plain_generate_suffices(config)
+        for name in ("max_new_tokens", "min_new_tokens"):
+            vars(text).pop(name, None)  # those of an earlier fine-tune
+            if plain and getattr(config, name) is not None:
+                setattr(text, name, getattr(config, name))
+        self.model.text_decoder.generation_config = GenerationConfig.from_model_config(text)
+        self.model.generation_config = self._with_special_tokens(config)
+        self.model.generation_config.bos_token_id = text.bos_token_id
+
+    @classmethod
+    def plain_generate_suffices(cls, config: GenerationConfig) -> bool:
+        """Tell whether a saved model decodes by these settings without being handed them."""
+        return config.num_beams == 1 and not config.no_repeat_ngram_size
+
+    def _with_special_tokens(self, config: GenerationConfig) -> GenerationConfig:
+        text, config = self.config.text_config, deepcopy(config)
+        config.eos_token_id, config.pad_token_id = text.sep_token_id, text.pad_token_id
+        return config
+
+    # --- Captions and tokens ----------------------------------------------------------------------------------
+
+    @property
+    def start_ids(self) -> list[int]:
+        """`[DEC]` and the prompt, from which generation starts (T3)."""
+        return [self.config.text_config.bos_token_id, *self.prompt_ids]
+
+    @property
+    def prompt_row(self) -> list[int]:
+        """`[CLS]` and the prompt, as the tokenizer writes them; `collate` puts `[DEC]` in the place of `[CLS]`."""
+        return [self.tokenizer.cls_token_id, *self.prompt_ids]
+
+    @property
+    def end_token_id(self) -> int:
+        """`[SEP]`."""
+        return self.tokenizer.sep_token_id
+
+    def tokenize(self, captions: Sequence[str], max_length: int) -> tuple[list[list[int]], list[bool]]:
+        """Turn captions into rows: `prompt_row`, the caption, `[SEP]`; see `Captioner.tokenize`."""
+        start = self.prompt_row
+        room = max_length - len(start) - 1
+        if room < 1:
+            raise UserError(
+                f"max_caption_length {max_length} leaves no room for a caption beside [DEC], [SEP] and "
+                f"{len(self.prompt_ids)} prompt tokens; set --max_caption_length to {len(start) + 2} or more"
+            )
+        tokens = self.tokenizer(list(captions), add_special_tokens=False, verbose=False)["input_ids"]
+        return [[*start, *own[:room], self.end_token_id] for own in tokens], [len(own) > room for own in tokens]
+
+    # --- Batches ----------------------------------------------------------------------------------------------
+
+    def collate(self, images: Sequence[Image.Image], rows: Sequence[Sequence[int]]) -> Batch:
+        """Return `pixel_values` float32 `[B, 3, H, W]` and `input_ids`, `attention_mask`, `labels` int64 `[B, L]`.
+
+        The tokenizer writes `[CLS]` at position 0, but `generate` starts from `[DEC]` (T3), and so did BLIP's own
+        training (github.com/salesforce/BLIP, models/blip.py, `text.input_ids[:, 0] = self.tokenizer.bos_token_id`).
+        `labels` stand where their tokens stand: BLIP shifts them itself.
+        """
+        tokens = [torch.tensor(row) for row in rows]
+        input_ids = pad_sequence(tokens, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+        attention_mask = torch.zeros_like(input_ids)
+        for mask, row in zip(attention_mask, tokens, strict=True):
+            mask[: len(row)] = 1
+        input_ids[:, 0] = self.start_ids[0]
+        labels = input_ids.masked_fill(attention_mask == 0, IGNORE_INDEX)
+        labels[:, : len(self.start_ids)] = IGNORE_INDEX
+        return {
+            "pixel_values": self.pixel_values(images),
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": labels,
+        }
+
+    def pixel_values(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Resize and normalize images into float32 `[B, 3, H, W]`: the values of the image processor."""
+        if self.fast:
+            return fast_pixel_values(list(images), self.processor.image_processor)
+        return self.processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
+
+    # --- Evaluation -------------------------------------------------------------------------------------------
+
+    @property
+    def _decodes_fast(self) -> bool:
+        """Whether scoring and decoding go around the layers, which nobody has changed or hooked into."""
+        return is_fast(self.model) and has_shipped_layers(self.model.text_decoder)
+
+    def evaluation(self) -> AbstractContextManager[None]:
+        """Lay out on a CPU the weights that captions pass, once for scoring and generation."""
+        if not self._decodes_fast:
+            return nullcontext()
+        return packed_weights(caption_layers(self.model.text_decoder))
+
+    def encode_images(self, batch: Batch) -> EncodedImages:
+        """Encode `pixel_values` `[B, 3, H, W]`."""
+        pixel_values = batch["pixel_values"]
+        in_parts = is_fast(self.model) and pixel_values.is_cpu and not torch.is_grad_enabled()
+        parts = pixel_values.split(CPU_IMAGES if in_parts else len(pixel_values))
+        embeds = [self.model.vision_model(pixel_values=part).last_hidden_state for part in parts]
+        return EncodedImages(torch.cat(embeds) if len(embeds) > 1 else embeds[0])
+
+    def _cross_attention(self, encoded: EncodedImages) -> CrossAttention | None:
+        """Project the images once, for scoring and generation; None where stock code does both."""
+        if encoded.cross_attention is None and self._decodes_fast:
+            encoded.cross_attention = project_images(self.model.text_decoder, encoded.image_embeds)
+        return encoded.cross_attention
+
+    def caption_nll(self, encoded: EncodedImages, batch: Batch) -> torch.Tensor:
+        """Return the negative log-likelihood of each caption, float64 `[B]`, in nats."""
+        labels = batch["labels"]
+        is_target = F.pad(labels[:, 1:] != IGNORE_INDEX, (1, 0))
+        return sum_nll(self.target_logits(encoded, batch, is_target), labels, is_target)
+
+    def target_logits(self, encoded: EncodedImages, batch: Batch, is_target: torch.Tensor) -> torch.Tensor:
+        """Return the logits `[N, V]` from which the N targets are predicted, in order.
+
+        Args:
+            encoded: the images.
+            batch: its captions `input_ids` `[B, L]`, padded at their right, with `attention_mask` 0 on padding.
+            is_target: bool `[B, L]`, true where a token is to be predicted; never at position 0.
+        """
+        decoder, input_ids, attention_mask = self.model.text_decoder, batch["input_ids"], batch["attention_mask"]
+        before = is_target[:, 1:]  # position i predicts token i + 1
+        cross_attention = self._cross_attention(encoded)
+        if cross_attention is None:
+            logits = decoder(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                encoder_hidden_states=encoded.image_embeds,
+                use_cache=False,
+            ).logits
+            return logits[:, :-1][before]
+        # A CPU takes one caption at a time, without padding. That is not slower than padding all, and the loss of a
+        # caption is the same in every digit whichever captions share its batch: one process or several, any batch size
+        number = 1 if input_ids.is_cpu else len(input_ids)
+        logits = []
+        for start in range(0, len(input_ids), number):
+            few = slice(start, start + number)
+            width = max(1, int(attention_mask[few].sum(dim=1).max())) if input_ids.is_cpu else input_ids.shape[1]
+            images = [(keys[few], values[few]) for keys, values in cross_attention]
+            found = caption_hidden_states(decoder, images, input_ids[few, :width])
+            logits.append(decoder.cls(found[:, :-1][before[few, : width - 1]]))
+        return torch.cat(logits)
+
+    def generate(self, encoded: EncodedImages, config: GenerationConfig) -> torch.Tensor:
+        """Generate as `BlipForConditionalGeneration.generate(pixel_values, prompt)` does, token for token.
+
+        Settings are handed to the text decoder: it ignores those of the whole model (T7).
+
+        Returns:
+            The new tokens int64 `[B, T]`, without `start_ids`, padded after `[SEP]`.
+        """
+        embeds = encoded.image_embeds
+        # One tensor a call: `generate` may write into it (T10)
+        input_ids = torch.tensor([self.start_ids], device=embeds.device).repeat(len(embeds), 1)
+        cross_attention, encoded.cross_attention = self._cross_attention(encoded), None
+        generated = self.model.text_decoder.generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            encoder_hidden_states=embeds,
+            encoder_attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
+            generation_config=self._with_special_tokens(config),
+            **({} if cross_attention is None else {"cross_attention": cross_attention}),
         )
-        image_processor = BlipImageProcessorPil.from_pretrained(name, revision=revision)
-    side = model.config.vision_config.image_size
-    if image_processor.size != {"height": side, "width": side}:
-        # The position embedding decides: the model cannot take images of another size
-        logger.warning("The processor of '%s' is for %s; images are made %d pixels", name, image_processor.size, side)
-        image_processor.size = {"height": side, "width": side}
-    tokenizer = load_tokenizer(name, revision)
-    if len(tokenizer) > model.config.text_config.vocab_size:
-        raise UserError(
-            f"model '{name}': its tokenizer has {len(tokenizer)} entries, its embedding "
-            f"{model.config.text_config.vocab_size}; give the tokenizer that it was trained with"
+        return generated[:, len(self.start_ids) :]
+
+    def image_features(self, encoded: EncodedImages) -> torch.Tensor:
+        """Return the mean over the patches of each image, float32 `[B, D]`.
+
+        Trained on captions alone, the embedding of `[CLS]` need not sum the image up.
+        """
+        return encoded.image_embeds[:, 1:].mean(dim=1).float()
+
+    def word_attention(self, encoded: EncodedImages, tokens: torch.Tensor) -> list[tuple[str, np.ndarray]]:
+        """Return the words of one caption, each with the mean of the maps `[H, W]` of its tokens."""
+        words: list[tuple[str, list[np.ndarray]]] = []
+        maps = self.attention_maps(encoded, tokens).cpu().numpy()
+        for name, attention in zip(self.tokenizer.convert_ids_to_tokens(tokens.tolist()), maps, strict=True):
+            if name.startswith("##") and words:
+                word, pieces = words.pop()
+                words.append((word + name.removeprefix("##"), [*pieces, attention]))
+            elif name not in self.tokenizer.all_special_tokens:
+                words.append((name, [attention]))
+        return [(word, np.mean(pieces, axis=0)) for word, pieces in words]
+
+    def attention_maps(self, encoded: EncodedImages, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the cross-attention over the patches of one image with which each token `[T]` was written.
+
+        Returns:
+            Float `[T, H, W]` on the grid of patches: attention weights, the mean over layers and heads, without that
+            on the `[CLS]` embedding.
+        """
+        start = torch.tensor(self.start_ids, device=tokens.device)
+        input_ids = torch.cat([start, tokens])[None, :-1]
+        outputs = self.model.text_decoder(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            encoder_hidden_states=encoded.image_embeds,
+            use_cache=False,
+            output_attentions=True,
         )
-    if loading["missing_keys"]:
-        missing = sorted(loading["missing_keys"])
-        raise UserError(
-            f"model '{name}' lacks {len(missing)} weights of a captioning BLIP ('{missing[0]}', ...); "
-            f"give a BlipForConditionalGeneration checkpoint such as {EXAMPLE_CHECKPOINT}"
-        )
-    return model, BlipProcessor(image_processor, _match_special_tokens(tokenizer, model.config))
+        attention = torch.stack(outputs.cross_attentions).float().mean(dim=(0, 2))[0]
+        side = math.isqrt(attention.shape[-1] - 1)
+        # The position before a token is the one that wrote it
+        return attention[len(start) - 1 :, 1:].unflatten(-1, (side, side))
 
 
 def _check_size(config: BlipConfig, name: str) -> None:
-    """Raise UserError if a config describes more than `MAX_PARAMETERS`, before any of them is made."""
+    """Raise UserError if a config describes more than `MAX_PARAMETERS`, before any of them is allocated."""
     for part in (config.text_config, config.vision_config):
         sizes = [part.num_hidden_layers, part.hidden_size, part.intermediate_size]
         layers, width, inner = (int(size) for size in sizes)
@@ -101,289 +483,3 @@ def _check_size(config: BlipConfig, name: str) -> None:
                 f"config of '{name}': {layers:,} layers of {width:,} are more than {MAX_LAYERS:,} layers or "
                 f"{MAX_PARAMETERS:,} weights; lower them, recipes/configs/ has examples"
             )
-
-
-def build_blip(
-    config_name: str, tokenizer: PreTrainedTokenizerBase, seed: int
-) -> tuple[BlipForConditionalGeneration, BlipProcessor]:
-    """Build a BLIP with random weights from a `BlipConfig` JSON file, folder or Hub id, in evaluation mode.
-
-    Vocabulary size and special tokens come from `tokenizer`, which must hold `[DEC]` as its `bos_token`.
-
-    Raises:
-        UserError: the config cannot be read, or describes no model.
-    """
-    path = config_name if os.path.exists(config_name) else PROJECT / config_name
-    with as_user_error(f"config '{config_name}' cannot be loaded", "recipes/configs/ has examples"):
-        path = path if os.path.exists(path) else config_name
-        given = BlipConfig.get_config_dict(path)[0]
-        if given.get("model_type", "blip") != "blip" or not given.keys() & {"text_config", "vision_config"}:
-            # Stock would build what its defaults say
-            raise UserError(f"config '{config_name}' describes no BLIP; recipes/configs/ has examples")
-        config = BlipConfig.from_pretrained(path)
-        _check_size(config, config_name)
-    if config.vision_config.initializer_range < 1e-4:
-        # The default of BlipVisionConfig is 1e-10: harmless when weights are loaded, a dead encoder when not
-        config.vision_config.initializer_range = config.initializer_range
-    text = config.text_config
-    text.vocab_size = len(tokenizer)
-    text.bos_token_id = tokenizer.bos_token_id
-    text.pad_token_id = tokenizer.pad_token_id
-    text.sep_token_id = text.eos_token_id = tokenizer.sep_token_id
-    torch.manual_seed(seed)
-    with as_user_error(f"config '{config_name}' builds no model", "recipes/configs/ has examples"):
-        model = BlipForConditionalGeneration(config).eval()  # as `from_pretrained` leaves it
-    with torch.no_grad():
-        model.vision_model.embeddings.position_embedding *= POSITION_SCALE
-    side = config.vision_config.image_size
-    image_processor = BlipImageProcessorPil(size={"height": side, "width": side})
-    return model, BlipProcessor(image_processor, tokenizer)
-
-
-def _match_special_tokens(tokenizer: PreTrainedTokenizerBase, config: BlipConfig) -> PreTrainedTokenizerBase:
-    """Drop a start or end token of the tokenizer that is not the model's.
-
-    The Trainer overwrites the ids of the text config with those of the tokenizer: a tokenizer that calls `[CLS]`
-    its `bos_token` would move the start of generation away from the start of training (T3).
-    """
-    if tokenizer.bos_token_id != config.text_config.bos_token_id:
-        tokenizer.bos_token = None
-    if tokenizer.eos_token_id != config.text_config.sep_token_id:
-        tokenizer.eos_token = None
-    return tokenizer
-
-
-# --- Adapt to the run -----------------------------------------------------------------------------------------
-
-
-def check_lengths(model: BlipForConditionalGeneration, max_caption_length: int, start_length: int, new_tokens: int):
-    """Raise UserError if a caption in training or generation would outgrow the model's position embeddings."""
-    positions = model.config.text_config.max_position_embeddings
-    if max_caption_length > positions:
-        raise UserError(
-            f"max_caption_length {max_caption_length} exceeds the model's {positions} text positions; "
-            f"set --max_caption_length to {positions} or less"
-        )
-    if start_length + new_tokens > positions:
-        room = positions - start_length
-        mend = f"set --max_new_tokens to {room} or less" if room > 0 else "shorten --prompt"
-        raise UserError(
-            f"max_new_tokens {new_tokens} after {start_length} start and prompt tokens exceeds the model's "
-            f"{positions} text positions; {mend}"
-        )
-
-
-def resize_images(model: BlipForConditionalGeneration, processor: BlipProcessor, image_size: int) -> None:
-    """Make model and processor take square images of another side, by interpolating the position embedding.
-
-    Done once in the weights, with the model's own bicubic interpolation, instead of in every `forward`: so the
-    saved model is plain BLIP at its new size and nobody needs `interpolate_pos_encoding=True`.
-
-    Raises:
-        UserError: `image_size` (pixels) is no multiple of the patch size.
-    """
-    vision = model.config.vision_config
-    if image_size < vision.patch_size or image_size % vision.patch_size:
-        raise UserError(
-            f"image_size {image_size} is not a multiple of the model's patch size {vision.patch_size}; "
-            f"set --image_size to {max(1, round(image_size / vision.patch_size)) * vision.patch_size}"
-        )
-    embeddings = model.vision_model.embeddings
-    num_patches = (image_size // vision.patch_size) ** 2
-    if num_patches != embeddings.num_patches:
-        tokens = torch.empty(1, 1 + num_patches, embeddings.embed_dim)  # only its shape is read
-        with torch.no_grad():
-            positions = embeddings.interpolate_pos_encoding(tokens, image_size, image_size)
-        embeddings.position_embedding = nn.Parameter(positions.detach().clone())
-        embeddings.num_patches, embeddings.num_positions = num_patches, 1 + num_patches
-    embeddings.image_size = vision.image_size = image_size
-    processor.image_processor.size = {"height": image_size, "width": image_size}
-
-
-def set_label_smoothing(model: BlipForConditionalGeneration, label_smoothing: float) -> None:
-    """Set the smoothing of the training loss where BLIP keeps it (T5); the evaluation loss never has any."""
-    model.config.text_config.label_smoothing = model.text_decoder.label_smoothing = label_smoothing
-
-
-def set_decoding(model: BlipForConditionalGeneration, settings: dict[str, Any]) -> None:
-    """Write the decode settings where a stranger, and stock `generate`, find them in the saved model.
-
-    `generation_config.json` has all of them, but stock BLIP generates by its text decoder, whose own settings are
-    made from the text config when the model is loaded (T7). Loading drops `num_beams` and the other old generation
-    parameters from a config (transformers 5.23.0, `PreTrainedConfig.__init__`) and leaves the numbers of new tokens:
-    so a greedy search can be made what `model.generate(pixel_values=...)` does, a beam search cannot.
-    """
-    text = model.config.text_config
-    plain = plain_generate_suffices(settings)
-    for name in ("max_new_tokens", "min_new_tokens"):
-        vars(text).pop(name, None)  # those of an earlier fine-tune
-        if plain and name in settings:
-            setattr(text, name, settings[name])
-    model.text_decoder.generation_config = GenerationConfig.from_model_config(text)
-    model.generation_config = GenerationConfig(
-        bos_token_id=text.bos_token_id, eos_token_id=text.sep_token_id, pad_token_id=text.pad_token_id, **settings
-    )
-
-
-def plain_generate_suffices(settings: dict[str, Any]) -> bool:
-    """Tell whether a saved model decodes by these settings without being handed them: see `set_decoding`."""
-    return settings["num_beams"] == 1 and not settings.get("no_repeat_ngram_size")
-
-
-def tell_other_decoding(model: BlipForConditionalGeneration, settings: dict[str, Any]) -> None:
-    """Log where the settings that a checkpoint was evaluated with, by its own record, are not those of this run."""
-    recorded = model.generation_config.to_dict()
-    if not recorded.get("num_beams"):
-        return
-    unset = {
-        "num_beams": 1,
-        "max_new_tokens": 0,
-        "min_new_tokens": 0,
-        "no_repeat_ngram_size": 0,
-        "length_penalty": 1.0,
-    }
-    for name, default in unset.items():
-        was, now = recorded.get(name) or default, settings.get(name) or default
-        if was != now:
-            logger.warning(
-                "The model's own scores are with %s %s, not %s; for them, --%s %s", name, was, now, name, was
-            )
-
-
-# --- Encode, score, generate ----------------------------------------------------------------------------------
-
-
-def encode_images(model: BlipForConditionalGeneration, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Encode `pixel_values` `[B, 3, H, W]` into `image_embeds` `[B, P + 1, D]`."""
-    whole = len(pixel_values)
-    number = CPU_IMAGES if is_fast(model) and pixel_values.is_cpu and not torch.is_grad_enabled() else whole
-    parts = [model.vision_model(pixel_values=part).last_hidden_state for part in pixel_values.split(number)]
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-def packed_for_evaluation(model: BlipForConditionalGeneration) -> AbstractContextManager[None]:
-    """Return a context in which a fast model on a CPU has its weights laid out for products without gradients.
-
-    What captions pass gains everywhere; what hundreds of patches pass only on AMD's processors, where MKL, which
-    computes plain layers, is slower than oneDNN: 2,308 x 768 x 3,072 at 164 GFLOP/s against 217 on an EPYC of 2 cores.
-    """
-    if not is_fast(model):
-        return nullcontext()
-    return packed_weights(model.modules() if _is_amd() else caption_layers(model.text_decoder))
-
-
-@functools.cache
-def _is_amd() -> bool:
-    try:
-        return "AuthenticAMD" in platform.processor() + Path("/proc/cpuinfo").read_text()
-    except OSError:  # not Linux
-        return "AuthenticAMD" in platform.processor()
-
-
-def cross_attention_of(model: BlipForConditionalGeneration, image_embeds: torch.Tensor) -> CrossAttention | None:
-    """Return what scoring and generation both need of `image_embeds` `[B, P + 1, D]`; None if stock does them."""
-    if not is_fast(model) or not has_shipped_layers(model.text_decoder):
-        return None
-    return project_images(model.text_decoder, image_embeds)
-
-
-def caption_logits(
-    model: BlipForConditionalGeneration,
-    image_embeds: torch.Tensor,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    is_label: torch.Tensor,
-    cross_attention: CrossAttention | None = None,
-) -> torch.Tensor:
-    """Return the logits `[N, V]` from which the N labels of a batch are predicted, in their order.
-
-    Args:
-        model: the model.
-        image_embeds: `[B, P + 1, D]`, from `encode_images`.
-        input_ids: `[B, L]`, captions padded at their right.
-        attention_mask: `[B, L]`, 0 on padding.
-        is_label: bool `[B, L]`, true where N tokens in all are to be predicted; never at position 0.
-        cross_attention: `cross_attention_of` the images.
-    """
-    before = is_label[:, 1:]  # position i predicts token i + 1
-    if cross_attention is None:
-        logits = model.text_decoder(
-            input_ids=input_ids, attention_mask=attention_mask, encoder_hidden_states=image_embeds, use_cache=False
-        ).logits
-        return logits[:, :-1][before]
-    # A CPU takes one caption at a time, without padding. That is not slower than padding all, and the loss of a
-    # caption is the same in every digit whichever captions share its batch: one process or several, any batch size
-    number = 1 if input_ids.is_cpu else len(input_ids)
-    logits = []
-    for start in range(0, len(input_ids), number):
-        few = slice(start, start + number)
-        width = max(1, int(attention_mask[few].sum(dim=1).max())) if input_ids.is_cpu else input_ids.shape[1]
-        images = [(keys[few], values[few]) for keys, values in cross_attention]
-        found = caption_hidden_states(model.text_decoder, images, input_ids[few, :width])
-        logits.append(model.text_decoder.cls(found[:, :-1][before[few, : width - 1]]))
-    return torch.cat(logits)
-
-
-def generate_captions(
-    model: BlipForConditionalGeneration,
-    image_embeds: torch.Tensor,
-    start_ids: list[int],
-    cross_attention: CrossAttention | None = None,
-    **settings: Any,
-) -> torch.Tensor:
-    """Generate captions as `BlipForConditionalGeneration.generate(pixel_values, prompt)` does, token for token.
-
-    Args:
-        model: the model.
-        image_embeds: `[B, P + 1, D]`, from `encode_images`.
-        start_ids: `[DEC]` and the tokens of the prompt, the same for every image; never a reference (T1).
-        cross_attention: `cross_attention_of` the images, where it is there already. It is used up.
-        settings: the decode settings, `num_beams` and so on.
-
-    Returns:
-        The new tokens `[B, T]`, without `start_ids`, padded behind `[SEP]`.
-    """
-    text = model.config.text_config
-    # One tensor per call: `generate` may write into it (T10)
-    input_ids = torch.tensor([start_ids], device=image_embeds.device).repeat(len(image_embeds), 1)
-    if cross_attention is not None:
-        settings["cross_attention"] = cross_attention
-    generated = model.text_decoder.generate(
-        input_ids=input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        encoder_hidden_states=image_embeds,
-        encoder_attention_mask=torch.ones(image_embeds.shape[:2], dtype=torch.long, device=image_embeds.device),
-        eos_token_id=text.sep_token_id,
-        pad_token_id=text.pad_token_id,
-        **settings,
-    )
-    return generated[:, len(start_ids) :]
-
-
-def attention_maps(
-    model: BlipForConditionalGeneration, image_embeds: torch.Tensor, start_ids: list[int], tokens: torch.Tensor
-) -> torch.Tensor:
-    """Return where the decoder looked as it wrote each token: its cross-attention over the patches of one image.
-
-    Args:
-        model: the model.
-        image_embeds: `[1, P + 1, D]`, from `encode_images`.
-        start_ids: `[DEC]` and the tokens of the prompt.
-        tokens: `[T]`, what was generated after them.
-
-    Returns:
-        Float `[T, H, W]` on the grid of patches: attention weights, the mean over layers and heads, without that on
-        the `[CLS]` embedding.
-    """
-    input_ids = torch.cat([torch.tensor(start_ids, device=tokens.device), tokens])[None, :-1]
-    outputs = model.text_decoder(
-        input_ids=input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        encoder_hidden_states=image_embeds,
-        use_cache=False,
-        output_attentions=True,
-    )
-    attention = torch.stack(outputs.cross_attentions).float().mean(dim=(0, 2))[0]
-    side = math.isqrt(attention.shape[-1] - 1)
-    # The position before a token is the one that wrote it
-    return attention[len(start_ids) - 1 :, 1:].unflatten(-1, (side, side))

@@ -1,4 +1,4 @@
-"""TODO."""
+"""BERT's WordPiece tokenizer as BLIP uses it: loaded, or trained on the captions."""
 
 import logging
 from collections.abc import Iterable
@@ -8,6 +8,7 @@ from tokenizers.implementations import BertWordPieceTokenizer
 from transformers import (
     AutoTokenizer,
     BertTokenizer,
+    BlipConfig,
     PreTrainedTokenizerBase,
 )
 
@@ -68,4 +69,17 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
 def add_blip_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Append BLIP's `[DEC]` (the start of a caption) and `[ENC]` to a BERT tokenizer that lacks them."""
     tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
+    return tokenizer
+
+
+def match_special_tokens(tokenizer: PreTrainedTokenizerBase, config: BlipConfig) -> PreTrainedTokenizerBase:
+    """Drop a start or end token of the tokenizer that is not the model's.
+
+    The Trainer overwrites the ids of the text config with those of the tokenizer: a tokenizer that calls `[CLS]`
+    its `bos_token` would move the start of generation away from the start of training (T3).
+    """
+    if tokenizer.bos_token_id != config.text_config.bos_token_id:
+        tokenizer.bos_token = None
+    if tokenizer.eos_token_id != config.text_config.sep_token_id:
+        tokenizer.eos_token = None
     return tokenizer

@@ -13,14 +13,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
 from captioning.files import PROJECT, write_whole
 from captioning.hub.revisions import COMMIT_HASH
-from captioning.models.blip import plain_generate_suffices
+from captioning.models.captioner import Captioner, CardFacts
+from captioning.models.load import class_in_folder
 from captioning.scoring.captions import read_predictions
 from captioning.scoring.score import BASELINES, HEADINGS
+from captioning.training.decoding import decode_settings, generation_config, in_words
 
 
 logger = logging.getLogger(__name__)
@@ -50,8 +53,7 @@ LICENSES = {
         "cc-by-nc-sa-4.0",
         "The images and captions of ROCOv2 come from PubMed Central. Their license labels disagree between mirrors "
         "(CC BY, CC BY-NC and CC BY-NC-SA 4.0); this card states the strictest, CC BY-NC-SA 4.0. The license of each "
-        "image is in `license_information.csv` of the data's Zenodo record, 10821435. BLIP's own weights are "
-        "BSD-3-Clause.",
+        "image is in `license_information.csv` of the data's Zenodo record, 10821435.",
     ),
     "phantoms": (
         "apache-2.0",
@@ -60,7 +62,7 @@ LICENSES = {
     "other": (
         "other",
         "The license of the training data is not known to the recipe: whoever publishes this model states it here and "
-        "in the metadata (`--license`). BLIP's own weights are BSD-3-Clause.",
+        "in the metadata (`--license`).",
     ),
 }
 
@@ -68,22 +70,33 @@ LICENSES = {
 # --- Write ----------------------------------------------------------------------------------------------------
 
 
-def write_model_card(output_dir: Path, name: str | None = None) -> None:
+def write_model_card(
+    output_dir: Path, name: str | None = None, captioner_class: type[Captioner] | None = None
+) -> None:
     """Write `README.md` into an output folder.
 
     Args:
         output_dir: the folder, with `recipe.json` at least.
         name: `<user>/<name>` of the repository it is pushed to; default: the folder's name.
+        captioner_class: of the model; default: of that which is saved in the folder.
     """
-    write_whole(output_dir / "README.md", render(output_dir, name or output_dir.resolve().name))
+    write_whole(output_dir / "README.md", render(output_dir, name or output_dir.resolve().name, captioner_class))
 
 
 # --- Render ---------------------------------------------------------------------------------------------------
 
 
-def render(output_dir: Path, name: str) -> str:
-    """Return the card of the run in `output_dir` as Markdown with its YAML metadata."""
+def render(output_dir: Path, name: str, captioner_class: type[Captioner] | None = None) -> str:
+    """Return the card of the run in `output_dir` as Markdown with its YAML metadata.
+
+    Args:
+        output_dir: the output folder.
+        name: of the model or its repository.
+        captioner_class: of the model; default: of that which is saved in the folder.
+    """
+    facts = (captioner_class or class_in_folder(output_dir)).card
     recipe = RECIPE_DEFAULTS | _read_json(output_dir / "recipe.json")
+    config = generation_config(recipe)
     results = _read_json(output_dir / "all_results.json")
     data = _data_of(recipe, output_dir)
     start = recipe["model_name_or_path"]
@@ -91,6 +104,8 @@ def render(output_dir: Path, name: str) -> str:
     if not base and not recipe["do_train"]:
         base = Path(recipe["config_name"]).stem  # of random weights that were scored as they are
     license, license_text = LICENSES[data["kind"]]
+    if data["kind"] != "phantoms":
+        license_text = f"{license_text} {facts.license_note}"
     if data["kind"] == "phantoms" and base:
         license, license_text = "other", f"{license_text} The license of {base} applies to what was made from it."
     metadata = ModelCardData(
@@ -101,7 +116,7 @@ def render(output_dir: Path, name: str) -> str:
         base_model=base,
         datasets=[data["id"]],
         metrics=["rouge"],
-        tags=["blip", "image-captioning", "radiology", "medical", "generated_from_trainer"],
+        tags=[*facts.tags, "image-captioning", "radiology", "medical", "generated_from_trainer"],
         model_name=name.split("/")[-1],
         eval_results=_eval_results(results, data) or None,
     )
@@ -110,8 +125,8 @@ def render(output_dir: Path, name: str) -> str:
         metadata,
         template_path=str(TEMPLATE),
         name=name,
-        python_name=json.dumps(name if recipe["do_train"] else base, ensure_ascii=False),
-        settings=None if recipe["do_train"] else _settings(recipe),
+        kind=facts.kind,
+        usage=_usage(facts, recipe, name if recipe["do_train"] else base),
         trained=recipe["do_train"],
         base=f"[{base}](https://huggingface.co/{base})" if base and "/" in base else base and f"`{base}`",
         config_name=recipe["config_name"] and Path(recipe["config_name"]).name,
@@ -121,21 +136,21 @@ def render(output_dir: Path, name: str) -> str:
         scores=_scores(results),
         columns=SCORE_COLUMNS,
         worth=_worth(_read_json(output_dir / "scores.json")),
-        num_beams=recipe["num_beams"],
-        max_new_tokens=recipe["max_new_tokens"],
-        decoding=_decoding(recipe),
+        num_beams=config.num_beams,
+        max_new_tokens=config.max_new_tokens,
+        decoding=in_words(config),
         examples=examples,
         examples_split=examples_split,
-        prompt=recipe["prompt"] and repr(recipe["prompt"]),
-        autocast="bfloat16" if recipe["bf16"] else "float16" if recipe["fp16"] else None,
-        plain_generate=recipe["do_train"] and plain_generate_suffices(recipe),
+        autocast=_autocast(recipe),
+        plain_generate=_plain_generate(captioner_class or class_in_folder(output_dir), recipe),
         package_versions=recipe["package_versions"],
         recipe_address=f"hf://{name}/recipe.json" if "/" in name else f"{name}/recipe.json",
         missing_paths=_missing_paths(recipe),
-        facts=_facts(recipe, results, base or "random weights", data),
+        run_facts=_facts(recipe, results, base or "random weights", data),
         has_curve=(output_dir / "training_curve.png").is_file(),
         history=_history(_read_json(output_dir / "trainer_state.json")),
         license_text=license_text,
+        citation=facts.citation,
     )
     return str(card)
 
@@ -281,18 +296,6 @@ def _examples(output_dir: Path) -> tuple[str | None, list[dict[str, Any]]]:
     return None, []
 
 
-def _decoding(recipe: Mapping[str, Any]) -> str:
-    parts = ["greedy search" if recipe["num_beams"] == 1 else f"{recipe['num_beams']} beams"]
-    parts.append(f"at most {recipe['max_new_tokens']} new tokens")
-    if recipe["min_new_tokens"]:
-        parts.append(f"at least {recipe['min_new_tokens']}")
-    if recipe["no_repeat_ngram_size"]:
-        parts.append(f"no {recipe['no_repeat_ngram_size']}-gram twice")
-    if recipe["num_beams"] > 1:
-        parts.append(f"length penalty {recipe['length_penalty']:g}")
-    return ", ".join(parts)
-
-
 def _missing_paths(recipe: Mapping[str, Any]) -> list[str]:
     """Return what a stranger must add to rerun the recipe: what was read from the folders of a machine."""
     folders = []
@@ -308,11 +311,24 @@ def _missing_paths(recipe: Mapping[str, Any]) -> list[str]:
     return folders
 
 
-def _settings(recipe: Mapping[str, Any]) -> str:
-    """Return the decode settings as Python, for a model whose own `generation_config.json` may have others."""
-    names = ["num_beams", "max_new_tokens"] + [n for n in ("min_new_tokens", "no_repeat_ngram_size") if recipe[n]]
-    names += ["length_penalty"] if recipe["num_beams"] > 1 else []
-    return f"GenerationConfig({', '.join(f'{name}={recipe[name]!r}' for name in names)})"
+def _usage(facts: CardFacts, recipe: Mapping[str, Any], name: str) -> str:
+    """Return the code that repeats the predictions; a scored model's own settings may be others."""
+    settings = ", ".join(f"{name}={value!r}" for name, value in decode_settings(recipe).items())
+    return jinja2.Template(facts.usage).render(
+        name=json.dumps(name, ensure_ascii=False),
+        settings="GenerationConfig.from_pretrained(name)" if recipe["do_train"] else f"GenerationConfig({settings})",
+        prompt=recipe["prompt"] and repr(recipe["prompt"]),
+        autocast=_autocast(recipe),
+    )
+
+
+def _plain_generate(captioner_class: type[Captioner], recipe: Mapping[str, Any]) -> str:
+    suffices = recipe["do_train"] and captioner_class.plain_generate_suffices(generation_config(recipe))
+    return jinja2.Template(captioner_class.card.plain_generate).render(prompt=recipe["prompt"], suffices=suffices)
+
+
+def _autocast(recipe: Mapping[str, Any]) -> str | None:
+    return "bfloat16" if recipe["bf16"] else "float16" if recipe["fp16"] else None
 
 
 def _facts(
@@ -338,7 +354,7 @@ def _facts(
             ("captions a step", batch),
             ("optimizer", schedule),
             ("label smoothing", "as in the start's config" if smoothing is None else smoothing),
-            ("precision", "bfloat16" if recipe["bf16"] else "float16" if recipe["fp16"] else "float32"),
+            ("precision", _autocast(recipe) or "float32"),
             ("seed", recipe["seed"]),
         ]
     packages = ", ".join(f"{name} {number}" for name, number in recipe["package_versions"].items())

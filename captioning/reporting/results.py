@@ -23,8 +23,7 @@ from captioning.scoring.clinical import modality_of
 from captioning.scoring.score import Training, flat, score
 from captioning.scoring.submission import write_submission
 from captioning.training.arguments import DataArguments
-from captioning.training.trainer import CaptioningTrainer
-from metrics import decode_captions
+from captioning.training.trainer import CaptioningTrainer, Evaluated
 
 
 logger = logging.getLogger(__name__)
@@ -59,8 +58,7 @@ def training_for_baselines(
 def keep_split(
     trainer: CaptioningTrainer,
     rows: Dataset,
-    tokens: np.ndarray,
-    nll: np.ndarray,
+    found: Evaluated,
     split: str,
     training: Training | None,
 ) -> dict[str, float]:
@@ -69,24 +67,20 @@ def keep_split(
     Args:
         trainer: the trainer that captioned it.
         rows: N rows of the tokenized split.
-        tokens: int `[N, T]`, what was generated, padded with the padding token or -100.
-        nll: `[N]`, the negative log-likelihood of each reference in nats.
+        found: what was generated for them.
         split: `validation` or `test`.
         training: see `training_for_baselines`; None makes the baselines of the references.
 
     Returns:
-        On the main process; an empty dict on the others, which only help to look at the images.
+        On the main process; an empty dict on the others.
     """
-    features = None if training is None or training.features is None else trainer.image_features(rows)
     if not trainer.is_world_process_zero():
         return {}
     folder, args = Path(trainer.args.output_dir), trainer.args
-    captions = Captions(
-        list(rows["image_id"]), decode_captions(tokens, trainer.tokenizer), list(rows["caption"]), list(rows["cui"])
-    )
+    captions = Captions(list(rows["image_id"]), found.captions, list(rows["caption"]), list(rows["cui"]))
     path = folder / "predictions" / f"{split}.jsonl"
-    write_predictions(path, captions, nll)
-    scores = score(captions, training, features, "ptb" if args.coco_metrics else None, args.bertscore_model)
+    write_predictions(path, captions, found.nll)
+    scores = score(captions, training, found.features, "ptb" if args.coco_metrics else None, args.bertscore_model)
     write_scores(folder, split, scores)
     if not scores["beats_constant"]:
         logger.warning("%s: %s", split, scores["verdict"])

@@ -18,7 +18,7 @@ import numpy as np
 from captioning.errors import UserError
 from captioning.errors import printable as printable_text
 from captioning.files import write_whole
-from metrics import rouge
+from metrics import wording_scores
 
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def write_predictions(path: Path, captions: Captions, nll: np.ndarray) -> None:
         captions: of N images. Their concepts are written too, so that the file alone can be scored.
         nll: `[N]`, the negative log-likelihood of the whole reference in nats.
     """
-    scores = rouge(captions.predictions, captions.references)["rougeL"].tolist()
+    scores = wording_scores(tuple(captions.predictions), tuple(captions.references))["rougeL"].tolist()
     columns = (captions.image_ids, captions.references, captions.predictions, scores, nll.tolist(), captions.cuis)
     rows = [dict(zip(PREDICTION_KEYS, row, strict=True)) for row in zip(*columns, strict=True)]
     path.parent.mkdir(parents=True, exist_ok=True)

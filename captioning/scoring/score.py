@@ -27,7 +27,7 @@ from captioning.scoring.baselines import constant_caption, nearest_captions, shu
 from captioning.scoring.bootstrap import LEVEL, Score, compare, interval, resampled, resampling_counts
 from captioning.scoring.captions import Captions
 from captioning.scoring.concepts import ConceptExtractor, concept_f1, known_concepts
-from metrics import imageclef_rouge1, rouge
+from metrics import wording_scores
 
 
 logger = logging.getLogger(__name__)
@@ -161,8 +161,8 @@ def scores_of_systems(
 
 
 def _caption_scores(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Score]:
-    scores = {name: Score.of(values) for name, values in rouge(predictions, references).items()}
-    scores["imageclef_rouge1"] = Score.of(imageclef_rouge1(predictions, references))
+    found = wording_scores(tuple(predictions), tuple(references))
+    scores = {name: Score.of(values) for name, values in found.items()}
     return scores | {f"{name}_f1": found for name, found in clinical.agreement(predictions, references).items()}
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Seq2SeqTrainingArguments
+from transformers import GenerationConfig, Seq2SeqTrainingArguments
 
 from captioning.errors import UserError, did_you_mean
+from captioning.training.decoding import generation_config
 from metrics import METRIC_NAMES
 
 
@@ -327,17 +328,9 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
                 "--load_best_model_at_end false"
             )
 
-    def decoding(self) -> dict[str, Any]:
-        """Return the keyword arguments of `generate`; nothing is sampled."""
-        settings = {"num_beams": self.num_beams, "max_new_tokens": self.max_new_tokens, "do_sample": False}
-        if self.min_new_tokens:
-            settings["min_new_tokens"] = self.min_new_tokens
-        if self.no_repeat_ngram_size:
-            settings["no_repeat_ngram_size"] = self.no_repeat_ngram_size
-        # It does nothing in greedy search, and `GenerationConfig.save_pretrained` then refuses it
-        if self.num_beams > 1:
-            settings["length_penalty"] = self.length_penalty
-        return settings
+    def decoding(self) -> GenerationConfig:
+        """Return the decode settings."""
+        return generation_config(vars(self))
 
 
 # Fields of `Seq2SeqTrainingArguments` that would be ignored, or wrong for BLIP

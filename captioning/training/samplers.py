@@ -22,16 +22,16 @@ from captioning.data.streaming import CACHE_BYTES, WINDOW_GROUPS
 class PaddedRows:
     """The rows of a tokenized split; all indices from its length up are blank rows.
 
-    A blank row has a black image and the first row's tokens up to the caption, so that all its labels are -100.
+    A blank row has a black image and no caption, so that all its labels are -100.
 
     Args:
         rows: N rows.
-        prompt_length: the prompt tokens that follow the start token of each.
+        prompt_row: the tokens of a row without a caption.
     """
 
-    def __init__(self, rows: Dataset, prompt_length: int):
+    def __init__(self, rows: Dataset, prompt_row: list[int]):
         self.rows = rows
-        self.prompt_length = prompt_length
+        self.prompt_row = prompt_row
         self.image = Image.new("L", (64, 64))  # none of the data: it may be unreadable, or far away
 
     def __len__(self) -> int:
@@ -42,8 +42,7 @@ class PaddedRows:
         """Return a row."""
         if index < len(self.rows):
             return self.rows[index]
-        tokens = self.rows.select_columns("input_ids")[0]["input_ids"]
-        return {"image_id": "(blank)", "image": self.image, "input_ids": tokens[: 1 + self.prompt_length]}
+        return {"image_id": "(blank)", "image": self.image, "input_ids": self.prompt_row}
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         """Return the rows of a batch; the rows of the split are read at once."""

@@ -3,66 +3,94 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, Seq2SeqTrainer, TrainerCallback
-from transformers.trainer_utils import TrainOutput
+from transformers import EvalPrediction, GenerationConfig, Seq2SeqTrainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from captioning.data.streaming import is_streamed
 from captioning.errors import Stopped, UserError, as_user_error
 from captioning.files import write_whole
-from captioning.hub.repository import Repository
-from captioning.models.blip import (
-    attention_maps,
-    caption_logits,
-    cross_attention_of,
-    encode_images,
-    generate_captions,
-    packed_for_evaluation,
-)
-from captioning.reporting.model_card import write_model_card
-from captioning.reporting.publish import push
+from captioning.models.captioner import Captioner
 from captioning.training.checkpoints import last_complete_checkpoint
-from captioning.training.safeguards import StopOnSigterm, full_is_user_error, loss_is_no_number, weight_is_no_number
+from captioning.training.safeguards import (
+    StopOnSigterm,
+    full_is_user_error,
+    loss_is_no_number,
+    weight_is_no_number,
+)
 from captioning.training.samplers import PaddedRows, PaddedSampler, SetEpoch, StreamingSampler
-from collator import IGNORE_INDEX
-from metrics import compute_metrics
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What an evaluation found of the N images of a split.
+
+    Attributes:
+        nll: float64 `[N]`, the negative log-likelihood of each reference in nats, summed over its tokens.
+        num_tokens: int `[N]`, the tokens of each reference that it is summed over.
+        tokens: int `[N, T]`, the new tokens, padded; None where nothing was generated, as are all below.
+        num_new_tokens: int `[N]`, those of each caption without padding.
+        captions: N texts.
+        features: float32 `[N, D]` of the images.
+    """
+
+    nll: np.ndarray
+    num_tokens: np.ndarray
+    tokens: np.ndarray | None = None
+    num_new_tokens: np.ndarray | None = None
+    captions: list[str] | None = None
+    features: np.ndarray | None = None
 
 
 class CaptioningTrainer(Seq2SeqTrainer):
-    """A `Seq2SeqTrainer` whose losses, generation and metrics are right for BLIP.
+    """A `Seq2SeqTrainer` whose losses, generation and metrics are right for captioning models.
 
-    `processing_class` is the whole `BlipProcessor`, so that checkpoints hold all of it (T8).
+    Its `processing_class` is the whole processor, so that checkpoints hold all of it (T8).
 
     Args:
-        start_ids: `[DEC]` and the tokens of the prompt, from which generation starts.
-        decoding: the keyword arguments of `generate`.
+        captioner: the model and its processor.
+        generation_config: the decode settings of evaluation.
+        compute_metrics: called after an evaluation with an `EvalPrediction` whose `predictions` are an `Evaluated`,
+            and whose `label_ids` are the N full reference captions. The label tokens would flatter the score: they
+            are truncated (T9).
+        publish: called by `push_to_hub`.
         kwargs: those of `Seq2SeqTrainer`; datasets must have the columns of a tokenized split.
     """
 
-    def __init__(self, *, start_ids: list[int], decoding: dict[str, Any], **kwargs):
-        super().__init__(compute_metrics=self._compute_metrics, **kwargs)
-        self.start_ids = start_ids
-        self.decoding = decoding
+    def __init__(
+        self,
+        *,
+        captioner: Captioner,
+        generation_config: GenerationConfig,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        publish: Callable[[], None] | None = None,
+        **kwargs,
+    ):
+        super().__init__(
+            model=captioner.model,
+            processing_class=captioner.processor,
+            compute_metrics=self._compute_metrics,
+            **kwargs,
+        )
+        self.captioner = captioner
+        self.generation_config = generation_config
+        self._metrics_of_texts = compute_metrics
+        self._publish = publish
         # `compute_loss` below normalizes over the accumulated batch; with this set the Trainer counts its labels
         # and does not divide by the accumulation steps again
         self.model_accepts_loss_kwargs = True
         # Tied weights are stored once. Without this, each checkpoint that is loaded back is said to lack them
-        self.model._keys_to_ignore_on_save = list(self.model._tied_weights_keys)
+        self.model._keys_to_ignore_on_save = list(self.model._tied_weights_keys or ())
         self.stop_on_sigterm = StopOnSigterm()
         self.add_callback(self.stop_on_sigterm)
         self.add_callback(LogBeforeCheckpoint())
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of the processor."""
-        return self.processing_class.tokenizer
 
     # --- Training ---------------------------------------------------------------------------------------------
 
@@ -71,7 +99,7 @@ class CaptioningTrainer(Seq2SeqTrainer):
         if self.args.world_size == 1:
             return super().get_train_dataloader()
         return self._get_dataloader(
-            dataset=PaddedRows(self.train_dataset, prompt_length=len(self.start_ids) - 1),
+            dataset=PaddedRows(self.train_dataset, self.captioner.prompt_row),
             description="Training",
             batch_size=self._train_batch_size,
             sampler_fn=self._padded_sampler,
@@ -85,16 +113,14 @@ class CaptioningTrainer(Seq2SeqTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the sum of token NLLs over the number of caption tokens in the whole accumulated batch (T2).
 
-        BLIP's own loss is the mean over the tokens of one micro-batch, whatever `num_items_in_batch` says, smoothed by
-        `config.text_config.label_smoothing` (T5). Evaluation has a loss of its own, which is not.
+        A model's own loss is the mean over the tokens of one micro-batch, smoothed where its config says so (T5).
         """
         outputs = model(**inputs, use_cache=False)
-        num_tokens = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
+        num_tokens = self.captioner.num_targets(inputs["labels"]).sum()
         if num_items_in_batch is None:
             num_items_in_batch = num_tokens
         if not num_tokens:
-            # Blank rows or unreadable images alone, whose mean loss is no number: this one takes part in the exchange
-            # of gradients, and has none
+            # No labels: return a zero loss that keeps the graph, so that DDP's all-reduce still runs
             loss = outputs.logits.sum() * 0
             return (loss, outputs) if return_outputs else loss
         loss = outputs.loss * num_tokens / torch.as_tensor(num_items_in_batch, device=num_tokens.device).flatten()[0]
@@ -235,109 +261,89 @@ class CaptioningTrainer(Seq2SeqTrainer):
     # --- Hub --------------------------------------------------------------------------------------------------
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """Write the recipe's card; the Trainer's own has an empty `model-index` for BLIP (T16)."""
-        if self.is_world_process_zero():
-            write_model_card(Path(self.args.output_dir), self.args.hub_model_id)
+        """Do nothing: the card is made of the finished run; the Trainer's own has no scores (T16)."""
 
     def push_to_hub(self, *args, **kwargs) -> None:
-        """Push the output folder as `run_captioning.py` does; the stock push uploads `training_args.bin` (T15)."""
-        if self.is_world_process_zero():
-            push(Repository(self.args.output_dir, self.args.hub_model_id, self.args.hub_private_repo))
+        """Publish the output folder by `publish`; the stock push uploads `training_args.bin` (T15)."""
+        if self._publish and self.is_world_process_zero():
+            self._publish()
 
     # --- Evaluation -------------------------------------------------------------------------------------------
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):
         """Score and caption one batch, encoding its images once.
 
-        The decoder generates from the image and the fixed prompt: stock `prediction_step` hands it the reference
+        Captions are generated from the images and the fixed prompt: stock `prediction_step` hands the reference over
         as a prompt (T1).
 
         Returns:
-            `(None, (nll, num_tokens[, new_tokens]), labels)`, see `metrics.compute_metrics`. There is no loss per
-            batch: the Trainer would average it over batches of different token counts (T6).
+            `(None, (nll, num_tokens[, tokens, features]), labels)`, see `Evaluated`. There is no loss of the batch:
+            the Trainer would average it over batches of different token counts (T6).
         """
         inputs = self._prepare_inputs(inputs)
-        labels = inputs["labels"]
+        captioner = self.captioner
         # The mixed precision of training: accelerate puts it on `model.forward`, which is not called here
-        with torch.no_grad(), self.accelerator.autocast(), packed_for_evaluation(self.model):
-            image_embeds = encode_images(self.model, inputs["pixel_values"])
-            cross_attention = cross_attention_of(self.model, image_embeds)
-            is_label = F.pad(labels[:, 1:] != IGNORE_INDEX, (1, 0))
-            logits = caption_logits(
-                self.model, image_embeds, inputs["input_ids"], inputs["attention_mask"], is_label, cross_attention
-            )
-            outputs = (caption_nll(logits, labels, is_label), is_label.sum(dim=1))
-            del logits
+        with torch.no_grad(), self.accelerator.autocast(), captioner.evaluation():
+            encoded = captioner.encode_images(inputs)
+            outputs = (captioner.caption_nll(encoded, inputs), captioner.num_targets(inputs["labels"]))
             if self.args.predict_with_generate:
-                tokens = generate_captions(self.model, image_embeds, self.start_ids, cross_attention, **self.decoding)
-                outputs += (tokens,)
-        return None, outputs, labels
+                features = captioner.image_features(encoded)
+                outputs += (captioner.generate(encoded, self.generation_config), features)
+        return None, outputs, inputs["labels"]
 
-    def image_features(self, rows: Dataset) -> np.ndarray:
-        """Return what the vision model makes of each image of a tokenized split, float32 `[N, D]`.
-
-        The mean over the patches: trained on captions alone, the embedding of `[CLS]` need not sum the image up.
-        """
-        self.model.eval()
-        features = []
-        for inputs in self.get_test_dataloader(rows):
-            pixel_values = self._prepare_inputs(inputs)["pixel_values"]
-            with torch.no_grad(), self.accelerator.autocast():
-                found = encode_images(self.model, pixel_values)[:, 1:].mean(dim=1)
-            features.append(self.accelerator.gather_for_metrics(found).float().cpu().numpy())
-        return np.concatenate(features)
-
-    def word_attention(self, rows: Dataset, tokens: np.ndarray) -> list[list[tuple[str, np.ndarray]]]:
-        """Return for each image the words of its caption, and where the decoder looked as it wrote them.
-
-        Args:
-            rows: N rows of a tokenized split.
-            tokens: int `[N, T]`, what was generated for them, padded with the padding token or -100.
-
-        Returns:
-            N lists of words, each with the mean over its tokens of the maps `[H, W]` of `blip.attention_maps`.
-        """
-        self.model.eval()
-        found = []
-        for row, generated in zip(rows, tokens, strict=True):
-            kept = torch.from_numpy(self._without_padding(generated))
-            if not len(kept):
-                found.append([])
-                continue
-            inputs = self._prepare_inputs(self.data_collator([row]))
-            with torch.no_grad(), self.accelerator.autocast():
-                image_embeds = encode_images(self.model, inputs["pixel_values"])
-                maps = attention_maps(self.model, image_embeds, self.start_ids, kept.to(image_embeds.device))
-            words: list[tuple[str, list[np.ndarray]]] = []
-            names = self.tokenizer.convert_ids_to_tokens(kept.tolist())
-            for name, attention in zip(names, maps.cpu().numpy(), strict=True):
-                if name.startswith("##") and words:
-                    word, pieces = words.pop()
-                    words.append((word + name.removeprefix("##"), [*pieces, attention]))
-                elif name not in self.tokenizer.all_special_tokens:
-                    words.append((name, [attention]))
-            found.append([(word, np.mean(pieces, axis=0)) for word, pieces in words])
-        return found
-
-    def _without_padding(self, generated: np.ndarray) -> np.ndarray:
-        """Return the tokens `[T]` up to `[SEP]`, or without padding at their end; a model may write padding too."""
-        tokens = generated[generated >= 0]
-        ends = np.flatnonzero(tokens == self.tokenizer.sep_token_id)
-        if len(ends):
-            return tokens[: ends[0] + 1]
-        written = np.flatnonzero(tokens != self.tokenizer.pad_token_id)
-        return tokens[: written[-1] + 1] if len(written) else tokens[:0]
-
-    def evaluation_loop(self, dataloader, *args, **kwargs):
-        """Run the stock loop; `_compute_metrics` scores against the full captions of `dataloader`'s split."""
+    def evaluation_loop(self, dataloader, *args, **kwargs) -> EvalLoopOutput:
+        """Run the stock loop; its `predictions` are an `Evaluated`."""
         self._references = list(dataloader.dataset["caption"])
         # `evaluate` asks for `gather`, which would count the rows that pad the last batch of several processes
         self.gather_function = self.accelerator.gather_for_metrics
         with full_is_user_error(self.args.output_dir, self.args.eval_batch_size, "eval"):
-            return super().evaluation_loop(dataloader, *args, **kwargs)
+            output = super().evaluation_loop(dataloader, *args, **kwargs)
+        return output._replace(predictions=self._evaluated)
 
-    def _compute_metrics(self, prediction) -> dict[str, float]:
-        return compute_metrics(prediction, self._references, self.tokenizer)
+    def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """Turn the tokens of a split into text, once, and hand the texts on to `compute_metrics`."""
+        nll, num_tokens, *generated = prediction.predictions
+        self._evaluated = Evaluated(nll, num_tokens)
+        if generated:
+            tokens, features = generated
+            num_new_tokens, captions = self.captioner.num_new_tokens(tokens), self.captioner.decode(tokens)
+            self._evaluated = Evaluated(nll, num_tokens, tokens, num_new_tokens, captions, features)
+        if self._metrics_of_texts is None:
+            return {}
+        return self._metrics_of_texts(EvalPrediction(predictions=self._evaluated, label_ids=self._references))
+
+    def image_features(self, rows: Dataset) -> np.ndarray:
+        """Return the features of the images of a tokenized split, float32 `[N, D]`."""
+        self.model.eval()
+        features = []
+        for inputs in self.get_test_dataloader(rows):
+            with torch.no_grad(), self.accelerator.autocast():
+                found = self.captioner.image_features(self.captioner.encode_images(self._prepare_inputs(inputs)))
+            features.append(self.accelerator.gather_for_metrics(found).cpu().numpy())
+        return np.concatenate(features)
+
+    def word_attention(self, rows: Dataset, tokens: np.ndarray) -> list[list[tuple[str, np.ndarray]]]:
+        """Return for each image the words of its caption, and where the model looked as it wrote them.
+
+        Args:
+            rows: N rows of a tokenized split.
+            tokens: int `[N, T]`, what was generated for them, padded.
+
+        Returns:
+            N lists of words, each with its map `[H, W]`: see `Captioner.word_attention`. They are empty where a model
+            has no such maps.
+        """
+        self.model.eval()
+        found = []
+        for row, generated in zip(rows, tokens, strict=True):
+            kept = torch.from_numpy(self.captioner.without_padding(generated)).to(self.args.device)
+            words = None
+            if len(kept):
+                with torch.no_grad(), self.accelerator.autocast():
+                    encoded = self.captioner.encode_images(self._prepare_inputs(self.data_collator([row])))
+                    words = self.captioner.word_attention(encoded, kept)
+            found.append(words or [])
+        return found
 
 
 class LogBeforeCheckpoint(TrainerCallback):
@@ -351,19 +357,6 @@ class LogBeforeCheckpoint(TrainerCallback):
         control.should_log |= control.should_save
 
     on_epoch_end = on_step_end
-
-
-def caption_nll(logits: torch.Tensor, labels: torch.Tensor, is_label: torch.Tensor) -> torch.Tensor:
-    """Return the negative log-likelihood float64 `[B]` in nats of each caption, without smoothing.
-
-    Args:
-        logits: `[N, V]`, from `blip.caption_logits`.
-        labels: `[B, L]`.
-        is_label: bool `[B, L]`, true at the N labels.
-    """
-    nll = torch.zeros(labels.shape, dtype=torch.float64, device=labels.device)
-    nll[is_label] = F.cross_entropy(logits.float(), labels[is_label], reduction="none").double()
-    return nll.sum(dim=1)
 
 
 def mean_training_loss(log_history: list[dict[str, float]]) -> float:

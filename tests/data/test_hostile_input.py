@@ -300,7 +300,7 @@ def zenodo_folder(folder: Path, captions: bytes, images: dict[str, bytes]) -> Pa
 
 def checked(folder: Path, tmp_path: Path) -> list[dict]:
     """Load and check a folder; return what is set aside."""
-    checks.check_rows(sources.load_rocov2(str(folder)), 1.0, tmp_path / "rejected.jsonl")
+    checks.check_rows(sources.load_source(str(folder)), 1.0, tmp_path / "rejected.jsonl")
     return [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
 
 
@@ -404,7 +404,7 @@ def test_a_quote_that_is_not_closed_swallows_no_rows_unseen(tmp_path):
     content = b'ID,Caption\na,fine\nb,"not closed\n' + b"".join(b"c%d,fine\n" % i for i in range(9))
     folder = zenodo_folder(tmp_path / "zenodo", content, {"a.png": make_png(1)})
     with pytest.raises(UserError, match=r"train_captions\.csv', line 3: a double quote is not closed"):
-        sources.load_rocov2(str(folder))
+        sources.load_source(str(folder))
 
 
 def test_rows_that_would_be_used_in_part_or_lead_nowhere_are_set_aside(tmp_path):
@@ -442,7 +442,7 @@ def test_a_streamed_table_reads_no_files_of_the_machine(tmp_path):
     columns = {"image": images, "image_id": ["a", "b"], "caption": ["A nodule"] * 2}
     (tmp_path / "data").mkdir()
     pq.write_table(pa.table(columns), tmp_path / "data" / "train-0.parquet")
-    checks.check_rows(sources.load_rocov2(str(tmp_path / "data"), streaming=True), 1.0, tmp_path / "rejected.jsonl")
+    checks.check_rows(sources.load_source(str(tmp_path / "data"), streaming=True), 1.0, tmp_path / "rejected.jsonl")
     rejected = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
     assert [(row["image_id"], row["reason"]) for row in rejected] == [("b", "unreadable image: no image")]
 
@@ -476,7 +476,7 @@ def test_a_table_that_says_its_images_lie_in_other_files_is_not_believed(tmp_pat
         datasets.load_dataset("parquet", data_dir=str(tmp_path / "data")).save_to_disk(str(tmp_path / "saved"))
     expected = "save_to_disk|is no parquet" if saved and streaming else "column 'image' holds no images"
     with pytest.raises(UserError, match=expected):
-        sources.load_rocov2(str(tmp_path / ("saved" if saved else "data")), streaming=streaming)
+        sources.load_source(str(tmp_path / ("saved" if saved else "data")), streaming=streaming)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -484,7 +484,7 @@ def test_a_table_that_says_its_captions_are_files_is_not_believed(tmp_path, stre
     plant(tmp_path / "data", caption={"_type": "Image"})
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match=r"'caption'.* is no text but Image|cannot be read"):
-        sources.load_rocov2(str(tmp_path / "data"), streaming=streaming)
+        sources.load_source(str(tmp_path / "data"), streaming=streaming)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -494,12 +494,12 @@ def test_a_parquet_bomb_is_named_before_it_is_unpacked(tmp_path, monkeypatch, st
     images = [{"bytes": bytes(2**20), "path": None}] * 3
     columns = {"image": images, "image_id": list("abc"), "caption": ["A nodule"] * 3}
     pq.write_table(pa.table(columns), shards / "train-0.parquet", compression="zstd", use_dictionary=False)
-    sources.load_rocov2(str(tmp_path), streaming=streaming)  # a small one is no bomb
+    sources.load_source(str(tmp_path), streaming=streaming)  # a small one is no bomb
     monkeypatch.setattr("streaming.SMALL_SHARD", 2**20)
     pq.write_table(pa.table(columns), shards / "train-0.parquet", compression="gzip", use_dictionary=False)
     monkeypatch.setattr("pyarrow.parquet.ParquetFile.read_row_group", lambda *args: pytest.fail("it is unpacked"))
     with pytest.raises(UserError, match=r"train-0.parquet': [\d,]+ bytes unpack to 3,145,\d\d\d"):
-        sources.load_rocov2(str(tmp_path), streaming=streaming)
+        sources.load_source(str(tmp_path), streaming=streaming)
 
 
 def test_text_that_is_not_utf_8_in_a_table_is_named(tmp_path):
@@ -507,7 +507,7 @@ def test_text_that_is_not_utf_8_in_a_table_is_named(tmp_path):
     columns = {"image": [{"bytes": make_png(i), "path": None} for i in (1, 2)], "image_id": ["a", "b"]}
     pq.write_table(pa.table(columns | {"caption": texts}), tmp_path / "train-0.parquet")
     with pytest.raises(UserError, match="column 'caption' is damaged"):
-        sources.load_rocov2(str(tmp_path))
+        sources.load_source(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["train-0.parquet", "train/state.json", "dataset_dict.json"])
@@ -515,7 +515,7 @@ def test_a_pipe_instead_of_a_table_is_not_waited_for(tmp_path, name):
     (tmp_path / "train").mkdir()
     os.mkfifo(tmp_path / name)
     with pytest.raises(UserError, match="is no regular file"):
-        sources.load_rocov2(str(tmp_path))
+        sources.load_source(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -529,7 +529,7 @@ def test_a_pipe_instead_of_a_table_is_not_waited_for(tmp_path, name):
 def test_tables_that_cannot_be_read_are_named(tmp_path, content, message):
     folder = zenodo_folder(tmp_path / "zenodo", content, {"a.png": make_png(1)})
     with pytest.raises(UserError, match=message) as error:
-        sources.load_rocov2(str(folder))
+        sources.load_source(str(folder))
     assert len(str(error.value)) < 1_000
 
 
@@ -646,5 +646,5 @@ def test_code_beside_a_data_set_is_not_run(parquet_folder, tmp_path):
     (folder / "data.py").write_text(CODE.format(marker=str(marker)))
     for path in (parquet_folder / "data").iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
-    sources.load_rocov2(str(folder))
+    sources.load_source(str(folder))
     assert not marker.exists()

@@ -16,7 +16,7 @@ from helpers import SHARED, make_png, make_rows
 from PIL import Image as PIL
 
 from captioning.data.checks import check_rows, usable
-from captioning.data.sources import dataset_commit, load_rocov2
+from captioning.data.sources import dataset_commit, load_source
 from captioning.data.tokenize_captions import tokenize
 from captioning.errors import UserError
 
@@ -76,7 +76,7 @@ def test_parquet_and_saved_folders_give_the_same_rows(raw_dataset, parquet_folde
         (flat / file.name.replace("validation-", "val-")).write_bytes(file.read_bytes())
     expected = raw_dataset["validation"]
     for source in (parquet_folder, tmp_path / "saved", flat):
-        loaded = load_rocov2(str(source))
+        loaded = load_source(str(source))
         assert {split: len(rows) for split, rows in loaded.items()} == {"train": 24, "validation": 10, "test": 7}
         rows = usable(check(loaded, tmp_path)["validation"])
         assert rows["image_id"][:] == expected["image_id"][:]
@@ -88,7 +88,7 @@ def test_parquet_and_saved_folders_give_the_same_rows(raw_dataset, parquet_folde
 @pytest.mark.parametrize("zipped", [False, True])
 def test_zenodo_layout(tmp_path, zipped):
     folder = zenodo_folder(tmp_path / "zenodo", zipped)
-    dataset = check(load_rocov2(str(folder)), tmp_path, 0.0)
+    dataset = check(load_source(str(folder)), tmp_path, 0.0)
     assert list(dataset) == ["train", "validation", "test"]
     rows = usable(dataset["validation"])
     assert rows["image_id"][:] == [f"ROCOv2_2023_valid_{i:06d}" for i in (1, 2, 5, 9)]
@@ -98,23 +98,23 @@ def test_zenodo_layout(tmp_path, zipped):
 
 def test_a_changed_zenodo_folder_is_read_again(tmp_path):
     folder = zenodo_folder(tmp_path / "zenodo")
-    load_rocov2(str(folder))
+    load_source(str(folder))
     write_csv(folder / "test_captions.csv", ["ID", "Caption"], [("ROCOv2_2023_test_000001", "New.")])
-    assert load_rocov2(str(folder))["test"]["caption"][:] == ["New."]
+    assert load_source(str(folder))["test"]["caption"][:] == ["New."]
 
 
 def test_an_image_changed_in_place_is_checked_again(tmp_path):
     folder = zenodo_folder(tmp_path / "zenodo")
-    check(load_rocov2(str(folder)), tmp_path, 0.0)
+    check(load_source(str(folder)), tmp_path, 0.0)
     (folder / "test_images" / "ROCOv2_2023_test_000005.jpg").write_bytes(b"now a text")
-    assert len(usable(check(load_rocov2(str(folder)), tmp_path)["test"])) == 3
+    assert len(usable(check(load_source(str(folder)), tmp_path)["test"])) == 3
 
 
 def test_zenodo_images_of_other_endings_are_found(tmp_path):
     folder = zenodo_folder(tmp_path / "zenodo")
     for file in (folder / "test_images").iterdir():
         file.rename(file.with_suffix(".JPEG"))
-    check(load_rocov2(str(folder)), tmp_path, 0.0)
+    check(load_source(str(folder)), tmp_path, 0.0)
 
 
 def test_a_damaged_image_in_a_zip_is_set_aside(tmp_path):
@@ -123,7 +123,7 @@ def test_a_damaged_image_in_a_zip_is_set_aside(tmp_path):
     content = bytearray(archive.read_bytes())
     content[content.index(b"\xff\xd8\xff") + 60] ^= 0xFF  # in the first image: its checksum is wrong now
     archive.write_bytes(bytes(content))
-    assert len(usable(check(load_rocov2(str(folder)), tmp_path)["test"])) == 3
+    assert len(usable(check(load_source(str(folder)), tmp_path)["test"])) == 3
 
 
 @pytest.mark.parametrize("zipped", [False, True])
@@ -137,7 +137,7 @@ def test_zenodo_captions_without_their_image_are_set_aside(tmp_path, zipped):
                 archive.writestr(name, content)
     else:
         (folder / "test_images" / "ROCOv2_2023_test_000005.jpg").unlink()
-    dataset = check(load_rocov2(str(folder)), tmp_path)
+    dataset = check(load_source(str(folder)), tmp_path)
     assert len(usable(dataset["test"])) == 3
     [line] = (tmp_path / "rejected.jsonl").read_text().splitlines()
     assert json.loads(line) == {
@@ -149,13 +149,13 @@ def test_zenodo_captions_without_their_image_are_set_aside(tmp_path, zipped):
 
 
 def test_phantoms_are_a_source():
-    assert list(load_rocov2("phantoms")) == ["train", "validation", "test"]
+    assert list(load_source("phantoms")) == ["train", "validation", "test"]
 
 
 def test_real_radiographs(tmp_path):
     if not SHARED.is_dir():
         pytest.skip("the real radiographs are not beside the project")
-    dataset = check(load_rocov2(str(SHARED / "chest_xrays_rocov2_schema")), tmp_path, 0.0)
+    dataset = check(load_source(str(SHARED / "chest_xrays_rocov2_schema")), tmp_path, 0.0)
     assert {split: len(usable(rows)) for split, rows in dataset.items()} == {"train": 64, "validation": 14, "test": 16}
 
 
@@ -168,7 +168,7 @@ def test_a_revision_stays_as_it_is_where_there_is_no_commit_to_be_had(tmp_path):
 
 def test_no_copy_of_the_images_is_made(parquet_folder, tmp_path):
     """Each step joins small columns to the memory-mapped images instead of writing 18 GB again."""
-    loaded = load_rocov2(str(parquet_folder))
+    loaded = load_source(str(parquet_folder))
     images = {file["filename"] for file in loaded["train"].cache_files}
     checked = check(loaded, tmp_path)
     assert images < {file["filename"] for file in checked["train"].cache_files}
@@ -188,45 +188,45 @@ def test_no_copy_of_the_images_is_made(parquet_folder, tmp_path):
 )
 def test_unknown_datasets(name, message):
     with pytest.raises(UserError, match=message):
-        load_rocov2(name)
+        load_source(name)
 
 
 def test_a_folder_that_holds_no_dataset(tmp_path):
     with pytest.raises(UserError, match=r"holds none of dataset_dict\.json"):
-        load_rocov2(str(tmp_path))
+        load_source(str(tmp_path))
     (tmp_path / "train-0.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(UserError, match="cannot be read"):
-        load_rocov2(str(tmp_path))
+        load_source(str(tmp_path))
     with pytest.raises(UserError, match="is a file"):
-        load_rocov2(str(tmp_path / "train-0.parquet"))
+        load_source(str(tmp_path / "train-0.parquet"))
 
 
 def test_a_split_under_two_names_is_refused(tmp_path):
     DatasetDict(dev=make_rows(2), validation=make_rows(2)).save_to_disk(str(tmp_path))
     with pytest.raises(UserError, match="split 'validation' under two names"):
-        load_rocov2(str(tmp_path))
+        load_source(str(tmp_path))
 
 
 def test_a_missing_column_is_named(raw_dataset, tmp_path):
     for column in ("image", "image_id", "caption"):
         raw_dataset.remove_columns(column).save_to_disk(str(tmp_path / column))
         with pytest.raises(UserError, match=f"column '{column}' is missing"):
-            load_rocov2(str(tmp_path / column))
+            load_source(str(tmp_path / column))
     raw_dataset.remove_columns("cui").save_to_disk(str(tmp_path / "cui"))
-    assert usable(check(load_rocov2(str(tmp_path / "cui")), tmp_path)["test"])["cui"][0] == []
+    assert usable(check(load_source(str(tmp_path / "cui")), tmp_path)["test"])["cui"][0] == []
 
 
 def test_a_zenodo_table_without_its_columns(tmp_path):
     folder = zenodo_folder(tmp_path / "zenodo")
     write_csv(folder / "train_captions.csv", ["ID", "Text"], [("a", "b")])
     with pytest.raises(UserError, match="has the columns ID, Text; ID and Caption are needed"):
-        load_rocov2(str(folder))
+        load_source(str(folder))
     write_csv(folder / "train_captions.csv", ["ID", "Caption"], [])
     with pytest.raises(UserError, match=r"train_captions\.csv' holds no row below its columns"):
-        load_rocov2(str(folder))
+        load_source(str(folder))
     (folder / "train_captions.csv").write_text("")
     with pytest.raises(UserError, match=r"train_captions\.csv' is empty; the columns ID and Caption are needed"):
-        load_rocov2(str(folder))
+        load_source(str(folder))
 
 
 # --- Checks ---------------------------------------------------------------------------------------------------
@@ -312,7 +312,7 @@ def test_the_prompt_stands_before_every_caption(checked, processor):
 
 def test_tokens_are_cached(parquet_folder, processor, tmp_path, monkeypatch):
     def tokens():
-        return tokenize(check(load_rocov2(str(parquet_folder)), tmp_path), processor.tokenizer, 64, [])["train"]
+        return tokenize(check(load_source(str(parquet_folder)), tmp_path), processor.tokenizer, 64, [])["train"]
 
     first = tokens()
 
@@ -345,7 +345,7 @@ def test_the_command_stores_any_source_for_load_from_disk(tmp_path):
         file.unlink()  # the stored set holds the images themselves
     assert np.asarray(stored["test"][0]["image"]).shape == (36, 40)
     assert "test" in (tmp_path / "stored" / "rejected.jsonl").read_text()
-    assert usable(check(load_rocov2(str(tmp_path / "stored")), tmp_path)["test"])["cui"][0] == ["C0040405", "C0817096"]
+    assert usable(check(load_source(str(tmp_path / "stored")), tmp_path)["test"])["cui"][0] == ["C0040405", "C0817096"]
 
 
 def test_the_command_never_overwrites(tmp_path):

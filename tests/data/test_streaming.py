@@ -66,7 +66,7 @@ def sharded(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def rows(sharded):
-    return sources.load_rocov2(str(sharded), streaming=True)["train"]
+    return sources.load_source(str(sharded), streaming=True)["train"]
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +101,7 @@ def reads(monkeypatch, tmp_path):
 
 
 def test_streamed_rows_are_those_of_the_stored_set(sharded):
-    stored, streamed = (sources.load_rocov2(str(sharded), streaming=value) for value in (False, True))
+    stored, streamed = (sources.load_source(str(sharded), streaming=value) for value in (False, True))
     assert list(streamed) == list(stored)
     for split, rows in streamed.items():
         assert rows[:] == stored[split][:]
@@ -131,11 +131,11 @@ def test_checks_are_those_of_the_stored_set(tmp_path, reads):
     found = []
     for value in (False, True):
         file = tmp_path / f"rejected_{value}.jsonl"
-        checks.check_rows(sources.load_rocov2(str(tmp_path / "set"), streaming=value), 1.0, file)
+        checks.check_rows(sources.load_source(str(tmp_path / "set"), streaming=value), 1.0, file)
         found.append(file.read_text())
     assert found[0] == found[1] and found[0].count("\n") == 4
     assert len(reads()) == 4, "each row group once"
-    again = "import sys, rocov2, streaming; rows = sources.load_rocov2(sys.argv[1], streaming=True); "
+    again = "import sys, rocov2, streaming; rows = sources.load_source(sys.argv[1], streaming=True); "
     again += "rocov2.check_rows(rows, 1.0, sys.argv[2]); assert not streaming.ROW_GROUPS.reads"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     arguments = [str(tmp_path / "set"), str(tmp_path / "again.jsonl")]
@@ -150,7 +150,7 @@ def test_a_changed_shard_is_indexed_anew(tmp_path):
         shutil.rmtree(tmp_path / "data", ignore_errors=True)
         write_shards(make_rows(number), tmp_path / "data", "train")
         streaming._footer.cache_clear()
-        assert len(sources.load_rocov2(str(tmp_path), streaming=True)["train"]) == number
+        assert len(sources.load_source(str(tmp_path), streaming=True)["train"]) == number
 
 
 def test_images_as_bare_bytes_and_row_groups_that_are_not_kept(tmp_path, monkeypatch, reads):
@@ -159,7 +159,7 @@ def test_images_as_bare_bytes_and_row_groups_that_are_not_kept(tmp_path, monkeyp
     images = [image["bytes"] for image in make_rows(8).cast_column("image", Image(decode=False))["image"]]
     table = pa.table({"image": images, "image_id": [str(i) for i in range(8)], "caption": ["a"] * 8})
     pq.write_table(table, tmp_path / "data" / "test-0.parquet", row_group_size=4)
-    rows = sources.load_rocov2(str(tmp_path), streaming=True)["test"]
+    rows = sources.load_source(str(tmp_path), streaming=True)["test"]
     assert [row["image"] for row in rows] == [{"bytes": image, "path": None} for image in images]
     assert len(reads()) == 2, "the one that is read last is kept, however large"
     rows[0], rows[7], rows[0]
@@ -173,7 +173,7 @@ def test_what_is_no_parquet_is_refused_in_one_line(source, tmp_path):
     if source == "zenodo":
         (tmp_path / "train_captions.csv").write_text("ID,Caption\n")
     with pytest.raises(UserError, match=r"is no parquet.*leave --streaming out"):
-        sources.load_rocov2("phantoms" if source == "phantoms" else str(tmp_path), streaming=True)
+        sources.load_source("phantoms" if source == "phantoms" else str(tmp_path), streaming=True)
 
 
 def test_a_column_that_holds_no_images_and_a_shard_that_is_gone_are_told(tmp_path):
@@ -181,10 +181,10 @@ def test_a_column_that_holds_no_images_and_a_shard_that_is_gone_are_told(tmp_pat
     path = tmp_path / "data" / "test-0.parquet"
     pq.write_table(pa.table({"image": [1], "image_id": ["a"], "caption": ["b"]}), path)
     with pytest.raises(UserError, match="column 'image' holds no images but int64"):
-        sources.load_rocov2(str(tmp_path), streaming=True)
+        sources.load_source(str(tmp_path), streaming=True)
     streaming._footer.cache_clear()
     make_rows(2).to_parquet(str(path))
-    rows = sources.load_rocov2(str(tmp_path), streaming=True)["test"]
+    rows = sources.load_source(str(tmp_path), streaming=True)["test"]
     path.unlink()
     with pytest.raises(UserError, match=r"test-0.parquet' can no longer be read: FileNotFoundError.*--resume_from"):
         rows[0]
@@ -192,7 +192,7 @@ def test_a_column_that_holds_no_images_and_a_shard_that_is_gone_are_told(tmp_pat
 
 def test_a_worker_tells_a_shard_that_is_gone_in_one_line_too(tmp_path, capfd):
     write_shards(make_rows(4), tmp_path / "data", "test")
-    rows = sources.load_rocov2(str(tmp_path), streaming=True)["test"]
+    rows = sources.load_source(str(tmp_path), streaming=True)["test"]
     shutil.rmtree(tmp_path / "data")
     capfd.readouterr()
     with pytest.raises(SystemExit, match="2"):
@@ -369,7 +369,7 @@ class Logging(CaptioningCollator):
             file.write(json.dumps([os.getpid(), *(row["image_id"] for row in examples)]) + "\\n")
         return super().__call__(examples)
 with args.main_process_first():
-    data = sources.load_rocov2({data!r}, streaming=True)
+    data = sources.load_source({data!r}, streaming=True)
     checked = checks.check_rows(data, 0.0, os.devnull, unopened=["train"])
     rows = tokenize(checked, processor.tokenizer, 64, [])["train"].select(range(48))
 start = model.config.text_config.bos_token_id
@@ -451,7 +451,7 @@ def test_what_another_run_has_rejected_is_not_listed_in_a_new_one(sharded, tmp_p
     streamed = {"split": "train", "image_id": "a", "reason": "unreadable image: empty"}
     others = [streamed | {"split": "test"}, streamed | {"row": 3}, "no entry", 7]
     rejected.write_text("".join(json.dumps(entry) + "\n" for entry in [streamed, *others[:2]]))
-    dataset = sources.load_rocov2(str(sharded), streaming=True)
+    dataset = sources.load_source(str(sharded), streaming=True)
     checks.check_rows(dataset, 0.0, rejected, unopened=["train"])
     assert [json.loads(line) for line in rejected.read_text().splitlines()] == [streamed]
     checks.check_rows(dataset, 0.0, rejected)

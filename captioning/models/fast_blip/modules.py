@@ -20,22 +20,17 @@ from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.models.blip.modeling_blip import BlipAttention, BlipMLP
 from transformers.models.blip.modeling_blip_text import (
     BlipTextAttention,
-    BlipTextEmbeddings,
     BlipTextEncoder,
-    BlipTextIntermediate,
     BlipTextLayer,
     BlipTextLMHeadModel,
     BlipTextModel,
-    BlipTextOutput,
     BlipTextSelfAttention,
-    BlipTextSelfOutput,
 )
 from transformers.utils import output_capturing
 
-from captioning.models.fast_blip.caption_loss import Packing, packed_logits
+from captioning.models.captioner import IGNORE_INDEX
 from captioning.models.fast_blip.decoding import decode_captions, project_images
 from captioning.models.fast_blip.packed_weights import is_packed
-from collator import IGNORE_INDEX
 
 
 logger = logging.getLogger(__name__)
@@ -94,15 +89,10 @@ class FastTextAttention(BlipTextSelfAttention):
         past_key_values=None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return what stock does for `hidden_states` `[B, L, D]`; with a cache or recorded weights, through it.
-
-        With a `caption_loss.Packing` for the mask `hidden_states` are packed, `[1, N, D]`.
-        """
-        # Stock's layers hand the mask over the image on under the name of the other
-        packing = attention_mask if isinstance(attention_mask, Packing) else None
+        """Return what stock does for `hidden_states` `[B, L, D]`; with a cache or recorded weights, through it."""
         mask = encoder_attention_mask if encoder_hidden_states is not None else attention_mask
         # Where a mask hides all that a token could see, the fused kernels have the values of stock and other gradients
-        learns_masked = packing is None and mask is not None and torch.is_grad_enabled()
+        learns_masked = mask is not None and torch.is_grad_enabled()
         if past_key_values is not None or learns_masked or _weights_are_recorded():
             return super().forward(
                 hidden_states,
@@ -112,14 +102,9 @@ class FastTextAttention(BlipTextSelfAttention):
                 past_key_values=past_key_values,
                 **kwargs,
             )
-        crosses = encoder_hidden_states is not None
-        states = encoder_hidden_states if crosses else hidden_states
+        states = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query, key, value = self.query(hidden_states), self.key(states), self.value(states)
-        if packing is not None:
-            query = packing.unpack(query)
-            key, value = (key, value) if crosses else (packing.unpack(key), packing.unpack(value))
-            mask = None  # what a row is filled up with stands behind all that is computed
-        elif mask is not None:
+        if mask is not None:
             mask = mask.to(query.dtype)  # stock adds it to the scores, whatever its type
         query, key, value = (
             states.unflatten(-1, (-1, self.attention_head_size)).transpose(1, 2) for states in (query, key, value)
@@ -130,19 +115,14 @@ class FastTextAttention(BlipTextSelfAttention):
             value,
             attn_mask=mask,
             dropout_p=self.dropout.p if self.training else 0.0,
-            is_causal=packing is not None and not crosses,
         )
-        context = context.transpose(1, 2).flatten(2)
-        return context if packing is None else packing.pack(context), None
+        return context.transpose(1, 2).flatten(2), None
 
 
 def _weights_are_recorded() -> bool:
     """Tell whether the model is called with `output_attentions`: the fused kernels have no weights to give."""
     recorded = output_capturing._active_collector.get()
-    if not recorded or not {"attentions", "cross_attentions"} & set(recorded):
-        return False
-    _say_once("attention weights are asked for: stock eager attention computes them")
-    return True
+    return bool(recorded) and bool({"attentions", "cross_attentions"} & set(recorded))
 
 
 # --- MLP ------------------------------------------------------------------------------------------------------
@@ -192,13 +172,8 @@ class FastTextDecoder(BlipTextLMHeadModel):
             kwargs.pop(name, None)
         targets = labels[:, 1:]
         kept = targets != IGNORE_INDEX
-        packing = Packing.of(labels, kwargs.get("attention_mask")) if self._can_pack(kwargs) else None
-        if packing is not None:
-            recorded = {}
-            logits = packed_logits(self, packing, kwargs["input_ids"], kwargs["encoder_hidden_states"])
-        else:
-            recorded = self.bert(**{"is_decoder": True} | kwargs | {"use_cache": False})
-            logits = self.cls(recorded.last_hidden_state[:, :-1][kept])
+        recorded = self.bert(**{"is_decoder": True} | kwargs | {"use_cache": False})
+        logits = self.cls(recorded.last_hidden_state[:, :-1][kept])
         return CausalLMOutputWithCrossAttentions(
             loss=F.cross_entropy(logits, targets[kept], label_smoothing=self.label_smoothing),
             logits=logits,
@@ -206,22 +181,6 @@ class FastTextDecoder(BlipTextLMHeadModel):
             hidden_states=recorded.get("hidden_states"),
             attentions=recorded.get("attentions"),
             cross_attentions=recorded.get("cross_attentions"),
-        )
-
-    def _can_pack(self, kwargs: dict) -> bool:
-        """Tell whether a call asks for no more than a loss, of captions and images, through modules as shipped.
-
-        An adapter or a hook might look at a caption as a row.
-        """
-        given = {name for name, value in kwargs.items() if value is not None and value is not False}
-        return (
-            {"input_ids", "encoder_hidden_states"} <= given
-            and given <= {"input_ids", "encoder_hidden_states", "attention_mask", "use_cache", "is_decoder"}
-            and kwargs.get("is_decoder", True)
-            and not (self.config.output_hidden_states or self.config.output_attentions)
-            and not torch.compiler.is_compiling()  # sizes that are read off labels would break its graph in each layer
-            and not self.config.chunk_size_feed_forward
-            and all(type(module) in TEXT_MODULES and _is_plain(module) for module in self.bert.modules())
         )
 
     @functools.wraps(BlipTextLMHeadModel.generate)
@@ -309,13 +268,6 @@ STOCK_CLASSES = {
     FastTextAttention: BlipTextSelfAttention,
     FastTextDecoder: BlipTextLMHeadModel,
 }
-
-
-TEXT_MODULES = {
-    BlipTextModel, BlipTextEmbeddings, BlipTextEncoder, BlipTextLayer, BlipTextAttention, FastTextAttention,
-    BlipTextSelfOutput, BlipTextIntermediate, BlipTextOutput, GELUActivation, nn.ModuleList, nn.Linear, nn.LayerNorm,
-    nn.Embedding, nn.Dropout,
-}  # fmt: skip
 
 
 def has_shipped_layers(text_decoder: BlipTextLMHeadModel) -> bool:

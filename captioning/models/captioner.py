@@ -1,0 +1,267 @@
+"""`Captioner`: all that the rest of the recipe asks of an image captioning model.
+
+The trainer, the collator, the card, the page and inference call these methods and know nothing else of a model. To
+add a family, answer them in a file of its own beside `blip.py` and name it in `load.py`.
+
+Sizes: B captions of a batch, L tokens of the longest row, T new tokens, D features of an image.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from copy import copy
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+
+IGNORE_INDEX = -100  # the label that `torch.nn.functional.cross_entropy` leaves out
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What the model card says of a family.
+
+    Attributes:
+        kind: fills "A ... that writes a caption for a radiology image".
+        tags: of the card's metadata.
+        license_note: a sentence on the license of the pretrained weights.
+        citation: BibTeX of the family's paper.
+        usage: Jinja template of Python code that repeats the predictions. It is given `name` (quoted), `settings`
+            (Python code of a `GenerationConfig`), `prompt` (quoted, or None) and `autocast` (a torch type, or None).
+        plain_generate: Jinja template of what to say of a call of `generate` without settings. It is given `prompt`
+            and `suffices`, whether that call repeats the predictions too.
+    """
+
+    kind: str
+    tags: tuple[str, ...]
+    license_note: str
+    citation: str
+    usage: str
+    plain_generate: str
+
+
+class Captioner(ABC):
+    """A model and its processor.
+
+    Attributes:
+        model: what is trained, evaluated and saved; None in a process that loads data.
+        config: the model's.
+        processor: image processor and tokenizer; saved beside the model.
+        prompt_ids: tokens of the prompt that every caption continues, without special tokens.
+        card: what the model card says of the family.
+    """
+
+    card: ClassVar[CardFacts]
+
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin):
+        self.model = model
+        self.config = model.config
+        self.processor = processor
+        self.prompt_ids: list[int] = []
+
+    def without_weights(self) -> "Captioner":
+        """Return a copy that can tokenize, collate and decode, for a process that loads data."""
+        light = copy(self)
+        light.model = None
+        return light
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the processor."""
+        return self.processor.tokenizer
+
+    # --- Load and adapt ---------------------------------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def from_pretrained(cls, name: str, revision: str | None = None) -> "Captioner":
+        """Load a checkpoint from the Hub or a folder, in float32.
+
+        Raises:
+            UserError: there is no such checkpoint, or it is not one of this family.
+        """
+
+    @classmethod
+    @abstractmethod
+    def from_config(
+        cls, name: str, seed: int, tokenizer_name: str | None, captions: Iterable[str], vocab_size: int
+    ) -> "Captioner":
+        """Build a model with random weights.
+
+        Args:
+            name: a config: a JSON file, a folder or a Hub id.
+            seed: of the weights.
+            tokenizer_name: Hub id or folder of a tokenizer; None trains one.
+            captions: what it is trained on, read only then.
+            vocab_size: entries that it has at most.
+
+        Raises:
+            UserError: config or tokenizer cannot be read, or do not describe a model of this family.
+        """
+
+    @abstractmethod
+    def adapt(
+        self,
+        image_size: int | None = None,
+        label_smoothing: float | None = None,
+        freeze_vision_model: bool = False,
+        fast: bool = True,
+    ) -> None:
+        """Adapt the model to a run, in place.
+
+        Args:
+            image_size: side of the images in pixels; None keeps the checkpoint's.
+            label_smoothing: weight of the uniform distribution in the training loss (never in evaluation); None keeps
+                the checkpoint's.
+            freeze_vision_model: train only what follows the vision model.
+            fast: compute the same numbers by faster code, where the family has it.
+
+        Raises:
+            UserError: the model cannot be adapted so.
+        """
+
+    def set_prompt(self, prompt: str | None) -> None:
+        """Set the text that every caption continues: it is given, not learned, and not scored."""
+        self.prompt_ids = self.tokenizer(prompt or "", add_special_tokens=False)["input_ids"]
+
+    @abstractmethod
+    def check_lengths(self, max_caption_length: int, max_new_tokens: int) -> None:
+        """Check that training and generation fit into the model's positions.
+
+        Raises:
+            UserError: they do not.
+        """
+
+    @abstractmethod
+    def set_generation_config(self, config: GenerationConfig) -> None:
+        """Write the decode settings into the model, where a reader of the saved model, and stock `generate`, look."""
+
+    @classmethod
+    @abstractmethod
+    def plain_generate_suffices(cls, config: GenerationConfig) -> bool:
+        """Tell whether a saved model decodes by these settings in a call of `generate` that does not name them."""
+
+    # --- Captions and tokens ----------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def prompt_row(self) -> list[int]:
+        """The tokens of a row without a caption: the start and the prompt. None of them is a target."""
+
+    @abstractmethod
+    def tokenize(self, captions: Sequence[str], max_length: int) -> tuple[list[list[int]], list[bool]]:
+        """Turn captions into rows of tokens: `prompt_row`, the caption, the end token.
+
+        Args:
+            captions: N captions.
+            max_length: tokens of a row at most; a longer caption is cut, the end token is kept.
+
+        Returns:
+            The N rows, and for each whether its caption was cut.
+
+        Raises:
+            UserError: `max_length` leaves no room for a caption.
+        """
+
+    def decode(self, tokens: np.ndarray) -> list[str]:
+        """Turn new tokens int `[N, T]`, padded with the padding token or -100, into N captions."""
+        tokens = np.where(tokens < 0, self.tokenizer.pad_token_id, tokens)
+        return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+    def num_new_tokens(self, tokens: np.ndarray) -> np.ndarray:
+        """Count the new tokens of each caption, int `[N]`, the end token included; `tokens` are those of `decode`."""
+        return ((tokens >= 0) & (tokens != self.tokenizer.pad_token_id)).sum(axis=1)
+
+    @property
+    def end_token_id(self) -> int:
+        """The token that ends a caption."""
+        return self.tokenizer.eos_token_id
+
+    def without_padding(self, tokens: np.ndarray) -> np.ndarray:
+        """Return the new tokens `[T]` of one caption up to its end token, or up to its padding if it has none."""
+        tokens = tokens[tokens >= 0]
+        ends = np.flatnonzero(tokens == self.end_token_id)
+        if len(ends):
+            return tokens[: ends[0] + 1]
+        written = np.flatnonzero(tokens != self.tokenizer.pad_token_id)
+        return tokens[: written[-1] + 1] if len(written) else tokens[:0]
+
+    # --- Batches ----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def collate(self, images: Sequence[Image.Image], rows: Sequence[Sequence[int]]) -> Batch:
+        """Make the model's batch of B images and their rows of tokens.
+
+        Returns:
+            The keyword arguments of the model's `forward`, `labels` int64 `[B, L]` among them: -100 where a token is
+            not a target, as on the prompt and on padding.
+
+        Raises:
+            ValueError: an image cannot be processed.
+        """
+
+    def num_targets(self, labels: torch.Tensor) -> torch.Tensor:
+        """Count the targets of each row of `labels` `[B, L]`: int64 `[B]`."""
+        return (labels != IGNORE_INDEX).sum(dim=1)
+
+    # --- Evaluation -------------------------------------------------------------------------------------------
+
+    def evaluation(self) -> AbstractContextManager[None]:
+        """Return a context for the methods below: what is prepared once a batch lasts as long as it does."""
+        return nullcontext()
+
+    @abstractmethod
+    def encode_images(self, batch: Batch) -> Any:
+        """Encode the images of a batch once, for all methods below. What is returned is theirs alone to look into."""
+
+    @abstractmethod
+    def caption_nll(self, encoded: Any, batch: Batch) -> torch.Tensor:
+        """Return the negative log-likelihood of each caption: float64 `[B]`, nats, summed over its targets.
+
+        Without label smoothing.
+        """
+
+    @abstractmethod
+    def generate(self, encoded: Any, config: GenerationConfig) -> torch.Tensor:
+        """Generate captions from the images and the prompt, never from a reference (T1).
+
+        Returns:
+            The new tokens int64 `[B, T]`, without the prompt, padded after the end token.
+        """
+
+    @abstractmethod
+    def image_features(self, encoded: Any) -> torch.Tensor:
+        """Return one vector an image, float32 `[B, D]`: images that look alike have vectors of a high cosine."""
+
+    def word_attention(self, encoded: Any, tokens: torch.Tensor) -> list[tuple[str, np.ndarray]] | None:
+        """Return where the model looked in one image as it wrote each word of its caption.
+
+        Args:
+            encoded: of a batch of one image.
+            tokens: int64 `[T]`, new tokens of that image without padding.
+
+        Returns:
+            The words, each with a float map `[H, W]` over the image; None where a model has no such maps.
+        """
+        return None
+
+
+def sum_nll(logits: torch.Tensor, labels: torch.Tensor, is_target: torch.Tensor) -> torch.Tensor:
+    """Return the negative log-likelihood of each caption, float64 `[B]`, in nats, without label smoothing.
+
+    Args:
+        logits: `[N, V]`, those from which the N targets of the batch are predicted, in order.
+        labels: `[B, L]`.
+        is_target: bool `[B, L]`, true at the N targets.
+    """
+    nll = torch.zeros(labels.shape, dtype=torch.float64, device=labels.device)
+    nll[is_target] = F.cross_entropy(logits.float(), labels[is_target], reduction="none").double()
+    return nll.sum(dim=1)

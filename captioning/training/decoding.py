@@ -1,0 +1,51 @@
+"""Decode settings in one form, `GenerationConfig`: from arguments and recipes, into words, into code."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import GenerationConfig
+
+
+logger = logging.getLogger(__name__)
+
+# The fields of a recipe, and what is meant where a saved config does not name them
+DEFAULTS = {"num_beams": 1, "max_new_tokens": 0, "min_new_tokens": 0, "no_repeat_ngram_size": 0, "length_penalty": 1.0}
+
+
+def decode_settings(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the `fields` of a recipe that are decode settings and change anything."""
+    settings = {name: fields[name] for name in ("num_beams", "max_new_tokens")}
+    settings |= {name: fields[name] for name in ("min_new_tokens", "no_repeat_ngram_size") if fields[name]}
+    # It does nothing in greedy search, and `GenerationConfig.save_pretrained` then refuses it
+    return settings | ({"length_penalty": fields["length_penalty"]} if fields["num_beams"] > 1 else {})
+
+
+def generation_config(fields: Mapping[str, Any]) -> GenerationConfig:
+    """Return the decode settings among the `fields` of a recipe; nothing is sampled."""
+    return GenerationConfig(do_sample=False, **decode_settings(fields))
+
+
+def in_words(config: GenerationConfig) -> str:
+    """Return decode settings in words: "3 beams, at most 64 new tokens, length penalty 1"."""
+    parts = ["greedy search" if config.num_beams == 1 else f"{config.num_beams} beams"]
+    parts.append(f"at most {config.max_new_tokens} new tokens")
+    if config.min_new_tokens:
+        parts.append(f"at least {config.min_new_tokens}")
+    if config.no_repeat_ngram_size:
+        parts.append(f"no {config.no_repeat_ngram_size}-gram twice")
+    if config.num_beams > 1:
+        parts.append(f"length penalty {config.length_penalty:g}")
+    return ", ".join(parts)
+
+
+def warn_of_other_settings(recorded: GenerationConfig, config: GenerationConfig) -> None:
+    """Log where a checkpoint was evaluated, by its own record, with other settings than this run."""
+    if not recorded.num_beams:
+        return
+    for name, default in DEFAULTS.items():
+        was, now = getattr(recorded, name) or default, getattr(config, name) or default
+        if was != now:
+            logger.warning(
+                "The model's own scores are with %s %s, not %s; for them, --%s %s", name, was, now, name, was
+            )
