@@ -1,11 +1,13 @@
 """How a command ends: one line on standard error for what the user can mend, and how its messages are shown."""
 
+import argparse
 import errno
 import logging
 import os
 import signal
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -90,6 +92,14 @@ def _one_line(message: str) -> str:
     if len(message) > MAX_LINE:
         message = f"{message[: MAX_LINE // 2]} … {message[-MAX_LINE // 2 :]}"
     return printable(" ".join(message.split()))
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are `UserError`s: one line instead of the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `message` as a UserError."""
+        raise UserError(f"{message}; see `{self.prog} --help`")
 
 
 class PrintableFormatter(logging.Formatter):

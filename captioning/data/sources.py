@@ -10,7 +10,6 @@ As a command, any source becomes a folder that `--dataset_name` and `datasets.lo
     python rocov2.py path/to/zenodo data/rocov2
 """
 
-import argparse
 import json
 import logging
 import os
@@ -33,8 +32,6 @@ from datasets.config import HF_DATASETS_CACHE
 from huggingface_hub.constants import HF_HUB_CACHE
 from pyarrow.parquet import read_metadata
 
-from captioning.command_line import exit_on_user_error
-from captioning.data.checks import check_rows, usable
 from captioning.data.phantoms import load_phantoms
 from captioning.data.streaming import STORED, hub_shards, index_shards, is_streamed, refuse_bomb
 from captioning.data.zenodo import UNUSABLE, ZenodoSplits, is_inside, load_zenodo
@@ -235,35 +232,3 @@ def _without_foreign_files(rows: Dataset, name: str) -> Dataset:
     if not marked:
         return rows
     return rows.add_column(UNUSABLE, [marked.get(row) for row in range(len(rows))], feature=Value("string"))
-
-
-# --- Command --------------------------------------------------------------------------------------------------
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Load any source, leave the unusable rows out and store the rest with `save_to_disk`."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("source", help="Hub id, folder (save_to_disk, parquet, Zenodo) or 'phantoms'")
-    parser.add_argument("folder", help="new folder to write; the rows left out are listed in its rejected.jsonl")
-    parser.add_argument("--revision", help="commit, branch or tag of a Hub id")
-    parser.add_argument("--max_rejected_fraction", type=float, default=0.01)
-    parser.add_argument("--num_proc", type=int)
-    arguments = parser.parse_args(argv)
-    folder = Path(arguments.folder)
-    if arguments.num_proc is not None and arguments.num_proc < 1:
-        raise UserError(f"num_proc is {arguments.num_proc}; set --num_proc to 1 or more")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"'{folder}' exists and is not an empty folder; name a new one")
-    dataset = load_source(arguments.source, arguments.revision)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        checked = check_rows(dataset, arguments.max_rejected_fraction, folder / "rejected.jsonl", arguments.num_proc)
-        stored = DatasetDict({split: usable(rows).cast_column("image", Image()) for split, rows in checked.items()})
-        stored.save_to_disk(str(folder), num_proc=arguments.num_proc)
-    except OSError as error:
-        raise UserError(f"folder '{folder}' cannot be written: {error}") from error
-    print(f"{folder}: " + ", ".join(f"{split} {len(rows):,}" for split, rows in stored.items()))
-
-
-if __name__ == "__main__":
-    exit_on_user_error(main)

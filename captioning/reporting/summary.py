@@ -3,17 +3,12 @@
 python report.py check outputs/my-run/submission.csv --references test_captions.csv
 """
 
-import argparse
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from captioning.command_line import exit_on_user_error
-from captioning.errors import UserError
 from captioning.scoring.captions import printable, read_predictions
 from captioning.scoring.score import HEADINGS, HEADLINE
-from captioning.scoring.submission import check_submission
 from metrics import METRIC_NAMES
 
 
@@ -44,27 +39,3 @@ def summary(metrics: Mapping[str, float], output_dir: Path) -> str:
         lines += ["", printable(example["image_id"]), f"  reference   {printable(example['reference'])}"]
         lines += [f"  prediction  {printable(example['prediction'])}   (rougeL {example['rougeL']:.2f})"]
     return "\n".join(lines)
-
-
-# --- Command --------------------------------------------------------------------------------------------------
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Check an ImageCLEF submission by the official rules; faults end the command with status 2, one a line."""
-    parser = argparse.ArgumentParser(prog="report.py", description=main.__doc__)
-    commands = parser.add_subparsers(required=True)
-    check = commands.add_parser("check", help="check submission.csv or its zip")
-    check.add_argument("submission")
-    check.add_argument("--references", help="CSV of the official ids, in whose order the submission must be")
-    arguments = parser.parse_args(argv)
-    faults = check_submission(arguments.submission, arguments.references)
-    for fault in faults[:SHOWN_FAULTS]:
-        print(f"{arguments.submission}: {fault}", file=sys.stderr)
-    if faults:
-        raise UserError(f"'{arguments.submission}': faults found: {len(faults)}; a submission must have none")
-    unchecked = "" if arguments.references else "; ids and their order were not checked, which needs --references"
-    print(f"'{arguments.submission}' is a valid submission{unchecked}")
-
-
-if __name__ == "__main__":
-    exit_on_user_error(main)

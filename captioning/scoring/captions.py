@@ -223,8 +223,8 @@ def printable(text: object, most: int = SHOWN_WIDTH) -> str:
     return shown if len(shown) <= most else f"{shown[: most - 1]}…"
 
 
-def _in_order(captions: Captions, like: Captions, name: str, other_name: str) -> Captions:
-    """Return `captions` in the order of `like`.
+def in_order_of(like: Captions, captions: Captions, name: str, other_name: str) -> Captions:
+    """Return `captions` in the order of `like`; the names are those of the files of `like` and `captions`.
 
     Raises:
         UserError: the two are not about the same images, or have other references.

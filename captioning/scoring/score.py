@@ -22,10 +22,11 @@ from typing import Any
 
 import numpy as np
 
+from captioning.errors import UserError
 from captioning.scoring import bertscore, clinical, coco
 from captioning.scoring.baselines import constant_caption, nearest_captions, shuffled, typical_captions
 from captioning.scoring.bootstrap import LEVEL, Score, compare, interval, resampled, resampling_counts
-from captioning.scoring.captions import Captions
+from captioning.scoring.captions import Captions, check_ids, read_csv, split_cuis
 from captioning.scoring.concepts import ConceptExtractor, concept_f1, known_concepts
 from metrics import wording_scores
 
@@ -322,3 +323,22 @@ def compare_captions(
         values |= {"low": found.low, "high": found.high, "p_value": found.p_value}
         rows[name] = {key: finite(value) for key, value in values.items()}
     return {"scores": rows, "missing": missing}
+
+
+def read_training(captions_file: str | None, concepts_file: str | None = None) -> Training | None:
+    """Read the training split from a CSV of `ID,Caption` and, for concepts, one of `ID,CUIs`; None without the first.
+
+    Raises:
+        UserError: a file cannot be read, or their ids differ.
+    """
+    if concepts_file and not captions_file:
+        raise UserError("--train_concepts goes with --train, the CSV of ID,Caption of the training split")
+    if not captions_file:
+        return None
+    captions = read_csv(captions_file, "Caption")
+    if not captions:
+        raise UserError(f"'{captions_file}' holds no captions; give a file with at least one")
+    cuis = read_csv(concepts_file, "CUIs") if concepts_file else {}
+    if cuis:
+        check_ids(cuis, captions, concepts_file, captions_file, more=True)
+    return Training(list(captions.values()), [split_cuis(cuis.get(image_id, "")) for image_id in captions])

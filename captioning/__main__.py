@@ -1,0 +1,157 @@
+"""The commands beside `run_captioning.py`.
+
+    python -m captioning prepare path/to/zenodo data/rocov2
+    python -m captioning score outputs/my-run/predictions/test.jsonl
+    python -m captioning check outputs/my-run/submission.csv --references test_captions.csv
+
+`python -m captioning <command> --help` says more of each.
+"""
+
+import argparse
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+from datasets import DatasetDict, Image
+
+from captioning.command_line import OneLineParser, exit_on_user_error, set_up_logging
+from captioning.data.checks import check_rows, usable
+from captioning.data.sources import load_source
+from captioning.errors import UserError
+from captioning.reporting.score_table import comparison_table, score_table
+from captioning.scoring.captions import in_order_of, read_captions
+from captioning.scoring.coco import TOKENIZERS
+from captioning.scoring.score import compare_captions, read_training, score
+from captioning.scoring.submission import check_submission
+
+
+SHOWN_FAULTS = 20
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a command.
+
+    Raises:
+        UserError: a mistake in its arguments or files.
+    """
+    parser = OneLineParser(
+        prog="python -m captioning", description="Prepare data, score captions, check submissions.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(metavar="command")
+    add = partial(_add_command, commands)
+
+    prepare = add(
+        prepare_data,
+        "prepare",
+        "store any source, checked, in a folder that --dataset_name takes",
+        "prepare eltorio/ROCOv2-radiology data/rocov2",
+    )
+    prepare.add_argument("source", help="Hub id, folder (save_to_disk, parquet, Zenodo) or 'phantoms'")
+    prepare.add_argument("folder", help="new folder to write; the rows left out are listed in its rejected.jsonl")
+    prepare.add_argument("--revision", help="commit, branch or tag of a Hub id")
+    prepare.add_argument("--max_rejected_fraction", type=float, default=0.01, help="of a split's rows; default: 0.01")
+    prepare.add_argument("--num_proc", type=int, help="processes that check the rows")
+
+    scores = add(
+        score_captions,
+        "score",
+        "score any system's captions beside baselines, or test them against another system's",
+        "score run.csv --references test_captions.csv --train train_captions.csv",
+    )
+    scores.add_argument("predictions", help="JSON lines of a run, or a CSV of ID,Caption")
+    scores.add_argument("--references", help="CSV of ID,Caption; JSON lines have their own")
+    scores.add_argument("--concepts", help="CSV of ID,CUIs: the concepts of these images; JSON lines have their own")
+    scores.add_argument("--train", help="CSV of ID,Caption: the training split, of which baselines are made")
+    scores.add_argument("--train_concepts", help="CSV of ID,CUIs of the training split, for concept_f1")
+    scores.add_argument("--against", help="captions of another system for the same images, for a paired test")
+    scores.add_argument(
+        "--tokenizer",
+        choices=[*TOKENIZERS, "none"],
+        default="ptb",
+        help="of BLEU, CIDEr, METEOR: ptb (coco_*, needs Java), whitespace (nlgeval_*), or none of them",
+    )
+    scores.add_argument("--bertscore_model", help="folder or Hub id of weights, e.g. microsoft/deberta-xlarge-mnli")
+    scores.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+    check = add(
+        check_rules,
+        "check",
+        "check a submission by ImageCLEF's rules",
+        "check submission.zip --references test_captions.csv",
+    )
+    check.add_argument("submission", help="submission.csv, or its zip")
+    check.add_argument("--references", help="CSV of the official ids, in whose order the submission must be")
+
+    arguments = parser.parse_args(argv)
+    if "run" not in arguments:
+        parser.print_help()
+        return
+    set_up_logging()
+    arguments.run(arguments)
+
+
+def _add_command(commands, run, name: str, description: str, example: str) -> argparse.ArgumentParser:
+    description = description[0].upper() + description[1:] + "."
+    parser = commands.add_parser(
+        name,
+        help=description,
+        description=description,
+        epilog=f"example: python -m captioning {example}",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def prepare_data(arguments: argparse.Namespace) -> None:
+    """Load any source, leave the unusable rows out and store the rest with `save_to_disk`."""
+    folder = Path(arguments.folder)
+    if arguments.num_proc is not None and arguments.num_proc < 1:
+        raise UserError(f"num_proc is {arguments.num_proc}; set --num_proc to 1 or more")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"'{folder}' exists and is not an empty folder; name a new one")
+    dataset = load_source(arguments.source, arguments.revision)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        checked = check_rows(dataset, arguments.max_rejected_fraction, folder / "rejected.jsonl", arguments.num_proc)
+        stored = DatasetDict({split: usable(rows).cast_column("image", Image()) for split, rows in checked.items()})
+        stored.save_to_disk(str(folder), num_proc=arguments.num_proc)
+    except OSError as error:
+        raise UserError(f"folder '{folder}' cannot be written: {error}") from error
+    print(f"{folder}: " + ", ".join(f"{split} {len(rows):,}" for split, rows in stored.items()))
+
+
+def score_captions(arguments: argparse.Namespace) -> None:
+    """Print the scores of one system, or of two with the differences."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal of another encoding shows what it can
+    captions = read_captions(arguments.predictions, arguments.references, arguments.concepts)
+    training = read_training(arguments.train, arguments.train_concepts)
+    tokenizer = None if arguments.tokenizer == "none" else arguments.tokenizer
+    if arguments.against:
+        names = arguments.predictions, arguments.against
+        other = read_captions(arguments.against, arguments.references, arguments.concepts)
+        other = in_order_of(captions, other, *names)
+        result = compare_captions(captions, other, training, tokenizer, arguments.bertscore_model)
+        result = {"captions": len(captions), "systems": names, **result}
+    else:
+        result = score(captions, training, None, tokenizer, arguments.bertscore_model)
+    if arguments.json:
+        print(json.dumps(result, indent=2))
+    else:
+        print(comparison_table(result) if arguments.against else score_table(result))
+
+
+def check_rules(arguments: argparse.Namespace) -> None:
+    """Check an ImageCLEF submission; its faults are printed, one a line, and end the command with status 2."""
+    faults = check_submission(arguments.submission, arguments.references)
+    for fault in faults[:SHOWN_FAULTS]:
+        print(f"{arguments.submission}: {fault}", file=sys.stderr)
+    if faults:
+        raise UserError(f"'{arguments.submission}': faults found: {len(faults)}; a submission must have none")
+    unchecked = "" if arguments.references else "; ids and their order were not checked, which needs --references"
+    print(f"'{arguments.submission}' is a valid submission{unchecked}")
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
