@@ -27,8 +27,14 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 
 from captioning.errors import UserError, as_user_error
 from captioning.models.captioner import IGNORE_INDEX, Batch, Captioner, CardFacts, sum_nll
-from captioning.models.fast_blip.decoding import CrossAttention, caption_hidden_states, project_images
-from captioning.models.fast_blip.modules import has_shipped_layers, is_fast, use_fast_blip, use_stock_blip
+from captioning.models.fast_blip.decoding import (
+    CrossAttention,
+    can_decode,
+    caption_hidden_states,
+    decode_captions,
+    project_images,
+)
+from captioning.models.fast_blip.modules import has_shipped_layers, use_fast_blip, use_stock_blip
 from captioning.models.fast_blip.packed_weights import caption_layers, packed_weights
 from captioning.models.fast_blip.pixel_values import fast_pixel_values
 from captioning.models.tokenizer import add_blip_tokens, load_tokenizer, match_special_tokens, train_tokenizer
@@ -36,15 +42,14 @@ from captioning.models.tokenizer import add_blip_tokens, load_tokenizer, match_s
 
 logger = logging.getLogger(__name__)
 
-# BLIP starts its position embedding as small as a weight, below a tenth of the patch embeddings that it is added to:
-# a model trained from nothing finds out late where in the image a thing is. Without this factor the quickstart ends
-# with side right in .83 and place right in .45 of the test captions, at 94 % of the oracle's ROUGE-L.
+# BLIP initializes its position embedding like a weight, at less than a tenth of the patch embeddings that it is added
+# to, so a model trained from random weights learns late where in the image something is. Without this factor the
+# quickstart ends with the right side in .83 and the right place in .45 of the test captions.
 POSITION_SCALE = 10
-# Images that a CPU encodes at a time without gradients: activations of more than these leave its caches, and the
-# allocator hands back and clears their memory again and again. Measured at BLIP-base: 2 to 4 images are 1.35 times as
-# fast as 16, see docs/performance.md
+# Images that a CPU encodes at a time without gradients: their activations stay in its caches. At BLIP-base, 2 to
+# 4 images are 1.35 times as fast as 16, see docs/performance.md
 CPU_IMAGES = 4
-MAX_PARAMETERS = 2**31  # of each half of a model, 8 GB; BLIP-large has 470 million in both
+MAX_PARAMETERS = 2**31  # of each half of a model, 8 GB in float32; BLIP-large has 470 million in both
 MAX_LAYERS = 1000
 
 CARD = CardFacts(
@@ -96,7 +101,8 @@ class EncodedImages:
 
     Attributes:
         image_embeds: `[B, P + 1, D]`: P patches, and `[CLS]` before them.
-        cross_attention: keys and values of each layer, once they are needed; `generate` uses them up.
+        cross_attention: the fast path's keys and values of each layer, computed by the first method that needs them;
+            `generate` overwrites and drops them.
     """
 
     image_embeds: torch.Tensor
@@ -247,12 +253,12 @@ class BlipCaptioner(Captioner):
                 f"max_caption_length {max_caption_length} exceeds the model's {positions} text positions; "
                 f"set --max_caption_length to {positions} or less"
             )
-        start_length = len(self.start_ids)
-        if start_length + max_new_tokens > positions:
-            room = positions - start_length
+        prompt_length = len(self.prompt_row)
+        if prompt_length + max_new_tokens > positions:
+            room = positions - prompt_length
             mend = f"set --max_new_tokens to {room} or less" if room > 0 else "shorten --prompt"
             raise UserError(
-                f"max_new_tokens {max_new_tokens} after {start_length} start and prompt tokens exceeds the model's "
+                f"max_new_tokens {max_new_tokens} after {prompt_length} start and prompt tokens exceeds the model's "
                 f"{positions} text positions; {mend}"
             )
 
@@ -287,14 +293,13 @@ class BlipCaptioner(Captioner):
     # --- Captions and tokens ----------------------------------------------------------------------------------
 
     @property
-    def start_ids(self) -> list[int]:
-        """`[DEC]` and the prompt, from which generation starts (T3)."""
-        return [self.config.text_config.bos_token_id, *self.prompt_ids]
-
-    @property
     def prompt_row(self) -> list[int]:
-        """`[CLS]` and the prompt, as the tokenizer writes them; `collate` puts `[DEC]` in the place of `[CLS]`."""
-        return [self.tokenizer.cls_token_id, *self.prompt_ids]
+        """`[DEC]` and the prompt.
+
+        The tokenizer would start with `[CLS]`, but `generate` starts from `[DEC]` (T3), and so did BLIP's own training
+        (github.com/salesforce/BLIP, models/blip.py, `text.input_ids[:, 0] = self.tokenizer.bos_token_id`).
+        """
+        return [self.config.text_config.bos_token_id, *self.prompt_ids]
 
     @property
     def end_token_id(self) -> int:
@@ -318,18 +323,13 @@ class BlipCaptioner(Captioner):
     def collate(self, images: Sequence[Image.Image], rows: Sequence[Sequence[int]]) -> Batch:
         """Return `pixel_values` float32 `[B, 3, H, W]` and `input_ids`, `attention_mask`, `labels` int64 `[B, L]`.
 
-        The tokenizer writes `[CLS]` at position 0, but `generate` starts from `[DEC]` (T3), and so did BLIP's own
-        training (github.com/salesforce/BLIP, models/blip.py, `text.input_ids[:, 0] = self.tokenizer.bos_token_id`).
-        `labels` stand where their tokens stand: BLIP shifts them itself.
+        A label is at the position of its token: BLIP shifts them itself.
         """
         tokens = [torch.tensor(row) for row in rows]
         input_ids = pad_sequence(tokens, batch_first=True, padding_value=self.tokenizer.pad_token_id)
-        attention_mask = torch.zeros_like(input_ids)
-        for mask, row in zip(attention_mask, tokens, strict=True):
-            mask[: len(row)] = 1
-        input_ids[:, 0] = self.start_ids[0]
+        attention_mask = pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True)
         labels = input_ids.masked_fill(attention_mask == 0, IGNORE_INDEX)
-        labels[:, : len(self.start_ids)] = IGNORE_INDEX
+        labels[:, : len(self.prompt_row)] = IGNORE_INDEX
         return {
             "pixel_values": self.pixel_values(images),
             "input_ids": input_ids,
@@ -345,30 +345,29 @@ class BlipCaptioner(Captioner):
 
     # --- Evaluation -------------------------------------------------------------------------------------------
 
+    def evaluation(self) -> AbstractContextManager[None]:
+        """Lay out the weights that the tokens of captions pass, on a CPU, once for scoring and generation."""
+        return packed_weights(caption_layers(self.model.text_decoder)) if self._decodes_fast else nullcontext()
+
     @property
     def _decodes_fast(self) -> bool:
-        """Whether scoring and decoding go around the layers, which nobody has changed or hooked into."""
-        return is_fast(self.model) and has_shipped_layers(self.model.text_decoder)
+        """Whether `decoding.py` may call the parts of the text decoder's layers instead of the layers."""
+        decoder = self.model.text_decoder
+        return self.fast and not decoder.training and has_shipped_layers(decoder)
 
-    def evaluation(self) -> AbstractContextManager[None]:
-        """Lay out on a CPU the weights that captions pass, once for scoring and generation."""
-        if not self._decodes_fast:
-            return nullcontext()
-        return packed_weights(caption_layers(self.model.text_decoder))
+    def _cross_attention(self, encoded: EncodedImages) -> CrossAttention | None:
+        """Project the images for the fast path, once for scoring and generation; None where stock code runs."""
+        if encoded.cross_attention is None and self._decodes_fast:
+            encoded.cross_attention = project_images(self.model.text_decoder, encoded.image_embeds)
+        return encoded.cross_attention
 
     def encode_images(self, batch: Batch) -> EncodedImages:
         """Encode `pixel_values` `[B, 3, H, W]`."""
         pixel_values = batch["pixel_values"]
-        in_parts = is_fast(self.model) and pixel_values.is_cpu and not torch.is_grad_enabled()
+        in_parts = self.fast and pixel_values.is_cpu and not torch.is_grad_enabled()
         parts = pixel_values.split(CPU_IMAGES if in_parts else len(pixel_values))
         embeds = [self.model.vision_model(pixel_values=part).last_hidden_state for part in parts]
         return EncodedImages(torch.cat(embeds) if len(embeds) > 1 else embeds[0])
-
-    def _cross_attention(self, encoded: EncodedImages) -> CrossAttention | None:
-        """Project the images once, for scoring and generation; None where stock code does both."""
-        if encoded.cross_attention is None and self._decodes_fast:
-            encoded.cross_attention = project_images(self.model.text_decoder, encoded.image_embeds)
-        return encoded.cross_attention
 
     def caption_nll(self, encoded: EncodedImages, batch: Batch) -> torch.Tensor:
         """Return the negative log-likelihood of each caption, float64 `[B]`, in nats."""
@@ -381,11 +380,11 @@ class BlipCaptioner(Captioner):
 
         Args:
             encoded: the images.
-            batch: its captions `input_ids` `[B, L]`, padded at their right, with `attention_mask` 0 on padding.
-            is_target: bool `[B, L]`, true where a token is to be predicted; never at position 0.
+            batch: their captions, `input_ids` and `attention_mask` `[B, L]`, padded on the right.
+            is_target: bool `[B, L]`, never true at position 0.
         """
         decoder, input_ids, attention_mask = self.model.text_decoder, batch["input_ids"], batch["attention_mask"]
-        before = is_target[:, 1:]  # position i predicts token i + 1
+        predicts = is_target[:, 1:]  # position i predicts token i + 1
         cross_attention = self._cross_attention(encoded)
         if cross_attention is None:
             logits = decoder(
@@ -394,45 +393,45 @@ class BlipCaptioner(Captioner):
                 encoder_hidden_states=encoded.image_embeds,
                 use_cache=False,
             ).logits
-            return logits[:, :-1][before]
-        # A CPU takes one caption at a time, without padding. That is not slower than padding all, and the loss of a
-        # caption is the same in every digit whichever captions share its batch: one process or several, any batch size
-        number = 1 if input_ids.is_cpu else len(input_ids)
+            return logits[:, :-1][predicts]
+        if not input_ids.is_cpu:
+            return decoder.cls(caption_hidden_states(decoder, cross_attention, input_ids)[:, :-1][predicts])
+        # On a CPU one caption at a time, without padding: as fast, and then the loss of a caption does not depend, in
+        # any digit, on the other captions of its batch, so on the batch size or the number of processes
         logits = []
-        for start in range(0, len(input_ids), number):
-            few = slice(start, start + number)
-            width = max(1, int(attention_mask[few].sum(dim=1).max())) if input_ids.is_cpu else input_ids.shape[1]
-            images = [(keys[few], values[few]) for keys, values in cross_attention]
-            found = caption_hidden_states(decoder, images, input_ids[few, :width])
-            logits.append(decoder.cls(found[:, :-1][before[few, : width - 1]]))
+        for row, length in enumerate(attention_mask.sum(dim=1).clamp(min=1).tolist()):
+            image = [(keys[row : row + 1], values[row : row + 1]) for keys, values in cross_attention]
+            hidden = caption_hidden_states(decoder, image, input_ids[row : row + 1, :length])
+            logits.append(decoder.cls(hidden[0, :-1][predicts[row, : length - 1]]))
         return torch.cat(logits)
 
+    @torch.no_grad()
     def generate(self, encoded: EncodedImages, config: GenerationConfig) -> torch.Tensor:
         """Generate as `BlipForConditionalGeneration.generate(pixel_values, prompt)` does, token for token.
 
-        Settings are handed to the text decoder: it ignores those of the whole model (T7).
+        The settings go to the text decoder, which ignores those of the whole model (T7).
 
         Returns:
-            The new tokens int64 `[B, T]`, without `start_ids`, padded after `[SEP]`.
+            The new tokens int64 `[B, T]`, without `prompt_row`, padded after `[SEP]`.
         """
-        embeds = encoded.image_embeds
-        # One tensor a call: `generate` may write into it (T10)
-        input_ids = torch.tensor([self.start_ids], device=embeds.device).repeat(len(embeds), 1)
-        cross_attention, encoded.cross_attention = self._cross_attention(encoded), None
+        embeds, config = encoded.image_embeds, self._with_special_tokens(config)
+        # A new tensor for each call: `generate` may write into it (T10)
+        input_ids = torch.tensor([self.prompt_row], device=embeds.device).repeat(len(embeds), 1)
+        if can_decode(config) and (cross_attention := self._cross_attention(encoded)):
+            encoded.cross_attention = None
+            images = {"custom_generate": decode_captions, "cross_attention": cross_attention}
+        else:
+            mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+            images = {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
         generated = self.model.text_decoder.generate(
-            input_ids=input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            encoder_hidden_states=embeds,
-            encoder_attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
-            generation_config=self._with_special_tokens(config),
-            **({} if cross_attention is None else {"cross_attention": cross_attention}),
+            input_ids=input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config, **images
         )
-        return generated[:, len(self.start_ids) :]
+        return generated[:, len(self.prompt_row) :]
 
     def image_features(self, encoded: EncodedImages) -> torch.Tensor:
-        """Return the mean over the patches of each image, float32 `[B, D]`.
+        """Return the mean of the patch embeddings of each image, float32 `[B, D]`.
 
-        Trained on captions alone, the embedding of `[CLS]` need not sum the image up.
+        In a model trained on captions alone, the embedding of `[CLS]` need not summarize the image.
         """
         return encoded.image_embeds[:, 1:].mean(dim=1).float()
 
@@ -455,7 +454,7 @@ class BlipCaptioner(Captioner):
             Float `[T, H, W]` on the grid of patches: attention weights, the mean over layers and heads, without that
             on the `[CLS]` embedding.
         """
-        start = torch.tensor(self.start_ids, device=tokens.device)
+        start = torch.tensor(self.prompt_row, device=tokens.device)
         input_ids = torch.cat([start, tokens])[None, :-1]
         outputs = self.model.text_decoder(
             input_ids=input_ids,
