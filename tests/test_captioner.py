@@ -159,7 +159,9 @@ def test_another_captioner_is_trained_and_scored(run_folder):
     losses = [entry["eval_loss"] for entry in outcome(run_folder)["history"] if "eval_loss" in entry]
     assert len(losses) == 3 and losses[-1] < losses[0]
     scores = json.loads((run_folder / "scores.json").read_text())["test"]
-    assert scores["scores"]["rougeL"]["baselines"]["nearest_image"] is not None, "it needs features of the training images"
+    assert scores["scores"]["rougeL"]["baselines"]["nearest_image"] is not None, (
+        "it needs features of the training images"
+    )
     rows = read_predictions(run_folder / "predictions" / "test.jsonl")
     assert len(rows) == 7
     assert not any("<eos>" in row["prediction"] for row in rows)

@@ -119,13 +119,10 @@ class BlipCaptioner(Captioner):
 
     @classmethod
     def from_pretrained(cls, name: str, revision: str | None = None) -> "BlipCaptioner":
-        """Load a captioning checkpoint and its processor from the Hub or a folder, in float32.
+        """Load a captioning checkpoint and its processor, in float32: see `Captioner.from_pretrained`.
 
         The image processor is the PIL one whatever is installed: torchvision resizes to other pixels, which gives
         other scores (T11).
-
-        Raises:
-            UserError: there is no such checkpoint, or it is not one of `BlipForConditionalGeneration`.
         """
         with as_user_error(f"model '{name}' cannot be loaded", "give the folder of a saved BLIP or a Hub id"):
             _check_size(BlipConfig.from_pretrained(name, revision=revision), name)
@@ -159,12 +156,9 @@ class BlipCaptioner(Captioner):
     def from_config(
         cls, name: str, seed: int, tokenizer_name: str | None, captions: Iterable[str], vocab_size: int
     ) -> "BlipCaptioner":
-        """Build a BLIP with random weights, in evaluation mode, from a `BlipConfig`.
+        """Build a BLIP with random weights from a `BlipConfig`: see `Captioner.from_config`.
 
         Vocabulary size and special tokens come from the tokenizer.
-
-        Raises:
-            UserError: config or tokenizer cannot be read, or the config does not describe a BLIP.
         """
         tokenizer = load_tokenizer(tokenizer_name) if tokenizer_name else train_tokenizer(captions, vocab_size)
         return cls.from_tokenizer(name, seed, add_blip_tokens(tokenizer))
@@ -201,14 +195,11 @@ class BlipCaptioner(Captioner):
         freeze_vision_model: bool = False,
         fast: bool = True,
     ) -> None:
-        """Adapt the model to a run, in place: see `Captioner.adapt`.
-
-        Smoothing is set where BLIP keeps it (T5).
-        """
+        """Adapt the model to a run, in place: see `Captioner.adapt`."""
         if image_size:
             self._resize_images(image_size)
         if label_smoothing is not None:
-            self.config.text_config.label_smoothing = label_smoothing
+            self.config.text_config.label_smoothing = label_smoothing  # not the Trainer's, which does not shift (T5)
             self.model.text_decoder.label_smoothing = label_smoothing
         if freeze_vision_model:
             self.model.vision_model.requires_grad_(False)
@@ -216,13 +207,10 @@ class BlipCaptioner(Captioner):
         (use_fast_blip if fast else use_stock_blip)(self.model)
 
     def _resize_images(self, image_size: int) -> None:
-        """Make model and processor take square images of another side, by interpolating the position embedding.
+        """Make model and processor take square images of another side in pixels.
 
-        Done once in the weights, with the model's own bicubic interpolation, instead of in every `forward`: so the
-        saved model is plain BLIP at its new size and nobody needs `interpolate_pos_encoding=True`.
-
-        Raises:
-            UserError: `image_size` (pixels) is not a multiple of the patch size.
+        The position embedding is interpolated once in the weights, by the model's own bicubic interpolation, instead
+        of in every `forward`: the saved model is plain BLIP and needs no `interpolate_pos_encoding=True`.
         """
         vision = self.config.vision_config
         if image_size < vision.patch_size or image_size % vision.patch_size:
@@ -242,11 +230,7 @@ class BlipCaptioner(Captioner):
         self.processor.image_processor.size = {"height": image_size, "width": image_size}
 
     def check_lengths(self, max_caption_length: int, max_new_tokens: int) -> None:
-        """Check that a caption fits into the model's position embeddings, in training and in generation.
-
-        Raises:
-            UserError: it does not.
-        """
+        """Check that captions fit into the position embeddings of the text decoder; raise UserError if not."""
         positions = self.config.text_config.max_position_embeddings
         if max_caption_length > positions:
             raise UserError(
@@ -263,12 +247,12 @@ class BlipCaptioner(Captioner):
             )
 
     def set_generation_config(self, config: GenerationConfig) -> None:
-        """Write the decode settings where a reader of the saved model, and stock `generate`, look.
+        """Write the decode settings into `generation_config.json`, and into the text config as far as possible.
 
-        `generation_config.json` has all of them, but stock BLIP generates by its text decoder, whose own settings are
-        made from the text config when the model is loaded (T7). Loading drops `num_beams` and the other old generation
-        parameters from a config (transformers 5.23.0, `PreTrainedConfig.__init__`) and leaves the numbers of new
-        tokens: so a greedy search can be made what `model.generate(pixel_values=...)` does, a beam search cannot.
+        Stock BLIP generates by its text decoder, whose own settings are made from the text config when the model is
+        loaded (T7). Loading drops `num_beams` and other old generation parameters from a config (transformers 5.23.0,
+        `PreTrainedConfig.__init__`) and keeps the numbers of new tokens. So a plain `model.generate(pixel_values=...)`
+        can be made to search greedily as evaluated, but not by beams.
         """
         text = self.config.text_config
         plain = self.plain_generate_suffices(config)
@@ -282,7 +266,7 @@ class BlipCaptioner(Captioner):
 
     @classmethod
     def plain_generate_suffices(cls, config: GenerationConfig) -> bool:
-        """Tell whether a saved model decodes by these settings without being handed them."""
+        """Tell whether `set_generation_config` makes plain `generate` of the saved model decode by these settings."""
         return config.num_beams == 1 and not config.no_repeat_ngram_size
 
     def _with_special_tokens(self, config: GenerationConfig) -> GenerationConfig:
@@ -370,40 +354,28 @@ class BlipCaptioner(Captioner):
         return EncodedImages(torch.cat(embeds) if len(embeds) > 1 else embeds[0])
 
     def caption_nll(self, encoded: EncodedImages, batch: Batch) -> torch.Tensor:
-        """Return the negative log-likelihood of each caption, float64 `[B]`, in nats."""
-        labels = batch["labels"]
-        is_target = F.pad(labels[:, 1:] != IGNORE_INDEX, (1, 0))
-        return sum_nll(self.target_logits(encoded, batch, is_target), labels, is_target)
+        """Return the negative log-likelihood of each caption, float64 `[B]`, in nats; padding is on the right.
 
-    def target_logits(self, encoded: EncodedImages, batch: Batch, is_target: torch.Tensor) -> torch.Tensor:
-        """Return the logits `[N, V]` from which the N targets are predicted, in order.
-
-        Args:
-            encoded: the images.
-            batch: their captions, `input_ids` and `attention_mask` `[B, L]`, padded on the right.
-            is_target: bool `[B, L]`, never true at position 0.
+        The fast path on a CPU takes one caption at a time, without padding. That is as fast, and then the loss of a
+        caption does not depend, in any digit, on the others in its batch: on the batch size or number of processes.
         """
-        decoder, input_ids, attention_mask = self.model.text_decoder, batch["input_ids"], batch["attention_mask"]
-        predicts = is_target[:, 1:]  # position i predicts token i + 1
+        decoder, input_ids, labels = self.model.text_decoder, batch["input_ids"], batch["labels"]
+        predicts = labels[:, 1:] != IGNORE_INDEX  # position i predicts token i + 1
         cross_attention = self._cross_attention(encoded)
         if cross_attention is None:
-            logits = decoder(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                encoder_hidden_states=encoded.image_embeds,
-                use_cache=False,
-            ).logits
-            return logits[:, :-1][predicts]
-        if not input_ids.is_cpu:
-            return decoder.cls(caption_hidden_states(decoder, cross_attention, input_ids)[:, :-1][predicts])
-        # On a CPU one caption at a time, without padding: as fast, and then the loss of a caption does not depend, in
-        # any digit, on the other captions of its batch, so on the batch size or the number of processes
-        logits = []
-        for row, length in enumerate(attention_mask.sum(dim=1).clamp(min=1).tolist()):
-            image = [(keys[row : row + 1], values[row : row + 1]) for keys, values in cross_attention]
-            hidden = caption_hidden_states(decoder, image, input_ids[row : row + 1, :length])
-            logits.append(decoder.cls(hidden[0, :-1][predicts[row, : length - 1]]))
-        return torch.cat(logits)
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            logits = decoder(**inputs, encoder_hidden_states=encoded.image_embeds, use_cache=False).logits
+            logits = logits[:, :-1][predicts]
+        elif not input_ids.is_cpu:
+            logits = decoder.cls(caption_hidden_states(decoder, cross_attention, input_ids)[:, :-1][predicts])
+        else:
+            parts = []
+            for row, length in enumerate(batch["attention_mask"].sum(dim=1).clamp(min=1).tolist()):
+                image = [(keys[row : row + 1], values[row : row + 1]) for keys, values in cross_attention]
+                hidden = caption_hidden_states(decoder, image, input_ids[row : row + 1, :length])
+                parts.append(decoder.cls(hidden[0, :-1][predicts[row, : length - 1]]))
+            logits = torch.cat(parts)
+        return sum_nll(logits, labels, F.pad(predicts, (1, 0)))
 
     @torch.no_grad()
     def generate(self, encoded: EncodedImages, config: GenerationConfig) -> torch.Tensor:
@@ -472,12 +444,11 @@ class BlipCaptioner(Captioner):
 def _check_size(config: BlipConfig, name: str) -> None:
     """Raise UserError if a config describes more than `MAX_PARAMETERS`, before any of them is allocated."""
     for part in (config.text_config, config.vision_config):
-        sizes = [part.num_hidden_layers, part.hidden_size, part.intermediate_size]
-        layers, width, inner = (int(size) for size in sizes)
+        layers, width, inner = int(part.num_hidden_layers), int(part.hidden_size), int(part.intermediate_size)
         words = getattr(part, "vocab_size", 0) + getattr(part, "max_position_embeddings", 0)
         patches = (getattr(part, "image_size", 0) // max(getattr(part, "patch_size", 1), 1)) ** 2
-        number = layers * width * (4 * width + 2 * inner) + width * (words + patches)
-        if layers > MAX_LAYERS or number > MAX_PARAMETERS:
+        num_parameters = layers * width * (4 * width + 2 * inner) + width * (words + patches)
+        if layers > MAX_LAYERS or num_parameters > MAX_PARAMETERS:
             raise UserError(
                 f"config of '{name}': {layers:,} layers of {width:,} are more than {MAX_LAYERS:,} layers or "
                 f"{MAX_PARAMETERS:,} weights; lower them, recipes/configs/ has examples"

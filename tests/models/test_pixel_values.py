@@ -155,7 +155,7 @@ def test_the_channels_of_gray_images_are_resized_once(resized_modes):
 )
 def test_other_settings_are_left_to_stock(settings):
     processor = BlipImageProcessorPil(**{"size": SMALL} | settings)
-    assert pixel_values._settings(processor) is None
+    assert not pixel_values._does_the_same(processor)
     assert_same([random_image(seed, "RGB", (40, 30)) for seed in range(2)], processor)
 
 

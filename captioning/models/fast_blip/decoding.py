@@ -20,23 +20,11 @@ from transformers.models.blip.modeling_blip_text import BlipTextLayer, BlipTextL
 
 CrossAttention = list[tuple[torch.Tensor, torch.Tensor]]
 # The settings with which `decode_captions` is tested against stock
-KNOWN_SETTINGS = {
-    "do_sample",
-    "num_beams",
-    "num_return_sequences",
-    "max_length",
-    "max_new_tokens",
-    "min_length",
-    "min_new_tokens",
-    "early_stopping",
-    "length_penalty",
-    "repetition_penalty",
-    "no_repeat_ngram_size",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "transformers_version",
-}
+KNOWN_SETTINGS = (
+    {"do_sample", "num_beams", "num_return_sequences", "early_stopping", "length_penalty", "repetition_penalty"}
+    | {"max_length", "max_new_tokens", "min_length", "min_new_tokens", "no_repeat_ngram_size"}
+    | {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version"}
+)
 
 
 def can_decode(config: GenerationConfig) -> bool:
