@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -141,6 +142,15 @@ def start(arguments: list) -> Process:
 def run(arguments: list) -> subprocess.CompletedProcess:
     """Run the script in a process of its own."""
     return server().run(["run_captioning.py", *arguments])
+
+
+def start_ranks(number: int, words: list, **environment: str) -> list[Process]:
+    """Start the processes that a launcher would start, with the environment that it would give them."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(number), **environment}
+    ranks = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]
+    return [server().start(words, environment=rank) for rank in ranks]
 
 
 def run_cold(arguments: list, **environment: str) -> subprocess.CompletedProcess:
