@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +152,15 @@ def start_ranks(number: int, words: list, **environment: str) -> list[Process]:
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(number), **environment}
     ranks = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]
     return [server().start(words, environment=rank) for rank in ranks]
+
+
+def signal_when(condition, number: int, *processes: Process) -> None:
+    """Send a signal to the processes once `condition()` holds."""
+    deadline = time.monotonic() + 120
+    while not condition() and processes[0].poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    for process in processes:
+        process.send_signal(number)
 
 
 def run_cold(arguments: list, **environment: str) -> subprocess.CompletedProcess:

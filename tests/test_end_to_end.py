@@ -3,13 +3,12 @@
 import json
 import shutil
 import signal
-import time
 
 import numpy as np
 import pytest
 import torch
 from datasets import DatasetDict, Image
-from helpers import SHARED, flags, make_rows, outcome, run, run_cold, score_flags, start
+from helpers import SHARED, flags, make_rows, outcome, run, run_cold, score_flags, signal_when, start
 from safetensors.torch import load_file
 from transformers import BlipForConditionalGeneration, BlipProcessor, GenerationConfig
 
@@ -379,13 +378,9 @@ def test_real_radiographs_end_with_the_whole_folder(config_file, tmp_path):
 # --- Killed and resumed ---------------------------------------------------------------------------------------
 
 
-def kill_when(arguments: list[str], condition) -> None:
-    """Start a run and send it SIGKILL once `condition()` holds."""
+def kill_when(condition, arguments: list[str]) -> None:
     process = start(arguments)
-    deadline = time.monotonic() + 120
-    while not condition() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
+    signal_when(condition, signal.SIGKILL, process)
     assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
 
 
@@ -395,8 +390,8 @@ def test_a_run_killed_in_the_middle_and_resumed_ends_as_if_never_killed(config_f
     uninterrupted = run(flags(config_file, parquet_folder, whole, **arguments))
     assert uninterrupted.returncode == 0, uninterrupted.stderr
     resume = [*flags(config_file, parquet_folder, killed, **arguments), "--resume_from_checkpoint", "true"]
-    kill_when(resume, lambda: (killed / "recipe.json").exists())  # before there is any checkpoint
-    kill_when(resume, lambda: (killed / "checkpoint-6" / "trainer_state.json").exists())
+    kill_when((killed / "recipe.json").exists, resume)  # before there is any checkpoint
+    kill_when((killed / "checkpoint-6" / "trainer_state.json").exists, resume)
     (killed / "checkpoint-9").mkdir(exist_ok=True)  # as a run that is killed while saving leaves it
     (killed / "checkpoint-9" / "model.safetensors").write_bytes(b"half")
     (killed / "checkpoint-9" / "trainer_state.json").unlink(missing_ok=True)

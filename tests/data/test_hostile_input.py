@@ -578,21 +578,25 @@ def test_code_that_a_model_brings_is_not_run(saved, file, monkeypatch):
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
-def test_a_checkpoint_is_not_unpickled(config_file, parquet_folder, tmp_path, file):
-    folder, marker = tmp_path / "run", tmp_path / "marker"
-    arguments = flags(config_file, parquet_folder, folder, num_train_epochs=1, do_eval=False, do_predict=False,
-                      eval_strategy="no", load_best_model_at_end=False,
-                      save_strategy="steps", save_steps=4)  # fmt: skip
-    run_captioning.main(arguments)
+@pytest.fixture(scope="module")
+def stopped(config_file, parquet_folder, tmp_path_factory):
+    """Return a run with a checkpoint in its middle: its folder, and a function from a copy of it to its flags."""
+    options = {"num_train_epochs": 1, "save_strategy": "steps", "save_steps": 4, "do_eval": False, "do_predict": False}
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    run_captioning.main(flags(config_file, parquet_folder, folder, **options))
     shutil.rmtree(folder / "checkpoint-6")
+    return folder, lambda copy: flags(config_file, parquet_folder, copy, resume_from_checkpoint=True, **options)
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
+def test_a_checkpoint_is_not_unpickled(stopped, tmp_path, file):
+    folder, marker = shutil.copytree(stopped[0], tmp_path / "run"), tmp_path / "marker"
     torch.save(Payload(marker), folder / "checkpoint-4" / file)
-    arguments = [*arguments, "--resume_from_checkpoint", "true"]
     if file == "training_args.bin":  # is never read
-        run_captioning.main(arguments)
+        run_captioning.main(stopped[1](folder))
     else:
         with pytest.raises(UserError, match="cannot be resumed"):
-            run_captioning.main(arguments)
+            run_captioning.main(stopped[1](folder))
     assert not marker.exists()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import flags, outcome, run, start
+from helpers import flags, outcome, run, signal_when, start
 from safetensors import safe_open
 
 from captioning.command_line import exit_on_user_error
@@ -76,10 +76,7 @@ def error_line(errors: str) -> str:
 def terminate_when(condition, arguments: list[str]) -> str:
     """Start a run, send it SIGTERM once `condition()` holds, and return the error that it ends with."""
     process = start(arguments)
-    deadline = time.monotonic() + 120
-    while not condition() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    signal_when(condition, signal.SIGTERM, process)
     errors = process.communicate(timeout=120)[1]
     assert process.returncode == 128 + signal.SIGTERM, errors
     assert "Traceback" not in errors

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, flags, make_rows, outcome, run, score_flags, start_ranks, without_times
+from helpers import ROOT, flags, make_rows, outcome, run, score_flags, signal_when, start_ranks, without_times
 from torch.utils.data import RandomSampler, SequentialSampler
 
 from captioning.training.samplers import PaddedRows, PaddedSampler
@@ -154,11 +154,7 @@ def test_a_run_of_two_processes_resumes_to_the_same_weights(config_file, odd_fol
     assert launch(2, flags(config_file, odd_folder, whole, **options))[0] == [0, 0]
     arguments = flags(config_file, odd_folder, killed, **options)
     ranks = start_ranks(2, ["run_captioning.py", *arguments])
-    deadline = time.monotonic() + 120
-    while not any(killed.glob("checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    for rank in ranks:
-        rank.send_signal(signal.SIGKILL)
+    signal_when(lambda: any(killed.glob("checkpoint-*/trainer_state.json")), signal.SIGKILL, *ranks)
     assert [rank.wait() for rank in ranks] == [-signal.SIGKILL] * 2
     assert not (killed / "all_results.json").exists(), "the run ended before it could be killed"
     statuses, errors = launch(2, [*arguments, "--resume_from_checkpoint", "true"])
