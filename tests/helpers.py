@@ -140,9 +140,11 @@ def start(arguments: list) -> Process:
     return server().start(["run_captioning.py", *arguments])
 
 
-def run(arguments: list) -> subprocess.CompletedProcess:
-    """Run the script in a process of its own."""
-    return server().run(["run_captioning.py", *arguments])
+def run(arguments: list, code: int = 0) -> subprocess.CompletedProcess:
+    """Run the script in a process of its own and assert its exit status."""
+    result = server().run(["run_captioning.py", *arguments])
+    assert result.returncode == code, result.stderr
+    return result
 
 
 def start_ranks(number: int, words: list, **environment: str) -> list[Process]:
@@ -167,6 +169,18 @@ def run_cold(arguments: list, **environment: str) -> subprocess.CompletedProcess
     """Run the script in a new Python, which takes some seconds of imports."""
     words = [sys.executable, "run_captioning.py", *map(str, arguments)]
     return subprocess.run(words, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=300)
+
+
+def read_json(path: Path):
+    return json.loads(path.read_text())
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def predictions(folder: Path, split: str = "test") -> list[dict]:
+    return read_lines(folder / "predictions" / f"{split}.jsonl")
 
 
 def without_times(metrics: dict) -> dict:

@@ -8,14 +8,27 @@ import numpy as np
 import pytest
 import torch
 from datasets import DatasetDict, Image
-from helpers import SHARED, flags, make_rows, outcome, run, run_cold, score_flags, signal_when, start
+from helpers import (
+    SHARED,
+    flags,
+    make_rows,
+    outcome,
+    predictions,
+    read_json,
+    read_lines,
+    run,
+    run_cold,
+    score_flags,
+    signal_when,
+    start,
+)
 from safetensors.torch import load_file
 from transformers import BlipForConditionalGeneration, BlipProcessor, GenerationConfig
 
 import run_captioning
 from captioning.errors import UserError
 from captioning.scoring.baselines import nearest_captions, shuffled
-from captioning.scoring.captions import read_captions, read_predictions
+from captioning.scoring.captions import read_captions
 from captioning.scoring.submission import check_submission
 from metrics import rouge
 
@@ -26,7 +39,7 @@ def finished(config_file, parquet_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"
     result = run_cold(flags(config_file, parquet_folder, folder))
     assert result.returncode == 0, result.stderr
-    return folder, json.loads((folder / "all_results.json").read_text()), result.stdout
+    return folder, read_json(folder / "all_results.json"), result.stdout
 
 
 class Stock:
@@ -67,37 +80,19 @@ def stock(finished) -> Stock:
     return Stock(finished[0])
 
 
-def predictions(folder, split="test") -> list[dict]:
-    return read_predictions(folder / "predictions" / f"{split}.jsonl")
-
-
 # --- A whole run ----------------------------------------------------------------------------------------------
 
 
 def test_the_output_folder_is_whole(finished):
     folder, metrics, _ = finished
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    assert {
-        "README.md",
-        "training_curve.png",
-        "recipe.json",
-        "rejected.jsonl",
-        "model.safetensors",
-        "config.json",
-        "generation_config.json",
-        "processor_config.json",
-        "tokenizer.json",
-        "trainer_state.json",
-        "all_results.json",
-        "train_results.json",
-        "eval_results.json",
-        "predict_results.json",
-        "predictions/validation.jsonl",
-        "predictions/test.jsonl",
-        "scores.json",
-        "report.html",
-        "checkpoint-12/trainer_state.json",
-    } <= files
+    expected = """
+        README.md training_curve.png report.html recipe.json rejected.jsonl model.safetensors config.json
+        generation_config.json processor_config.json tokenizer.json trainer_state.json train_results.json
+        eval_results.json predict_results.json all_results.json scores.json predictions/validation.jsonl
+        predictions/test.jsonl checkpoint-12/trainer_state.json
+    """
+    assert set(expected.split()) <= files
     assert any("events.out.tfevents" in name for name in files), "no TensorBoard log"
     for prefix in ("eval_", "predict_"):
         names = ("loss", "perplexity", "rouge1", "rouge2", "rougeL", "gen_len", "unique_captions")
@@ -114,7 +109,7 @@ def test_the_run_ends_with_a_table_and_three_captions(finished):
 
 def test_scores_stand_beside_their_baselines(finished, raw_dataset):
     folder, metrics, stdout = finished
-    scores = json.loads((folder / "scores.json").read_text())
+    scores = read_json(folder / "scores.json")
     assert list(scores) == ["validation", "test"]
     for prefix, split in (("eval_", "validation"), ("predict_", "test")):
         found = scores[split]["scores"]["rougeL"]
@@ -172,7 +167,7 @@ def test_baselines_of_a_scored_model_are_those_of_its_run(finished, parquet_fold
     shutil.copy(parquet_folder / "data" / "test-00000-of-00001.parquet", tmp_path / "alone" / "data")
     alone = score("out", tmp_path / "alone")
     assert alone["predict_rougeL"] == metrics["predict_rougeL"]
-    found = json.loads((tmp_path / "out" / "scores.json").read_text())["test"]["baselines"]["constant"]
+    found = read_json(tmp_path / "out" / "scores.json")["test"]["baselines"]["constant"]
     assert found["found_among"] == "the references themselves (7)"
 
 
@@ -192,7 +187,7 @@ def test_a_submission_is_written_in_the_order_of_the_data(finished, parquet_fold
 
 def test_the_best_checkpoint_is_kept_by_rouge(finished):
     folder, metrics, _ = finished
-    state = json.loads((folder / "trainer_state.json").read_text())
+    state = read_json(folder / "trainer_state.json")
     scores = [entry["eval_rougeL"] for entry in state["log_history"] if "eval_rougeL" in entry]
     assert len(scores) == 2
     assert state["best_metric"] == max(scores) == metrics["eval_rougeL"]
@@ -225,7 +220,6 @@ def test_a_prompt_is_given_in_training_and_generation_alike(config_file, parquet
 def test_a_run_is_repeated_by_its_recipe(finished, tmp_path):
     folder, _, _ = finished
     result = run([folder / "recipe.json", "--output_dir", tmp_path / "again", "--use_cpu", "true"])
-    assert result.returncode == 0, result.stderr
     assert "may differ" not in result.stderr
     assert outcome(tmp_path / "again") == outcome(folder)
 
@@ -257,7 +251,7 @@ def test_a_run_tells_that_a_model_was_evaluated_by_other_settings(finished, parq
 
 
 def test_other_packages_and_hardware_are_told_before_training(finished, tmp_path, caplog):
-    recipe = json.loads((finished[0] / "recipe.json").read_text())
+    recipe = read_json(finished[0] / "recipe.json")
     recipe["package_versions"]["torch"] = "1.0"
     recipe["hardware"]["device"] = "NVIDIA H100"
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
@@ -269,7 +263,8 @@ def test_other_packages_and_hardware_are_told_before_training(finished, tmp_path
 
 @pytest.mark.parametrize("values", [{}, {"min_new_tokens": 5}])
 def test_a_greedy_run_is_what_plain_generate_does(config_file, parquet_folder, raw_dataset, tmp_path, values):
-    run_captioning.main(flags(config_file, parquet_folder, tmp_path / "run", num_beams=1, max_new_tokens=25, **values))
+    values |= {"num_beams": 1, "max_new_tokens": 25, "do_eval": False}
+    run_captioning.main(flags(config_file, parquet_folder, tmp_path / "run", **values))
     stock = Stock(tmp_path / "run")
     for row, example in zip(predictions(tmp_path / "run"), raw_dataset["test"], strict=True):
         assert row["prediction"] == stock.caption(
@@ -279,11 +274,11 @@ def test_a_greedy_run_is_what_plain_generate_does(config_file, parquet_folder, r
     run_captioning.main(
         flags(None, parquet_folder, tmp_path / "beams", max_steps=1, model_name_or_path=tmp_path / "run")
     )
-    text = json.loads((tmp_path / "beams" / "config.json").read_text())["text_config"]
+    text = read_json(tmp_path / "beams" / "config.json")["text_config"]
     assert not {"max_new_tokens", "min_new_tokens"} & text.keys()
 
 
-def test_captions_must_be_learnt_from_images(config_file, tmp_path):
+def test_captions_must_be_learned_from_images(config_file, tmp_path):
     """Captions that only the image tells apart: a run that does not look, or shuffles, cannot score them right."""
     shades = {"black image": 0, "gray image of the middle": 128, "white image without any structure": 255}
 
@@ -295,7 +290,9 @@ def test_captions_must_be_learnt_from_images(config_file, tmp_path):
     dataset = DatasetDict(train=rows(48), validation=rows(6), test=rows(9))
     dataset.save_to_disk(str(tmp_path / "shades"))
     metrics = run_captioning.main(
-        flags(config_file, tmp_path / "shades", tmp_path / "run", num_train_epochs=12, learning_rate=5e-3)
+        flags(
+            config_file, tmp_path / "shades", tmp_path / "run", num_train_epochs=12, learning_rate=5e-3, do_eval=False
+        )
     )
     assert metrics["predict_rougeL"] > 0.99
     assert metrics["predict_unique_captions"] == pytest.approx(3 / 9)
@@ -307,7 +304,6 @@ def test_rows_are_checked_by_several_processes(config_file, tmp_path):
         tmp_path / "data"
     )
     result = run(flags(config_file, tmp_path / "data", tmp_path, preprocessing_num_workers=3, do_train=False))
-    assert result.returncode == 0, result.stderr
     assert "num_proc=3" in result.stderr
 
 
@@ -328,8 +324,8 @@ def test_rows_are_checked_by_several_processes(config_file, tmp_path):
 )
 def test_options_reach_the_run(config_file, parquet_folder, tmp_path, values, capsys):
     metrics = run_captioning.main(flags(config_file, parquet_folder, tmp_path / "run", max_steps=2, **values))
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    recipe = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    config = read_json(tmp_path / "run" / "config.json")
+    recipe = read_json(tmp_path / "run" / "recipe.json")
     name, value = next(iter(values.items()))
     if name == "gradient_checkpointing":
         name = "activation_checkpointing"
@@ -343,7 +339,7 @@ def test_options_reach_the_run(config_file, parquet_folder, tmp_path, values, ca
         assert "predict_rougeL" not in metrics
         assert not (tmp_path / "run" / "predictions").exists()
     if "max_predict_samples" in values:
-        state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+        state = read_json(tmp_path / "run" / "trainer_state.json")
         assert state["epoch"] == 1.0, "two steps of 4 rows are the 8 training rows"
         assert [len(predictions(tmp_path / "run", split)) for split in ("validation", "test")] == [3, 2]
     if "min_new_tokens" in values:
@@ -388,7 +384,6 @@ def test_a_run_killed_in_the_middle_and_resumed_ends_as_if_never_killed(config_f
     arguments = {"num_train_epochs": 4, "logging_steps": 5, "gradient_accumulation_steps": 2}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     uninterrupted = run(flags(config_file, parquet_folder, whole, **arguments))
-    assert uninterrupted.returncode == 0, uninterrupted.stderr
     resume = [*flags(config_file, parquet_folder, killed, **arguments), "--resume_from_checkpoint", "true"]
     kill_when((killed / "recipe.json").exists, resume)  # before there is any checkpoint
     kill_when((killed / "checkpoint-6" / "trainer_state.json").exists, resume)
@@ -396,7 +391,6 @@ def test_a_run_killed_in_the_middle_and_resumed_ends_as_if_never_killed(config_f
     (killed / "checkpoint-9" / "model.safetensors").write_bytes(b"half")
     (killed / "checkpoint-9" / "trainer_state.json").unlink(missing_ok=True)
     result = run(resume)
-    assert result.returncode == 0, result.stderr
     assert "checkpoint-9 is incomplete and is passed over" in result.stderr
     assert f"Resuming from {killed / 'checkpoint-6'}" in result.stderr
     first_epoch = "'epoch': '1'}"  # of the evaluation that ends it: the resumed run must not train it again
@@ -469,7 +463,7 @@ def test_missing_and_empty_splits_are_named(config_file, raw_dataset, tmp_path):
             run_captioning.main(flags(config_file, tmp_path / folder, tmp_path / "run"))
 
 
-def test_bad_rows_are_set_aside_and_the_run_goes_on(config_file, tmp_path):
+def test_bad_rows_are_rejected_and_the_run_goes_on(config_file, tmp_path):
     test = make_rows(7, start=200)
     images = [dict(image) for image in test.cast_column("image", Image(decode=False))["image"]]
     images[2] = {"bytes": b"<html>", "path": None}
@@ -479,7 +473,7 @@ def test_bad_rows_are_set_aside_and_the_run_goes_on(config_file, tmp_path):
     with pytest.raises(UserError, match="2 of 7 rows cannot be used"):
         run_captioning.main(arguments)
     run_captioning.main([*arguments, "--max_rejected_fraction", "0.3"])
-    rejected = [json.loads(line) for line in (tmp_path / "run" / "rejected.jsonl").read_text().splitlines()]
+    rejected = read_lines(tmp_path / "run" / "rejected.jsonl")
     assert [entry["row"] for entry in rejected] == [0, 2]
     ids = [row["image_id"] for row in predictions(tmp_path / "run")]
     assert ids == [f"image_{i:04d}" for i in (201, 203, 204, 205, 206)]

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import flags, outcome, save_captioner, without_times
+from helpers import flags, outcome, read_json, save_captioner, without_times
 from hub_server import HubServer
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
@@ -148,7 +148,7 @@ def test_a_run_is_pushed_whole_without_secrets_and_a_stranger_repeats_it(hub, ho
 def test_the_card_has_the_numbers_of_the_run_and_its_worst_caption(push, finished, parquet_folder):
     """The model-index makes the round trip through the Hub's own parser."""
     push()
-    results = json.loads((finished / "all_results.json").read_text())
+    results = read_json(finished / "all_results.json")
     metadata = ModelCard.load(finished / "README.md").data
     name, parsed = model_index_to_eval_results(metadata.to_dict()["model-index"])
     assert name == "model"
@@ -239,7 +239,7 @@ def test_the_model_of_another_run_is_not_replaced(hub, push, finished):
     assert "model.safetensors" in hub.files("tester/blank")
     assert "model.safetensors" in hub.files("tester/new-name"), "a name without a user is the user's own"
     assert 'name = "tester/new-name"' in hub.files("tester/new-name")["README.md"].decode()
-    recipe = json.loads((finished / "recipe.json").read_text())
+    recipe = read_json(finished / "recipe.json")
     (finished / "recipe.json").write_text(json.dumps(recipe | {"dataset_name": "phantoms"}))
     assert "holds another model" in push("tester/blank", code=2).stderr
 
@@ -328,8 +328,8 @@ def test_a_hub_run_is_pinned_and_repeated_from_its_pushed_recipe(hub, home, run,
     address = ["hf://tester/model", "--model_name_or_path", "tester/model", "--do_train", "false"]
     run([*address, "--output_dir", home / "check"])
     assert (home / "check/predictions/test.jsonl").read_bytes() == (home / "run/predictions/test.jsonl").read_bytes()
-    scores = without_times(json.loads((home / "check/all_results.json").read_text()))
-    assert scores.items() <= without_times(json.loads((home / "run/all_results.json").read_text())).items()
+    scores = without_times(read_json(home / "check/all_results.json"))
+    assert scores.items() <= without_times(read_json(home / "run/all_results.json")).items()
     # History rewritten: the pinned commits are gone
     now = hub.commits("some/start")[-1].oid
     hub.drop_history("some/start")
@@ -365,10 +365,10 @@ def test_a_hub_model_captions_with_and_without_the_two_tokens_in_its_tokenizer(
 ):
     save_captioner(tiny_captioner, tmp_path / "model")
     if not added_tokens:
-        saved = json.loads((tmp_path / "model/tokenizer.json").read_text())
+        saved = read_json(tmp_path / "model/tokenizer.json")
         saved["added_tokens"] = [token for token in saved["added_tokens"] if token["content"] not in BLIP_TOKENS]
         (tmp_path / "model/tokenizer.json").write_text(json.dumps(saved))
-        config = json.loads((tmp_path / "model/tokenizer_config.json").read_text())
+        config = read_json(tmp_path / "model/tokenizer_config.json")
         for key in ("bos_token", "additional_special_tokens", "extra_special_tokens"):
             config.pop(key, None)
         (tmp_path / "model/tokenizer_config.json").write_text(json.dumps(config))
@@ -377,7 +377,7 @@ def test_a_hub_model_captions_with_and_without_the_two_tokens_in_its_tokenizer(
     commit = hub.add_repository("some/blip", files_of(tmp_path / "model"))
     run(flags(None, parquet_folder, home / "run", model_name_or_path="some/blip", do_train=False))
     assert len(read_predictions(home / "run/predictions/test.jsonl")) == 7
-    assert json.loads((home / "run/recipe.json").read_text())["model_revision"] == commit
+    assert read_json(home / "run/recipe.json")["model_revision"] == commit
     assert "some/blip" in (home / "run/README.md").read_text()
 
 

@@ -1,6 +1,5 @@
 """Several processes see the batches that one process sees, each row once, and their numbers are those of one."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -10,7 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, flags, make_rows, outcome, run, score_flags, signal_when, start_ranks, without_times
+from helpers import (
+    ROOT,
+    flags,
+    make_rows,
+    outcome,
+    read_json,
+    read_lines,
+    run,
+    score_flags,
+    signal_when,
+    start_ranks,
+    without_times,
+)
 from torch.utils.data import RandomSampler, SequentialSampler
 
 from captioning.training.samplers import PaddedRows, PaddedSampler
@@ -83,13 +94,12 @@ TRAINING = {"num_train_epochs": 2, "logging_steps": 1, "report_to": "none", "nei
 def alone(config_file, odd_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone") / "run"
     sizes = {"per_device_train_batch_size": 6, "per_device_eval_batch_size": 6}
-    result = run(flags(config_file, odd_folder, folder, **TRAINING | sizes))
-    assert result.returncode == 0, result.stderr
+    run(flags(config_file, odd_folder, folder, **TRAINING | sizes))
     return folder
 
 
 def losses(folder: Path) -> list[float]:
-    return [entry["loss"] for entry in json.loads((folder / "trainer_state.json").read_text())["log_history"][:-1]
+    return [entry["loss"] for entry in read_json(folder / "trainer_state.json")["log_history"][:-1]
             if "loss" in entry]  # fmt: skip
 
 
@@ -119,19 +129,16 @@ def test_training_in_several_processes_is_that_of_one(
     found, expected = losses(folder), losses(alone)
     assert len(found) == len(expected) == 8
     np.testing.assert_allclose(found, expected, rtol=1e-5)
-    results = [json.loads((path / "all_results.json").read_text()) for path in (folder, alone)]
+    results = [read_json(path / "all_results.json") for path in (folder, alone)]
     for name in without_times(results[1]):
         tolerance = 1e-5 if "loss" in name or "perplexity" in name else 1e-9
         assert results[0][name] == pytest.approx(results[1][name], rel=tolerance, abs=1e-9), name
     for split in ("validation", "test"):
-        rows = [
-            [json.loads(line) for line in (path / "predictions" / f"{split}.jsonl").read_text().splitlines()]
-            for path in (folder, alone)
-        ]
+        rows = [read_lines(path / "predictions" / f"{split}.jsonl") for path in (folder, alone)]
         assert [row["image_id"] for row in rows[0]] == [row["image_id"] for row in rows[1]]
         assert [row["prediction"] for row in rows[0]] == [row["prediction"] for row in rows[1]]
     assert {path.name for path in folder.iterdir()} == {path.name for path in alone.iterdir()}
-    assert json.loads((folder / "recipe.json").read_text())["hardware"]["processes"] == number
+    assert read_json(folder / "recipe.json")["hardware"]["processes"] == number
 
 
 @pytest.mark.parametrize("number", [2, 3])
@@ -139,12 +146,12 @@ def test_scores_of_a_model_are_the_same_in_every_digit(odd_folder, alone, tmp_pa
     one, several = tmp_path / "one", tmp_path / "several"
     options = {"num_beams": 2, "neighbor_samples": 6}
     sized = {"per_device_eval_batch_size": 6}, {"per_device_eval_batch_size": 6 // number}
-    assert run(score_flags(alone, odd_folder, one, **options | sized[0])).returncode == 0
+    run(score_flags(alone, odd_folder, one, **options | sized[0]))
     statuses, errors = launch(number, score_flags(alone, odd_folder, several, **options | sized[1]))
     assert not any(statuses), errors
     for name in ("scores.json", "predictions/validation.jsonl", "predictions/test.jsonl"):
         assert (one / name).read_text() == (several / name).read_text(), name
-    found, expected = (json.loads((path / "all_results.json").read_text()) for path in (several, one))
+    found, expected = (read_json(path / "all_results.json") for path in (several, one))
     assert without_times(found) == without_times(expected)
 
 
