@@ -87,15 +87,16 @@ class Server:
         ours.sendall(json.dumps(command).encode() + b"\n")
         return Process(ours, outputs)
 
-    def run(self, words: list, timeout: float = 300, **where) -> subprocess.CompletedProcess:
-        """Run a command to its end, as `subprocess.run` does."""
+    def run(self, words: list, code: int = 0, timeout: float = 300, **where) -> subprocess.CompletedProcess:
+        """Run a command to its end, as `subprocess.run` does, and assert its exit status."""
         process = self.start(words, **where)
         try:
             output, errors = process.communicate(timeout)
         except TimeoutError:
             process.send_signal(signal.SIGKILL)
             raise
-        return subprocess.CompletedProcess(words, process.returncode, output, errors)
+        assert process.returncode == code, errors
+        return subprocess.CompletedProcess(words, code, output, errors)
 
     def close(self) -> None:
         """Let the server end; commands that run go on."""
