@@ -1,7 +1,7 @@
 """Processes that start in tenths of a second: forks of a server that has imported what the script imports.
 
 Each command is a process of its own, with its own working directory, environment, standard streams, signals and exit
-status, and runs the script as `python` would. Only the imports, most of the time of a short run, are done before. What
+status, and runs the script as `python` would. Only the imports, which take most of the time of a short run, are done before. What
 libraries read from the environment when they are imported (`HF_HOME`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`) is therefore
 the server's, and so is the seed of hashes: whatever depends on these needs a server of its own, or a real start.
 """
@@ -23,15 +23,15 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parents[1]
+ANSWER = 10  # bytes of each of the two answers of a server: the process's id, and its status when it has ended
 
 
 class Process:
     """A command that runs; the calls are those of `subprocess.Popen`, and the output is kept in files."""
 
     def __init__(self, connection: socket.socket, outputs: list):
-        self._answers, self._outputs = connection.makefile("r"), outputs
-        self._connection = connection
-        self.pid = int(self._answers.readline())
+        self._connection, self._outputs = connection, outputs
+        self.pid = int(connection.recv(ANSWER))
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
@@ -43,7 +43,7 @@ class Process:
     def wait(self, timeout: float | None = None) -> int:
         if self.returncode is None:
             self._connection.settimeout(timeout)
-            self.returncode = os.waitstatus_to_exitcode(int(self._connection.recv(100)))
+            self.returncode = os.waitstatus_to_exitcode(int(self._connection.recv(ANSWER)))
         return self.returncode
 
     def send_signal(self, number: int) -> None:
@@ -70,7 +70,7 @@ class Server:
         self.environment = environment
         self._control, theirs = socket.socketpair()
         with theirs:
-            subprocess.Popen(
+            self._process = subprocess.Popen(
                 [sys.executable, __file__, str(theirs.fileno()), setup],
                 env={**(environment or os.environ), "OMP_NUM_THREADS": "1"},  # a process with threads must not fork
                 pass_fds=[theirs.fileno()],
@@ -99,8 +99,9 @@ class Server:
         return subprocess.CompletedProcess(words, code, output, errors)
 
     def close(self) -> None:
-        """Let the server end; commands that run go on."""
+        """End the server; commands that it has started go on."""
         self._control.close()
+        self._process.wait()
 
 
 @functools.cache
@@ -130,8 +131,8 @@ def serve(control: socket.socket) -> list[str]:
     if process := os.fork():  # this one waits for the other, and tells the test how it ended
         for file in files[1:]:
             os.close(file)
-        connection.sendall(b"%d\n" % process)
-        connection.sendall(b"%d\n" % os.waitpid(process, 0)[1])
+        connection.sendall(b"%*d" % (ANSWER, process))
+        connection.sendall(b"%*d" % (ANSWER, os.waitpid(process, 0)[1]))
         os._exit(0)
     connection.close()
     for number, file in enumerate(files[1:]):
@@ -144,7 +145,7 @@ def serve(control: socket.socket) -> list[str]:
 
 
 def execute(words: list[str]) -> None:
-    """Do what `python *words` does behind its start."""
+    """Do what `python *words` does once it has started."""
     # Forks share the state of the generators: a run that forgets its seed must not pass for one that sets it
     for seed in (random.seed, numpy.random.seed, torch.seed):
         seed()

@@ -35,7 +35,7 @@ from metrics import rouge
 
 @pytest.fixture(scope="module")
 def finished(config_file, parquet_folder, tmp_path_factory):
-    """The output folder, metrics and standard output of one whole run, by a Python that nothing was imported into."""
+    """The output folder, metrics and standard output of a whole run, started as a user starts it."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     result = run_cold(flags(config_file, parquet_folder, folder))
     assert result.returncode == 0, result.stderr
@@ -63,7 +63,7 @@ class Stock:
         return self.processor.decode(tokens[start:], skip_special_tokens=True).strip()
 
     def nll(self, image, caption, prompt="") -> tuple[float, int]:
-        """Return the sum over the caption's tokens, those of the prompt not among them, and their number."""
+        """Return the loss summed over the tokens of the caption, without those of the prompt, and their count."""
         input_ids = self.processor.tokenizer(f"{prompt} {caption}", return_tensors="pt")["input_ids"]
         labels = input_ids.clone()
         prompt_length = len(self.processor.tokenizer(prompt)["input_ids"]) - 1  # [CLS] and the prompt
@@ -71,8 +71,8 @@ class Stock:
         input_ids[:, 0] = self.model.config.text_config.bos_token_id
         with torch.no_grad():
             loss = self.model(pixel_values=self.pixel_values(image), input_ids=input_ids, labels=labels).loss
-        number = labels.shape[1] - prompt_length
-        return float(loss) * number, number
+        num_tokens = labels.shape[1] - prompt_length
+        return float(loss) * num_tokens, num_tokens
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_the_run_ends_with_a_table_and_three_captions(finished):
     assert stdout.count("  reference ") == stdout.count("  prediction ") == 3
 
 
-def test_scores_stand_beside_their_baselines(finished, raw_dataset):
+def test_scores_are_written_beside_their_baselines(finished, raw_dataset):
     folder, metrics, stdout = finished
     scores = read_json(folder / "scores.json")
     assert list(scores) == ["validation", "test"]
@@ -128,7 +128,7 @@ def test_scores_stand_beside_their_baselines(finished, raw_dataset):
     assert "image_0100" not in page, "the page shows the test split"
 
 
-def test_the_nearest_image_is_sought_by_what_the_vision_model_sees(finished, stock, raw_dataset):
+def test_the_nearest_image_is_found_by_features_of_the_vision_model(finished, stock, raw_dataset):
     _, metrics, _ = finished
     features = {}
     for split in ("train", "test"):
@@ -240,7 +240,7 @@ def test_scores_with_other_settings_are_kept_out_of_the_folder_of_a_run(finished
     assert outcome(folder) == before
 
 
-def test_a_run_tells_that_a_model_was_evaluated_by_other_settings(finished, parquet_folder, tmp_path, caplog):
+def test_a_run_warns_that_a_model_was_evaluated_with_other_settings(finished, parquet_folder, tmp_path, caplog):
     folder, _, _ = finished
     run_captioning.main(score_flags(folder, parquet_folder, tmp_path / "a", num_beams=2, max_new_tokens=9))
     assert "The model's own scores are with num_beams 3, not 2; for them, --num_beams 3" in caplog.text
@@ -250,7 +250,7 @@ def test_a_run_tells_that_a_model_was_evaluated_by_other_settings(finished, parq
     assert "own scores" not in caplog.text
 
 
-def test_other_packages_and_hardware_are_told_before_training(finished, tmp_path, caplog):
+def test_other_packages_and_hardware_are_logged_before_training(finished, tmp_path, caplog):
     recipe = read_json(finished[0] / "recipe.json")
     recipe["package_versions"]["torch"] = "1.0"
     recipe["hardware"]["device"] = "NVIDIA H100"
@@ -299,7 +299,7 @@ def test_captions_must_be_learned_from_images(config_file, tmp_path):
 
 
 def test_rows_are_checked_by_several_processes(config_file, tmp_path):
-    """Rows of its own: what another run has checked comes from the cache."""
+    """With rows of its own: those that another run has checked come from the cache."""
     DatasetDict({split: make_rows(9, 700) for split in ("train", "validation", "test")}).save_to_disk(
         tmp_path / "data"
     )
@@ -407,7 +407,7 @@ def test_a_finished_run_is_not_trained_over_by_accident(finished, config_file, p
     assert outcome(folder) == before
 
 
-def test_a_resumed_run_tells_what_changed_in_its_recipe(config_file, parquet_folder, tmp_path, caplog):
+def test_a_resumed_run_logs_what_changed_in_its_recipe(config_file, parquet_folder, tmp_path, caplog):
     folder = tmp_path / "run"
     run_captioning.main(flags(config_file, parquet_folder, folder, num_train_epochs=1))
     resume = {"num_train_epochs": 1, "resume_from_checkpoint": "true", "num_beams": 2}

@@ -80,7 +80,7 @@ VULNERABLE = "pillow 13.0.0 PYSEC-0 13.0.1"
 
 
 @pytest.mark.parametrize(
-    ("output", "status", "fails", "told"),
+    ("output", "status", "fails", "shown"),
     [
         ("No known vulnerabilities found", 0, False, "No known vulnerabilities"),
         (VULNERABLE, 1, True, VULNERABLE),
@@ -94,13 +94,13 @@ VULNERABLE = "pillow 13.0.0 PYSEC-0 13.0.1"
         ),
     ],
 )
-def test_an_audit_without_an_answer_is_no_clean_audit(tmp_path, output, status, fails, told):
+def test_an_audit_without_an_answer_is_not_a_clean_audit(tmp_path, output, status, fails, shown):
     (tmp_path / "output").write_text(f"{output}\n")
     auditor = tmp_path / "pip-audit"
     auditor.write_text(f"#!/bin/sh\ncat '{tmp_path}/output'\nexit {status}\n")
     auditor.chmod(0o755)
     run = subprocess.run([ROOT / ".ci" / "audit", auditor], capture_output=True, text=True)
     assert (run.returncode != 0) == fails
-    assert told in run.stdout + run.stderr
+    assert shown in run.stdout + run.stderr
     if SKIPPED in output:
         assert "No known vulnerabilities" not in run.stdout

@@ -117,7 +117,7 @@ def test_a_mammogram_is_not_refused():
 
 
 @pytest.mark.parametrize("device", ["/dev/zero", "fifo", "."])
-def test_what_is_no_file_is_not_read(tmp_path, device):
+def test_a_device_pipe_or_folder_is_not_read_as_an_image(tmp_path, device):
     path = tmp_path / "fifo" if device == "fifo" else Path(device)
     if device == "fifo":
         os.mkfifo(path)
@@ -225,7 +225,7 @@ def test_recipes_meant_to_hurt_are_one_short_line(tmp_path, content):
 
 
 @pytest.mark.parametrize("kind", ["fifo", "folder", "device"])
-def test_a_recipe_that_is_no_file_is_not_waited_for(tmp_path, kind):
+def test_a_recipe_that_is_not_a_file_is_refused_at_once(tmp_path, kind):
     path = {"fifo": tmp_path / "fifo", "folder": tmp_path, "device": Path("/dev/zero")}[kind]
     if kind == "fifo":
         os.mkfifo(path)
@@ -233,7 +233,7 @@ def test_a_recipe_that_is_no_file_is_not_waited_for(tmp_path, kind):
         read_recipe(str(path))
 
 
-def test_a_long_error_keeps_its_mend_and_fits_a_screen(capsys):
+def test_a_long_error_keeps_its_advice_and_fits_a_screen(capsys):
     def fail():
         raise UserError(f"unknown key '{'x' * 10**6}\x1b[2J'; see --help")
 
@@ -360,14 +360,14 @@ def test_zip_members_that_are_bombs_or_links_are_named(tmp_path, mode, content, 
     assert found is None and reason in why
 
 
-def test_a_quote_that_is_not_closed_swallows_no_rows_unseen(tmp_path):
+def test_an_unclosed_quote_is_an_error_and_swallows_no_rows(tmp_path):
     content = b'ID,Caption\na,fine\nb,"not closed\n' + b"".join(b"c%d,fine\n" % i for i in range(9))
     folder = zenodo_folder(tmp_path / "zenodo", content, {"a.png": make_png(1)})
     with pytest.raises(UserError, match=r"train_captions\.csv', line 3: a double quote is not closed"):
         sources.load_source(str(folder))
 
 
-def test_rows_that_would_be_used_in_part_or_lead_nowhere_are_rejected(tmp_path):
+def test_rows_that_are_ambiguous_or_point_to_no_file_are_rejected(tmp_path):
     content = b'ID,Caption\ncommas,Chest, CT\nnowhere,A nodule\nfine,"A cyst,\nmultilocular"\n../fine,A cyst\n'
     content += b"x" * 2000 + b",A cyst\n"
     folder = zenodo_folder(tmp_path / "zenodo", content, {f"{name}.jpg": make_png(1) for name in ("commas", "fine")})
@@ -453,7 +453,7 @@ def test_a_parquet_bomb_is_named_before_it_is_unpacked(tmp_path, monkeypatch, st
     images = [{"bytes": bytes(2**20), "path": None}] * 3
     columns = {"image": images, "image_id": list("abc"), "caption": ["A nodule"] * 3}
     pq.write_table(pa.table(columns), shards / "train-0.parquet", compression="zstd", use_dictionary=False)
-    sources.load_source(str(tmp_path), streaming=streaming)  # a small one is no bomb
+    sources.load_source(str(tmp_path), streaming=streaming)  # a small one is not a bomb
     monkeypatch.setattr("captioning.data.streaming.SMALL_SHARD", 2**20)
     pq.write_table(pa.table(columns), shards / "train-0.parquet", compression="gzip", use_dictionary=False)
     monkeypatch.setattr("pyarrow.parquet.ParquetFile.read_row_group", lambda *args: pytest.fail("it is unpacked"))
@@ -470,7 +470,7 @@ def test_text_that_is_not_utf_8_in_a_table_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["train-0.parquet", "train/state.json", "dataset_dict.json"])
-def test_a_pipe_instead_of_a_table_is_not_waited_for(tmp_path, name):
+def test_a_pipe_instead_of_a_table_is_refused_at_once(tmp_path, name):
     (tmp_path / "train").mkdir()
     os.mkfifo(tmp_path / name)
     with pytest.raises(UserError, match="is no regular file"):
@@ -560,7 +560,7 @@ def test_a_config_of_a_giant_model_is_refused_before_it_is_built(tmp_path, sizes
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "processor_config.json"])
-def test_code_that_a_model_brings_is_not_run(saved, file, monkeypatch):
+def test_code_in_a_model_folder_is_not_run(saved, file, monkeypatch):
     folder, marker = saved
     (folder / "planted.py").write_text(CODE.format(marker=str(marker)))
     config = read_json(folder / file)

@@ -59,7 +59,7 @@ def write_shards(rows, folder: Path, split: str) -> None:
 
 
 def damage(rows, *numbers: int):
-    """Return the rows, some with bytes that are no image."""
+    """Return the rows, some with bytes that are not an image."""
     columns = {name: rows.with_format("arrow")[name][:].to_pylist() for name in rows.column_names}
     for number in numbers:
         columns["image"][number] = {"bytes": b"no image", "path": None}
@@ -121,7 +121,7 @@ def test_streamed_rows_are_those_of_the_stored_set(sharded):
         assert rows.__getitems__([9, 2, 9]) == stored[split].__getitems__([9, 2, 9])
 
 
-def test_who_asks_for_text_reads_no_image(rows, reads, captioner):
+def test_reading_text_reads_no_images(rows, reads, captioner):
     checked = checks.check_rows(DatasetDict(train=rows), 0.0, os.devnull, unopened=["train"])
     tokenized = tokenize(checked, captioner, 64)
     usable = checks.usable(tokenized["train"], 30)
@@ -153,7 +153,7 @@ def test_checks_are_those_of_the_stored_set(tmp_path, reads):
     assert (tmp_path / "again.jsonl").read_text() == found[0]
 
 
-def test_a_changed_shard_is_indexed_anew(tmp_path):
+def test_a_changed_shard_is_indexed_again(tmp_path):
     for number in (12, 8):
         shutil.rmtree(tmp_path / "data", ignore_errors=True)
         write_shards(make_rows(number), tmp_path / "data", "train")
@@ -175,7 +175,7 @@ def test_images_as_bare_bytes_and_row_groups_that_are_not_kept(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("source", ["phantoms", "saved", "zenodo"])
-def test_what_is_no_parquet_is_refused_in_one_line(source, tmp_path):
+def test_a_source_that_is_not_parquet_is_refused_in_one_line(source, tmp_path):
     if source == "saved":
         DatasetDict(train=make_rows(2)).save_to_disk(str(tmp_path))
     if source == "zenodo":
@@ -184,7 +184,7 @@ def test_what_is_no_parquet_is_refused_in_one_line(source, tmp_path):
         sources.load_source("phantoms" if source == "phantoms" else str(tmp_path), streaming=True)
 
 
-def test_a_column_that_holds_no_images_and_a_shard_that_is_gone_are_told(tmp_path):
+def test_a_column_without_images_and_a_missing_shard_are_named(tmp_path):
     (tmp_path / "data").mkdir()
     path = tmp_path / "data" / "test-0.parquet"
     pq.write_table(pa.table({"image": [1], "image_id": ["a"], "caption": ["b"]}), path)
@@ -198,7 +198,7 @@ def test_a_column_that_holds_no_images_and_a_shard_that_is_gone_are_told(tmp_pat
         rows[0]
 
 
-def test_a_worker_tells_a_shard_that_is_gone_in_one_line_too(tmp_path, capfd):
+def test_a_missing_shard_is_one_line_in_a_worker_too(tmp_path, capfd):
     write_shards(make_rows(4), tmp_path / "data", "test")
     rows = sources.load_source(str(tmp_path), streaming=True)["test"]
     shutil.rmtree(tmp_path / "data")
@@ -417,7 +417,7 @@ def with_damage(sharded, tmp_path):
     return make
 
 
-def test_an_unreadable_training_image_teaches_nothing_and_is_listed_once(config_file, with_damage, tmp_path):
+def test_an_unreadable_training_image_is_masked_from_the_loss_and_listed_once(config_file, with_damage, tmp_path):
     options = {"streaming": True, "dataloader_num_workers": 2, "per_device_train_batch_size": 1, "logging_steps": 1}
     arguments = flags(config_file, with_damage(20, (2, 17)), tmp_path / "run", do_predict=False, **options)
     result = run(arguments)

@@ -29,7 +29,7 @@ from captioning.training.recipe import parse_arguments
 TOKEN = "hf_SentinelOfASecretToken"
 PUSH = ["--push_to_hub", "--hub_model_id", "tester/model", "--hub_strategy"]
 BLIP_TOKENS = {"[DEC]", "[ENC]"}
-HOME = "home-of-sentinel"  # the home folder's name in every absolute path of the test
+HOME = "home-of-sentinel"  # the name of the home folder, which every absolute path of these tests contains
 NO_WAITS = "from captioning.hub import faults; faults.RETRY_WAITS = (0.01, 0.01)"
 
 
@@ -125,7 +125,7 @@ def test_a_run_is_pushed_whole_without_secrets_and_a_stranger_repeats_it(hub, ho
     for name in ("model.safetensors", "all_results.json", "predictions/test.jsonl", "README.md", "scores.json"):
         assert pushed[name] == (folder / name).read_bytes()
     assert not list(folder.glob(".push-*"))
-    # Secrets and paths: the sentinels are in the environment and in what stays at home, and nowhere in what was sent
+    # Secrets and paths: the sentinels are in the environment and in what stays at home, and not in what was sent
     assert HOME.encode() in (folder / "recipe.json").read_bytes()
     assert HOME.encode() in (folder / "training_args.bin").read_bytes()
     stored = [content for commit in hub.commits("tester/model") for content in commit.files.values()]

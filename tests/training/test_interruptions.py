@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, or out of space: what they leave is whole, and they go on as if nothing had been."""
+"""Runs that are killed, stopped, or out of space: what they leave is whole, and they resume as if nothing had happened."""
 
 import json
 import multiprocessing
@@ -116,7 +116,7 @@ def sigterm_at(monkeypatch):
     return send_at
 
 
-def test_sigterm_in_the_last_step_of_an_epoch_stops_behind_its_evaluation(make_trainer, sigterm_at):
+def test_sigterm_in_the_last_step_of_an_epoch_stops_after_its_evaluation(make_trainer, sigterm_at):
     """The run that goes on from there begins the next epoch, and would never make up for it."""
     trainer = make_trainer(num_train_epochs=2, per_device_train_batch_size=4, logging_steps=1)
     sigterm_at("training_step", 5)
@@ -160,13 +160,13 @@ def test_sigterm_while_a_split_is_scored_is_one_line_and_the_run_goes_on(config_
     assert outcome(stopped) == outcome(whole)
 
 
-def test_sigterm_ends_any_command_and_is_left_to_what_it_was_left_to(capsys):
+def test_sigterm_ends_any_command_and_its_handler_is_restored(capsys):
     def swallowing():
         try:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)
         except Exception:
-            pytest.fail("taken for an error of the library's")
+            pytest.fail("an except clause of a library caught it")
 
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as error:
@@ -279,11 +279,11 @@ def test_a_gpu_out_of_memory_names_batch_size_and_flags(make_trainer, monkeypatc
         trainer.evaluate()
 
 
-# --- Numbers that go wrong ------------------------------------------------------------------------------------
+# --- NaN and infinity ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_no_number_ends_the_run_with_its_images(make_trainer, monkeypatch, value):
+def test_a_loss_of_nan_or_infinity_ends_the_run_and_names_its_images(make_trainer, monkeypatch, value):
     trainer = make_trainer(
         num_train_epochs=2, per_device_train_batch_size=4, save_strategy="steps", save_steps=2, eval_strategy="no",
         load_best_model_at_end=False, logging_steps=1,
@@ -310,7 +310,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_images(make_trainer, mon
     assert all(torch.isfinite(parameter).all() for parameter in trainer.model.parameters())
 
 
-def test_a_checkpoint_never_holds_weights_that_are_no_numbers(make_trainer, monkeypatch):
+def test_a_checkpoint_never_holds_weights_that_are_nan(make_trainer, monkeypatch):
     trainer = make_trainer(
         num_train_epochs=1, per_device_train_batch_size=4, save_strategy="steps", save_steps=1, eval_strategy="no",
         load_best_model_at_end=False,

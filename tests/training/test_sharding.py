@@ -1,4 +1,4 @@
-"""Several processes see the batches that one process sees, each row once, and their numbers are those of one."""
+"""Several processes see the batches that one process sees, each row once, and end with the same losses and scores."""
 
 import signal
 import subprocess
@@ -47,7 +47,7 @@ def launch(number: int, arguments: list[str], script="run_captioning.py", **envi
 
 @pytest.fixture(scope="module")
 def odd_folder(tmp_path_factory) -> Path:
-    """Splits that no number of processes divides."""
+    """Splits whose sizes no number of processes divides."""
     folder = tmp_path_factory.mktemp("odd")
     (folder / "data").mkdir()
     for split, number, first in (("train", 23, 0), ("validation", 11, 100), ("test", 7, 200)):
@@ -58,7 +58,7 @@ def odd_folder(tmp_path_factory) -> Path:
 # --- Rows and order -------------------------------------------------------------------------------------------
 
 
-def test_a_blank_row_has_nothing_to_learn(captioner, splits, collator):
+def test_a_blank_row_has_no_targets(captioner, splits, collator):
     captioner.set_prompt("chest radiograph")
     rows = PaddedRows(splits["train"], captioner.prompt_row)
     assert len(rows) == 24 and len(rows.__getitems__([24, 25])) == 2
@@ -198,7 +198,7 @@ def test_no_process_hangs_when_another_fails(config_file, odd_folder, tmp_path, 
     assert "another process of the run has ended: its error is above" in errors[1 - fails]
 
 
-def test_a_mistake_is_told_by_the_first_process(config_file, tmp_path):
+def test_the_first_process_alone_reports_a_mistake(config_file, tmp_path):
     statuses, errors = launch(2, flags(config_file, tmp_path / "nothing", tmp_path / "run"))
     assert statuses == [2, 2]
     lines = [line for text in errors for line in text.splitlines() if line.startswith("error: ")]
