@@ -1,9 +1,9 @@
 """Processes that start in tenths of a second: forks of a server that has imported what the script imports.
 
 Each command is a process of its own, with its own working directory, environment, standard streams, signals and exit
-status, and runs the script as `python` would. Only the imports, which take most of the time of a short run, are done before. What
-libraries read from the environment when they are imported (`HF_HOME`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`) is therefore
-the server's, and so is the seed of hashes: whatever depends on these needs a server of its own, or a real start.
+status, and runs the script as `python` would. Only the imports, which take most of the time of a short run, are done
+before. What libraries read from the environment when they are imported (`HF_HOME`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`)
+is therefore the server's, and so is the seed of hashes: a test of these needs a server of its own, or a real start.
 """
 
 import atexit

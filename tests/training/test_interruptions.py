@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, or out of space: what they leave is whole, and they resume as if nothing had happened."""
+"""Runs that are killed, stopped or out of space leave whole files, and resume as if nothing had happened."""
 
 import json
 import multiprocessing
