@@ -10,12 +10,15 @@ OUTPUT ?= outputs/quickstart
 quickstart: .venv/requirements
 	OMP_NUM_THREADS=1 $(BIN)/python run_captioning.py recipes/quickstart.json --output_dir $(OUTPUT) --resume_from_checkpoint true
 
-# Without the long sweeps over kills, processes and faults; one of each kind is here, too.
+# Each of the two processes takes a half of the files, so that a model is trained once for the tests of its file.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Without the long sweeps over kills, processes and faults; one of each kind is among these, too.
 test: .venv/requirements-dev
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: .venv/requirements-dev
-	$(BIN)/python -m pytest -n 2
+	$(PYTEST)
 
 lint: .venv/requirements-dev
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import flags, outcome, read_json, save_captioner, without_times
+from helpers import flags, outcome, predictions, read_json, save_captioner, without_times
 from hub_server import HubServer
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
@@ -22,7 +22,6 @@ from captioning.errors import UserError
 from captioning.hub.privacy import without_local_paths
 from captioning.hub.revisions import pin_revision
 from captioning.reporting.model_card import write_model_card
-from captioning.scoring.captions import read_predictions
 from captioning.training.recipe import parse_arguments
 
 
@@ -133,7 +132,7 @@ def test_a_run_is_pushed_whole_without_secrets_and_a_stranger_repeats_it(hub, ho
         assert TOKEN.encode() not in sent
         assert HOME.encode() not in sent and str(home.parent).encode() not in sent
     # A stranger runs the code of the card, in a Python that knows nothing of this project
-    row = read_predictions(folder / "predictions" / "test.jsonl")[3]
+    row = predictions(folder)[3]
     raw_dataset["test"][3]["image"].save(home / "image.png")
     code = re.search(r"```python\n(.*?)```", pushed["README.md"].decode(), re.DOTALL)[1]
     environment = hub.environment(home / "stranger")
@@ -157,7 +156,7 @@ def test_the_card_has_the_numbers_of_the_run_and_its_worst_caption(push, finishe
     assert (metadata.language, metadata.license, metadata.pipeline_tag) == ("en", "other", "image-to-text")
     assert (metadata.base_model, metadata.datasets, metadata.metrics) == ("start", [parquet_folder.name], ["rouge"])
     card = (finished / "README.md").read_text()
-    worst = min(read_predictions(finished / "predictions" / "test.jsonl"), key=lambda row: row["rougeL"])
+    worst = min(predictions(finished), key=lambda row: row["rougeL"])
     assert any(line.startswith("| worst ") and f"{worst['rougeL']:.2f}" in line for line in card.splitlines())
     for text in ("Not for clinical use", "| test | 7 | 3 | 12 |", "hf://tester/model/recipe.json"):
         assert text in card
@@ -241,25 +240,16 @@ def test_the_model_of_another_run_is_not_replaced(hub, push, finished):
     assert "holds another model" in push("tester/blank", code=2).stderr
 
 
-def test_the_methods_of_the_trainer_push_the_same(captioner, splits, finished, monkeypatch):
+def test_the_methods_of_the_trainer_push_as_the_script_does(captioner, splits, finished, monkeypatch):
     """T15, T16: called by hand, they must not upload what the stock ones do, nor replace the card."""
+    pushed, card = [], (finished / "README.md").read_bytes()
+    monkeypatch.setattr(run_captioning, "push_finished_run", lambda *arguments: pushed.append(arguments))
     arguments = flags(None, "phantoms", finished, model_name_or_path="some/start", hub_model_id="tester/model")
-    _, data_args, args = parse_arguments(arguments)
-    trainer = run_captioning.make_trainer(captioner, splits, data_args, args)
-    card = (finished / "README.md").read_bytes()
+    trainer = run_captioning.make_trainer(captioner, splits, *parse_arguments(arguments)[1:])
     trainer.create_model_card()
     assert (finished / "README.md").read_bytes() == card
-    pushed = {}
-
-    def upload_folder(self, repo_id, folder_path, commit_message):
-        pushed.update(files_of(Path(folder_path)))
-        return SimpleNamespace(commit_url="https://hub/commit")
-
-    for name, answer in (("create_repo", SimpleNamespace(repo_id="tester/model")), ("list_repo_files", [])):
-        monkeypatch.setattr(HfApi, name, lambda self, *args, answer=answer, **kwargs: answer)
-    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
     trainer.push_to_hub()
-    assert "model.safetensors" in pushed and "training_args.bin" not in pushed
+    assert pushed == [(str(finished), "tester/model", None)]
 
 
 def test_an_edited_card_is_pushed_as_it_is_and_what_a_killed_push_left_is_cleared(hub, push, finished):
@@ -373,7 +363,7 @@ def test_a_hub_model_captions_with_and_without_the_two_tokens_in_its_tokenizer(
         assert left.bos_token is None and len(left) == len(tiny_captioner.tokenizer) - 2
     commit = hub.add_repository("some/blip", files_of(tmp_path / "model"))
     run(flags(None, parquet_folder, home / "run", model_name_or_path="some/blip", do_train=False))
-    assert len(read_predictions(home / "run/predictions/test.jsonl")) == 7
+    assert len(predictions(home / "run")) == 7
     assert read_json(home / "run/recipe.json")["model_revision"] == commit
     assert "some/blip" in (home / "run/README.md").read_text()
 

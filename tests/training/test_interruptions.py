@@ -282,12 +282,13 @@ def test_a_gpu_out_of_memory_names_batch_size_and_flags(make_trainer, monkeypatc
 # --- NaN and infinity ------------------------------------------------------------------------------------------
 
 
+STEPS = {"per_device_train_batch_size": 4, "save_strategy": "steps", "eval_strategy": "no"}
+STEPS |= {"load_best_model_at_end": False}
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_of_nan_or_infinity_ends_the_run_and_names_its_images(make_trainer, monkeypatch, value):
-    trainer = make_trainer(
-        num_train_epochs=2, per_device_train_batch_size=4, save_strategy="steps", save_steps=2, eval_strategy="no",
-        load_best_model_at_end=False, logging_steps=1,
-    )  # fmt: skip
+    trainer = make_trainer(num_train_epochs=2, save_steps=2, logging_steps=1, **STEPS)
     trainer.data_collator.with_ids = True
     compute_loss, seen = CaptioningTrainer.compute_loss, []
 
@@ -311,10 +312,7 @@ def test_a_loss_of_nan_or_infinity_ends_the_run_and_names_its_images(make_traine
 
 
 def test_a_checkpoint_never_holds_weights_that_are_nan(make_trainer, monkeypatch):
-    trainer = make_trainer(
-        num_train_epochs=1, per_device_train_batch_size=4, save_strategy="steps", save_steps=1, eval_strategy="no",
-        load_best_model_at_end=False,
-    )  # fmt: skip
+    trainer = make_trainer(num_train_epochs=1, save_steps=1, **STEPS)
     compute_loss = CaptioningTrainer.compute_loss
 
     def spoil_gradients(self, model, inputs, *args, **kwargs):
