@@ -421,8 +421,7 @@ def test_a_resumed_run_logs_what_changed_in_its_recipe(config_file, parquet_fold
 
 
 def test_a_mistake_ends_with_status_2_and_one_line(config_file, parquet_folder, tmp_path):
-    result = run(flags(config_file, parquet_folder, tmp_path / "run", num_beams=0))
-    assert result.returncode == 2
+    result = run(flags(config_file, parquet_folder, tmp_path / "run", num_beams=0), code=2)
     assert result.stderr.splitlines() == ["error: num_beams is 0; set --num_beams to 1 or more"]
     assert result.stdout == ""
 

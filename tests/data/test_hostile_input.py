@@ -500,8 +500,7 @@ def test_errors_and_logs_show_no_control_and_no_bidirectional_characters(config_
                      image_id=[f"{BIDIRECTIONAL}{i}" for i in range(8)])  # fmt: skip
     DatasetDict(train=rows, validation=rows, test=rows).save_to_disk(str(tmp_path / "data"))
     result = run(flags(config_file, tmp_path / "data", tmp_path / "run", num_train_epochs=1))
-    wrong = run(flags(config_file, f"{tmp_path}/{BIDIRECTIONAL}", tmp_path / "other"))
-    assert wrong.returncode == 2
+    wrong = run(flags(config_file, f"{tmp_path}/{BIDIRECTIONAL}", tmp_path / "other"), code=2)
     for text in (result.stdout, wrong.stderr, result.stderr.replace("\x1b[A", "")):
         assert not set(text) & set("\u202e\u2066\x1b"), text
     assert printable("a\u202eb\x1b[1m") == "a b [1m"
