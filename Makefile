@@ -3,15 +3,22 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUTPUT ?= outputs/quickstart
 
-.PHONY: quickstart test lint benchmark lock audit
+.PHONY: quickstart test test-all lint benchmark lock audit
 
 # One thread computes while another process decodes: two computing threads wait for each other whenever anything else
 # runs on a machine of two cores, and an epoch of seconds becomes one of minutes.
 quickstart: .venv/requirements
 	OMP_NUM_THREADS=1 $(BIN)/python run_captioning.py recipes/quickstart.json --output_dir $(OUTPUT) --resume_from_checkpoint true
 
+# Each of the two processes takes a half of the files, so that a model is trained once for the tests of its file.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Without the long sweeps over kills, processes and faults; one of each kind is among these, too.
 test: .venv/requirements-dev
-	$(BIN)/python -m pytest -n 2
+	$(PYTEST) -m "not slow"
+
+test-all: .venv/requirements-dev
+	$(PYTEST)
 
 lint: .venv/requirements-dev
 	$(BIN)/ruff check .

@@ -4,10 +4,9 @@ import itertools
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -16,8 +15,21 @@ import pytest
 import torch
 from accelerate import skip_first_batches
 from datasets import DatasetDict, Image
-from helpers import command, flags, make_png, make_rows, outcome, run, score_flags, without_times
+from helpers import (
+    flags,
+    make_png,
+    make_rows,
+    outcome,
+    read_json,
+    read_lines,
+    run,
+    save_captioner,
+    score_flags,
+    start_ranks,
+    without_times,
+)
 from hub_server import HubServer
+from processes import Server, server
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
@@ -27,13 +39,12 @@ from captioning.data import checks, sources, streaming
 from captioning.data.streaming import ROW_GROUPS
 from captioning.data.tokenize_captions import tokenize
 from captioning.errors import UserError
-from captioning.training import safeguards
+from captioning.training import safeguards, samplers
 from captioning.training.arguments import CaptioningArguments
 from captioning.training.safeguards import UnreadableImages
 from captioning.training.samplers import StreamingSampler
 
 
-ROOT = Path(__file__).parents[2]
 GROUP = 6  # rows of a row group
 SHARD = 20  # rows of a shard: its last row group is a short one
 
@@ -48,7 +59,7 @@ def write_shards(rows, folder: Path, split: str) -> None:
 
 
 def damage(rows, *numbers: int):
-    """Return the rows, some with bytes that are no image."""
+    """Return the rows, some with bytes that are not an image."""
     columns = {name: rows.with_format("arrow")[name][:].to_pylist() for name in rows.column_names}
     for number in numbers:
         columns["image"][number] = {"bytes": b"no image", "path": None}
@@ -110,9 +121,9 @@ def test_streamed_rows_are_those_of_the_stored_set(sharded):
         assert rows.__getitems__([9, 2, 9]) == stored[split].__getitems__([9, 2, 9])
 
 
-def test_who_asks_for_text_reads_no_image(rows, reads, processor):
+def test_reading_text_reads_no_images(rows, reads, captioner):
     checked = checks.check_rows(DatasetDict(train=rows), 0.0, os.devnull, unopened=["train"])
-    tokenized = tokenize(checked, processor.tokenizer, 64, [])
+    tokenized = tokenize(checked, captioner, 64)
     usable = checks.usable(tokenized["train"], 30)
     assert len(usable["caption"][:]) == len(list(usable["input_ids"])) == 30
     checks.texts(rows)
@@ -135,17 +146,14 @@ def test_checks_are_those_of_the_stored_set(tmp_path, reads):
         found.append(file.read_text())
     assert found[0] == found[1] and found[0].count("\n") == 4
     assert len(reads()) == 4, "each row group once"
-    again = "import sys, rocov2, streaming; rows = sources.load_source(sys.argv[1], streaming=True); "
-    again += "rocov2.check_rows(rows, 1.0, sys.argv[2]); assert not streaming.ROW_GROUPS.reads"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    arguments = [str(tmp_path / "set"), str(tmp_path / "again.jsonl")]
-    subprocess.run(
-        [sys.executable, "-c", again, *arguments], check=True, env=environment
-    )  # the second of two processes
+    again = "import sys; from captioning.data import checks, sources, streaming; "
+    again += "checks.check_rows(sources.load_source(sys.argv[1], streaming=True), 1.0, sys.argv[2]); "
+    again += "assert not streaming.ROW_GROUPS.reads"  # the second of two processes
+    server().run(["-c", again, tmp_path / "set", tmp_path / "again.jsonl"])
     assert (tmp_path / "again.jsonl").read_text() == found[0]
 
 
-def test_a_changed_shard_is_indexed_anew(tmp_path):
+def test_a_changed_shard_is_indexed_again(tmp_path):
     for number in (12, 8):
         shutil.rmtree(tmp_path / "data", ignore_errors=True)
         write_shards(make_rows(number), tmp_path / "data", "train")
@@ -167,7 +175,7 @@ def test_images_as_bare_bytes_and_row_groups_that_are_not_kept(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("source", ["phantoms", "saved", "zenodo"])
-def test_what_is_no_parquet_is_refused_in_one_line(source, tmp_path):
+def test_a_source_that_is_not_parquet_is_refused_in_one_line(source, tmp_path):
     if source == "saved":
         DatasetDict(train=make_rows(2)).save_to_disk(str(tmp_path))
     if source == "zenodo":
@@ -176,7 +184,7 @@ def test_what_is_no_parquet_is_refused_in_one_line(source, tmp_path):
         sources.load_source("phantoms" if source == "phantoms" else str(tmp_path), streaming=True)
 
 
-def test_a_column_that_holds_no_images_and_a_shard_that_is_gone_are_told(tmp_path):
+def test_a_column_without_images_and_a_missing_shard_are_named(tmp_path):
     (tmp_path / "data").mkdir()
     path = tmp_path / "data" / "test-0.parquet"
     pq.write_table(pa.table({"image": [1], "image_id": ["a"], "caption": ["b"]}), path)
@@ -190,7 +198,7 @@ def test_a_column_that_holds_no_images_and_a_shard_that_is_gone_are_told(tmp_pat
         rows[0]
 
 
-def test_a_worker_tells_a_shard_that_is_gone_in_one_line_too(tmp_path, capfd):
+def test_a_missing_shard_is_one_line_in_a_worker_too(tmp_path, capfd):
     write_shards(make_rows(4), tmp_path / "data", "test")
     rows = sources.load_source(str(tmp_path), streaming=True)["test"]
     shutil.rmtree(tmp_path / "data")
@@ -229,7 +237,7 @@ def test_rows_of_several_row_groups_are_mixed(rows):
 
 
 def test_a_window_fits_in_the_memory_of_a_worker(rows, monkeypatch):
-    monkeypatch.setattr(streaming, "CACHE_BYTES", 1)
+    monkeypatch.setattr(samplers, "CACHE_BYTES", 1)
     order = list(StreamingSampler(rows, 4, 1, seed=0))
     groups = [(row // SHARD, row % SHARD // GROUP) for row in order]
     assert sum(a != b for a, b in itertools.pairwise(groups)) == len(set(groups)) - 1, "one after the other"
@@ -259,7 +267,8 @@ def test_a_row_group_is_read_by_one_worker_of_one_process(rows, reads, workers, 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_skipped_rows_are_not_read(rows, reads, workers, monkeypatch):
-    monkeypatch.setattr(streaming, "WINDOW_GROUPS", 2)
+    for module in (samplers, streaming):
+        monkeypatch.setattr(module, "WINDOW_GROUPS", 2)
     group_of = {}
     for file in rows.features["image"].shards:
         for group in range(pq.read_metadata(file).num_row_groups):
@@ -285,16 +294,15 @@ def test_skipped_rows_are_not_read(rows, reads, workers, monkeypatch):
 @pytest.fixture(scope="module")
 def finished(config_file, sharded, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"
-    result = run(flags(config_file, sharded, folder, streaming=True, save_strategy="epoch", dataloader_num_workers=2))
-    assert result.returncode == 0, result.stderr
+    run(flags(config_file, sharded, folder, streaming=True, save_strategy="epoch", dataloader_num_workers=2))
     return folder
 
 
 def test_the_output_folder_is_whole(finished):
     for name in ("model.safetensors", "report.html", "scores.json", "README.md", "predictions/test.jsonl"):
         assert (finished / name).exists(), name
-    assert json.loads((finished / "recipe.json").read_text())["streaming"] is True
-    metrics = json.loads((finished / "all_results.json").read_text())
+    assert read_json(finished / "recipe.json")["streaming"] is True
+    metrics = read_json(finished / "all_results.json")
     assert metrics["train_samples"] == 52 and metrics["predict_samples"] == 22
     assert "predict_rougeL_nearest_image" in metrics
     assert (finished / "rejected.jsonl").read_text() == ""
@@ -312,93 +320,73 @@ def test_a_model_has_the_scores_that_it_has_on_stored_data(finished, sharded, tm
 
 
 def test_a_run_is_repeated_by_its_recipe(finished, tmp_path):
-    result = run([str(finished / "recipe.json"), "--output_dir", str(tmp_path / "again"), "--use_cpu", "true"])
-    assert result.returncode == 0, result.stderr
+    run([finished / "recipe.json", "--output_dir", tmp_path / "again", "--use_cpu", "true"])
     assert outcome(tmp_path / "again") == outcome(finished)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_run_that_is_killed_in_an_epoch_goes_on_as_if_nothing_had_happened(config_file, sharded, tmp_path, workers):
     """13 steps an epoch, checkpoints each 5 steps: it goes on in the middle of the second epoch."""
-    arguments = flags(
-        config_file,
-        sharded,
-        tmp_path / "whole",
-        streaming=True,
-        dataloader_num_workers=workers,
-        save_strategy="steps",
-        eval_strategy="steps",
-        save_steps=5,
-        eval_steps=5,
-        logging_steps=5,
-        do_predict=False,
-        save_total_limit=9,
-        load_best_model_at_end=False,
-    )
-    assert run(arguments).returncode == 0
-    shutil.copytree(tmp_path / "whole", tmp_path / "half")
-    for path in (tmp_path / "half").iterdir():
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    options = {"streaming": True, "dataloader_num_workers": workers, "logging_steps": 5, "save_strategy": "steps"}
+    options |= {"save_steps": 5, "save_total_limit": 9, "do_eval": False, "do_predict": False}
+    run(flags(config_file, sharded, whole, **options))
+    shutil.copytree(whole, half)
+    for path in half.iterdir():
         if path.name in ("checkpoint-20", "checkpoint-25", "checkpoint-26", "model.safetensors"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    again = [str(tmp_path / "half") if item == str(tmp_path / "whole") else item for item in arguments]
-    result = run([*again, "--resume_from_checkpoint", "true"])
-    assert result.returncode == 0, result.stderr
-    whole, half = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "half"))
-    assert all(torch.equal(whole[name], half[name]) for name in whole)
+    run([*flags(config_file, sharded, half, **options), "--resume_from_checkpoint", "true"])
+    assert_same_weights(whole, half)
+
+
+def assert_same_weights(*folders: Path) -> None:
+    weights = [load_file(folder / "model.safetensors") for folder in folders]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 PROCESSES = """
 import json, os, sys
-sys.path[:0] = [{root!r}, {tests!r}]
-import conftest, torch
-from captioning.data import checks, sources, streaming
+from captioning.data import checks, sources
 from captioning.data.tokenize_captions import tokenize
-from captioning.models import blip
+from captioning.models.load import load_captioner
 from captioning.training.arguments import CaptioningArguments
-from collator import CaptioningCollator
 from captioning.training.trainer import CaptioningTrainer
-folder, resume = sys.argv[1], sys.argv[2] == "resume"
-model, processor = blip.load_blip(folder + "/model")
+from collator import CaptioningCollator
+folder, data, name = sys.argv[1:]
+captioner = load_captioner(folder + "/model")
 args = CaptioningArguments(
     output_dir=folder + "/run", report_to="none", use_cpu=True, do_eval=False, num_train_epochs=2,
     per_device_train_batch_size=2, dataloader_num_workers=2, save_strategy="steps", save_steps=7, disable_tqdm=True,
 )
 class Logging(CaptioningCollator):
     def __call__(self, examples):
-        with open(f"{{folder}}/rows-{{os.environ['RANK']}}-{{sys.argv[2]}}", "a") as file:
+        with open(f"{folder}/rows-{os.environ['RANK']}-{name}", "a") as file:
             file.write(json.dumps([os.getpid(), *(row["image_id"] for row in examples)]) + "\\n")
         return super().__call__(examples)
 with args.main_process_first():
-    data = sources.load_source({data!r}, streaming=True)
-    checked = checks.check_rows(data, 0.0, os.devnull, unopened=["train"])
-    rows = tokenize(checked, processor.tokenizer, 64, [])["train"].select(range(48))
-start = model.config.text_config.bos_token_id
+    checked = checks.check_rows(sources.load_source(data, streaming=True), 0.0, os.devnull, unopened=["train"])
+    rows = tokenize(checked, captioner, 64)["train"].select(range(48))
 trainer = CaptioningTrainer(
-    model=model, args=args, processing_class=processor, data_collator=Logging(processor, start),
-    train_dataset=rows, start_ids=[start], decoding=args.decoding(),
+    captioner=captioner, args=args, data_collator=Logging(captioner), train_dataset=rows,
+    generation_config=args.decoding(),
 )
-trainer.train(resume_from_checkpoint=folder + "/run/checkpoint-21" if resume else None)
+trainer.train(resume_from_checkpoint=folder + "/run/checkpoint-21" if name == "resume" else None)
 if trainer.is_world_process_zero():
-    trainer.save_model(folder + "/out-" + sys.argv[2])
+    trainer.save_model(folder + "/out-" + name)
 """
 
 
-def test_two_processes_see_each_row_once_and_a_resume_in_the_second_epoch_is_exact(
-    model, processor, sharded, tmp_path
-):
+def test_two_processes_see_each_row_once_and_a_resume_in_the_second_epoch_is_exact(captioner, sharded, tmp_path):
     """12 steps an epoch, 24 in all, resumed after 21."""
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    script = tmp_path / "script.py"
-    script.write_text(PROCESSES.format(root=str(ROOT), tests=str(ROOT / "tests"), data=str(sharded)))
+    save_captioner(captioner, tmp_path / "model")
     for name in ("whole", "resume"):
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-        result = subprocess.run([*start, str(tmp_path), name], capture_output=True, text=True, timeout=200)
-        assert result.returncode == 0, result.stderr[-3000:]
+        for rank in start_ranks(2, ["-c", PROCESSES, tmp_path, sharded, name]):
+            errors = rank.communicate(timeout=200)[1]
+            assert rank.returncode == 0, errors[-3000:]
 
     def logged(rank: int, name: str) -> list[list[str]]:
         """Return the ids of each batch by worker, in order: workers write at the same time."""
-        lines = [json.loads(line) for line in (tmp_path / f"rows-{rank}-{name}").read_text().splitlines()]
+        lines = read_lines(tmp_path / f"rows-{rank}-{name}")
         workers = {line[0]: [other[1:] for other in lines if other[0] == line[0]] for line in lines}
         return list(workers.values())
 
@@ -410,29 +398,34 @@ def test_two_processes_see_each_row_once_and_a_resume_in_the_second_epoch_is_exa
         rest = [batch for worker in logged(rank, "resume") for batch in worker]
         assert len(rest) == 3
         assert all(any(batch in worker[-2:] for worker in last_epoch) for batch in rest)
-    assert all(
-        torch.equal(value, load_file(tmp_path / "out-resume" / "model.safetensors")[name])
-        for name, value in load_file(tmp_path / "out-whole" / "model.safetensors").items()
-    )
+    assert_same_weights(tmp_path / "out-whole", tmp_path / "out-resume")
 
 
 # --- Unreadable images ----------------------------------------------------------------------------------------
 
 
-def test_an_unreadable_training_image_teaches_nothing_and_is_listed_once(config_file, sharded, tmp_path):
-    shutil.copytree(sharded / "data", tmp_path / "set" / "data")
-    for path in (tmp_path / "set" / "data").glob("train*"):
-        path.unlink()
-    write_shards(damage(make_rows(20), 2, 17), tmp_path / "set" / "data", "train")
-    arguments = flags(config_file, tmp_path / "set", tmp_path / "run", streaming=True, dataloader_num_workers=2,
-                      per_device_train_batch_size=1, logging_steps=1, do_predict=False)  # fmt: skip
+@pytest.fixture
+def with_damage(sharded, tmp_path):
+    """Return a function that makes a copy of the rows whose training images are partly unreadable."""
+
+    def make(number: int, damaged) -> Path:
+        shutil.copytree(sharded / "data", tmp_path / "set" / "data", ignore=shutil.ignore_patterns("train*"))
+        rows = make_rows(number, caption=[f"a caption {i}" for i in range(number)])
+        write_shards(damage(rows, *damaged), tmp_path / "set" / "data", "train")
+        return tmp_path / "set"
+
+    return make
+
+
+def test_an_unreadable_training_image_is_masked_from_the_loss_and_listed_once(config_file, with_damage, tmp_path):
+    options = {"streaming": True, "dataloader_num_workers": 2, "per_device_train_batch_size": 1, "logging_steps": 1}
+    arguments = flags(config_file, with_damage(20, (2, 17)), tmp_path / "run", do_predict=False, **options)
     result = run(arguments)
-    assert result.returncode == 0, result.stderr
     assert "Training image 'image_0002' is left out: not an image" in result.stderr
-    lines = [json.loads(line) for line in (tmp_path / "run" / "rejected.jsonl").read_text().splitlines()]
+    lines = read_lines(tmp_path / "run" / "rejected.jsonl")
     assert sorted(line["image_id"] for line in lines) == ["image_0002", "image_0017"]
     assert all(line["split"] == "train" and "unreadable image: not an image" in line["reason"] for line in lines)
-    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    history = read_json(tmp_path / "run" / "trainer_state.json")["log_history"]
     losses = [entry["loss"] for entry in history if "loss" in entry]
     assert losses.count(0.0) == 4, "batches of one image, two epochs"
     assert all(np.isfinite(losses))
@@ -440,28 +433,24 @@ def test_an_unreadable_training_image_teaches_nothing_and_is_listed_once(config_
     assert all(torch.isfinite(value).all() for value in weights.values())
     # All epochs are done, and there are no baselines to be made: no image is read again
     resumed = run([*arguments, "--resume_from_checkpoint", "true", "--do_eval", "false"])
-    assert resumed.returncode == 0, resumed.stderr
     assert "is left out" not in resumed.stderr
-    again = [json.loads(line) for line in (tmp_path / "run" / "rejected.jsonl").read_text().splitlines()]
-    assert again == lines
+    assert read_lines(tmp_path / "run" / "rejected.jsonl") == lines
 
 
 def test_what_another_run_has_rejected_is_not_listed_in_a_new_one(sharded, tmp_path):
     rejected = tmp_path / "rejected.jsonl"
     streamed = {"split": "train", "image_id": "a", "reason": "unreadable image: empty"}
     others = [streamed | {"split": "test"}, streamed | {"row": 3}, "no entry", 7]
-    rejected.write_text("".join(json.dumps(entry) + "\n" for entry in [streamed, *others[:2]]))
     dataset = sources.load_source(str(sharded), streaming=True)
-    checks.check_rows(dataset, 0.0, rejected, unopened=["train"])
-    assert [json.loads(line) for line in rejected.read_text().splitlines()] == [streamed]
-    checks.check_rows(dataset, 0.0, rejected)
-    assert not rejected.read_text()
-    rejected.write_text("".join(json.dumps(entry) + "\n" for entry in [*others, streamed]) + '{"split": "tr')
-    checks.check_rows(dataset, 0.0, rejected, unopened=["train"])
-    assert [json.loads(line) for line in rejected.read_text().splitlines()] == [streamed]
-    rejected.write_text("".join(json.dumps(entry) + "\n" for entry in others))
-    checks.check_rows(dataset, 0.0, rejected, unopened=["train"])
-    assert not rejected.read_text()
+    for entries, half_a_line, unopened, kept in (
+        ([streamed, *others[:2]], "", ["train"], [streamed]),
+        ([streamed], "", [], []),
+        ([*others, streamed], '{"split": "tr', ["train"], [streamed]),
+        (others, "", ["train"], []),
+    ):
+        rejected.write_text("".join(json.dumps(entry) + "\n" for entry in entries) + half_a_line)
+        checks.check_rows(dataset, 0.0, rejected, unopened=unopened)
+        assert read_lines(rejected) == kept
 
 
 def test_a_batch_of_unreadable_images_has_no_loss_and_no_gradient(make_trainer, splits):
@@ -479,15 +468,10 @@ def test_a_batch_of_unreadable_images_has_no_loss_and_no_gradient(make_trainer, 
         assert all(not p.grad.any() for p in trainer.model.parameters() if p.grad is not None)
 
 
-def test_too_many_unreadable_images_end_the_run_in_one_line(config_file, sharded, tmp_path):
-    shutil.copytree(sharded / "data", tmp_path / "set" / "data")
-    for path in (tmp_path / "set" / "data").glob("train*"):
-        path.unlink()
-    write_shards(damage(make_rows(40, caption=[f"a caption {i}" for i in range(40)]), *range(25)),
-                 tmp_path / "set" / "data", "train")  # fmt: skip
-    arguments = flags(config_file, tmp_path / "set", tmp_path / "run", streaming=True, dataloader_num_workers=2)
-    result = run([*arguments, "--disable_tqdm", "true"])
-    assert result.returncode == 2, result.stderr
+def test_too_many_unreadable_images_end_the_run_in_one_line(config_file, with_damage, tmp_path):
+    data = with_damage(40, range(25))
+    arguments = flags(config_file, data, tmp_path / "run", streaming=True, dataloader_num_workers=2)
+    result = run([*arguments, "--disable_tqdm", "true"], code=2)
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("error: split 'train': 2") and "raise --max_rejected_fraction above 0.01" in last
     assert "Traceback" not in result.stderr
@@ -497,20 +481,14 @@ def test_unreadable_images_are_few_or_too_many_by_the_rows_seen(tmp_path):
     images = UnreadableImages(0.1, tmp_path / "rejected.jsonl")
     args = CaptioningArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", per_device_train_batch_size=4)
 
-    class State:
-        global_step = 100
-
-    images.on_train_begin(args, State, None)
+    images.on_train_begin(args, SimpleNamespace(global_step=100), None)
     for number in range(safeguards.FEW_UNREADABLE):
         images.add(str(number), "broken")
-    State.global_step = 101
-    images.on_step_end(args, State, None)
+    images.on_step_end(args, SimpleNamespace(global_step=101), None)
     images.add("one more", "broken")
-    State.global_step = 160
-    images.on_step_end(args, State, None)  # 21 of 240
-    State.global_step = 150
+    images.on_step_end(args, SimpleNamespace(global_step=160), None)  # 21 of 240
     with pytest.raises(UserError, match="21 of about 200 images"):
-        images.on_step_end(args, State, None)
+        images.on_step_end(args, SimpleNamespace(global_step=150), None)
 
 
 # --- The Hub --------------------------------------------------------------------------------------------------
@@ -525,36 +503,30 @@ def test_a_run_from_the_hub_reads_ranges_and_downloads_nothing(config_file, fini
     captions = [f"an axial CT number {i}" for i in range(60)]
     folder = tmp_path / "set"
     write_shards(make_rows(60, image=large, caption=captions), folder / "data", "train")
-    write_shards(make_rows(20, 100, image=large[:20]), folder / "data", "validation")
-    write_shards(make_rows(20, 200, image=large[20:40]), folder / "data", "test")
+    for split, start in (("validation", 100), ("test", 200)):
+        write_shards(make_rows(20, start, image=large[start // 10 : start // 10 + 20]), folder / "data", split)
     files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.parquet")}
     with HubServer() as hub:
         commit = hub.add_repository("some/data", files, kind="dataset")
-        environment = hub.environment(tmp_path / "home")
+        python = Server(hub.environment(tmp_path / "home"))
         arguments = flags(config_file, "some/data", tmp_path / "run", streaming=True, dataloader_num_workers=2,
                           num_train_epochs=1, do_predict=False)  # fmt: skip
-        result = subprocess.run(command(arguments), cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
+        python.run(["run_captioning.py", *arguments])
         assert not hub.problems
         stored = size_of(tmp_path / "home")
         assert stored < 0.1 * size_of(folder), f"{stored} of {size_of(folder)} bytes are on the disk"
 
-        recipe = json.loads((tmp_path / "run" / "recipe.json").read_text())
+        recipe = read_json(tmp_path / "run" / "recipe.json")
         assert (recipe["dataset_revision"], recipe["streaming"]) == (commit, True)
         pinned = score_flags(tmp_path / "run", "some/data", tmp_path / "hub", streaming=True, dataset_revision=commit)
         hub.add_repository("some/data", {"data/test-0.parquet": b""}, kind="dataset")
-        result = subprocess.run(command(pinned), cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-    local = run_captioning.main(score_flags(tmp_path / "run", folder, tmp_path / "local"))
-    from_hub = json.loads((tmp_path / "hub" / "all_results.json").read_text())
-    assert without_times(from_hub) == {k: v for k, v in without_times(local).items() if k in from_hub}
-
-
-def test_a_hub_dataset_of_other_files_is_refused_in_one_line(config_file, tmp_path):
-    with HubServer() as hub:
+        python.run(["run_captioning.py", *pinned])
+        # Other files than parquet are refused in a line
         hub.add_repository("some/csv", {"train.csv": b"image_id,caption\na,b\n"}, kind="dataset")
-        arguments = flags(config_file, "some/csv", tmp_path / "run", streaming=True)
-        environment = hub.environment(tmp_path)
-        result = subprocess.run(command(arguments), cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 2
-    assert "error: dataset 'some/csv' is no parquet" in result.stderr.splitlines()[-1]
+        arguments = flags(config_file, "some/csv", tmp_path / "csv", streaming=True)
+        result = python.run(["run_captioning.py", *arguments], code=2)
+        assert "error: dataset 'some/csv' is no parquet" in result.stderr.splitlines()[-1]
+        python.close()
+    local = run_captioning.main(score_flags(tmp_path / "run", folder, tmp_path / "local"))
+    from_hub = read_json(tmp_path / "hub" / "all_results.json")
+    assert without_times(from_hub) == {k: v for k, v in without_times(local).items() if k in from_hub}
