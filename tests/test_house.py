@@ -94,7 +94,7 @@ def test_imports_go_down_only():
         for name in imported
         if HEIGHT[room_of(name)] > HEIGHT[room_of(module)]
     ]
-    assert not upward
+    assert not upward, upward
 
 
 @pytest.mark.parametrize("graph", [IMPORTS, room_imports()], ids=["modules", "folders"])
@@ -117,7 +117,7 @@ def test_no_import_hides_in_a_function_but_those_of_optional_packages():
         for name in imported_names(function)
         if name.split(".")[0] not in OPTIONAL
     }
-    assert not hidden
+    assert not hidden, hidden
 
 
 # --- Names ----------------------------------------------------------------------------------------------------
@@ -129,7 +129,8 @@ def test_two_functions_or_classes_never_share_a_name():
         for node in tree.body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name != "main":
                 places[node.name].append(module)
-    assert not {name: modules for name, modules in places.items() if len(modules) > 1}
+    shared = {name: modules for name, modules in places.items() if len(modules) > 1}
+    assert not shared, shared
 
 
 def test_no_module_imports_a_private_name_of_another():
@@ -139,7 +140,7 @@ def test_no_module_imports_a_private_name_of_another():
         for name in imported_names(tree)
         if name.split(".")[0] in ("captioning", "collator", "metrics") and name.split(".")[-1].startswith("_")
     ]
-    assert not private
+    assert not private, private
 
 
 def test_only_the_rooms_of_blip_know_blip():
@@ -153,7 +154,7 @@ def test_only_the_rooms_of_blip_know_blip():
                     node.value.value = ""  # a docstring
             words = FAMILY_WORDS.findall(ast.unparse(code))
             found |= {module: Counter(words)} if words else {}
-    assert not found
+    assert not found, found
 
 
 # --- Sizes ----------------------------------------------------------------------------------------------------
@@ -172,7 +173,8 @@ def test_no_function_is_longer_than_60_lines():
     sizes = {
         f"{module}.{node.name}": node.end_lineno - node.lineno + 1 for module, node in functions(MODULES | BENCHMARKS)
     }
-    assert not {name: size for name, size in sizes.items() if size > 60}
+    long = {name: size for name, size in sizes.items() if size > 60}
+    assert not long, long
 
 
 def draw() -> str:
