@@ -33,7 +33,7 @@ from captioning.data import checks, images, sources, zenodo
 from captioning.data.images import open_image
 from captioning.errors import UserError, printable
 from captioning.models import blip
-from captioning.training.recipe import _fields, parse_arguments, read_recipe
+from captioning.training.recipe import parse_arguments, read_recipe, recipe_fields
 
 
 EXAMPLES = settings(
@@ -168,7 +168,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )
-FIELDS = sorted(_fields())
+FIELDS = sorted(recipe_fields())
 
 
 def is_read_or_refused(path: Path) -> None:
@@ -270,7 +270,7 @@ def test_a_recipe_that_is_no_file_is_not_waited_for(tmp_path, kind):
     path = {"fifo": tmp_path / "fifo", "folder": tmp_path, "device": Path("/dev/zero")}[kind]
     if kind == "fifo":
         os.mkfifo(path)
-    with pytest.raises(UserError, match="is no file"):
+    with pytest.raises(UserError, match="is not a file"):
         read_recipe(str(path))
 
 
