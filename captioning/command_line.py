@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
-from captioning.errors import UserError, is_disk_full, printable
+from captioning.errors import Stopped, UserError, is_disk_full, printable
 
 
 MAX_LINE = 2000  # characters of an error on the terminal; what it quotes of a file may be of any length
@@ -23,10 +23,6 @@ PEER_GONE = (
     "NCCL communicator was aborted",
     "remote process exited",
 )
-
-
-class Terminated(BaseException):
-    """SIGTERM came while nothing had to be saved. Not an `Exception`, so that no library handles it as an error."""
 
 
 @contextmanager
@@ -59,7 +55,7 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
     error is a fault of the program and keeps its traceback.
     """
     try:
-        with on_sigterm(_terminate):
+        with on_sigterm(_stop):
             main()
             sys.stdout.flush()
     except BrokenPipeError:  # as in `... | head`; without this Python prints the error when it closes the stream
@@ -73,21 +69,20 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
         sys.exit(status)
 
 
-def _terminate() -> None:
-    raise Terminated
+def _stop() -> None:
+    raise Stopped(
+        "stopped by SIGTERM; all files written are complete: run the same command again, with "
+        "--resume_from_checkpoint true if it trains"
+    )
 
 
 def _ending(error: BaseException) -> tuple[str | None, int]:
     """Return the line that is printed for an error and the exit status; no line for a fault of the program."""
     if isinstance(error, UserError):
         # A worker of a DataLoader puts its traceback before the message
-        return str(error).rsplit("UserError: ", 1)[-1], error.exit_status
-    if isinstance(error, Terminated):
-        return (
-            "stopped by SIGTERM; all files written are complete: run the same command again, with "
-            "--resume_from_checkpoint true if it trains",
-            128 + signal.SIGTERM,
-        )
+        return str(error).rsplit("UserError: ", 1)[-1], 2
+    if isinstance(error, Stopped):
+        return str(error), 128 + signal.SIGTERM
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 128 + signal.SIGINT
     if isinstance(error, Exception) and is_disk_full(error):

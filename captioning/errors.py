@@ -1,4 +1,4 @@
-"""The exception for mistakes that a user can mend, and how other errors become one; `command_line.py` prints it."""
+"""The exceptions that end a command with one line, which `command_line.py` prints, and how other errors become one."""
 
 import difflib
 import errno
@@ -14,20 +14,12 @@ DISK_FULL = ("No space left on device", "Disk quota exceeded", "File too large")
 class UserError(ValueError):
     """A mistake that the user can mend; the message is one line: what is wrong, where, and the mend."""
 
-    exit_status = 2
 
+class Stopped(BaseException):
+    """SIGTERM has stopped the command; the message is one line that says how to go on.
 
-class Stopped(UserError):
-    """The run was told to stop by a signal, and has saved its state.
-
-    Args:
-        message: one line.
-        exit_status: of the process: 128 + the number of the signal, as in shells.
+    Not an `Exception`, so that no library handles it as an error.
     """
-
-    def __init__(self, message: str, exit_status: int):
-        super().__init__(message)
-        self.exit_status = exit_status
 
 
 def printable(text: str) -> str:

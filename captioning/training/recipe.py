@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import torch
 from transformers import HfArgumentParser
 
+from captioning.command_line import OneLineParser
 from captioning.errors import UserError, did_you_mean
 from captioning.hub.repository import RUN_FIELDS
 from captioning.hub.revisions import download_recipe, is_hub_recipe
@@ -64,12 +65,8 @@ ALWAYS_WRITTEN_FIELDS = {
 # --- The command line -----------------------------------------------------------------------------------------
 
 
-class RecipeParser(HfArgumentParser):
-    """An `HfArgumentParser` whose errors are `UserError`s instead of a usage of 200 lines."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise `message` as a UserError."""
-        raise UserError(f"{message}; see `python run_captioning.py --help`")
+class RecipeParser(OneLineParser, HfArgumentParser):
+    """An `HfArgumentParser` whose errors are `UserError`s."""
 
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, CaptioningArguments]:
@@ -81,7 +78,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = RecipeParser(
         DATACLASSES,
-        prog="run_captioning.py",
+        prog="python run_captioning.py",
         usage="%(prog)s [recipe.json | hf://user/model/recipe.json] [--flag value ...]\n"
         "       %(prog)s --push_only output_folder [--hub_model_id user/name] [--hub_private_repo true]",
         description=__doc__,
@@ -111,7 +108,7 @@ def parse_push_arguments(argv: list[str] | None = None) -> PushArguments | None:
     argv = list(sys.argv[1:] if argv is None else argv)
     if "push_only" not in _flags(argv):
         return None
-    parser = RecipeParser((PushArguments,), prog="run_captioning.py", allow_abbrev=False)
+    parser = RecipeParser((PushArguments,), prog="python run_captioning.py", allow_abbrev=False)
     return PushArguments(**_parse(parser, argv, [item.name for item in fields(PushArguments)]))
 
 

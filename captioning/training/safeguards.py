@@ -8,7 +8,7 @@ import json
 import logging
 import multiprocessing
 import os
-import signal
+import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -107,15 +107,9 @@ def _torch_found_disk_full(error: BaseException | None, folder: str) -> bool:
         error = error.__cause__ or error.__context__
     if error is None:
         return False
-    probe = Path(folder) / ".space.tmp"
-    try:
-        probe.write_bytes(b"0" * 2**20)
-    except OSError:
-        return True
-    finally:
-        with suppress(OSError):
-            probe.unlink()
-    return False
+    with suppress(OSError), tempfile.TemporaryFile(dir=folder, buffering=0) as probe:
+        return probe.write(bytes(2**20)) < 2**20
+    return True
 
 
 # --- SIGTERM --------------------------------------------------------------------------------------------------
@@ -161,12 +155,11 @@ class StopOnSigterm(TrainerCallback):
         control.should_save |= self.stopping
 
     def stopped(self, checkpoint: str | None, step: int, max_steps: int) -> Stopped:
-        """Return the error that ends the run and names the checkpoint to resume from."""
+        """Return the exception that ends the run and names the checkpoint to resume from."""
         place = f", from {checkpoint}" if checkpoint else ""
         return Stopped(
             f"stopped by SIGTERM after step {step} of {max_steps}; go on with the same command and "
-            f"--resume_from_checkpoint true{place}",
-            exit_status=128 + signal.SIGTERM,
+            f"--resume_from_checkpoint true{place}"
         )
 
 
