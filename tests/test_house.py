@@ -180,6 +180,18 @@ def test_no_function_is_longer_than_60_lines():
     assert_none([f"{name}: {size}" for size, name in sizes if size > 60])
 
 
+# --- Traps ----------------------------------------------------------------------------------------------------
+
+
+def test_each_trap_has_a_definition_and_a_test_that_exists():
+    """Code cites T1 to T17, which docs/traps.md defines."""
+    entries = re.split(r'<a id="(T\d+)"></a>', (ROOT / "docs" / "traps.md").read_text())
+    defined = dict(zip(entries[1::2], entries[2::2], strict=True))
+    assert list(defined) == [f"T{number}" for number in range(1, 18)]
+    tests = {function.name for _, function in functions(_read("tests/**/test_*.py"))}
+    assert_none([name for name, text in defined.items() if not tests & set(re.findall(r"`(test_\w+)`", text))])
+
+
 def draw() -> str:
     """Return the layers from the top down, each room with the rooms that it imports from."""
     lines, imports = [], room_imports()
