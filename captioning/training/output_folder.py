@@ -32,19 +32,17 @@ def prepare_output_dir(args: CaptioningArguments) -> str | None:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"output folder '{folder}' cannot be written: {reason}; set --output_dir") from error
-    if not args.do_train:
-        if (folder / "model.safetensors").is_file():
-            raise UserError(
-                f"output folder '{folder}' holds a trained model, whose recipe and scores must stay together; set "
-                "another --output_dir for these scores"
-            )
-        return None
-    if resume is None:
-        if any(folder.glob("checkpoint-*")):
-            raise UserError(
-                f"output folder '{folder}' holds checkpoints of an earlier run; continue it with "
-                "--resume_from_checkpoint true, or set another --output_dir"
-            )
+    if not args.do_train and (folder / "model.safetensors").is_file():
+        raise UserError(
+            f"output folder '{folder}' holds a trained model, whose recipe and scores must stay together; set another "
+            "--output_dir for these scores"
+        )
+    if args.do_train and resume is None and any(folder.glob("checkpoint-*")):
+        raise UserError(
+            f"output folder '{folder}' holds checkpoints of an earlier run; continue it with "
+            "--resume_from_checkpoint true, or set another --output_dir"
+        )
+    if not args.do_train or resume is None:
         return None
     if resume.lower() == "true":
         checkpoint = last_complete_checkpoint(args.output_dir)

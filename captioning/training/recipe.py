@@ -81,7 +81,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
         prog="python run_captioning.py",
         usage="%(prog)s [recipe.json | hf://user/model/recipe.json] [--flag value ...]\n"
         "       %(prog)s --push_only output_folder [--hub_model_id user/name] [--hub_private_repo true]",
-        description=__doc__,
+        description="Fine-tune and score an image captioning model. Flags win over the recipe, it over the defaults.",
         allow_abbrev=False,
     )
     if argv and not argv[0].startswith("-"):
@@ -209,6 +209,7 @@ def recipe_fields() -> dict[str, Field]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
+    """Tell whether a value read from JSON is of a field's type; of lists and dicts the items are not checked."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, argument) for argument in arguments)
