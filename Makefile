@@ -3,14 +3,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUTPUT ?= outputs/quickstart
 
-.PHONY: quickstart test lint benchmark lock audit
+.PHONY: quickstart test test-all lint benchmark lock audit
 
 # One thread computes while another process decodes: two computing threads wait for each other whenever anything else
 # runs on a machine of two cores, and an epoch of seconds becomes one of minutes.
 quickstart: .venv/requirements
 	OMP_NUM_THREADS=1 $(BIN)/python run_captioning.py recipes/quickstart.json --output_dir $(OUTPUT) --resume_from_checkpoint true
 
+# Without the long sweeps over kills, processes and faults; one of each kind is here, too.
 test: .venv/requirements-dev
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-all: .venv/requirements-dev
 	$(BIN)/python -m pytest -n 2
 
 lint: .venv/requirements-dev

@@ -4,6 +4,8 @@ import copy
 import csv
 import io
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 import torch
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PIL
+from processes import ROOT, Process, server
 from safetensors.torch import load_file
 
 from captioning.models.fast_blip.modules import use_stock_blip
@@ -89,6 +92,13 @@ def make_rows(number: int, start: int = 0, **columns) -> Dataset:
     return Dataset.from_dict(rows | columns, features=Features(features))
 
 
+def save_captioner(captioner, folder: Path) -> Path:
+    """Save model and processor, as the Trainer does."""
+    for part in (captioner.model, captioner.processor):
+        part.save_pretrained(folder)
+    return folder
+
+
 def stock_copy(model):
     """Return a copy of `model` that computes as transformers ships it."""
     return use_stock_blip(copy.deepcopy(model))
@@ -97,16 +107,12 @@ def stock_copy(model):
 # --- Runs of the script ---
 
 
-ROOT = Path(__file__).parents[1]
-
-
-FEW_SCORES = ("--coco_metrics", "false")  # BLEU, CIDEr, METEOR would start Java in each run; see test_scoring.py
-
-
+FEW_SCORES = ("--coco_metrics", "false")  # BLEU, CIDEr, METEOR would start Java in each run; see scoring/test_score.py
 TIMES = ("_runtime", "_per_second", "_time", "total_flos")
 
 
 def flags(config_file, dataset, folder, **values) -> list[str]:
+    """Return the flags of a short training; a value of None leaves a flag out."""
     values = {
         "config_name": config_file,
         "dataset_name": dataset,
@@ -119,28 +125,38 @@ def flags(config_file, dataset, folder, **values) -> list[str]:
         "vocab_size": 200,
         "coco_metrics": False,  # see `FEW_SCORES`
     } | values
-    return [item for key, value in values.items() for item in (f"--{key}", str(value))]
+    return [item for key, value in values.items() if value is not None for item in (f"--{key}", str(value))]
 
 
 def score_flags(trained, dataset, folder, **values) -> list[str]:
-    values = {
-        "model_name_or_path": trained,
-        "dataset_name": dataset,
-        "output_dir": folder,
-        "do_train": False,
-        "max_new_tokens": 12,
-        "use_cpu": True,
-        "coco_metrics": False,
-    } | values
-    return [item for key, value in values.items() for item in (f"--{key}", str(value))]
+    """Return the flags of a run that scores a model without training it."""
+    training = dict.fromkeys(("num_train_epochs", "learning_rate", "per_device_train_batch_size", "vocab_size"))
+    return flags(None, dataset, folder, model_name_or_path=trained, do_train=False, **training | values)
 
 
-def command(arguments: list[str]) -> list[str]:
-    return [sys.executable, "run_captioning.py", *arguments]
+def start(arguments: list) -> Process:
+    """Start the script in a process of its own."""
+    return server().start(["run_captioning.py", *arguments])
 
 
-def run(arguments: list[str]) -> subprocess.CompletedProcess:
-    return subprocess.run(command(arguments), cwd=ROOT, capture_output=True, text=True)
+def run(arguments: list) -> subprocess.CompletedProcess:
+    """Run the script in a process of its own."""
+    return server().run(["run_captioning.py", *arguments])
+
+
+def start_ranks(number: int, words: list, **environment: str) -> list[Process]:
+    """Start the processes that a launcher would start, with the environment that it would give them."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(number), **environment}
+    ranks = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]
+    return [server().start(words, environment=rank) for rank in ranks]
+
+
+def run_cold(arguments: list, **environment: str) -> subprocess.CompletedProcess:
+    """Run the script in a new Python, which takes some seconds of imports."""
+    words = [sys.executable, "run_captioning.py", *map(str, arguments)]
+    return subprocess.run(words, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=300)
 
 
 def without_times(metrics: dict) -> dict:

@@ -130,6 +130,13 @@ class HubServer:
 
     def __init__(self, token: str = "hf_test", user: str = "tester"):
         self.token, self.user = token, user
+        self.reset()
+        self.lock = threading.RLock()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def reset(self) -> None:
+        """Forget all repositories, requests and faults."""
         self.requests: list[tuple[str, str]] = []  # method, path without query
         self.received: list[bytes] = []  # bodies and query strings, and what was base64 in them
         self.problems: list[str] = []  # violations of the protocol; a push that went well leaves none
@@ -138,9 +145,6 @@ class HubServer:
         self.objects: dict[str, bytes] = {}  # LFS objects by sha256
         self.announced: dict[str, tuple[int, str]] = {}  # size and signature of those that may be uploaded
         self.faults: dict[str, Iterator[Refusal | str]] = {}  # by step, the answers to come
-        self.lock = threading.RLock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def __enter__(self) -> "HubServer":
         # `shutdown` waits for the next poll

@@ -1,17 +1,15 @@
 """The script as its user runs it: whole output folders, reruns, runs killed in the middle, and mistakes."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
 import time
 
 import numpy as np
 import pytest
 import torch
 from datasets import DatasetDict, Image
-from helpers import ROOT, SHARED, command, flags, make_rows, outcome, run, score_flags
+from helpers import SHARED, flags, make_rows, outcome, run, run_cold, score_flags, start
 from safetensors.torch import load_file
 from transformers import BlipForConditionalGeneration, BlipProcessor, GenerationConfig
 
@@ -25,11 +23,53 @@ from metrics import rouge
 
 @pytest.fixture(scope="module")
 def finished(config_file, parquet_folder, tmp_path_factory):
-    """The output folder, metrics and standard output of one whole run."""
+    """The output folder, metrics and standard output of one whole run, by a Python that nothing was imported into."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    result = run(flags(config_file, parquet_folder, folder))
+    result = run_cold(flags(config_file, parquet_folder, folder))
     assert result.returncode == 0, result.stderr
     return folder, json.loads((folder / "all_results.json").read_text()), result.stdout
+
+
+class Stock:
+    """A saved model as stock transformers loads it."""
+
+    def __init__(self, folder):
+        self.model, loading = BlipForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+        assert not any(loading.values())
+        self.model.eval()
+        self.processor = BlipProcessor.from_pretrained(folder)
+        self.settings = GenerationConfig.from_pretrained(folder)
+
+    def pixel_values(self, images):
+        return self.processor(images=images, return_tensors="pt")["pixel_values"]
+
+    def caption(self, image, prompt=None, **settings) -> str:
+        inputs = self.processor(images=image, text=prompt, return_tensors="pt")
+        settings = settings or {"generation_config": self.settings}
+        tokens = self.model.generate(**inputs, **settings)[0]
+        start = len(inputs["input_ids"][0]) - 1 if prompt else 0
+        return self.processor.decode(tokens[start:], skip_special_tokens=True).strip()
+
+    def nll(self, image, caption, prompt="") -> tuple[float, int]:
+        """Return the sum over the caption's tokens, those of the prompt not among them, and their number."""
+        input_ids = self.processor.tokenizer(f"{prompt} {caption}", return_tensors="pt")["input_ids"]
+        labels = input_ids.clone()
+        prompt_length = len(self.processor.tokenizer(prompt)["input_ids"]) - 1  # [CLS] and the prompt
+        labels[:, :prompt_length] = -100
+        input_ids[:, 0] = self.model.config.text_config.bos_token_id
+        with torch.no_grad():
+            loss = self.model(pixel_values=self.pixel_values(image), input_ids=input_ids, labels=labels).loss
+        number = labels.shape[1] - prompt_length
+        return float(loss) * number, number
+
+
+@pytest.fixture(scope="module")
+def stock(finished) -> Stock:
+    return Stock(finished[0])
+
+
+def predictions(folder, split="test") -> list[dict]:
+    return read_predictions(folder / "predictions" / f"{split}.jsonl")
 
 
 # --- A whole run ----------------------------------------------------------------------------------------------
@@ -64,10 +104,7 @@ def test_the_output_folder_is_whole(finished):
         names = ("loss", "perplexity", "rouge1", "rouge2", "rougeL", "gen_len", "unique_captions")
         assert {prefix + name for name in names} <= metrics.keys()
         assert metrics[prefix + "perplexity"] == pytest.approx(np.exp(metrics[prefix + "loss"]))
-    assert [len(read_predictions(folder / "predictions" / name)) for name in ("validation.jsonl", "test.jsonl")] == [
-        10,
-        7,
-    ]
+    assert [len(predictions(folder, split)) for split in ("validation", "test")] == [10, 7]
 
 
 def test_the_run_ends_with_a_table_and_three_captions(finished):
@@ -90,62 +127,51 @@ def test_scores_stand_beside_their_baselines(finished, raw_dataset):
         assert scores[split]["baselines"]["constant"]["caption"] in raw_dataset["train"]["caption"]
         assert scores[split]["baselines"]["nearest_image"]["found_among"] == "24 training images"
         assert scores[split]["verdict"] in stdout
-    rows = read_predictions(folder / "predictions" / "test.jsonl")
+    rows = predictions(folder)
     assert [row["cui"] for row in rows] == [["C1306645", "C0817096"], []] * 3 + [[]]
     page = (folder / "report.html").read_text()
     assert all(row["image_id"] in page for row in rows)
     assert "image_0100" not in page, "the page shows the test split"
 
 
-def test_the_nearest_image_is_sought_by_what_the_vision_model_sees(finished, raw_dataset):
-    folder, metrics, _ = finished
-    model, processor = BlipForConditionalGeneration.from_pretrained(folder), BlipProcessor.from_pretrained(folder)
+def test_the_nearest_image_is_sought_by_what_the_vision_model_sees(finished, stock, raw_dataset):
+    _, metrics, _ = finished
     features = {}
     for split in ("train", "test"):
-        pixel_values = processor(images=list(raw_dataset[split]["image"]), return_tensors="pt")["pixel_values"]
         with torch.no_grad():
-            features[split] = model.vision_model(pixel_values).last_hidden_state[:, 1:].mean(dim=1).numpy()
+            seen = stock.model.vision_model(stock.pixel_values(list(raw_dataset[split]["image"])))
+        features[split] = seen.last_hidden_state[:, 1:].mean(dim=1).numpy()
     captions = nearest_captions(features["test"], features["train"], raw_dataset["train"]["caption"])
-    expected = rouge(captions, raw_dataset["test"]["caption"])["rougeL"].mean()
     assert len(set(captions)) > 1
+    expected = rouge(captions, raw_dataset["test"]["caption"])["rougeL"].mean()
     assert metrics["predict_rougeL_nearest_image"] == pytest.approx(expected, abs=1e-12)
 
 
-def test_the_caption_of_another_image_is_what_the_model_writes_for_it(finished, raw_dataset):
+def test_the_caption_of_another_image_is_what_the_model_writes_for_it(finished, stock, raw_dataset):
     """`shuffled_images` moves captions; a model that is shown the images in that order writes these very ones."""
-    folder, metrics, _ = finished
-    model, processor = BlipForConditionalGeneration.from_pretrained(folder), BlipProcessor.from_pretrained(folder)
-    settings = GenerationConfig.from_pretrained(folder)
-    rows = shuffled(list(raw_dataset["test"]))
-    references = raw_dataset["test"]["caption"]
-    captions = []
-    for row in rows:
-        tokens = model.eval().generate(
-            **processor(images=row["image"], return_tensors="pt"), generation_config=settings
-        )
-        captions.append(processor.decode(tokens[0], skip_special_tokens=True).strip())
-    expected = rouge(captions, references)["rougeL"].mean()
+    _, metrics, _ = finished
+    captions = [stock.caption(row["image"]) for row in shuffled(list(raw_dataset["test"]))]
+    expected = rouge(captions, raw_dataset["test"]["caption"])["rougeL"].mean()
     assert metrics["predict_rougeL_shuffled_images"] == pytest.approx(expected, abs=1e-12)
 
 
 def test_baselines_of_a_scored_model_are_those_of_its_run(finished, parquet_folder, tmp_path):
     """Without training the training split is only read; without it the baselines are made of the references."""
     folder, metrics, _ = finished
-    score = ["--model_name_or_path", str(folder), "--max_new_tokens", "12", "--use_cpu", "--coco_metrics", "false"]
-    score += ["--do_train", "false", "--do_eval", "false"]
-    arguments = [*score, "--dataset_name", str(parquet_folder), "--output_dir"]
-    again = run_captioning.main([*arguments, str(tmp_path / "again")])
+
+    def score(name, dataset=parquet_folder, **values):
+        return run_captioning.main(score_flags(folder, dataset, tmp_path / name, do_eval=False, **values))
+
+    again = score("again")
     assert {key: value for key, value in metrics.items() if "rougeL_" in key and key.startswith("predict")} == {
         key: value for key, value in again.items() if "rougeL_" in key
     }
-    fewer = run_captioning.main([*arguments, str(tmp_path / "fewer"), "--neighbor_samples", "0"])
+    fewer = score("fewer", neighbor_samples=0)
     assert fewer["predict_rougeL_constant"] == metrics["predict_rougeL_constant"]
     assert "predict_rougeL_nearest_image" not in fewer
     (tmp_path / "alone" / "data").mkdir(parents=True)
     shutil.copy(parquet_folder / "data" / "test-00000-of-00001.parquet", tmp_path / "alone" / "data")
-    alone = run_captioning.main(
-        [*score, "--dataset_name", str(tmp_path / "alone"), "--output_dir", str(tmp_path / "out")]
-    )
+    alone = score("out", tmp_path / "alone")
     assert alone["predict_rougeL"] == metrics["predict_rougeL"]
     found = json.loads((tmp_path / "out" / "scores.json").read_text())["test"]["baselines"]["constant"]
     assert found["found_among"] == "the references themselves (7)"
@@ -160,8 +186,7 @@ def test_a_submission_is_written_in_the_order_of_the_data(finished, parquet_fold
     for name in ("submission.csv", "submission.zip"):
         assert check_submission(str(tmp_path / name), str(references)) == []
     captions = read_captions(str(tmp_path / "submission.csv"), str(references))
-    predictions = read_predictions(tmp_path / "predictions" / "test.jsonl")
-    assert captions.predictions == [row["prediction"] for row in predictions]
+    assert captions.predictions == [row["prediction"] for row in predictions(tmp_path)]
     assert captions.image_ids == list(rows["image_id"]), "of the test split, not of validation"
     assert not (folder / "submission.csv").exists(), "only where it is asked for"
 
@@ -174,58 +199,33 @@ def test_the_best_checkpoint_is_kept_by_rouge(finished):
     assert state["best_metric"] == max(scores) == metrics["eval_rougeL"]
 
 
-def test_stock_transformers_repeats_predictions_and_losses(finished, raw_dataset):
+def test_stock_transformers_repeats_predictions_and_losses(finished, stock, raw_dataset):
     folder, metrics, _ = finished
-    model, loading = BlipForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
-    assert not any(loading.values())
-    model.eval()
-    processor = BlipProcessor.from_pretrained(folder)
-    settings = GenerationConfig.from_pretrained(folder)
-    rows = read_predictions(folder / "predictions" / "test.jsonl")
-    total, tokens = 0.0, 0
+    rows, losses = predictions(folder), []
     for row, example in zip(rows, raw_dataset["test"], strict=True):
         assert (row["image_id"], row["reference"]) == (example["image_id"], example["caption"])
-        inputs = processor(images=example["image"], return_tensors="pt")
-        caption = processor.decode(model.generate(**inputs, generation_config=settings)[0], skip_special_tokens=True)
-        assert row["prediction"] == caption
-        assert row["rougeL"] == pytest.approx(rouge([caption], [example["caption"]])["rougeL"][0])
-        labels = processor.tokenizer(example["caption"], return_tensors="pt")["input_ids"]
-        input_ids = labels.clone()
-        input_ids[:, 0] = model.config.text_config.bos_token_id
-        with torch.no_grad():
-            loss = model(**inputs, input_ids=input_ids, labels=labels).loss
-        number = labels.shape[1] - 1
-        assert row["nll"] == pytest.approx(float(loss) * number, rel=1e-5)
-        total, tokens = total + float(loss) * number, tokens + number
+        assert row["prediction"] == stock.caption(example["image"])
+        assert row["rougeL"] == pytest.approx(rouge([row["prediction"]], [example["caption"]])["rougeL"][0])
+        losses.append(stock.nll(example["image"], example["caption"]))
+        assert row["nll"] == pytest.approx(losses[-1][0], rel=1e-5)
+    total, tokens = np.sum(losses, axis=0)
     assert metrics["predict_loss"] == pytest.approx(total / tokens, rel=1e-6)
     assert metrics["predict_rougeL"] == pytest.approx(np.mean([row["rougeL"] for row in rows]), abs=1e-9)
 
 
 def test_a_prompt_is_given_in_training_and_generation_alike(config_file, parquet_folder, raw_dataset, tmp_path):
-    """Stock BLIP, handed the same prompt, repeats predictions and losses; the prompt is no target."""
+    """Stock BLIP, given the same prompt, repeats predictions and losses; the prompt is not a target."""
     prompt = "chest radiograph"
     run_captioning.main(flags(config_file, parquet_folder, tmp_path, prompt=prompt, num_train_epochs=1))
-    model = BlipForConditionalGeneration.from_pretrained(tmp_path).eval()
-    processor = BlipProcessor.from_pretrained(tmp_path)
-    settings = GenerationConfig.from_pretrained(tmp_path)
-    start = len(processor.tokenizer(prompt)["input_ids"]) - 1
-    rows = read_predictions(tmp_path / "predictions" / "test.jsonl")
-    for row, example in zip(rows, raw_dataset["test"], strict=True):
-        inputs = processor(images=example["image"], text=prompt, return_tensors="pt")
-        tokens = model.generate(**inputs, generation_config=settings)[0]
-        assert row["prediction"] == processor.decode(tokens[start:], skip_special_tokens=True)
-        input_ids = processor.tokenizer(f"{prompt} {example['caption']}", return_tensors="pt")["input_ids"]
-        input_ids[:, 0] = model.config.text_config.bos_token_id
-        labels = input_ids.clone()
-        labels[:, :start] = -100
-        with torch.no_grad():
-            loss = model(pixel_values=inputs["pixel_values"], input_ids=input_ids, labels=labels).loss
-        assert row["nll"] == pytest.approx(float(loss) * (labels.shape[1] - start), rel=1e-5)
+    stock = Stock(tmp_path)
+    for row, example in zip(predictions(tmp_path), raw_dataset["test"], strict=True):
+        assert row["prediction"] == stock.caption(example["image"], prompt)
+        assert row["nll"] == pytest.approx(stock.nll(example["image"], example["caption"], prompt)[0], rel=1e-5)
 
 
 def test_a_run_is_repeated_by_its_recipe(finished, tmp_path):
     folder, _, _ = finished
-    result = run([str(folder / "recipe.json"), "--output_dir", str(tmp_path / "again"), "--use_cpu", "true"])
+    result = run([folder / "recipe.json", "--output_dir", tmp_path / "again", "--use_cpu", "true"])
     assert result.returncode == 0, result.stderr
     assert "may differ" not in result.stderr
     assert outcome(tmp_path / "again") == outcome(folder)
@@ -271,16 +271,15 @@ def test_other_packages_and_hardware_are_told_before_training(finished, tmp_path
 @pytest.mark.parametrize("values", [{}, {"min_new_tokens": 5}])
 def test_a_greedy_run_is_what_plain_generate_does(config_file, parquet_folder, raw_dataset, tmp_path, values):
     run_captioning.main(flags(config_file, parquet_folder, tmp_path / "run", num_beams=1, max_new_tokens=25, **values))
-    model = BlipForConditionalGeneration.from_pretrained(tmp_path / "run").eval()
-    processor = BlipProcessor.from_pretrained(tmp_path / "run")
-    rows = read_predictions(tmp_path / "run" / "predictions" / "test.jsonl")
-    for row, example in zip(rows, raw_dataset["test"], strict=True):
-        tokens = model.generate(pixel_values=processor(images=example["image"], return_tensors="pt")["pixel_values"])
-        assert row["prediction"] == processor.decode(tokens[0], skip_special_tokens=True).strip()
+    stock = Stock(tmp_path / "run")
+    for row, example in zip(predictions(tmp_path / "run"), raw_dataset["test"], strict=True):
+        assert row["prediction"] == stock.caption(
+            example["image"], do_sample=False
+        )  # by the defaults that it is saved with
     # What an earlier fine-tune left in the config must not reach a run with beams, nor what it saves
-    again = flags(config_file, parquet_folder, tmp_path / "beams", max_steps=1, model_name_or_path=tmp_path / "run")
-    again = again[2:]  # without config_name
-    run_captioning.main(again)
+    run_captioning.main(
+        flags(None, parquet_folder, tmp_path / "beams", max_steps=1, model_name_or_path=tmp_path / "run")
+    )
     text = json.loads((tmp_path / "beams" / "config.json").read_text())["text_config"]
     assert not {"max_new_tokens", "min_new_tokens"} & text.keys()
 
@@ -303,11 +302,12 @@ def test_captions_must_be_learnt_from_images(config_file, tmp_path):
     assert metrics["predict_unique_captions"] == pytest.approx(3 / 9)
 
 
-def test_rows_are_checked_by_several_processes(config_file, parquet_folder, tmp_path):
-    """In a cache of its own: what another run has checked is not checked again."""
-    arguments = flags(config_file, parquet_folder, tmp_path / "run", preprocessing_num_workers=3, do_train=False)
-    environment = os.environ | {"HF_HOME": str(tmp_path / "cache")}
-    result = subprocess.run(command(arguments), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+def test_rows_are_checked_by_several_processes(config_file, tmp_path):
+    """Rows of its own: what another run has checked comes from the cache."""
+    DatasetDict({split: make_rows(9, 700) for split in ("train", "validation", "test")}).save_to_disk(
+        tmp_path / "data"
+    )
+    result = run(flags(config_file, tmp_path / "data", tmp_path, preprocessing_num_workers=3, do_train=False))
     assert result.returncode == 0, result.stderr
     assert "num_proc=3" in result.stderr
 
@@ -346,8 +346,7 @@ def test_options_reach_the_run(config_file, parquet_folder, tmp_path, values, ca
     if "max_predict_samples" in values:
         state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
         assert state["epoch"] == 1.0, "two steps of 4 rows are the 8 training rows"
-        assert len(read_predictions(tmp_path / "run" / "predictions" / "validation.jsonl")) == 3
-        assert len(read_predictions(tmp_path / "run" / "predictions" / "test.jsonl")) == 2
+        assert [len(predictions(tmp_path / "run", split)) for split in ("validation", "test")] == [3, 2]
     if "min_new_tokens" in values:
         assert metrics["predict_gen_len"] >= 5
 
@@ -355,11 +354,9 @@ def test_options_reach_the_run(config_file, parquet_folder, tmp_path, values, ca
 def test_a_frozen_vision_tower_stays_as_it_was(config_file, parquet_folder, tmp_path):
     frozen, trained = tmp_path / "frozen", tmp_path / "trained"
     for folder, freeze in ((frozen, True), (trained, False)):
-        arguments = flags(config_file, parquet_folder, folder, max_steps=2, save_strategy="steps", save_steps=1)
-        run_captioning.main(
-            [*arguments, "--freeze_vision_model", str(freeze), "--eval_strategy", "steps", "--eval_steps", "1",
-             "--load_best_model_at_end", "false", "--do_predict", "false"]
-        )  # fmt: skip
+        often = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "no", "load_best_model_at_end": False}
+        often |= {"max_steps": 2, "do_eval": False, "do_predict": False}
+        run_captioning.main(flags(config_file, parquet_folder, folder, freeze_vision_model=freeze, **often))
 
     def changed(folder, part):
         first, last = (load_file(folder / f"checkpoint-{step}" / "model.safetensors") for step in (1, 2))
@@ -376,7 +373,7 @@ def test_real_radiographs_end_with_the_whole_folder(config_file, tmp_path):
         pytest.skip("the real radiographs are not beside the project")
     metrics = run_captioning.main(flags(config_file, dataset, tmp_path / "run", num_train_epochs=1))
     assert metrics["predict_loss"] < np.log(200)
-    assert len(read_predictions(tmp_path / "run" / "predictions" / "test.jsonl")) == 16
+    assert len(predictions(tmp_path / "run")) == 16
 
 
 # --- Killed and resumed ---------------------------------------------------------------------------------------
@@ -384,7 +381,7 @@ def test_real_radiographs_end_with_the_whole_folder(config_file, tmp_path):
 
 def kill_when(arguments: list[str], condition) -> None:
     """Start a run and send it SIGKILL once `condition()` holds."""
-    process = subprocess.Popen(command(arguments), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start(arguments)
     deadline = time.monotonic() + 120
     while not condition() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -489,5 +486,5 @@ def test_bad_rows_are_set_aside_and_the_run_goes_on(config_file, tmp_path):
     run_captioning.main([*arguments, "--max_rejected_fraction", "0.3"])
     rejected = [json.loads(line) for line in (tmp_path / "run" / "rejected.jsonl").read_text().splitlines()]
     assert [entry["row"] for entry in rejected] == [0, 2]
-    ids = [row["image_id"] for row in read_predictions(tmp_path / "run" / "predictions" / "test.jsonl")]
+    ids = [row["image_id"] for row in predictions(tmp_path / "run")]
     assert ids == [f"image_{i:04d}" for i in (201, 203, 204, 205, 206)]

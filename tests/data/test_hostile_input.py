@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import DatasetDict
-from helpers import TINY_CONFIG, flags, make_captions, make_png, make_rows, run
+from helpers import TINY_CONFIG, flags, make_captions, make_png, make_rows, run, save_captioner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -32,7 +32,7 @@ from captioning.command_line import exit_on_user_error
 from captioning.data import checks, images, sources, zenodo
 from captioning.data.images import open_image
 from captioning.errors import UserError, printable
-from captioning.models import blip
+from captioning.models.load import build_captioner, load_captioner
 from captioning.training.recipe import parse_arguments, read_recipe, recipe_fields
 
 
@@ -495,7 +495,7 @@ def test_a_parquet_bomb_is_named_before_it_is_unpacked(tmp_path, monkeypatch, st
     columns = {"image": images, "image_id": list("abc"), "caption": ["A nodule"] * 3}
     pq.write_table(pa.table(columns), shards / "train-0.parquet", compression="zstd", use_dictionary=False)
     sources.load_source(str(tmp_path), streaming=streaming)  # a small one is no bomb
-    monkeypatch.setattr("streaming.SMALL_SHARD", 2**20)
+    monkeypatch.setattr("captioning.data.streaming.SMALL_SHARD", 2**20)
     pq.write_table(pa.table(columns), shards / "train-0.parquet", compression="gzip", use_dictionary=False)
     monkeypatch.setattr("pyarrow.parquet.ParquetFile.read_row_group", lambda *args: pytest.fail("it is unpacked"))
     with pytest.raises(UserError, match=r"train-0.parquet': [\d,]+ bytes unpack to 3,145,\d\d\d"):
@@ -564,12 +564,9 @@ CODE = "import os\nos.mkdir({marker!r})\nclass Planted: pass\n"
 
 
 @pytest.fixture
-def saved(tiny_blip, tmp_path):
+def saved(tiny_captioner, tmp_path):
     """A saved model, and the marker that a payload would make."""
-    folder = tmp_path / "model"
-    for part in tiny_blip:
-        part.save_pretrained(folder)
-    return folder, tmp_path / "marker"
+    return save_captioner(tiny_captioner, tmp_path / "model"), tmp_path / "marker"
 
 
 def test_the_payload_works(tmp_path):
@@ -582,7 +579,7 @@ def test_a_pickle_instead_of_weights_is_not_unpickled(saved):
     (folder / "model.safetensors").unlink()
     torch.save({"payload": Payload(marker)}, folder / "pytorch_model.bin")
     with pytest.raises(UserError, match="cannot be loaded"):
-        blip.load_blip(str(folder))
+        load_captioner(str(folder))
     assert not marker.exists()
 
 
@@ -592,16 +589,16 @@ def test_tensors_of_a_bin_are_read_where_there_are_no_others(saved):
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     torch.save(weights, folder / "pytorch_model.bin")
-    model, _ = blip.load_blip(str(folder))
+    model = load_captioner(str(folder)).model
     assert all(torch.equal(model.state_dict()[name], value) for name, value in weights.items())
 
 
 @pytest.mark.parametrize("sizes", [{"num_hidden_layers": 10**9}, {"hidden_size": 64_000, "intermediate_size": 64_000}])
-def test_a_config_of_a_giant_model_is_refused_before_it_is_built(tmp_path, tiny_blip, sizes):
+def test_a_config_of_a_giant_model_is_refused_before_it_is_built(tmp_path, sizes):
     text_config = TINY_CONFIG["text_config"] | sizes
     (tmp_path / "giant.json").write_text(json.dumps(TINY_CONFIG | {"text_config": text_config}))
     with pytest.raises(UserError, match="more than 1,000 layers or"):
-        blip.build_blip(str(tmp_path / "giant.json"), tiny_blip[1].tokenizer, seed=0)
+        build_captioner(str(tmp_path / "giant.json"), 0, None, make_captions(20), 200)
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "processor_config.json"])
@@ -616,7 +613,7 @@ def test_code_that_a_model_brings_is_not_run(saved, file, monkeypatch):
     (folder / file).write_text(json.dumps(config))
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the user is asked"))
     try:
-        blip.load_blip(str(folder))
+        load_captioner(str(folder))
     except UserError as error:
         assert str(folder) in str(error)
     assert not marker.exists()

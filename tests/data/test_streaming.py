@@ -4,8 +4,6 @@ import itertools
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -16,8 +14,19 @@ import pytest
 import torch
 from accelerate import skip_first_batches
 from datasets import DatasetDict, Image
-from helpers import command, flags, make_png, make_rows, outcome, run, score_flags, without_times
+from helpers import (
+    flags,
+    make_png,
+    make_rows,
+    outcome,
+    run,
+    save_captioner,
+    score_flags,
+    start_ranks,
+    without_times,
+)
 from hub_server import HubServer
+from processes import Server, server
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
@@ -27,13 +36,12 @@ from captioning.data import checks, sources, streaming
 from captioning.data.streaming import ROW_GROUPS
 from captioning.data.tokenize_captions import tokenize
 from captioning.errors import UserError
-from captioning.training import safeguards
+from captioning.training import safeguards, samplers
 from captioning.training.arguments import CaptioningArguments
 from captioning.training.safeguards import UnreadableImages
 from captioning.training.samplers import StreamingSampler
 
 
-ROOT = Path(__file__).parents[2]
 GROUP = 6  # rows of a row group
 SHARD = 20  # rows of a shard: its last row group is a short one
 
@@ -110,9 +118,9 @@ def test_streamed_rows_are_those_of_the_stored_set(sharded):
         assert rows.__getitems__([9, 2, 9]) == stored[split].__getitems__([9, 2, 9])
 
 
-def test_who_asks_for_text_reads_no_image(rows, reads, processor):
+def test_who_asks_for_text_reads_no_image(rows, reads, captioner):
     checked = checks.check_rows(DatasetDict(train=rows), 0.0, os.devnull, unopened=["train"])
-    tokenized = tokenize(checked, processor.tokenizer, 64, [])
+    tokenized = tokenize(checked, captioner, 64)
     usable = checks.usable(tokenized["train"], 30)
     assert len(usable["caption"][:]) == len(list(usable["input_ids"])) == 30
     checks.texts(rows)
@@ -135,13 +143,11 @@ def test_checks_are_those_of_the_stored_set(tmp_path, reads):
         found.append(file.read_text())
     assert found[0] == found[1] and found[0].count("\n") == 4
     assert len(reads()) == 4, "each row group once"
-    again = "import sys, rocov2, streaming; rows = sources.load_source(sys.argv[1], streaming=True); "
-    again += "rocov2.check_rows(rows, 1.0, sys.argv[2]); assert not streaming.ROW_GROUPS.reads"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    arguments = [str(tmp_path / "set"), str(tmp_path / "again.jsonl")]
-    subprocess.run(
-        [sys.executable, "-c", again, *arguments], check=True, env=environment
-    )  # the second of two processes
+    again = "import sys; from captioning.data import checks, sources, streaming; "
+    again += "checks.check_rows(sources.load_source(sys.argv[1], streaming=True), 1.0, sys.argv[2]); "
+    again += "assert not streaming.ROW_GROUPS.reads"  # the second of two processes
+    result = server().run(["-c", again, tmp_path / "set", tmp_path / "again.jsonl"])
+    assert result.returncode == 0, result.stderr
     assert (tmp_path / "again.jsonl").read_text() == found[0]
 
 
@@ -229,7 +235,7 @@ def test_rows_of_several_row_groups_are_mixed(rows):
 
 
 def test_a_window_fits_in_the_memory_of_a_worker(rows, monkeypatch):
-    monkeypatch.setattr(streaming, "CACHE_BYTES", 1)
+    monkeypatch.setattr(samplers, "CACHE_BYTES", 1)
     order = list(StreamingSampler(rows, 4, 1, seed=0))
     groups = [(row // SHARD, row % SHARD // GROUP) for row in order]
     assert sum(a != b for a, b in itertools.pairwise(groups)) == len(set(groups)) - 1, "one after the other"
@@ -259,7 +265,8 @@ def test_a_row_group_is_read_by_one_worker_of_one_process(rows, reads, workers, 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_skipped_rows_are_not_read(rows, reads, workers, monkeypatch):
-    monkeypatch.setattr(streaming, "WINDOW_GROUPS", 2)
+    for module in (samplers, streaming):
+        monkeypatch.setattr(module, "WINDOW_GROUPS", 2)
     group_of = {}
     for file in rows.features["image"].shards:
         for group in range(pq.read_metadata(file).num_row_groups):
@@ -312,89 +319,71 @@ def test_a_model_has_the_scores_that_it_has_on_stored_data(finished, sharded, tm
 
 
 def test_a_run_is_repeated_by_its_recipe(finished, tmp_path):
-    result = run([str(finished / "recipe.json"), "--output_dir", str(tmp_path / "again"), "--use_cpu", "true"])
+    result = run([finished / "recipe.json", "--output_dir", tmp_path / "again", "--use_cpu", "true"])
     assert result.returncode == 0, result.stderr
     assert outcome(tmp_path / "again") == outcome(finished)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_run_that_is_killed_in_an_epoch_goes_on_as_if_nothing_had_happened(config_file, sharded, tmp_path, workers):
     """13 steps an epoch, checkpoints each 5 steps: it goes on in the middle of the second epoch."""
-    arguments = flags(
-        config_file,
-        sharded,
-        tmp_path / "whole",
-        streaming=True,
-        dataloader_num_workers=workers,
-        save_strategy="steps",
-        eval_strategy="steps",
-        save_steps=5,
-        eval_steps=5,
-        logging_steps=5,
-        do_predict=False,
-        save_total_limit=9,
-        load_best_model_at_end=False,
-    )
-    assert run(arguments).returncode == 0
-    shutil.copytree(tmp_path / "whole", tmp_path / "half")
-    for path in (tmp_path / "half").iterdir():
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    options = {"streaming": True, "dataloader_num_workers": workers, "logging_steps": 5, "save_strategy": "steps"}
+    options |= {"save_steps": 5, "save_total_limit": 9, "do_eval": False, "do_predict": False}
+    assert run(flags(config_file, sharded, whole, **options)).returncode == 0
+    shutil.copytree(whole, half)
+    for path in half.iterdir():
         if path.name in ("checkpoint-20", "checkpoint-25", "checkpoint-26", "model.safetensors"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    again = [str(tmp_path / "half") if item == str(tmp_path / "whole") else item for item in arguments]
-    result = run([*again, "--resume_from_checkpoint", "true"])
+    result = run([*flags(config_file, sharded, half, **options), "--resume_from_checkpoint", "true"])
     assert result.returncode == 0, result.stderr
-    whole, half = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "half"))
-    assert all(torch.equal(whole[name], half[name]) for name in whole)
+    assert_same_weights(whole, half)
+
+
+def assert_same_weights(*folders: Path) -> None:
+    weights = [load_file(folder / "model.safetensors") for folder in folders]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 PROCESSES = """
 import json, os, sys
-sys.path[:0] = [{root!r}, {tests!r}]
-import conftest, torch
-from captioning.data import checks, sources, streaming
+from captioning.data import checks, sources
 from captioning.data.tokenize_captions import tokenize
-from captioning.models import blip
+from captioning.models.load import load_captioner
 from captioning.training.arguments import CaptioningArguments
-from collator import CaptioningCollator
 from captioning.training.trainer import CaptioningTrainer
-folder, resume = sys.argv[1], sys.argv[2] == "resume"
-model, processor = blip.load_blip(folder + "/model")
+from collator import CaptioningCollator
+folder, data, name = sys.argv[1:]
+captioner = load_captioner(folder + "/model")
 args = CaptioningArguments(
     output_dir=folder + "/run", report_to="none", use_cpu=True, do_eval=False, num_train_epochs=2,
     per_device_train_batch_size=2, dataloader_num_workers=2, save_strategy="steps", save_steps=7, disable_tqdm=True,
 )
 class Logging(CaptioningCollator):
     def __call__(self, examples):
-        with open(f"{{folder}}/rows-{{os.environ['RANK']}}-{{sys.argv[2]}}", "a") as file:
+        with open(f"{folder}/rows-{os.environ['RANK']}-{name}", "a") as file:
             file.write(json.dumps([os.getpid(), *(row["image_id"] for row in examples)]) + "\\n")
         return super().__call__(examples)
 with args.main_process_first():
-    data = sources.load_source({data!r}, streaming=True)
-    checked = checks.check_rows(data, 0.0, os.devnull, unopened=["train"])
-    rows = tokenize(checked, processor.tokenizer, 64, [])["train"].select(range(48))
-start = model.config.text_config.bos_token_id
+    checked = checks.check_rows(sources.load_source(data, streaming=True), 0.0, os.devnull, unopened=["train"])
+    rows = tokenize(checked, captioner, 64)["train"].select(range(48))
 trainer = CaptioningTrainer(
-    model=model, args=args, processing_class=processor, data_collator=Logging(processor, start),
-    train_dataset=rows, start_ids=[start], decoding=args.decoding(),
+    captioner=captioner, args=args, data_collator=Logging(captioner), train_dataset=rows,
+    generation_config=args.decoding(),
 )
-trainer.train(resume_from_checkpoint=folder + "/run/checkpoint-21" if resume else None)
+trainer.train(resume_from_checkpoint=folder + "/run/checkpoint-21" if name == "resume" else None)
 if trainer.is_world_process_zero():
-    trainer.save_model(folder + "/out-" + sys.argv[2])
+    trainer.save_model(folder + "/out-" + name)
 """
 
 
-def test_two_processes_see_each_row_once_and_a_resume_in_the_second_epoch_is_exact(
-    model, processor, sharded, tmp_path
-):
+def test_two_processes_see_each_row_once_and_a_resume_in_the_second_epoch_is_exact(captioner, sharded, tmp_path):
     """12 steps an epoch, 24 in all, resumed after 21."""
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    script = tmp_path / "script.py"
-    script.write_text(PROCESSES.format(root=str(ROOT), tests=str(ROOT / "tests"), data=str(sharded)))
+    save_captioner(captioner, tmp_path / "model")
     for name in ("whole", "resume"):
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-        result = subprocess.run([*start, str(tmp_path), name], capture_output=True, text=True, timeout=200)
-        assert result.returncode == 0, result.stderr[-3000:]
+        for rank in start_ranks(2, ["-c", PROCESSES, tmp_path, sharded, name]):
+            errors = rank.communicate(timeout=200)[1]
+            assert rank.returncode == 0, errors[-3000:]
 
     def logged(rank: int, name: str) -> list[list[str]]:
         """Return the ids of each batch by worker, in order: workers write at the same time."""
@@ -410,22 +399,28 @@ def test_two_processes_see_each_row_once_and_a_resume_in_the_second_epoch_is_exa
         rest = [batch for worker in logged(rank, "resume") for batch in worker]
         assert len(rest) == 3
         assert all(any(batch in worker[-2:] for worker in last_epoch) for batch in rest)
-    assert all(
-        torch.equal(value, load_file(tmp_path / "out-resume" / "model.safetensors")[name])
-        for name, value in load_file(tmp_path / "out-whole" / "model.safetensors").items()
-    )
+    assert_same_weights(tmp_path / "out-whole", tmp_path / "out-resume")
 
 
 # --- Unreadable images ----------------------------------------------------------------------------------------
 
 
-def test_an_unreadable_training_image_teaches_nothing_and_is_listed_once(config_file, sharded, tmp_path):
-    shutil.copytree(sharded / "data", tmp_path / "set" / "data")
-    for path in (tmp_path / "set" / "data").glob("train*"):
-        path.unlink()
-    write_shards(damage(make_rows(20), 2, 17), tmp_path / "set" / "data", "train")
-    arguments = flags(config_file, tmp_path / "set", tmp_path / "run", streaming=True, dataloader_num_workers=2,
-                      per_device_train_batch_size=1, logging_steps=1, do_predict=False)  # fmt: skip
+@pytest.fixture
+def with_damage(sharded, tmp_path):
+    """Return a function that makes a copy of the rows whose training images are partly unreadable."""
+
+    def make(number: int, damaged) -> Path:
+        shutil.copytree(sharded / "data", tmp_path / "set" / "data", ignore=shutil.ignore_patterns("train*"))
+        rows = make_rows(number, caption=[f"a caption {i}" for i in range(number)])
+        write_shards(damage(rows, *damaged), tmp_path / "set" / "data", "train")
+        return tmp_path / "set"
+
+    return make
+
+
+def test_an_unreadable_training_image_teaches_nothing_and_is_listed_once(config_file, with_damage, tmp_path):
+    options = {"streaming": True, "dataloader_num_workers": 2, "per_device_train_batch_size": 1, "logging_steps": 1}
+    arguments = flags(config_file, with_damage(20, (2, 17)), tmp_path / "run", do_predict=False, **options)
     result = run(arguments)
     assert result.returncode == 0, result.stderr
     assert "Training image 'image_0002' is left out: not an image" in result.stderr
@@ -479,13 +474,9 @@ def test_a_batch_of_unreadable_images_has_no_loss_and_no_gradient(make_trainer, 
         assert all(not p.grad.any() for p in trainer.model.parameters() if p.grad is not None)
 
 
-def test_too_many_unreadable_images_end_the_run_in_one_line(config_file, sharded, tmp_path):
-    shutil.copytree(sharded / "data", tmp_path / "set" / "data")
-    for path in (tmp_path / "set" / "data").glob("train*"):
-        path.unlink()
-    write_shards(damage(make_rows(40, caption=[f"a caption {i}" for i in range(40)]), *range(25)),
-                 tmp_path / "set" / "data", "train")  # fmt: skip
-    arguments = flags(config_file, tmp_path / "set", tmp_path / "run", streaming=True, dataloader_num_workers=2)
+def test_too_many_unreadable_images_end_the_run_in_one_line(config_file, with_damage, tmp_path):
+    data = with_damage(40, range(25))
+    arguments = flags(config_file, data, tmp_path / "run", streaming=True, dataloader_num_workers=2)
     result = run([*arguments, "--disable_tqdm", "true"])
     assert result.returncode == 2, result.stderr
     last = result.stderr.strip().splitlines()[-1]
@@ -530,10 +521,10 @@ def test_a_run_from_the_hub_reads_ranges_and_downloads_nothing(config_file, fini
     files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.parquet")}
     with HubServer() as hub:
         commit = hub.add_repository("some/data", files, kind="dataset")
-        environment = hub.environment(tmp_path / "home")
+        python = Server(hub.environment(tmp_path / "home"))
         arguments = flags(config_file, "some/data", tmp_path / "run", streaming=True, dataloader_num_workers=2,
                           num_train_epochs=1, do_predict=False)  # fmt: skip
-        result = subprocess.run(command(arguments), cwd=ROOT, env=environment, capture_output=True, text=True)
+        result = python.run(["run_captioning.py", *arguments])
         assert result.returncode == 0, result.stderr
         assert not hub.problems
         stored = size_of(tmp_path / "home")
@@ -543,18 +534,14 @@ def test_a_run_from_the_hub_reads_ranges_and_downloads_nothing(config_file, fini
         assert (recipe["dataset_revision"], recipe["streaming"]) == (commit, True)
         pinned = score_flags(tmp_path / "run", "some/data", tmp_path / "hub", streaming=True, dataset_revision=commit)
         hub.add_repository("some/data", {"data/test-0.parquet": b""}, kind="dataset")
-        result = subprocess.run(command(pinned), cwd=ROOT, env=environment, capture_output=True, text=True)
+        result = python.run(["run_captioning.py", *pinned])
         assert result.returncode == 0, result.stderr
+        # Other files than parquet are refused in a line
+        hub.add_repository("some/csv", {"train.csv": b"image_id,caption\na,b\n"}, kind="dataset")
+        result = python.run(["run_captioning.py", *flags(config_file, "some/csv", tmp_path / "csv", streaming=True)])
+        assert result.returncode == 2
+        assert "error: dataset 'some/csv' is no parquet" in result.stderr.splitlines()[-1]
+        python.close()
     local = run_captioning.main(score_flags(tmp_path / "run", folder, tmp_path / "local"))
     from_hub = json.loads((tmp_path / "hub" / "all_results.json").read_text())
     assert without_times(from_hub) == {k: v for k, v in without_times(local).items() if k in from_hub}
-
-
-def test_a_hub_dataset_of_other_files_is_refused_in_one_line(config_file, tmp_path):
-    with HubServer() as hub:
-        hub.add_repository("some/csv", {"train.csv": b"image_id,caption\na,b\n"}, kind="dataset")
-        arguments = flags(config_file, "some/csv", tmp_path / "run", streaming=True)
-        environment = hub.environment(tmp_path)
-        result = subprocess.run(command(arguments), cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 2
-    assert "error: dataset 'some/csv' is no parquet" in result.stderr.splitlines()[-1]

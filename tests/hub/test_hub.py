@@ -1,10 +1,6 @@
-"""To the Hub and back, by the unmodified client against the loopback Hub of `hub_server`.
-
-The script runs in processes of its own: the client reads its settings once.
-"""
+"""To the Hub and back, by the unmodified client against the loopback Hub of `hub_server`."""
 
 import json
-import os
 import re
 import shutil
 import socket
@@ -14,10 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import ROOT, outcome, without_times
+from helpers import flags, outcome, save_captioner, without_times
 from hub_server import HubServer
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
+from processes import ROOT, Server
 from transformers import BlipProcessor
 
 import run_captioning
@@ -26,58 +23,60 @@ from captioning.hub.privacy import without_local_paths
 from captioning.hub.revisions import pin_revision
 from captioning.reporting.model_card import write_model_card
 from captioning.scoring.captions import read_predictions
+from captioning.training.recipe import parse_arguments
 
 
 TOKEN = "hf_SentinelOfASecretToken"
 PUSH = ["--push_to_hub", "--hub_model_id", "tester/model", "--hub_strategy"]
 BLIP_TOKENS = {"[DEC]", "[ENC]"}
 HOME = "home-of-sentinel"  # the home folder's name in every absolute path of the test
+NO_WAITS = "from captioning.hub import faults; faults.RETRY_WAITS = (0.01, 0.01)"
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """A Hub, a home folder, and a Python that was started with both: the client reads its settings once."""
+    home = tmp_path_factory.mktemp("hub") / HOME
+    with HubServer(token=TOKEN, user="tester") as hub:
+        python = Server(hub.environment(home) | {"HOME": str(home)}, NO_WAITS)
+        yield hub, home, python
+        python.close()
 
 
 @pytest.fixture
-def hub():
-    with HubServer(token=TOKEN, user="tester") as server:
-        yield server
+def hub(served):
+    served[0].reset()
+    return served[0]
 
 
 @pytest.fixture
-def home(tmp_path):
-    folder = tmp_path / HOME
+def home(served):
+    _, folder, _ = served
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     return folder
 
 
+@pytest.fixture
+def run(served):
+    """Return a function that runs the script as a user of that Hub and asserts its exit status."""
+
+    def call(arguments, code=0, **environment) -> subprocess.CompletedProcess:
+        result = served[2].run(["run_captioning.py", *arguments], environment=environment)
+        assert result.returncode == code, result.stderr
+        return result
+
+    return call
+
+
 @pytest.fixture(scope="module")
-def start(tiny_blip, tmp_path_factory) -> Path:
-    """A folder of a tiny BLIP to start from."""
-    folder = tmp_path_factory.mktemp("start") / "start"
-    for part in tiny_blip:
-        part.save_pretrained(folder)
-    return folder
+def start(tiny_captioner, tmp_path_factory) -> Path:
+    """A folder of a tiny model to start from."""
+    return save_captioner(tiny_captioner, tmp_path_factory.mktemp("start") / "start")
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def flags(**values) -> list[str]:
-    values = {
-        "num_train_epochs": 2,
-        "learning_rate": 1e-3,
-        "max_new_tokens": 12,
-        "per_device_train_batch_size": 4,
-        "use_cpu": True,
-        "coco_metrics": False,  # each run would start Java
-    } | values
-    return [item for key, value in values.items() for item in (f"--{key}", str(value))]
-
-
-def run(hub, home, arguments, code=0, cwd=ROOT, **environment) -> subprocess.CompletedProcess:
-    environment = hub.environment(home) | {"HOME": str(home)} | environment
-    command = [sys.executable, str(ROOT / "run_captioning.py"), *map(str, arguments)]
-    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == code, result.stderr
-    return result
 
 
 @pytest.fixture
@@ -85,14 +84,14 @@ def local_run(home, start, parquet_folder):
     """Flags of a run whose model, data and output are all below the home folder."""
     shutil.copytree(start, home / "start")
     shutil.copytree(parquet_folder, home / "data")
-    return flags(model_name_or_path=home / "start", dataset_name=home / "data", output_dir=home / "out" / "run")
+    return flags(None, home / "data", home / "out" / "run", model_name_or_path=home / "start")
 
 
 @pytest.fixture(scope="module")
 def trained(start, parquet_folder, tmp_path_factory) -> Path:
     """The output folder of a finished run that was not pushed."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    run_captioning.main(flags(model_name_or_path=start, dataset_name=parquet_folder, output_dir=folder))
+    run_captioning.main(flags(None, parquet_folder, folder, model_name_or_path=start))
     return folder
 
 
@@ -101,11 +100,17 @@ def finished(trained, home) -> Path:
     return shutil.copytree(trained, home / "out" / "run")
 
 
+@pytest.fixture
+def push(run, finished):
+    """Return a function that pushes the finished run into a repository, and asserts its exit status."""
+    return lambda name="tester/model", **options: run(["--push_only", finished, "--hub_model_id", name], **options)
+
+
 # --- Push -----------------------------------------------------------------------------------------------------
 
 
-def test_a_run_is_pushed_whole_without_secrets_and_a_stranger_repeats_it(hub, home, local_run, raw_dataset, tmp_path):
-    result = run(hub, home, [*local_run, *PUSH, "checkpoint"])
+def test_a_run_is_pushed_whole_without_secrets_and_a_stranger_repeats_it(hub, home, run, local_run, raw_dataset):
+    result = run([*local_run, *PUSH, "checkpoint"])
     assert "Pushed: " in result.stdout
     assert hub.problems == []
     pushed, folder = hub.files("tester/model"), home / "out" / "run"
@@ -129,26 +134,20 @@ def test_a_run_is_pushed_whole_without_secrets_and_a_stranger_repeats_it(hub, ho
     stored = [content for commit in hub.commits("tester/model") for content in commit.files.values()]
     for sent in hub.received + stored:
         assert TOKEN.encode() not in sent
-        assert HOME.encode() not in sent and str(tmp_path).encode() not in sent
-    # A stranger runs the code of the card
-    card = pushed["README.md"].decode()
-    for row, example in zip(read_predictions(folder / "predictions" / "test.jsonl"), raw_dataset["test"], strict=True):
-        example["image"].save(home / "image.png")
-        if row["image_id"] in ("image_0200", "image_0203"):
-            assert run_code_of(card, hub, home) == row["prediction"]
-
-
-def run_code_of(card: str, hub, folder: Path) -> str:
-    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
-    environment = hub.environment(folder / "stranger")
-    result = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+        assert HOME.encode() not in sent and str(home.parent).encode() not in sent
+    # A stranger runs the code of the card, in a Python that knows nothing of this project
+    row = read_predictions(folder / "predictions" / "test.jsonl")[3]
+    raw_dataset["test"][3]["image"].save(home / "image.png")
+    code = re.search(r"```python\n(.*?)```", pushed["README.md"].decode(), re.DOTALL)[1]
+    environment = hub.environment(home / "stranger")
+    result = subprocess.run([sys.executable, "-c", code], cwd=home, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    return result.stdout.rstrip("\n")
+    assert result.stdout.rstrip("\n") == row["prediction"]
 
 
-def test_the_card_has_the_numbers_of_the_run_and_its_worst_caption(hub, home, local_run):
+def test_the_card_has_the_numbers_of_the_run_and_its_worst_caption(hub, home, run, local_run):
     """The model-index makes the round trip through the Hub's own parser."""
-    run(hub, home, [*local_run, *PUSH, "end"])
+    run([*local_run, *PUSH, "end"])
     assert [commit.message for commit in hub.commits("tester/model")][1:] == ["End of training"]
     folder = home / "out" / "run"
     results = json.loads((folder / "all_results.json").read_text())
@@ -170,9 +169,9 @@ def test_the_card_has_the_numbers_of_the_run_and_its_worst_caption(hub, home, lo
     assert "hf://tester/model/recipe.json" in card
 
 
-def test_a_run_that_cannot_be_pushed_is_complete_on_disk(hub, home, local_run):
+def test_a_run_that_cannot_be_pushed_is_complete_on_disk(hub, home, run, local_run):
     hub.fail("any", 401)
-    result = run(hub, home, [*local_run, *PUSH, "every_save"], code=2)
+    result = run([*local_run, *PUSH, "every_save"], code=2)
     reason = "401, the token is not accepted"
     assert f"Nothing can be pushed now: {reason}" in result.stderr
     folder = home / "out" / "run"
@@ -180,7 +179,7 @@ def test_a_run_that_cannot_be_pushed_is_complete_on_disk(hub, home, local_run):
     assert line.startswith(f"error: the model is complete in '{folder}' but not on the Hub: {reason}")
     assert {"model.safetensors", "README.md", "all_results.json", "recipe.json"} <= files_of(folder).keys()
     hub.heal()
-    run(hub, home, line.split("push it later with: python run_captioning.py ")[1].split())
+    run(line.split("push it later with: python run_captioning.py ")[1].split())
     assert hub.files("tester/model")["model.safetensors"] == (folder / "model.safetensors").read_bytes()
     assert 'name = "tester/model"' in hub.files("tester/model")["README.md"].decode()
 
@@ -195,76 +194,73 @@ def test_a_run_that_cannot_be_pushed_is_complete_on_disk(hub, home, local_run):
         ("commit", "drop", "the Hub cannot be reached, or the connection broke"),
     ],
 )
-def test_a_fault_is_one_line_with_its_reason_and_nothing_is_lost(hub, home, finished, step, status, reason):
+def test_a_fault_is_one_line_with_its_reason_and_nothing_is_lost(hub, push, finished, step, status, reason):
     before = files_of(finished)
     hub.fail(step, status, message="No license" if status == 400 else "")
-    push = ["--push_only", finished, "--hub_model_id", "tester/model"]
-    result = run(hub, home, push, code=2)
+    result = push(code=2)
     assert "Traceback" not in result.stderr
     assert f"is complete in '{finished}' but not on the Hub: {reason}" in result.stderr.splitlines()[-1]
     after = files_of(finished)
     assert after.keys() == before.keys()
     assert {path for path in after if after[path] != before[path]} <= {"README.md"}
     hub.heal()
-    assert "Pushed: " in run(hub, home, push).stdout
+    assert "Pushed: " in push().stdout
 
 
-def test_transient_faults_are_retried(hub, home, finished):
+def test_transient_faults_are_retried(hub, push):
     """The client retries uploads; the three calls that it does not are retried here."""
     for step, status in (("create", 500), ("validate", 503), ("upload", "drop"), ("commit", 429)):
         hub.fail(step, status, times=1)
-    assert "Pushed: " in run(hub, home, ["--push_only", finished, "--hub_model_id", "tester/model"]).stdout
+    assert "Pushed: " in push().stdout
     assert "predictions/test.jsonl" in hub.files("tester/model")
     assert hub.problems == []
 
 
-def test_a_checkpoint_that_cannot_be_pushed_is_a_warning(hub, home, local_run):
+def test_a_checkpoint_that_cannot_be_pushed_is_a_warning(hub, run, local_run):
     hub.fail("commit", 403, times=1)
-    result = run(hub, home, [*local_run, "--push_to_hub", "--hub_model_id", "tester/model"])
+    result = run([*local_run, "--push_to_hub", "--hub_model_id", "tester/model"])
     assert "Training, step 6 is not on the Hub: 403, the token may not do this" in result.stderr
     assert hub.commits("tester/model")[-1].message == "End of training"
 
 
-def test_no_network_and_no_token(hub, home, finished):
-    push = ["--push_only", finished, "--hub_model_id", "tester/model"]
-    for reason, environment in (
-        ("the Hub cannot be reached", {"HF_ENDPOINT": "http://127.0.0.1:9"}),
-        ("401, there is no token", {"HF_TOKEN": ""}),
-        ("offline mode: HF_HUB_OFFLINE is set", {"HF_HUB_OFFLINE": "1"}),
-    ):
-        assert f"but not on the Hub: {reason}" in run(hub, home, push, code=2, **environment).stderr.splitlines()[-1]
-    run(hub, home, push)
+def test_no_network_and_no_token(push, finished):
+    line = push(code=2, HF_TOKEN="").stderr.splitlines()[-1]
+    assert "but not on the Hub: 401, there is no token" in line
+    with pytest.raises(UserError, match="but not on the Hub: offline mode: HF_HUB_OFFLINE is set"):
+        run_captioning.main(["--push_only", str(finished)])  # `conftest.py` sets it
+    push()
 
 
-def test_a_local_run_does_not_touch_the_network(hub, home, local_run):
-    run(hub, home, local_run)
+def test_a_local_run_does_not_touch_the_network(hub, home, run, local_run):
+    run(local_run)
     assert hub.requests == []
     assert (home / "out" / "run" / "README.md").is_file()
 
 
-def test_the_model_of_another_run_is_not_replaced(hub, home, finished):
+def test_the_model_of_another_run_is_not_replaced(hub, push, finished):
     hub.add_repository("tester/taken", {"config.json": b"{}", "README.md": b"mine"})
     hub.add_repository("tester/blank", {".gitattributes": b"", "README.md": b"made by hand"})
-    push = ["--push_only", finished, "--hub_model_id"]
-    result = run(hub, home, [*push, "tester/taken"], code=2)
-    assert "409, the name is taken: 'tester/taken' holds another model" in result.stderr.splitlines()[-1]
+    error = push("tester/taken", code=2).stderr.splitlines()[-1]
+    assert "409, the name is taken: 'tester/taken' holds another model" in error
     assert hub.files("tester/taken") == {"config.json": b"{}", "README.md": b"mine"}
     for name in ("tester/blank", "tester/blank", "new-name"):  # the second time into what the first has pushed
-        run(hub, home, [*push, name])
+        push(name)
     assert "model.safetensors" in hub.files("tester/blank")
     assert "model.safetensors" in hub.files("tester/new-name"), "a name without a user is the user's own"
     assert 'name = "tester/new-name"' in hub.files("tester/new-name")["README.md"].decode()
     recipe = json.loads((finished / "recipe.json").read_text())
     (finished / "recipe.json").write_text(json.dumps(recipe | {"dataset_name": "phantoms"}))
-    assert "holds another model" in run(hub, home, [*push, "tester/blank"], code=2).stderr
+    assert "holds another model" in push("tester/blank", code=2).stderr
 
 
-def test_the_methods_of_the_trainer_push_the_same(make_trainer, finished, monkeypatch):
-    """T15, T16: called by hand, they must not upload what the stock ones do."""
-    trainer = make_trainer(output_dir=str(finished), hub_model_id="tester/model")
-    (finished / "README.md").unlink()
+def test_the_methods_of_the_trainer_push_the_same(captioner, splits, finished, monkeypatch):
+    """T15, T16: called by hand, they must not upload what the stock ones do, nor replace the card."""
+    arguments = flags(None, "phantoms", finished, model_name_or_path="some/start", hub_model_id="tester/model")
+    _, data_args, args = parse_arguments(arguments)
+    trainer = run_captioning.make_trainer(captioner, splits, data_args, args)
+    card = (finished / "README.md").read_bytes()
     trainer.create_model_card()
-    assert 'name = "tester/model"' in (finished / "README.md").read_text()
+    assert (finished / "README.md").read_bytes() == card
     pushed = {}
 
     def upload_folder(self, repo_id, folder_path, commit_message):
@@ -278,36 +274,34 @@ def test_the_methods_of_the_trainer_push_the_same(make_trainer, finished, monkey
     assert "model.safetensors" in pushed and "training_args.bin" not in pushed
 
 
-def test_an_edited_card_is_pushed_as_it_is(hub, home, finished):
+def test_an_edited_card_is_pushed_as_it_is(hub, push, finished):
     card = finished / "README.md"
     edited = card.read_text().replace("## Data and license", "## Data and license\n\nFrom our hospital.")
     card.write_text(edited)
-    result = run(hub, home, ["--push_only", finished, "--hub_model_id", "tester/model"])
-    assert "was edited and is pushed as it is" in result.stderr
+    assert "was edited and is pushed as it is" in push().stderr
     assert hub.files("tester/model")["README.md"].decode() == card.read_text() == edited
 
 
-def test_push_only_wants_a_finished_run(hub, home):
+def test_push_only_wants_a_finished_run(hub, home, run):
     for arguments, reason in (
         (["--push_only", home], "holds no finished run, it has no model.safetensors; give an output folder"),
         (["--push_only", home, "--num_beams", "3"], "unknown flag '--num_beams'"),
         (["--push_only"], "expected one argument"),
     ):
-        result = run(hub, home, arguments, code=2)
+        result = run(arguments, code=2)
         assert reason in result.stderr and len(result.stderr.splitlines()) == 1
     assert hub.requests == []
 
 
-def test_training_resumes_from_the_checkpoint_on_the_hub(hub, home, local_run):
-    arguments = [*local_run, *PUSH, "all_checkpoints"]
-    run(hub, home, arguments)
+def test_training_resumes_from_the_checkpoint_on_the_hub(hub, home, run, local_run):
+    run([*local_run, *PUSH, "all_checkpoints"])
     whole = outcome(home / "out" / "run")
     shutil.rmtree(home / "out")
     for path, content in hub.files("tester/model").items():
         if path.startswith("checkpoint-6/"):
             (home / path).parent.mkdir(exist_ok=True)
             (home / path).write_bytes(content)
-    run(hub, home, [*local_run, "--resume_from_checkpoint", home / "checkpoint-6"])
+    run([*local_run, "--resume_from_checkpoint", home / "checkpoint-6"])
     resumed = outcome(home / "out" / "run")
     assert resumed["weights"] == whole["weights"]
     assert resumed["predictions"] == whole["predictions"]
@@ -316,12 +310,11 @@ def test_training_resumes_from_the_checkpoint_on_the_hub(hub, home, local_run):
 # --- Reproduce ------------------------------------------------------------------------------------------------
 
 
-def test_a_hub_run_is_pinned_and_repeated_from_its_pushed_recipe(hub, home, start, parquet_folder, tmp_path):
+def test_a_hub_run_is_pinned_and_repeated_from_its_pushed_recipe(hub, home, run, start, parquet_folder):
     """Model and data come from the Hub by name; the recipe in the repository is enough to run it again."""
     model_commit = hub.add_repository("some/start", files_of(start))
     data_commit = hub.add_repository("some/data", files_of(parquet_folder), kind="dataset")
-    arguments = flags(model_name_or_path="some/start", dataset_name="some/data", output_dir=home / "run")
-    run(hub, home, [*arguments, *PUSH, "end"])
+    run([*flags(None, "some/data", home / "run", model_name_or_path="some/start"), *PUSH, "end"])
     recipe = json.loads(hub.files("tester/model")["recipe.json"])
     assert (recipe["model_revision"], recipe["dataset_revision"]) == (model_commit, data_commit)
     assert "hub_model_id" not in recipe and "push_to_hub" not in recipe
@@ -331,12 +324,12 @@ def test_a_hub_run_is_pinned_and_repeated_from_its_pushed_recipe(hub, home, star
     hub.add_repository("some/start", files_of(start) | {"README.md": b"moved on"})
     other = {path: content for path, content in files_of(parquet_folder).items() if "test" in path}
     hub.add_repository("some/data", other, kind="dataset")
-    result = run(hub, home, ["hf://tester/model/recipe.json", "--output_dir", home / "again"])
+    result = run(["hf://tester/model/recipe.json", "--output_dir", home / "again"])
     assert "may differ" not in result.stderr
     assert outcome(home / "again") == outcome(home / "run")
     # The second command of the card: the scores alone
     address = ["hf://tester/model", "--model_name_or_path", "tester/model", "--do_train", "false"]
-    run(hub, home, [*address, "--output_dir", home / "check"])
+    run([*address, "--output_dir", home / "check"])
     assert (home / "check/predictions/test.jsonl").read_bytes() == (home / "run/predictions/test.jsonl").read_bytes()
     scores = without_times(json.loads((home / "check/all_results.json").read_text()))
     assert scores.items() <= without_times(json.loads((home / "run/all_results.json").read_text())).items()
@@ -344,17 +337,17 @@ def test_a_hub_run_is_pinned_and_repeated_from_its_pushed_recipe(hub, home, star
     now = hub.commits("some/start")[-1].oid
     hub.drop_history("some/start")
     shutil.rmtree(home / "huggingface")
-    result = run(hub, home, ["hf://tester/model/recipe.json", "--output_dir", home / "third"], code=2)
+    result = run(["hf://tester/model/recipe.json", "--output_dir", home / "third"], code=2)
     assert (
         f"model 'some/start' has moved: revision {model_commit} is not there, its main branch is at {now}"
         in result.stderr
     )
     hub.drop_history("some/data", kind="dataset")
-    result = run(hub, home, ["hf://tester/model", "--output_dir", home / "third", "--model_revision", "main"], code=2)
+    result = run(["hf://tester/model", "--output_dir", home / "third", "--model_revision", "main"], code=2)
     assert f"dataset 'some/data' has moved: revision {data_commit} is not there" in result.stderr
 
 
-def test_a_recipe_on_the_hub_is_read_with_care(hub, home):
+def test_a_recipe_on_the_hub_is_read_with_care(hub, run):
     bad = {"model_name_or_path": "some/start", "output_dir": "/etc", "push_to_hub": True}
     hub.add_repository("some/model", {"recipe.json": json.dumps(bad).encode(), "config.json": b"{}"})
     for address, reason in (
@@ -364,18 +357,16 @@ def test_a_recipe_on_the_hub_is_read_with_care(hub, home):
         ("hf://some/model@v9/recipe.json", "there is no revision 'v9'"),
         ("hf://model", "is no address; write hf://<user>/<model>/recipe.json"),
     ):
-        result = run(hub, home, [address], code=2)
+        result = run([address], code=2)
         assert len(result.stderr.splitlines()) == 1
         assert reason in result.stderr
 
 
 @pytest.mark.parametrize("added_tokens", [True, False])
 def test_a_hub_model_captions_with_and_without_the_two_tokens_in_its_tokenizer(
-    hub, home, tiny_blip, parquet_folder, tmp_path, added_tokens
+    hub, home, run, tiny_captioner, parquet_folder, tmp_path, added_tokens
 ):
-    model, processor = tiny_blip
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
+    save_captioner(tiny_captioner, tmp_path / "model")
     if not added_tokens:
         saved = json.loads((tmp_path / "model/tokenizer.json").read_text())
         saved["added_tokens"] = [token for token in saved["added_tokens"] if token["content"] not in BLIP_TOKENS]
@@ -385,10 +376,9 @@ def test_a_hub_model_captions_with_and_without_the_two_tokens_in_its_tokenizer(
             config.pop(key, None)
         (tmp_path / "model/tokenizer_config.json").write_text(json.dumps(config))
         left = BlipProcessor.from_pretrained(tmp_path / "model").tokenizer
-        assert left.bos_token is None and len(left) == len(processor.tokenizer) - 2
+        assert left.bos_token is None and len(left) == len(tiny_captioner.tokenizer) - 2
     commit = hub.add_repository("some/blip", files_of(tmp_path / "model"))
-    arguments = flags(model_name_or_path="some/blip", dataset_name=parquet_folder, output_dir=home / "run")
-    run(hub, home, [*arguments, "--do_train", "false"])
+    run(flags(None, parquet_folder, home / "run", model_name_or_path="some/blip", do_train=False))
     assert len(read_predictions(home / "run/predictions/test.jsonl")) == 7
     assert json.loads((home / "run/recipe.json").read_text())["model_revision"] == commit
     assert "some/blip" in (home / "run/README.md").read_text()
@@ -405,47 +395,49 @@ def test_a_commit_that_is_answered_with_another_has_moved(monkeypatch):
     assert pin_revision("some/model", "main") == "1" * 40
 
 
-def test_a_repository_whose_contents_cannot_be_read_is_not_replaced(hub, home, finished):
+def test_a_repository_whose_contents_cannot_be_read_is_not_replaced(hub, push):
     """The guard of another's model must not give way to a fault."""
     hub.add_repository("tester/taken", {"recipe.json": b"{}", "model.safetensors": b"mine"})
-    push = ["--push_only", finished, "--hub_model_id", "tester/taken"]
     for steps in (("tree", "info"), ("resolve",)):
         for step in steps:
             hub.fail(step, 403)
-        assert "what 'tester/taken' holds cannot be read: 403" in run(hub, home, push, code=2).stderr
+        assert "what 'tester/taken' holds cannot be read: 403" in push("tester/taken", code=2).stderr
         hub.heal()
     hub.fail("tree", 404)  # as a mirror without this address
-    assert "holds another model" in run(hub, home, push, code=2).stderr
+    assert "holds another model" in push("tester/taken", code=2).stderr
     assert hub.files("tester/taken")["model.safetensors"] == b"mine"
 
 
-def test_a_silent_server_does_not_hold_up_the_run(finished, home):
+def test_a_silent_server_does_not_hold_up_the_run(served, finished):
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        script = f"import hub; hub.TIMEOUT = 0.5; hub.Repository({str(finished)!r}, 'a/b').push(print)"
-        environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-        environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}", "NO_PROXY": "127.0.0.1"}
-        command = [sys.executable, "-c", script]
-        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+        code = f"""
+from captioning.hub import faults, repository
+faults.TIMEOUT = 0.5
+repository = repository.Repository({str(finished)!r}, "a/b")
+repository._api.endpoint = "http://127.0.0.1:{silent.getsockname()[1]}"
+repository.push(print)
+"""
+        result = served[2].run(["-c", code], timeout=60)
     assert "the connection broke (ReadTimeout" in result.stderr
 
 
-def test_the_name_of_the_repository_is_checked_before_training(hub, home, local_run):
-    result = run(hub, home, [*local_run, *PUSH[:2], "no such name"], code=2)
+def test_the_name_of_the_repository_is_checked_before_training(home, run, local_run):
+    result = run([*local_run, *PUSH[:2], "no such name"], code=2)
     assert "error: hub_model_id 'no such name'" in result.stderr.splitlines()[-1]
     assert not (home / "out" / "run" / "model.safetensors").exists()
 
 
-def test_a_folder_with_an_odd_name_is_pushed_under_a_fitting_one(hub, home, finished):
+def test_a_folder_with_an_odd_name_is_pushed_under_a_fitting_one(hub, run, finished):
     folder = finished.rename(finished.with_name('R\u00f6ntgen "x"'))
     write_model_card(folder)
-    run(hub, home, ["--push_only", folder])
+    run(["--push_only", folder])
     assert 'name = "tester/R-ntgen-x"' in hub.files("tester/R-ntgen-x")["README.md"].decode()
 
 
-def test_what_a_killed_run_left_of_a_push_is_cleared(hub, home, finished):
+def test_what_a_killed_run_left_of_a_push_is_cleared(push, finished):
     leftover = finished / ".push-abc" / "last-checkpoint"
     leftover.mkdir(parents=True)
-    run(hub, home, ["--push_only", finished, "--hub_model_id", "tester/model"])
+    push()
     assert not list(finished.glob(".push-*"))
 
 

@@ -2,14 +2,16 @@
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import GenerationConfig, Seq2SeqTrainingArguments
+from transformers import GenerationConfig
 
 from captioning.errors import UserError
+from captioning.training import recipe as recipe_module
 from captioning.training.arguments import CaptioningArguments
 from captioning.training.recipe import parse_arguments, read_recipe, resolved_recipe
 
@@ -109,38 +111,6 @@ def test_decode_settings_that_do_nothing_are_left_out():
         2
     ]
     assert args.decoding() == GenerationConfig(**settings | changed | {"num_beams": 3})
-
-
-@pytest.mark.parametrize(
-    ("machine", "flags", "expected"),
-    [
-        ({}, [], {"bf16": False, "dataloader_pin_memory": False, "use_cpu": False}),
-        ({"cuda": True, "bfloat16": True}, [], {"bf16": True, "dataloader_pin_memory": True}),
-        ({"cuda": True, "bfloat16": False}, [], {"bf16": False, "dataloader_pin_memory": True}),
-        ({"cuda": True, "bfloat16": True}, ["--bf16", "false"], {"bf16": False}),
-        ({"cuda": True, "bfloat16": True}, ["--use_cpu", "true"], {"bf16": False, "use_cpu": True}),
-        ({"processes": 2}, [], {"use_cpu": True}),
-        ({"processes": 2, "cuda": True, "bfloat16": True}, [], {"use_cpu": False, "bf16": True}),
-    ],
-)
-def test_precision_and_device_follow_the_machine(monkeypatch, machine, flags, expected):
-    """Set here for every kind of machine, whatever the one that runs the tests."""
-    cuda = machine.get("cuda", False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: machine["bfloat16"])
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: cuda)
-    monkeypatch.setattr(Seq2SeqTrainingArguments, "__post_init__", lambda self: None)  # it starts the device
-    monkeypatch.setattr(Seq2SeqTrainingArguments, "n_gpu", 1)
-    monkeypatch.setattr(CaptioningArguments, "_check_accelerator", lambda self: None)
-    monkeypatch.setenv("WORLD_SIZE", str(machine.get("processes", 1)))
-    args = parse_arguments([*MODEL, *flags])[2]
-    assert {name: getattr(args, name) for name in expected} == expected
-
-
-def test_several_gpus_in_one_process_are_refused(monkeypatch):
-    monkeypatch.setattr(Seq2SeqTrainingArguments, "n_gpu", 2)
-    with pytest.raises(UserError, match=r"2 GPUs by DataParallel.*torchrun --nproc_per_node.*CUDA_VISIBLE_DEVICES"):
-        parse_arguments(MODEL)
 
 
 # --- Mistakes -------------------------------------------------------------------------------------------------
@@ -277,3 +247,71 @@ def test_a_flag_makes_void_what_it_replaces(recipe):
     assert parse_arguments([path, "--dataset_name", "phantoms"])[1].dataset_revision is None
     model_args, _, _ = parse_arguments([path, "--config_name", "recipes/configs/blip_small.json"])
     assert (model_args.model_name_or_path, model_args.model_revision) == (None, "main")
+
+
+# --- What the machine decides ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Return a function that makes the tests' machine one with or without GPUs, whatever it is."""
+
+    def be(gpus: int, has_bf16: bool = True) -> None:
+        def devices(args) -> torch.device:
+            args._n_gpu, args.distributed_state = 0 if args.use_cpu else gpus, None
+            return torch.device("cuda" if args._n_gpu else "cpu")
+
+        monkeypatch.setattr(CaptioningArguments, "_setup_devices", property(devices))
+        for module in (torch.cuda, torch.accelerator):
+            monkeypatch.setattr(module, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: gpus > 0 and has_bf16)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+
+    return be
+
+
+@pytest.mark.parametrize(
+    ("gpus", "has_bf16", "flags", "bf16", "pinned"),
+    [
+        (0, False, [], False, False),
+        (1, True, [], True, True),
+        (1, False, [], False, True),
+        (1, True, ["--use_cpu"], False, False),
+        (1, True, ["--fp16"], False, True),
+        (1, True, ["--bf16", "false"], False, True),
+        (1, True, ["--dataloader_pin_memory", "false"], True, False),
+    ],
+)
+def test_precision_and_pinned_memory_follow_the_machine(machine, gpus, has_bf16, flags, bf16, pinned):
+    machine(gpus, has_bf16)
+    _, _, args = parse_arguments([*MODEL, *flags])
+    assert (args.bf16, args.dataloader_pin_memory) == (bf16, pinned)
+
+
+def test_several_gpus_in_one_process_are_refused(machine):
+    machine(2)
+    with pytest.raises(UserError, match=r"would use 2 GPUs by DataParallel.*torchrun --nproc_per_node"):
+        parse_arguments(MODEL)
+    assert parse_arguments([*MODEL, "--use_cpu"])[2].n_gpu == 0
+
+
+@pytest.mark.parametrize(("gpus", "processes", "use_cpu"), [(0, 2, True), (0, 1, False), (1, 2, False)])
+def test_several_processes_without_gpus_train_on_the_cpu(machine, monkeypatch, gpus, processes, use_cpu):
+    """Else accelerate starts no process group, and each process trains on its own."""
+    machine(gpus)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    assert parse_arguments(MODEL)[2].use_cpu is use_cpu
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(0, "cpu"), (1, "NVIDIA H100")])
+def test_the_hardware_of_the_run_is_written_into_its_recipe(machine, gpus, device):
+    machine(gpus)
+    assert resolved_recipe(*parse_arguments(MODEL))["hardware"]["device"] == device
+
+
+def test_the_processor_is_named_where_linux_names_it_and_elsewhere(monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda self: "cpu\t: 0\nmodel name\t: Some CPU\n")
+    assert recipe_module._processor_name() == "Some CPU"
+    monkeypatch.setattr(Path, "read_text", lambda self: os.stat("/no/such/file"))
+    monkeypatch.setattr(recipe_module.platform, "processor", lambda: "arm")
+    assert recipe_module._processor_name() == "arm"

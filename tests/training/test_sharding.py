@@ -1,7 +1,6 @@
 """Several processes see the batches that one process sees, each row once, and their numbers are those of one."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,27 +10,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import flags, make_rows, outcome, run, score_flags, without_times
+from helpers import ROOT, flags, make_rows, outcome, run, score_flags, start_ranks, without_times
 from torch.utils.data import RandomSampler, SequentialSampler
 
 from captioning.training.samplers import PaddedRows, PaddedSampler
 
 
-ROOT = Path(__file__).parents[2]
 LAUNCHERS = {
-    "torchrun": ("-m", "torch.distributed.run", "--nproc_per_node"),
-    "accelerate": ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes"),
-}
+    "torchrun": ("torch.distributed.run", "--standalone", "--nproc_per_node"),
+    "accelerate": ("accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--main_process_port", "0",
+                   "--num_processes"),
+}  # fmt: skip
 
 
-def launch(number: int, arguments: list[str], launcher: str = "torchrun", script="run_captioning.py", **environment):
-    """Run the script in several processes, at a port of their own."""
-    port = str(20_000 + os.getpid() % 20_000)
-    place = ["--master_port", port] if launcher == "torchrun" else ["--main_process_port", port]
-    *before, number_flag = LAUNCHERS[launcher]
-    words = [sys.executable, *before, *place, number_flag, str(number), str(script), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300)
+def launch(number: int, arguments: list[str], script="run_captioning.py", **environment) -> tuple[list, list[str]]:
+    """Run the script in several processes; return the exit status and the standard error of each."""
+    ranks = start_ranks(number, [script, *arguments], **environment)
+    try:
+        errors = [rank.communicate(timeout=200)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.send_signal(signal.SIGKILL)
+    return [rank.returncode for rank in ranks], errors
 
 
 @pytest.fixture(scope="module")
@@ -47,18 +47,16 @@ def odd_folder(tmp_path_factory) -> Path:
 # --- Rows and order -------------------------------------------------------------------------------------------
 
 
-def test_a_blank_row_has_nothing_to_learn(splits, collator):
-    collator.prompt_length = 2
-    rows = PaddedRows(splits["train"], prompt_length=2)
+def test_a_blank_row_has_nothing_to_learn(captioner, splits, collator):
+    captioner.set_prompt("chest radiograph")
+    rows = PaddedRows(splits["train"], captioner.prompt_row)
+    assert len(rows) == 24 and len(rows.__getitems__([24, 25])) == 2
     batch = collator(rows.__getitems__([3, 24, 0]))
-    assert len(rows) == 24
     assert (batch["labels"][1] == -100).all()
-    assert batch["attention_mask"].sum(dim=1)[1] == 3
+    assert batch["attention_mask"][1].sum() == len(captioner.prompt_row) > 2
     alone = collator([splits["train"][3], splits["train"][0]])
     assert torch.equal(batch["labels"][[0, 2]][:, : alone["labels"].shape[1]], alone["labels"])
     assert torch.equal(batch["pixel_values"][[0, 2]], alone["pixel_values"])
-    assert rows[24]["input_ids"] == splits["train"][0]["input_ids"][:3]
-    assert len(rows.__getitems__([24, 25])) == 2
 
 
 @pytest.mark.parametrize("number", [1, 7, 8, 9, 23])
@@ -99,19 +97,25 @@ def losses(folder: Path) -> list[float]:
     ("number", "launcher", "options"),
     [
         (2, "torchrun", {}),
-        (3, "torchrun", {"dataloader_num_workers": 1}),
-        (2, "accelerate", {"fast_blip": False}),
-        (2, "torchrun", {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3}),
+        (3, None, {"dataloader_num_workers": 1}),
+        pytest.param(2, "accelerate", {"fast_blip": False}, marks=pytest.mark.slow),
+        (2, None, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3}),
     ],
-    ids=["2", "3", "accelerate, stock", "accumulation"],
+    ids=["torchrun", "3", "accelerate, stock", "accumulation"],
 )
 def test_training_in_several_processes_is_that_of_one(
     config_file, odd_folder, alone, tmp_path, number, launcher, options
 ):
     sizes = {"per_device_train_batch_size": 6 // number, "per_device_eval_batch_size": 6 // number}
     folder = tmp_path / "run"
-    result = launch(number, flags(config_file, odd_folder, folder, **TRAINING | sizes | options), launcher)
-    assert result.returncode == 0, result.stderr
+    arguments = flags(config_file, odd_folder, folder, **TRAINING | sizes | options)
+    if launcher:
+        words = [sys.executable, "-m", *LAUNCHERS[launcher], str(number), "run_captioning.py", *arguments]
+        result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+    else:
+        statuses, errors = launch(number, arguments)
+        assert not any(statuses), errors
     found, expected = losses(folder), losses(alone)
     assert len(found) == len(expected) == 8
     np.testing.assert_allclose(found, expected, rtol=1e-5)
@@ -136,8 +140,8 @@ def test_scores_of_a_model_are_the_same_in_every_digit(odd_folder, alone, tmp_pa
     options = {"num_beams": 2, "neighbor_samples": 6}
     sized = {"per_device_eval_batch_size": 6}, {"per_device_eval_batch_size": 6 // number}
     assert run(score_flags(alone, odd_folder, one, **options | sized[0])).returncode == 0
-    result = launch(number, score_flags(alone, odd_folder, several, **options | sized[1]))
-    assert result.returncode == 0, result.stderr
+    statuses, errors = launch(number, score_flags(alone, odd_folder, several, **options | sized[1]))
+    assert not any(statuses), errors
     for name in ("scores.json", "predictions/validation.jsonl", "predictions/test.jsonl"):
         assert (one / name).read_text() == (several / name).read_text(), name
     found, expected = (json.loads((path / "all_results.json").read_text()) for path in (several, one))
@@ -147,22 +151,19 @@ def test_scores_of_a_model_are_the_same_in_every_digit(odd_folder, alone, tmp_pa
 def test_a_run_of_two_processes_resumes_to_the_same_weights(config_file, odd_folder, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     options = TRAINING | {"per_device_train_batch_size": 3, "num_beams": 1, "report_to": "none"}
-    assert launch(2, flags(config_file, odd_folder, whole, **options)).returncode == 0
+    assert launch(2, flags(config_file, odd_folder, whole, **options))[0] == [0, 0]
     arguments = flags(config_file, odd_folder, killed, **options)
-    place = ["--master_port", str(20_001 + os.getpid() % 20_000)]  # beside that of `launch`
-    *before, number_flag = LAUNCHERS["torchrun"]
-    words = [sys.executable, *before, *place, number_flag, "2", "run_captioning.py", *arguments]
-    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    ranks = start_ranks(2, ["run_captioning.py", *arguments])
     deadline = time.monotonic() + 120
     while not any(killed.glob("checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    for rank in ranks:
+        rank.send_signal(signal.SIGKILL)
+    assert [rank.wait() for rank in ranks] == [-signal.SIGKILL] * 2
     assert not (killed / "all_results.json").exists(), "the run ended before it could be killed"
-    resumed = launch(2, [*arguments, "--resume_from_checkpoint", "true"])
-    assert resumed.returncode == 0, resumed.stderr
-    assert "Resuming from" in resumed.stderr
+    statuses, errors = launch(2, [*arguments, "--resume_from_checkpoint", "true"])
+    assert statuses == [0, 0], errors
+    assert "Resuming from" in errors[0]
     assert outcome(killed) == outcome(whole)
 
 
@@ -174,8 +175,9 @@ def test_no_process_hangs_when_another_fails(config_file, odd_folder, tmp_path, 
     script = tmp_path / "fails.py"
     script.write_text(
         "import os, sys, run_captioning\n"
-        "from errors import UserError, exit_on_user_error\n"
-        "from trainer import CaptioningTrainer\n"
+        "from captioning.command_line import exit_on_user_error\n"
+        "from captioning.errors import UserError\n"
+        "from captioning.training.trainer import CaptioningTrainer\n"
         "step = CaptioningTrainer.training_step\n"
         "def fail(self, *arguments):\n"
         "    if self.state.global_step == 1 and os.environ['RANK'] == os.environ['FAILS']:\n"
@@ -185,16 +187,17 @@ def test_no_process_hangs_when_another_fails(config_file, odd_folder, tmp_path, 
         "exit_on_user_error(run_captioning.main)\n"
     )
     began = time.monotonic()
-    result = launch(2, flags(config_file, odd_folder, tmp_path / "run", **TRAINING), script=script, FAILS=str(fails))
-    assert result.returncode == 1
+    arguments = flags(config_file, odd_folder, tmp_path / "run", **TRAINING)
+    statuses, errors = launch(2, arguments, script=str(script), FAILS=str(fails))
+    assert statuses == [2, 2]
     assert time.monotonic() - began < 120
-    named = "error: this one fails" if fails == 0 else "error (process 1): this one fails"
-    assert named in result.stderr
+    assert "error: this one fails" in errors[0] if fails == 0 else "error (process 1): this one fails" in errors[1]
+    assert "another process of the run has ended: its error is above" in errors[1 - fails]
 
 
 def test_a_mistake_is_told_by_the_first_process(config_file, tmp_path):
-    result = launch(2, flags(config_file, tmp_path / "nothing", tmp_path / "run"))
-    assert result.returncode == 1
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    statuses, errors = launch(2, flags(config_file, tmp_path / "nothing", tmp_path / "run"))
+    assert statuses == [2, 2]
+    lines = [line for text in errors for line in text.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert "does not exist" in lines[0]
