@@ -23,7 +23,6 @@ from transformers import HfArgumentParser
 
 from captioning.command_line import OneLineParser
 from captioning.errors import UserError, did_you_mean
-from captioning.hub.repository import RUN_FIELDS
 from captioning.hub.revisions import download_recipe, is_hub_recipe
 from captioning.training.arguments import (
     MAX_RECIPE,
@@ -51,7 +50,7 @@ DESTINATION_FIELDS = {
 # Not written, so that a rerun does not depend on them; the last four are written under another name, or anew
 UNWRITTEN_FIELDS = DESTINATION_FIELDS | {
     "disable_tqdm", "local_rank", "log_level", "log_level_replica", "gradient_checkpointing",
-    "gradient_checkpointing_kwargs", *RUN_FIELDS,
+    "gradient_checkpointing_kwargs", "package_versions", "hardware",
 }  # fmt: skip
 # Written even where they are at their default: what a reader of a recipe looks for first
 ALWAYS_WRITTEN_FIELDS = {
