@@ -38,11 +38,12 @@ from measure import processor
 
 from captioning.data import phantoms
 from captioning.scoring import clinical, coco
-from captioning.scoring.baselines import constant_caption
 from captioning.scoring.bootstrap import Score, interval, resampled, resampling_counts
 from captioning.scoring.captions import Captions
 from captioning.scoring.concepts import ConceptExtractor
-from captioning.scoring.score import Training, score
+from captioning.scoring.constant_caption import constant_caption
+from captioning.scoring.score import score
+from captioning.scoring.training_split import Training
 from metrics import imageclef_rouge1, rouge
 
 
@@ -96,7 +97,7 @@ def main(arguments: argparse.Namespace) -> bool:
     cuis = words_as_concepts(references, training, MANUAL_CONCEPTS)
     captions = Captions([str(i) for i in range(NUMBER)], predictions, references, cuis)
     training_cuis = words_as_concepts(training, training, MANUAL_CONCEPTS)
-    clinical.read_attributes.cache_clear()
+    clinical.stated_attributes.cache_clear()
     started = time.perf_counter()
     result = score(captions, Training(training, training_cuis))
     total = time.perf_counter() - started
@@ -164,7 +165,7 @@ def naive_bootstrap(values: np.ndarray) -> None:
 
 
 def agreement(predictions: list[str], references: list[str]) -> None:
-    clinical.read_attributes.cache_clear()
+    clinical.stated_attributes.cache_clear()
     clinical.agreement(predictions, references)
 
 

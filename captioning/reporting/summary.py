@@ -7,8 +7,10 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from captioning.errors import printable
+from captioning.reporting.score_table import CAPTION_WIDTH
 from captioning.scoring.baselines import BASELINES
-from captioning.scoring.captions import printable, read_predictions
+from captioning.scoring.captions import read_predictions
 from captioning.scoring.score import HEADLINE
 from metrics import METRIC_NAMES
 
@@ -37,6 +39,12 @@ def summary(metrics: Mapping[str, float], output_dir: Path) -> str:
     lines += [f"{name}: {verdicts[name]['verdict']}" for name in columns if name in verdicts]
     files = [output_dir / "predictions" / f"{name}.jsonl" for name in columns]
     for example in read_predictions(files[-1])[:EXAMPLES] if files and files[-1].is_file() else ():
-        lines += ["", printable(example["image_id"]), f"  reference   {printable(example['reference'])}"]
-        lines += [f"  prediction  {printable(example['prediction'])}   (rougeL {example['rougeL']:.2f})"]
+        lines += [
+            "",
+            printable(example["image_id"], CAPTION_WIDTH),
+            f"  reference   {printable(example['reference'], CAPTION_WIDTH)}",
+        ]
+        lines += [
+            f"  prediction  {printable(example['prediction'], CAPTION_WIDTH)}   (rougeL {example['rougeL']:.2f})"
+        ]
     return "\n".join(lines)
