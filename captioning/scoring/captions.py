@@ -125,9 +125,7 @@ def check_ids(found: Sequence[str], wanted: Sequence[str], path: str, reference:
     for ids, what in ((missing, f"of '{reference}' are missing in"), (unknown, f"not in '{reference}' are in")):
         if ids:
             named = ", ".join(ids[:SHOWN_IDS])
-            raise UserError(
-                f"{len(ids)} ids {what} '{path}' ({named}); both files must be of one split, with the same ids"
-            )
+            raise UserError(f"{len(ids)} ids {what} '{path}' ({named}); both must be of one split, ids alike")
 
 
 def read_csv(path: str, column: str) -> dict[str, str]:
@@ -149,11 +147,9 @@ def read_csv(path: str, column: str) -> dict[str, str]:
                     if [name.strip().lower() for name in row[1:]] != [column.lower()]:
                         raise UserError(f"'{path}' has the columns {row}; they must be {['ID', column]}")
                 elif len(row) != 2:
-                    mend = (
-                        "separate the fields by commas"
-                        if len(row) == 1 and re.search("[;\t]", row[0])
-                        else f"give ID and {column}, the latter in double quotes where it contains a comma"
-                    )
+                    mend = f"give ID and {column}, the latter in double quotes where it contains a comma"
+                    if len(row) == 1 and re.search("[;\t]", row[0]):
+                        mend = "separate the fields by commas"
                     raise UserError(f"'{path}', line {reader.line_num}: {len(row)} fields; {mend}")
                 elif row[0] in texts:
                     raise UserError(f"'{path}', line {reader.line_num}: id '{row[0]}' occurs twice; keep one")

@@ -42,7 +42,7 @@ def coco_scores(
     """Score several systems on the same N images as `COCOEvalCap` or, by white space, as `nlg-eval` does.
 
     Args:
-        systems: the N captions of each. The first two have METEOR; the others where it is `METEOR_CAPTIONS` in all.
+        systems: the N captions of each. The first two get METEOR, the others while these are `METEOR_CAPTIONS` in all.
         references: N captions, from which CIDEr takes its document frequencies.
         tokenizer: see `coco_tokens`.
 
@@ -51,7 +51,7 @@ def coco_scores(
         `coco_meteor`, or with "whitespace" the same names prefixed `nlgeval_`; and by score what is missing for it.
 
     Raises:
-        ValueError: a system has not N captions, or the tokenizer is unknown.
+        ValueError: a system does not have N captions, or the tokenizer is unknown.
     """
     prefix = TOKENIZERS.get(tokenizer, "")
     try:
@@ -126,7 +126,7 @@ def ngram_scores(systems: Mapping[str, Sequence[str]], references: Sequence[str]
 
     Raises:
         MissingError: `pycocoevalcap` is not installed.
-        ValueError: a system has not N captions.
+        ValueError: a system does not have N captions.
     """
     with _pycocoevalcap():
         from pycocoevalcap.bleu import bleu_scorer

@@ -97,7 +97,7 @@ def scores_of_systems(
         training: see `score`.
         tokenizer: see `score`.
         bertscore_model: see `score`.
-        with_bertscore: the systems that have BERTScore, which takes hours without a GPU.
+        with_bertscore: the systems that get BERTScore, whose model is large.
     """
     missing: dict[str, str] = {}
     scores = {name: _caption_scores(texts, captions.references) for name, texts in systems.items()}

@@ -81,19 +81,13 @@ def check_submission(path: str, references: str | None = None) -> list[str]:
     try:
         header, *rows = list(csv.reader(io.StringIO(text, newline=""))) or [[]]
     except csv.Error as error:
-        mend = (
-            "shorten it"
-            if "limit" in str(error)
-            else "put captions in double quotes, and double the quotes inside them"
-        )
+        mend = "shorten it" if "limit" in str(error) else "put captions in double quotes, and double quotes in them"
         return [*faults, f"the file is not a CSV: {error}; {mend}"]
     if header not in (["ID", "Caption"], ["ID", "CUIs"]):
         return [*faults, f"line 1: the header is {','.join(header)!r}; it must be ID,Caption or ID,CUIs"]
     if not rows:
         faults.append("there are no rows; add one for each image")
-    for number, (row, line) in enumerate(
-        zip(rows, lines[1:], strict=False), 2
-    ):  # as in the official checker: see `_row_faults`
+    for number, (row, line) in enumerate(zip(rows, lines[1:], strict=False), 2):  # see `_row_faults`
         faults += _row_faults(number, row, line, header[1])
     return faults + _id_faults([row[0] for row in rows if row], references)
 

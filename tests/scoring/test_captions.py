@@ -96,7 +96,7 @@ def test_references_can_be_given_beside_json_lines(write):
     [
         (
             "ID,Caption\na,x\n",
-            r"1 ids of '.*refs\.csv' are missing in '.*run\.csv' \(b\); both files must be",
+            r"1 ids of '.*refs\.csv' are missing in '.*run\.csv' \(b\); both must be",
         ),
         ("ID,Caption\na,x\nb,y\nc,z\n", r"1 ids not in '.*refs\.csv' are in '.*run\.csv' \(c\)"),
         ("ID,Caption\na,x\na,y\n", r"line 3: id 'a' occurs twice"),

@@ -102,9 +102,7 @@ def test_real_captions_score_as_pycocoevalcap_scores_them(real, library):
     assert values(scores) == pytest.approx(expected, abs=1e-12) and not missing
     assert 0.05 < expected["bleu4"] < 0.95 and expected["meteor"] > 0.1, "the pairs are too easy or too hard"
     mean_of_captions = np.mean([scores["coco_meteor"].of_rows([i]) for i in range(240)])
-    assert abs(mean_of_captions - expected["meteor"]) > 1e-3, (
-        "METEOR of a set is not a mean"
-    )
+    assert abs(mean_of_captions - expected["meteor"]) > 1e-3, "METEOR of a set is not a mean"
 
 
 @needs_java
