@@ -1,4 +1,4 @@
-"""How a command ends, by an error or a signal, and how its messages are shown."""
+"""How a command ends, by a one-line message and an exit status, and how log messages are shown."""
 
 import argparse
 import logging
@@ -15,8 +15,8 @@ from tqdm import tqdm
 from captioning.errors import Stopped, UserError, is_disk_full, printable
 
 
-MAX_LINE = 2000  # characters of an error on the terminal; what it quotes of a file may be of any length
-# What gloo and NCCL report in the processes that are left
+MAX_LINE = 2000  # characters of an error on the terminal; it may quote a file, which may be of any length
+# What gloo and NCCL report to the other processes when one has ended
 PEER_GONE = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -34,7 +34,7 @@ def on_sigterm(handle: Callable[[], None]) -> Iterator[None]:
     process = os.getpid()
 
     def catch(number: int, frame) -> None:
-        if os.getpid() != process:  # a data loader's worker, forked with this handler
+        if os.getpid() != process:  # a forked worker, which has inherited this handler
             os._exit(128 + number)
         handle()
 
@@ -58,7 +58,7 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
         with on_sigterm(_stop):
             main()
             sys.stdout.flush()
-    except BrokenPipeError:  # as in `... | head`; without this Python prints the error when it closes the stream
+    except BrokenPipeError:  # such as `... | head`; Python would raise it again when it closes stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except BaseException as error:
@@ -71,7 +71,7 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
 
 def _stop() -> None:
     raise Stopped(
-        "stopped by SIGTERM; all files written are complete: run the same command again, with "
+        "stopped by SIGTERM; all files are complete: run the same command again, with "
         "--resume_from_checkpoint true if it trains"
     )
 
@@ -79,7 +79,7 @@ def _stop() -> None:
 def _ending(error: BaseException) -> tuple[str | None, int]:
     """Return the line that is printed for an error and the exit status; no line for a fault of the program."""
     if isinstance(error, UserError):
-        # A worker of a DataLoader puts its traceback before the message
+        # From a DataLoader worker, the message is preceded by the text of a traceback
         return str(error).rsplit("UserError: ", 1)[-1], 2
     if isinstance(error, Stopped):
         return str(error), 128 + signal.SIGTERM
@@ -98,16 +98,16 @@ def _ending(error: BaseException) -> tuple[str | None, int]:
 
 
 def _print_error(message: str) -> None:
-    # Of several processes each may fail for its own reason; the first needs no number
+    # Several processes may fail, each with its own message; that of the first is not numbered
     rank = int(os.environ.get("RANK", "0"))
     where = f"error (process {rank})" if rank else "error"
     for bar in list(getattr(tqdm, "_instances", ())):
-        bar.close()  # an open progress bar would be drawn on the line, and once more after it
-    print(f"{where}: {_one_line(message)}", file=sys.stderr, flush=True)
+        bar.close()  # else the message is printed at the end of a bar, and the bar again after it
+    print(f"{where}: {_shortened(message)}", file=sys.stderr, flush=True)
 
 
-def _one_line(message: str) -> str:
-    """Return the message as a terminal may show it, cut in its middle if it is long: the mend is at its end."""
+def _shortened(message: str) -> str:
+    """Return the message safe to print, cut in the middle if it is long: the remedy is at its end."""
     if len(message) > MAX_LINE:
         message = f"{message[: MAX_LINE // 2]} … {message[-MAX_LINE // 2 :]}"
     return printable(" ".join(message.split()))
@@ -130,7 +130,7 @@ class PrintableFormatter(logging.Formatter):
 
 
 def set_up_logging() -> None:
-    """Show our own messages on standard error, and of the Hub client only errors: it reports each retry twice."""
+    """Log our own messages to standard error; of the Hub client only errors, since it reports each retry twice."""
     ours = logging.getLogger("captioning")
     ours.setLevel(logging.INFO)
     if not ours.handlers:

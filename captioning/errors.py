@@ -22,12 +22,13 @@ class Stopped(BaseException):
     """
 
 
-def printable(text: str) -> str:
-    """Return text that may come from a stranger's file as a terminal may show it.
+def printable(text: str, width: int | None = None) -> str:
+    """Return text from a file or from the network so that it is safe to show on a terminal.
 
-    Control characters and those that turn the direction of writing become spaces.
+    Control characters and those that change the direction of writing become spaces; more than `width` is cut.
     """
-    return "".join(character if character.isprintable() else " " for character in text)
+    shown = "".join(character if character.isprintable() else " " for character in text)
+    return shown if width is None or len(shown) <= width else f"{shown[: width - 1]}…"
 
 
 @contextmanager
