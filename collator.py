@@ -1,4 +1,4 @@
-"""Rows to batch: images decoded, captions padded, -100 where nothing is learned.
+"""Rows to batch: images decoded, captions padded, -100 where a token is not a target.
 
 Images are never flipped (T14): in radiology left and right matter.
 """
@@ -20,9 +20,9 @@ class CaptioningCollator:
 
     Args:
         captioner: makes the batch of images and tokens.
-        with_ids: add the list `image_id`, for a message about the batch; the model must not get it.
-        unreadable: called with `image_id` and reason of an image that cannot be read, which becomes a black one whose
-            caption is masked from the loss; None: it is an error.
+        with_ids: add the list `image_id`, for messages about the batch; it is not an input of the model.
+        unreadable: called with `image_id` and the reason if an image cannot be read. A black one takes its place, and
+            its caption is masked from the loss. None makes it an error.
     """
 
     captioner: Captioner
@@ -30,7 +30,7 @@ class CaptioningCollator:
     unreadable: Callable[[str, str], None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the weights out: where workers are not forked, each is sent a pickle."""
+        """Leave the weights out: workers that are not forked get the collator as a pickle."""
         return self.__dict__ | {"captioner": self.captioner.without_weights()}
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -2,41 +2,37 @@
 
     python benchmarks/evaluation.py [--device cuda --dtype bfloat16 --batch_size 64] [--json evaluation.json]
 
-Stock is the `Seq2SeqTrainer` that most fine-tunes use, mended so that `prediction_step` generates from `pixel_values`:
-it runs the model for the loss and generates, both from the image. Ours is `CaptioningTrainer.prediction_step`. The
-model is BLIP-base at 384 pixels with random weights and 3 beams; it never ends a caption, so all have 64 new tokens.
-In the same run:
+Stock is the `Seq2SeqTrainer` that most fine-tunes use, corrected so that `prediction_step` generates from
+`pixel_values`: it runs the model for the loss and generates, and encodes the images for each. Ours is
+`CaptioningTrainer.prediction_step`. The model is BLIP-base at 384 pixels with random weights and 3 beams. It never
+ends a caption, so all have 64 new tokens. In the same run:
 
 * the limit: the matrix products of our evaluation at the machine's measured rate, and our own parts one by one;
 * captions that end as real ones do, since `[SEP]` is made to win after 15 to 45 tokens: what finished captions save;
+* image features, which the baselines need: what it would cost to encode the images of the split again for them;
 * batches of 4 to 32 images: time per image, and memory that is still held afterwards.
 
-Tokens must be the same on both sides, or the status is 1.
+The exit status is 1 if the tokens of both sides differ.
 """
 
 import contextlib
 import gc
+import io
 import resource
 import sys
 import tempfile
 
+import numpy as np
 import torch
-from measure import END, START, alternate, autocast, build_model, make_batch, matrix_rate, now, parser, report
+from datasets import Dataset
+from measure import END, START, alternate, autocast, build_captioner, make_batch, matrix_rate, now, parser, report
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BlipProcessor, LogitsProcessor, Seq2SeqTrainer
-from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, Seq2SeqTrainer
 
-from captioning.models.blip import (
-    caption_logits,
-    cross_attention_of,
-    encode_images,
-    generate_captions,
-    packed_for_evaluation,
-)
-from captioning.models.fast_blip.modules import use_fast_blip, use_stock_blip
-from captioning.models.tokenizer import add_blip_tokens, train_tokenizer
 from captioning.training.arguments import CaptioningArguments
 from captioning.training.trainer import CaptioningTrainer
+from collator import CaptioningCollator
 
 
 TARGET = 5.0
@@ -44,7 +40,7 @@ DECODING = {"num_beams": 3, "max_new_tokens": 64}
 
 
 class StockTrainer(Seq2SeqTrainer):
-    """What most fine-tunes do, without the reference as a prompt."""
+    """What most fine-tunes do, but without the reference as a prompt."""
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):
         """Return loss, generated tokens and labels of a batch."""
@@ -66,12 +62,11 @@ class EndsLikeRealCaptions(LogitsProcessor):
 
 
 def main(arguments) -> bool:
-    model = build_model(arguments)
+    captioner = build_captioner(arguments)
+    model = captioner.model
     decoding = DECODING if not arguments.quick else DECODING | {"max_new_tokens": 16}
     batch_size = arguments.batch_size or (16 if arguments.device == "cpu" else 64)
     batch = make_batch(model, batch_size)
-    side = model.config.vision_config.image_size
-    tokenizer = add_blip_tokens(train_tokenizer([__doc__], 200))  # the trainers want one; no text is read
     with tempfile.TemporaryDirectory() as folder:
         args = CaptioningArguments(
             output_dir=folder,
@@ -79,27 +74,32 @@ def main(arguments) -> bool:
             save_strategy="no",
             load_best_model_at_end=False,
             report_to="none",
+            per_device_eval_batch_size=batch_size,
             use_cpu=arguments.device == "cpu",
             bf16=arguments.dtype == "bfloat16",
             bf16_full_eval=False,
+            disable_tqdm=True,
+            **decoding,
         )
-        processor = BlipProcessor(BlipImageProcessorPil(size={"height": side, "width": side}), tokenizer)
-        ours = CaptioningTrainer(
-            model=model, args=args, processing_class=processor, start_ids=[START], decoding=decoding
-        )
-        stock = StockTrainer(model=model, args=args, processing_class=processor.tokenizer)
+    ours = CaptioningTrainer(
+        captioner=captioner,
+        args=args,
+        generation_config=args.decoding(),
+        data_collator=CaptioningCollator(captioner),
+    )
+    stock = StockTrainer(model=model, args=args, processing_class=captioner.tokenizer)
     found = {}
 
-    def evaluate(switch, trainer, **settings) -> None:
-        switch(model)
+    def evaluate(trainer, fast, **settings) -> None:
+        captioner.adapt(fast=fast)
         _, outputs, _ = trainer.prediction_step(model, dict(batch), False, **settings)
         found[trainer] = outputs
 
     rate = matrix_rate(arguments)
     seconds = alternate(
         {
-            "ours": lambda: evaluate(use_fast_blip, ours),
-            "stock": lambda: evaluate(use_stock_blip, stock, **decoding),
+            "ours": lambda: evaluate(ours, fast=True),
+            "stock": lambda: evaluate(stock, fast=False, **decoding),
         },
         1 if arguments.quick else arguments.rounds,
         arguments.device,
@@ -107,7 +107,7 @@ def main(arguments) -> bool:
     rate = max(rate, matrix_rate(arguments))
     tokens = torch.nn.functional.pad(found[ours][2], (1, 0), value=START)
     same = torch.equal(tokens, found[stock])
-    use_fast_blip(model)
+    captioner.adapt(fast=True)
     with plain_weights(), FlopCounterMode(display=False) as counter:
         ours.prediction_step(model, dict(batch), False)
     flops = counter.get_total_flops() + attention_flops(model, batch_size)
@@ -124,29 +124,36 @@ def main(arguments) -> bool:
         {"what": "  at the limit, stock would be slower by", "value": f"{seconds['stock'] * rate / flops:.2f}x"},
         {"what": "tokens are those of stock", "value": str(same)},
     ]
-    parts = time_parts(model, batch, decoding, arguments)
+    parts = time_parts(captioner, batch, args.decoding(), arguments)
     rows += [{"what": f"ours: {name}", "value": f"{value:.2f}"} for name, value in parts.items()]
-    ending, ending_same = captions_that_end(model, batch, decoding, arguments)
+    ending, ending_same = captions_that_end(captioner, batch, args.decoding(), arguments)
     rows += [
         {"what": "decoding of captions that end, ours", "value": f"{ending['ours']:.2f}"},
         {"what": "  stock", "value": f"{ending['stock']:.2f}"},
         {"what": "  stock is slower by", "value": f"{ending['stock'] / ending['ours']:.2f}x"},
         {"what": "  tokens are those of stock", "value": str(ending_same)},
     ]
-    use_fast_blip(model)
+    captioner.adapt(fast=True)
+    split = time_split(ours, split_of(batch, 2 * batch_size), arguments)
+    rows += [
+        {"what": "split and its image features, now", "value": f"{split['now']:.2f}"},
+        {"what": "  with its images encoded again", "value": f"{split['again']:.2f}"},
+        {"what": "  that is slower by", "value": f"{split['again'] / split['now']:.2f}x"},
+    ]
     sizes = (2, 4) if arguments.quick else (4, 8, 16, 32)
     linear = {number: time_and_memory(ours, model, number, arguments) for number in sizes}
     rows += [
         {"what": f"ours, {number:>2} images: seconds an image; MiB held after it", "value": f"{each:.3f} {kept:.0f}"}
         for number, (each, kept) in linear.items()
     ]
-    reached = report(arguments, "Evaluation", rows, seconds=seconds, parts=parts, matrix_rate=rate, flops=flops)
+    reached = report(
+        arguments, "Evaluation", rows, seconds=seconds, parts=parts, split=split, matrix_rate=rate, flops=flops
+    )
     return reached and same and ending_same
 
 
-def time_parts(model, batch, decoding, arguments) -> dict[str, float]:
+def time_parts(captioner, batch, config: GenerationConfig, arguments) -> dict[str, float]:
     """Return the seconds of each part of our evaluation, the least of two runs."""
-    labels, images = batch["labels"], batch["pixel_values"]
     found: dict[str, list[float]] = {}
 
     def done(name: str) -> None:
@@ -156,47 +163,64 @@ def time_parts(model, batch, decoding, arguments) -> dict[str, float]:
 
     for _ in range(2):
         started = now(arguments.device)
-        with torch.no_grad(), autocast(arguments), packed_for_evaluation(model):
+        with torch.no_grad(), autocast(arguments), captioner.evaluation():
             done("layout of weights")
-            embeds = encode_images(model, images)
+            encoded = captioner.encode_images(batch)
             done("vision model")
-            cross = cross_attention_of(model, embeds)
+            captioner._cross_attention(encoded)
             done("keys and values of the images")
-            logits = caption_logits(model, embeds, batch["input_ids"], batch["attention_mask"], labels >= 0, cross)
-            torch.nn.functional.cross_entropy(logits, labels[labels >= 0])
+            captioner.caption_nll(encoded, batch)
             done("loss")
-            generate_captions(model, embeds, [START], cross, **decoding)
+            captioner.generate(encoded, config)
             done("beam search")
     return {name: min(seconds) for name, seconds in found.items()}
 
 
-def captions_that_end(model, batch, decoding, arguments) -> tuple[dict[str, float], bool]:
+def captions_that_end(captioner, batch, config: GenerationConfig, arguments) -> tuple[dict[str, float], bool]:
     """Return the seconds that both sides decode captions of very different lengths, and whether their tokens agree."""
+    decoder, found = captioner.model.text_decoder, {}
     with torch.no_grad(), autocast(arguments):
-        embeds = encode_images(model, batch["pixel_values"])
-        found = {}
+        encoded = captioner.encode_images(batch)
 
-        def generate(name, switch):
-            switch(model)
-            original = type(model.text_decoder)._get_logits_processor
+        def generate(name: str) -> None:
+            captioner.adapt(fast=name == "ours")
+            original = type(decoder)._get_logits_processor
 
             def with_ends(self, *args, **kwargs):
-                processors = original(self, *args, **kwargs)
-                processors.append(EndsLikeRealCaptions())
-                return processors
+                return LogitsProcessorList([*original(self, *args, **kwargs), EndsLikeRealCaptions()])
 
-            model.text_decoder._get_logits_processor = with_ends.__get__(model.text_decoder)
+            decoder._get_logits_processor = with_ends.__get__(decoder)
             try:
-                found[name] = generate_captions(model, embeds, [START], cross_attention_of(model, embeds), **decoding)
+                with captioner.evaluation():
+                    found[name] = captioner.generate(encoded, config)
             finally:
-                del model.text_decoder._get_logits_processor
+                del decoder._get_logits_processor
 
         seconds = alternate(
-            {"ours": lambda: generate("ours", use_fast_blip), "stock": lambda: generate("stock", use_stock_blip)},
-            1,
-            arguments.device,
+            {name: lambda name=name: generate(name) for name in ("ours", "stock")}, 1, arguments.device
         )
     return seconds, torch.equal(found["ours"], found["stock"])
+
+
+def split_of(batch, number: int) -> Dataset:
+    """Return a tokenized split of `number` images of noise, with the captions of a batch."""
+    rng, files = np.random.default_rng(0), []
+    for _ in range(number):
+        buffer = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (520, 640), dtype=np.uint8)).save(buffer, "PNG")
+        files.append({"bytes": buffer.getvalue(), "path": None})
+    tokens = [row[row != -100].tolist() for row in batch["labels"].cpu()]
+    rows = {"image": files, "image_id": [str(i) for i in range(number)], "caption": [""] * number}
+    return Dataset.from_dict(rows | {"input_ids": [[START, *tokens[i % len(tokens)]] for i in range(number)]})
+
+
+def time_split(trainer, split: Dataset, arguments) -> dict[str, float]:
+    """Return the seconds of a split's predictions and features, and with a second pass over its images for these."""
+    steps = {
+        "now": lambda: trainer.predict(split),
+        "again": lambda: (trainer.predict(split), trainer.image_features(split)),
+    }
+    return alternate(steps, 1, arguments.device)
 
 
 def time_and_memory(trainer, model, number, arguments) -> tuple[float, float]:

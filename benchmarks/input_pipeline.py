@@ -2,15 +2,15 @@
 
     python benchmarks/input_pipeline.py [--images FOLDER] [--workers N] [--json input_pipeline.json] [--quick]
 
-Stock is `Image.open` and `BlipImageProcessorPil`, ours is `collator.open_image` and `fast_pixel_values`. In the same
-run, as medians of alternating rounds, the parts that neither can leave out: to decode the file, and to decode it and
-let Pillow resize it (one channel where all three are equal). `bound` is what stock takes by those. Each kind of file
+Stock is `Image.open` and `BlipImageProcessorPil`, ours is `open_image` and `fast_pixel_values`. In the same run, as
+medians of alternating rounds, it measures what neither can leave out: to decode the file, and to decode it and let
+Pillow resize it (one channel where all three are equal). `bound` is stock's time divided by that. Each kind of file
 is a row; FOLDER is searched for image files and for Parquet files with a column `image`; without it images are
 generated whose PNG files have about the bytes of real radiographs of that size. `--workers` adds the images per
 second of a `DataLoader` with N processes, on all cores that the process may use.
 
-Ends with status 1 if ours is less than 2.8 times as fast as stock for L, gray RGB or color RGB files (with `--quick`
-nobody looks), or if a value differs by more than 1e-6.
+The exit status is 1 if ours is less than 2.8 times as fast as stock for L, gray RGB or color RGB files (not checked
+with `--quick`), or if a value differs by more than 1e-6.
 """
 
 import os
@@ -42,7 +42,7 @@ import torch
 import transformers
 from PIL import Image, features
 from torch.utils.data import DataLoader
-from transformers import BlipProcessor
+from transformers import BlipConfig, BlipForConditionalGeneration, BlipProcessor
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 
@@ -50,6 +50,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from measure import processor
 
 from captioning.data.images import open_image
+from captioning.models.blip import BlipCaptioner
 from captioning.models.fast_blip.pixel_values import fast_pixel_values
 from captioning.models.tokenizer import add_blip_tokens, train_tokenizer
 from collator import CaptioningCollator
@@ -136,7 +137,7 @@ def encode(image: Image.Image, format: str, **options) -> bytes:
 
 
 def grouped(files: Iterator[bytes], number: int) -> dict[tuple[str, str], list[bytes]]:
-    """Return the first `number` files of each kind and format; what is no image is left out."""
+    """Return the first `number` files of each kind and format; what is not an image is left out."""
     groups = defaultdict(list)
     for content in files:
         with contextlib.suppress(OSError), Image.open(io.BytesIO(content)) as image:
@@ -195,14 +196,13 @@ def measure_loader(groups: dict[tuple[str, str], list[bytes]], workers: int, rou
         os.sched_setaffinity(0, CORES)
     files = [content for (kind, _), group in sorted(groups.items()) if kind in KINDS for content in group]
     examples = [{"image": {"bytes": files[i % len(files)]}, "input_ids": [0, 1]} for i in range(LOADER_IMAGES)]
-    tokenizer = add_blip_tokens(train_tokenizer(["a chest radiograph"], vocab_size=100))
     loaders = {
         name: DataLoader(
             examples,
             batch_size=LOADER_BATCH,
             num_workers=workers,
             persistent_workers=True,
-            collate_fn=CaptioningCollator(BlipProcessor(PROCESSOR, tokenizer), bos_token_id=1, fast=name == "ours"),
+            collate_fn=collator(fast=name == "ours"),
         )
         for name in ("stock", "ours")
     }
@@ -214,8 +214,16 @@ def measure_loader(groups: dict[tuple[str, str], list[bytes]], workers: int, rou
     ]
 
 
+def collator(fast: bool) -> CaptioningCollator:
+    tokenizer = add_blip_tokens(train_tokenizer(["a chest radiograph"], vocab_size=100))
+    with torch.device("meta"):  # no weights are needed
+        captioner = BlipCaptioner(BlipForConditionalGeneration(BlipConfig()), BlipProcessor(PROCESSOR, tokenizer))
+    captioner.adapt(fast=fast)
+    return CaptioningCollator(captioner)
+
+
 def alternating_medians(steps: dict[str, Callable], rounds: int) -> dict[str, float]:
-    """Return the median seconds of each step, after one round that does not count."""
+    """Return the median seconds of each step, after one that is not counted."""
     seconds = defaultdict(list)
     for _ in range(1 + rounds):
         for name, step in steps.items():

@@ -1,6 +1,7 @@
-"""From files as they are found to the tensors that BLIP is trained on."""
+"""From image files of any kind to the batch that a captioner is trained on."""
 
 import io
+import pickle
 import struct
 import warnings
 
@@ -12,7 +13,6 @@ from PIL import Image, ImageOps
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from captioning.data.images import open_image
-from collator import CaptioningCollator
 
 
 def encode(image: Image.Image, format: str, **options) -> dict:
@@ -41,40 +41,49 @@ def test_batch_has_the_shapes_and_types_of_the_contract(collator, splits):
         assert batch[key].dtype == torch.int64
 
 
-def test_every_caption_starts_with_dec(collator, splits, model):
-    """T3: the tokenizer writes `[CLS]` there."""
-    rows = [splits["train"][i] for i in range(5)]
-    assert {row["input_ids"][0] for row in rows} == {collator.processor.tokenizer.cls_token_id}
-    assert set(collator(rows)["input_ids"][:, 0].tolist()) == {model.config.text_config.bos_token_id}
+def test_captions_start_with_dec_and_neither_start_nor_prompt_nor_padding_are_targets(collator, captioner, splits):
+    """T3: the tokenizer would start with `[CLS]`. T4: `labels = input_ids` would train on padding."""
+    captioner.set_prompt("an effusion")
+    start, tokenizer = [captioner.config.text_config.bos_token_id, *captioner.prompt_ids], captioner.tokenizer
+    assert len(start) > 2
+    texts = splits["train"]["caption"][:5]
+    rows, _ = captioner.tokenize(texts, 64)
+    batch = collator([splits["train"][i] | {"input_ids": row} for i, row in enumerate(rows)])
+    for text, tokens, labels, mask in zip(
+        texts, batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True
+    ):
+        caption = tokenizer(text)["input_ids"][1:]  # without `[CLS]`
+        padding = len(tokens) - len(start) - len(caption)
+        assert tokens.tolist() == start + caption + [tokenizer.pad_token_id] * padding
+        assert labels.tolist() == [-100] * len(start) + caption + [-100] * padding
+        assert mask.tolist() == [1] * (len(start) + len(caption)) + [0] * padding
 
 
-def test_padding_and_start_are_no_targets(collator, splits):
-    """T4: `labels = input_ids` would train on padding."""
-    rows = [splits["train"][i] for i in range(5)]
-    batch = collator(rows)
-    for row, labels, mask in zip(rows, batch["labels"], batch["attention_mask"], strict=True):
-        length = len(row["input_ids"])
-        assert labels[0] == -100
-        assert labels[1:length].tolist() == row["input_ids"][1:]
-        assert (labels[length:] == -100).all()
-        assert mask.tolist() == [1] * length + [0] * (len(mask) - length)
-
-
-def test_prompt_is_given_and_not_learnt(processor, splits):
-    collator = CaptioningCollator(processor, bos_token_id=9, prompt_length=2)
-    row = dict(splits["train"][0]) | {"input_ids": [2, 40, 41, 42, 43, 3]}
-    batch = collator([row])
-    assert batch["input_ids"].tolist() == [[9, 40, 41, 42, 43, 3]]
-    assert batch["labels"].tolist() == [[-100, -100, -100, 42, 43, 3]]
-
-
-def test_pixel_values_are_those_of_the_pil_image_processor(collator, splits):
+@pytest.mark.parametrize("fast", [True, False])
+def test_pixel_values_are_those_of_the_pil_image_processor(collator, captioner, splits, fast, monkeypatch):
     """T11: torchvision's resize gives other pixels."""
-    assert isinstance(collator.processor.image_processor, BlipImageProcessorPil)
+    captioner.adapt(fast=fast)
     rows = [splits["train"][i] for i in range(4)]
     images = [Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB") for row in rows]
     expected = BlipImageProcessorPil(size={"height": 32, "width": 32})(images, return_tensors="pt")["pixel_values"]
     assert torch.equal(collator(rows)["pixel_values"], expected)
+    monkeypatch.setattr(BlipImageProcessorPil, "__call__", lambda *_, **__: {"pixel_values": None})
+    assert (collator(rows)["pixel_values"] is None) != fast, "the fast path calls the stock image processor"
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_worker_gets_a_collator_without_weights_that_makes_the_same_batch(collator, captioner, splits, fast):
+    captioner.adapt(fast=fast)
+    captioner.set_prompt("an effusion")
+    rows = [splits["train"][i] for i in range(4)]
+    expected, content = collator(rows), pickle.dumps(collator)
+    sent = pickle.loads(content)  # as worker processes get it that are not forked
+    assert sent.captioner.model is None and captioner.model is not None
+    assert len(content) < sum(p.nbytes for p in captioner.model.parameters()) / 2
+    (loaded,) = torch.utils.data.DataLoader(rows, batch_size=4, num_workers=1, collate_fn=collator)
+    for batch in (sent(rows), loaded):
+        assert batch.keys() == expected.keys()
+        assert all(torch.equal(batch[name], expected[name]) for name in expected)
 
 
 def test_images_are_never_flipped(make_trainer, splits):
@@ -150,18 +159,18 @@ def test_damaged_exif_neither_warns_nor_costs_the_image(form):
     assert not caught
 
 
-def test_cmyk_and_transparent_palette_images_get_their_colours(collator):
+def test_cmyk_and_transparent_palette_images_get_their_colors(captioner):
+    def pixel_values(image, form="PNG", **options):
+        return captioner.pixel_values([open_image(encode(image, form, **options))])
+
     red = Image.new("RGB", (16, 16), (200, 30, 30))
-    expected = collator.pixel_values([{"image": encode(red, "PNG")}])
-    cmyk = collator.pixel_values([{"image": encode(red.convert("CMYK"), "TIFF")}])
-    assert torch.allclose(cmyk, expected, atol=0.1)
+    expected = pixel_values(red)
+    assert torch.allclose(pixel_values(red.convert("CMYK"), "TIFF"), expected, atol=0.1)
     palette = Image.new("P", (16, 16), 1)
     palette.putpalette([0, 0, 0, 200, 30, 30])
-    hidden = collator.pixel_values([{"image": encode(palette, "PNG", transparency=1)}])
-    shown = collator.pixel_values([{"image": encode(palette, "PNG", transparency=0)}])
-    white = collator.pixel_values([{"image": encode(Image.new("RGB", (16, 16), "white"), "PNG")}])
-    assert torch.allclose(shown, expected, atol=0.02)
-    assert torch.allclose(hidden, white)
+    white = pixel_values(Image.new("RGB", (16, 16), "white"))
+    assert torch.allclose(pixel_values(palette, transparency=0), expected, atol=0.02)
+    assert torch.allclose(pixel_values(palette, transparency=1), white)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +184,7 @@ def test_cmyk_and_transparent_palette_images_get_their_colours(collator):
         (None, "no image"),
     ],
 )
-def test_what_is_no_image_is_said_to_be_none(content, reason, tmp_path):
+def test_what_is_not_an_image_is_rejected_with_the_reason(content, reason, tmp_path):
     with pytest.raises(ValueError, match=reason):
         open_image({"bytes": content, "path": None})
     if content is not None:

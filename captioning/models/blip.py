@@ -27,8 +27,14 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 
 from captioning.errors import UserError, as_user_error
 from captioning.models.captioner import IGNORE_INDEX, Batch, Captioner, CardFacts, sum_nll
-from captioning.models.fast_blip.decoding import CrossAttention, caption_hidden_states, project_images
-from captioning.models.fast_blip.modules import has_shipped_layers, is_fast, use_fast_blip, use_stock_blip
+from captioning.models.fast_blip.decoding import (
+    CrossAttention,
+    can_decode,
+    caption_hidden_states,
+    decode_captions,
+    project_images,
+)
+from captioning.models.fast_blip.modules import has_shipped_layers, use_fast_blip, use_stock_blip
 from captioning.models.fast_blip.packed_weights import caption_layers, packed_weights
 from captioning.models.fast_blip.pixel_values import fast_pixel_values
 from captioning.models.tokenizer import add_blip_tokens, load_tokenizer, match_special_tokens, train_tokenizer
@@ -36,15 +42,14 @@ from captioning.models.tokenizer import add_blip_tokens, load_tokenizer, match_s
 
 logger = logging.getLogger(__name__)
 
-# BLIP starts its position embedding as small as a weight, below a tenth of the patch embeddings that it is added to:
-# a model trained from nothing finds out late where in the image a thing is. Without this factor the quickstart ends
-# with side right in .83 and place right in .45 of the test captions, at 94 % of the oracle's ROUGE-L.
+# BLIP initializes its position embedding like a weight, at less than a tenth of the patch embeddings that it is added
+# to, so a model trained from random weights learns late where in the image something is. Without this factor the
+# quickstart ends with the right side in .83 and the right place in .45 of the test captions.
 POSITION_SCALE = 10
-# Images that a CPU encodes at a time without gradients: activations of more than these leave its caches, and the
-# allocator hands back and clears their memory again and again. Measured at BLIP-base: 2 to 4 images are 1.35 times as
-# fast as 16, see docs/performance.md
+# Images that a CPU encodes at a time without gradients: their activations stay in its caches. At BLIP-base, 2 to
+# 4 images are 1.35 times as fast as 16, see docs/performance.md
 CPU_IMAGES = 4
-MAX_PARAMETERS = 2**31  # of each half of a model, 8 GB; BLIP-large has 470 million in both
+MAX_PARAMETERS = 2**31  # of each half of a model, 8 GB in float32; BLIP-large has 470 million in both
 MAX_LAYERS = 1000
 
 CARD = CardFacts(
@@ -96,7 +101,8 @@ class EncodedImages:
 
     Attributes:
         image_embeds: `[B, P + 1, D]`: P patches, and `[CLS]` before them.
-        cross_attention: keys and values of each layer, once they are needed; `generate` uses them up.
+        cross_attention: the fast path's keys and values of each layer, computed by the first method that needs them;
+            `generate` overwrites and drops them.
     """
 
     image_embeds: torch.Tensor
@@ -113,13 +119,10 @@ class BlipCaptioner(Captioner):
 
     @classmethod
     def from_pretrained(cls, name: str, revision: str | None = None) -> "BlipCaptioner":
-        """Load a captioning checkpoint and its processor from the Hub or a folder, in float32.
+        """Load a captioning checkpoint and its processor, in float32: see `Captioner.from_pretrained`.
 
         The image processor is the PIL one whatever is installed: torchvision resizes to other pixels, which gives
         other scores (T11).
-
-        Raises:
-            UserError: there is no such checkpoint, or it is not one of `BlipForConditionalGeneration`.
         """
         with as_user_error(f"model '{name}' cannot be loaded", "give the folder of a saved BLIP or a Hub id"):
             _check_size(BlipConfig.from_pretrained(name, revision=revision), name)
@@ -153,12 +156,9 @@ class BlipCaptioner(Captioner):
     def from_config(
         cls, name: str, seed: int, tokenizer_name: str | None, captions: Iterable[str], vocab_size: int
     ) -> "BlipCaptioner":
-        """Build a BLIP with random weights, in evaluation mode, from a `BlipConfig`.
+        """Build a BLIP with random weights from a `BlipConfig`: see `Captioner.from_config`.
 
         Vocabulary size and special tokens come from the tokenizer.
-
-        Raises:
-            UserError: config or tokenizer cannot be read, or the config does not describe a BLIP.
         """
         tokenizer = load_tokenizer(tokenizer_name) if tokenizer_name else train_tokenizer(captions, vocab_size)
         return cls.from_tokenizer(name, seed, add_blip_tokens(tokenizer))
@@ -195,14 +195,11 @@ class BlipCaptioner(Captioner):
         freeze_vision_model: bool = False,
         fast: bool = True,
     ) -> None:
-        """Adapt the model to a run, in place: see `Captioner.adapt`.
-
-        Smoothing is set where BLIP keeps it (T5).
-        """
+        """Adapt the model to a run, in place: see `Captioner.adapt`."""
         if image_size:
             self._resize_images(image_size)
         if label_smoothing is not None:
-            self.config.text_config.label_smoothing = label_smoothing
+            self.config.text_config.label_smoothing = label_smoothing  # not the Trainer's, which does not shift (T5)
             self.model.text_decoder.label_smoothing = label_smoothing
         if freeze_vision_model:
             self.model.vision_model.requires_grad_(False)
@@ -210,13 +207,10 @@ class BlipCaptioner(Captioner):
         (use_fast_blip if fast else use_stock_blip)(self.model)
 
     def _resize_images(self, image_size: int) -> None:
-        """Make model and processor take square images of another side, by interpolating the position embedding.
+        """Make model and processor take square images of another side in pixels.
 
-        Done once in the weights, with the model's own bicubic interpolation, instead of in every `forward`: so the
-        saved model is plain BLIP at its new size and nobody needs `interpolate_pos_encoding=True`.
-
-        Raises:
-            UserError: `image_size` (pixels) is not a multiple of the patch size.
+        The position embedding is interpolated once in the weights, by the model's own bicubic interpolation, instead
+        of in every `forward`: the saved model is plain BLIP and needs no `interpolate_pos_encoding=True`.
         """
         vision = self.config.vision_config
         if image_size < vision.patch_size or image_size % vision.patch_size:
@@ -236,33 +230,29 @@ class BlipCaptioner(Captioner):
         self.processor.image_processor.size = {"height": image_size, "width": image_size}
 
     def check_lengths(self, max_caption_length: int, max_new_tokens: int) -> None:
-        """Check that a caption fits into the model's position embeddings, in training and in generation.
-
-        Raises:
-            UserError: it does not.
-        """
+        """Check that captions fit into the position embeddings of the text decoder; raise UserError if not."""
         positions = self.config.text_config.max_position_embeddings
         if max_caption_length > positions:
             raise UserError(
                 f"max_caption_length {max_caption_length} exceeds the model's {positions} text positions; "
                 f"set --max_caption_length to {positions} or less"
             )
-        start_length = len(self.start_ids)
-        if start_length + max_new_tokens > positions:
-            room = positions - start_length
+        prompt_length = len(self.prompt_row)
+        if prompt_length + max_new_tokens > positions:
+            room = positions - prompt_length
             mend = f"set --max_new_tokens to {room} or less" if room > 0 else "shorten --prompt"
             raise UserError(
-                f"max_new_tokens {max_new_tokens} after {start_length} start and prompt tokens exceeds the model's "
+                f"max_new_tokens {max_new_tokens} after {prompt_length} start and prompt tokens exceeds the model's "
                 f"{positions} text positions; {mend}"
             )
 
     def set_generation_config(self, config: GenerationConfig) -> None:
-        """Write the decode settings where a reader of the saved model, and stock `generate`, look.
+        """Write the decode settings into `generation_config.json`, and into the text config as far as possible.
 
-        `generation_config.json` has all of them, but stock BLIP generates by its text decoder, whose own settings are
-        made from the text config when the model is loaded (T7). Loading drops `num_beams` and the other old generation
-        parameters from a config (transformers 5.23.0, `PreTrainedConfig.__init__`) and leaves the numbers of new
-        tokens: so a greedy search can be made what `model.generate(pixel_values=...)` does, a beam search cannot.
+        Stock BLIP generates by its text decoder, whose own settings are made from the text config when the model is
+        loaded (T7). Loading drops `num_beams` and other old generation parameters from a config (transformers 5.23.0,
+        `PreTrainedConfig.__init__`) and keeps the numbers of new tokens. So a plain `model.generate(pixel_values=...)`
+        can be made to search greedily as evaluated, but not by beams.
         """
         text = self.config.text_config
         plain = self.plain_generate_suffices(config)
@@ -276,7 +266,7 @@ class BlipCaptioner(Captioner):
 
     @classmethod
     def plain_generate_suffices(cls, config: GenerationConfig) -> bool:
-        """Tell whether a saved model decodes by these settings without being handed them."""
+        """Tell whether `set_generation_config` makes plain `generate` of the saved model decode by these settings."""
         return config.num_beams == 1 and not config.no_repeat_ngram_size
 
     def _with_special_tokens(self, config: GenerationConfig) -> GenerationConfig:
@@ -287,14 +277,13 @@ class BlipCaptioner(Captioner):
     # --- Captions and tokens ----------------------------------------------------------------------------------
 
     @property
-    def start_ids(self) -> list[int]:
-        """`[DEC]` and the prompt, from which generation starts (T3)."""
-        return [self.config.text_config.bos_token_id, *self.prompt_ids]
-
-    @property
     def prompt_row(self) -> list[int]:
-        """`[CLS]` and the prompt, as the tokenizer writes them; `collate` puts `[DEC]` in the place of `[CLS]`."""
-        return [self.tokenizer.cls_token_id, *self.prompt_ids]
+        """`[DEC]` and the prompt.
+
+        The tokenizer would start with `[CLS]`, but `generate` starts from `[DEC]` (T3), and so did BLIP's own training
+        (github.com/salesforce/BLIP, models/blip.py, `text.input_ids[:, 0] = self.tokenizer.bos_token_id`).
+        """
+        return [self.config.text_config.bos_token_id, *self.prompt_ids]
 
     @property
     def end_token_id(self) -> int:
@@ -318,18 +307,13 @@ class BlipCaptioner(Captioner):
     def collate(self, images: Sequence[Image.Image], rows: Sequence[Sequence[int]]) -> Batch:
         """Return `pixel_values` float32 `[B, 3, H, W]` and `input_ids`, `attention_mask`, `labels` int64 `[B, L]`.
 
-        The tokenizer writes `[CLS]` at position 0, but `generate` starts from `[DEC]` (T3), and so did BLIP's own
-        training (github.com/salesforce/BLIP, models/blip.py, `text.input_ids[:, 0] = self.tokenizer.bos_token_id`).
-        `labels` stand where their tokens stand: BLIP shifts them itself.
+        A label is at the position of its token: BLIP shifts them itself.
         """
         tokens = [torch.tensor(row) for row in rows]
         input_ids = pad_sequence(tokens, batch_first=True, padding_value=self.tokenizer.pad_token_id)
-        attention_mask = torch.zeros_like(input_ids)
-        for mask, row in zip(attention_mask, tokens, strict=True):
-            mask[: len(row)] = 1
-        input_ids[:, 0] = self.start_ids[0]
+        attention_mask = pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True)
         labels = input_ids.masked_fill(attention_mask == 0, IGNORE_INDEX)
-        labels[:, : len(self.start_ids)] = IGNORE_INDEX
+        labels[:, : len(self.prompt_row)] = IGNORE_INDEX
         return {
             "pixel_values": self.pixel_values(images),
             "input_ids": input_ids,
@@ -345,94 +329,81 @@ class BlipCaptioner(Captioner):
 
     # --- Evaluation -------------------------------------------------------------------------------------------
 
+    def evaluation(self) -> AbstractContextManager[None]:
+        """Lay out the weights that the tokens of captions pass, on a CPU, once for scoring and generation."""
+        return packed_weights(caption_layers(self.model.text_decoder)) if self._decodes_fast else nullcontext()
+
     @property
     def _decodes_fast(self) -> bool:
-        """Whether scoring and decoding go around the layers, which nobody has changed or hooked into."""
-        return is_fast(self.model) and has_shipped_layers(self.model.text_decoder)
-
-    def evaluation(self) -> AbstractContextManager[None]:
-        """Lay out on a CPU the weights that captions pass, once for scoring and generation."""
-        if not self._decodes_fast:
-            return nullcontext()
-        return packed_weights(caption_layers(self.model.text_decoder))
-
-    def encode_images(self, batch: Batch) -> EncodedImages:
-        """Encode `pixel_values` `[B, 3, H, W]`."""
-        pixel_values = batch["pixel_values"]
-        in_parts = is_fast(self.model) and pixel_values.is_cpu and not torch.is_grad_enabled()
-        parts = pixel_values.split(CPU_IMAGES if in_parts else len(pixel_values))
-        embeds = [self.model.vision_model(pixel_values=part).last_hidden_state for part in parts]
-        return EncodedImages(torch.cat(embeds) if len(embeds) > 1 else embeds[0])
+        """Whether `decoding.py` may call the parts of the text decoder's layers instead of the layers."""
+        decoder = self.model.text_decoder
+        return self.fast and not decoder.training and has_shipped_layers(decoder)
 
     def _cross_attention(self, encoded: EncodedImages) -> CrossAttention | None:
-        """Project the images once, for scoring and generation; None where stock code does both."""
+        """Project the images for the fast path, once for scoring and generation; None where stock code runs."""
         if encoded.cross_attention is None and self._decodes_fast:
             encoded.cross_attention = project_images(self.model.text_decoder, encoded.image_embeds)
         return encoded.cross_attention
 
+    def encode_images(self, batch: Batch) -> EncodedImages:
+        """Encode `pixel_values` `[B, 3, H, W]`."""
+        pixel_values = batch["pixel_values"]
+        in_parts = self.fast and pixel_values.is_cpu and not torch.is_grad_enabled()
+        parts = pixel_values.split(CPU_IMAGES if in_parts else len(pixel_values))
+        embeds = [self.model.vision_model(pixel_values=part).last_hidden_state for part in parts]
+        return EncodedImages(torch.cat(embeds) if len(embeds) > 1 else embeds[0])
+
     def caption_nll(self, encoded: EncodedImages, batch: Batch) -> torch.Tensor:
-        """Return the negative log-likelihood of each caption, float64 `[B]`, in nats."""
-        labels = batch["labels"]
-        is_target = F.pad(labels[:, 1:] != IGNORE_INDEX, (1, 0))
-        return sum_nll(self.target_logits(encoded, batch, is_target), labels, is_target)
+        """Return the negative log-likelihood of each caption, float64 `[B]`, in nats; padding is on the right.
 
-    def target_logits(self, encoded: EncodedImages, batch: Batch, is_target: torch.Tensor) -> torch.Tensor:
-        """Return the logits `[N, V]` from which the N targets are predicted, in order.
-
-        Args:
-            encoded: the images.
-            batch: its captions `input_ids` `[B, L]`, padded at their right, with `attention_mask` 0 on padding.
-            is_target: bool `[B, L]`, true where a token is to be predicted; never at position 0.
+        The fast path on a CPU takes one caption at a time, without padding. That is as fast, and then the loss of a
+        caption does not depend, in any digit, on the others in its batch: on the batch size or number of processes.
         """
-        decoder, input_ids, attention_mask = self.model.text_decoder, batch["input_ids"], batch["attention_mask"]
-        before = is_target[:, 1:]  # position i predicts token i + 1
+        decoder, input_ids, labels = self.model.text_decoder, batch["input_ids"], batch["labels"]
+        predicts = labels[:, 1:] != IGNORE_INDEX  # position i predicts token i + 1
         cross_attention = self._cross_attention(encoded)
         if cross_attention is None:
-            logits = decoder(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                encoder_hidden_states=encoded.image_embeds,
-                use_cache=False,
-            ).logits
-            return logits[:, :-1][before]
-        # A CPU takes one caption at a time, without padding. That is not slower than padding all, and the loss of a
-        # caption is the same in every digit whichever captions share its batch: one process or several, any batch size
-        number = 1 if input_ids.is_cpu else len(input_ids)
-        logits = []
-        for start in range(0, len(input_ids), number):
-            few = slice(start, start + number)
-            width = max(1, int(attention_mask[few].sum(dim=1).max())) if input_ids.is_cpu else input_ids.shape[1]
-            images = [(keys[few], values[few]) for keys, values in cross_attention]
-            found = caption_hidden_states(decoder, images, input_ids[few, :width])
-            logits.append(decoder.cls(found[:, :-1][before[few, : width - 1]]))
-        return torch.cat(logits)
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            logits = decoder(**inputs, encoder_hidden_states=encoded.image_embeds, use_cache=False).logits
+            logits = logits[:, :-1][predicts]
+        elif not input_ids.is_cpu:
+            logits = decoder.cls(caption_hidden_states(decoder, cross_attention, input_ids)[:, :-1][predicts])
+        else:
+            parts = []
+            for row, length in enumerate(batch["attention_mask"].sum(dim=1).clamp(min=1).tolist()):
+                image = [(keys[row : row + 1], values[row : row + 1]) for keys, values in cross_attention]
+                hidden = caption_hidden_states(decoder, image, input_ids[row : row + 1, :length])
+                parts.append(decoder.cls(hidden[0, :-1][predicts[row, : length - 1]]))
+            logits = torch.cat(parts)
+        return sum_nll(logits, labels, F.pad(predicts, (1, 0)))
 
+    @torch.no_grad()
     def generate(self, encoded: EncodedImages, config: GenerationConfig) -> torch.Tensor:
         """Generate as `BlipForConditionalGeneration.generate(pixel_values, prompt)` does, token for token.
 
-        Settings are handed to the text decoder: it ignores those of the whole model (T7).
+        The settings go to the text decoder, which ignores those of the whole model (T7).
 
         Returns:
-            The new tokens int64 `[B, T]`, without `start_ids`, padded after `[SEP]`.
+            The new tokens int64 `[B, T]`, without `prompt_row`, padded after `[SEP]`.
         """
-        embeds = encoded.image_embeds
-        # One tensor a call: `generate` may write into it (T10)
-        input_ids = torch.tensor([self.start_ids], device=embeds.device).repeat(len(embeds), 1)
-        cross_attention, encoded.cross_attention = self._cross_attention(encoded), None
+        embeds, config = encoded.image_embeds, self._with_special_tokens(config)
+        # A new tensor for each call: `generate` may write into it (T10)
+        input_ids = torch.tensor([self.prompt_row], device=embeds.device).repeat(len(embeds), 1)
+        if can_decode(config) and (cross_attention := self._cross_attention(encoded)):
+            encoded.cross_attention = None
+            images = {"custom_generate": decode_captions, "cross_attention": cross_attention}
+        else:
+            mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+            images = {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
         generated = self.model.text_decoder.generate(
-            input_ids=input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            encoder_hidden_states=embeds,
-            encoder_attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
-            generation_config=self._with_special_tokens(config),
-            **({} if cross_attention is None else {"cross_attention": cross_attention}),
+            input_ids=input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config, **images
         )
-        return generated[:, len(self.start_ids) :]
+        return generated[:, len(self.prompt_row) :]
 
     def image_features(self, encoded: EncodedImages) -> torch.Tensor:
-        """Return the mean over the patches of each image, float32 `[B, D]`.
+        """Return the mean of the patch embeddings of each image, float32 `[B, D]`.
 
-        Trained on captions alone, the embedding of `[CLS]` need not sum the image up.
+        In a model trained on captions alone, the embedding of `[CLS]` need not summarize the image.
         """
         return encoded.image_embeds[:, 1:].mean(dim=1).float()
 
@@ -455,7 +426,7 @@ class BlipCaptioner(Captioner):
             Float `[T, H, W]` on the grid of patches: attention weights, the mean over layers and heads, without that
             on the `[CLS]` embedding.
         """
-        start = torch.tensor(self.start_ids, device=tokens.device)
+        start = torch.tensor(self.prompt_row, device=tokens.device)
         input_ids = torch.cat([start, tokens])[None, :-1]
         outputs = self.model.text_decoder(
             input_ids=input_ids,
@@ -473,12 +444,11 @@ class BlipCaptioner(Captioner):
 def _check_size(config: BlipConfig, name: str) -> None:
     """Raise UserError if a config describes more than `MAX_PARAMETERS`, before any of them is allocated."""
     for part in (config.text_config, config.vision_config):
-        sizes = [part.num_hidden_layers, part.hidden_size, part.intermediate_size]
-        layers, width, inner = (int(size) for size in sizes)
+        layers, width, inner = int(part.num_hidden_layers), int(part.hidden_size), int(part.intermediate_size)
         words = getattr(part, "vocab_size", 0) + getattr(part, "max_position_embeddings", 0)
         patches = (getattr(part, "image_size", 0) // max(getattr(part, "patch_size", 1), 1)) ** 2
-        number = layers * width * (4 * width + 2 * inner) + width * (words + patches)
-        if layers > MAX_LAYERS or number > MAX_PARAMETERS:
+        num_parameters = layers * width * (4 * width + 2 * inner) + width * (words + patches)
+        if layers > MAX_LAYERS or num_parameters > MAX_PARAMETERS:
             raise UserError(
                 f"config of '{name}': {layers:,} layers of {width:,} are more than {MAX_LAYERS:,} layers or "
                 f"{MAX_PARAMETERS:,} weights; lower them, recipes/configs/ has examples"

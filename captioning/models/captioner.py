@@ -1,9 +1,10 @@
 """`Captioner`: all that the rest of the recipe asks of an image captioning model.
 
-The trainer, the collator, the card, the page and inference call these methods and know nothing else of a model. To
-add a family, answer them in a file of its own beside `blip.py` and name it in `load.py`.
+The trainer, the collator, the card and the page call these methods and know nothing else of a model. To add a family
+of models, implement them in a file beside `blip.py` and add it to the table in `load.py`. `tests/test_captioner.py` is
+a small example.
 
-Sizes: B captions of a batch, L tokens of the longest row, T new tokens, D features of an image.
+Shapes: B images or captions of a batch, L tokens of its longest row, T new tokens, D features of an image.
 """
 
 from abc import ABC, abstractmethod
@@ -54,7 +55,7 @@ class Captioner(ABC):
     Attributes:
         model: what is trained, evaluated and saved; None in a process that loads data.
         config: the model's.
-        processor: image processor and tokenizer; saved beside the model.
+        processor: image processor and tokenizer, saved beside the model.
         prompt_ids: tokens of the prompt that every caption continues, without special tokens.
         card: what the model card says of the family.
     """
@@ -94,14 +95,14 @@ class Captioner(ABC):
     def from_config(
         cls, name: str, seed: int, tokenizer_name: str | None, captions: Iterable[str], vocab_size: int
     ) -> "Captioner":
-        """Build a model with random weights.
+        """Build a model with random weights, in evaluation mode.
 
         Args:
             name: a config: a JSON file, a folder or a Hub id.
             seed: of the weights.
             tokenizer_name: Hub id or folder of a tokenizer; None trains one.
-            captions: what it is trained on, read only then.
-            vocab_size: entries that it has at most.
+            captions: what the tokenizer is trained on, if it is.
+            vocab_size: the most entries of a trained tokenizer.
 
         Raises:
             UserError: config or tokenizer cannot be read, or do not describe a model of this family.
@@ -121,40 +122,40 @@ class Captioner(ABC):
             image_size: side of the images in pixels; None keeps the checkpoint's.
             label_smoothing: weight of the uniform distribution in the training loss (never in evaluation); None keeps
                 the checkpoint's.
-            freeze_vision_model: train only what follows the vision model.
-            fast: compute the same numbers by faster code, where the family has it.
+            freeze_vision_model: train the rest of the model alone.
+            fast: compute the same numbers by faster code, where the family has such code.
 
         Raises:
-            UserError: the model cannot be adapted so.
+            UserError: the model cannot be adapted in this way.
         """
 
     def set_prompt(self, prompt: str | None) -> None:
-        """Set the text that every caption continues: it is given, not learned, and not scored."""
+        """Set the text that every caption continues; it is neither learned nor scored."""
         self.prompt_ids = self.tokenizer(prompt or "", add_special_tokens=False)["input_ids"]
 
     @abstractmethod
     def check_lengths(self, max_caption_length: int, max_new_tokens: int) -> None:
-        """Check that training and generation fit into the model's positions.
+        """Check that rows of this many tokens can be trained on, and this many tokens generated.
 
         Raises:
-            UserError: they do not.
+            UserError: they do not fit into the model's positions.
         """
 
     @abstractmethod
     def set_generation_config(self, config: GenerationConfig) -> None:
-        """Write the decode settings into the model, where a reader of the saved model, and stock `generate`, look."""
+        """Write the decode settings into the model, so that they are saved with it and stock `generate` finds them."""
 
     @classmethod
     @abstractmethod
     def plain_generate_suffices(cls, config: GenerationConfig) -> bool:
-        """Tell whether a saved model decodes by these settings in a call of `generate` that does not name them."""
+        """Tell whether stock `generate` of a saved model decodes by these settings without being given them."""
 
     # --- Captions and tokens ----------------------------------------------------------------------------------
 
     @property
     @abstractmethod
     def prompt_row(self) -> list[int]:
-        """The tokens of a row without a caption: the start and the prompt. None of them is a target."""
+        """The tokens before a caption, none of them a target: the start token, where there is one, and the prompt."""
 
     @abstractmethod
     def tokenize(self, captions: Sequence[str], max_length: int) -> tuple[list[list[int]], list[bool]]:
@@ -162,17 +163,17 @@ class Captioner(ABC):
 
         Args:
             captions: N captions.
-            max_length: tokens of a row at most; a longer caption is cut, the end token is kept.
+            max_length: the most tokens of a row; a longer caption is cut, the end token is kept.
 
         Returns:
-            The N rows, and for each whether its caption was cut.
+            The N rows, and whether the caption of each was cut.
 
         Raises:
             UserError: `max_length` leaves no room for a caption.
         """
 
     def decode(self, tokens: np.ndarray) -> list[str]:
-        """Turn new tokens int `[N, T]`, padded with the padding token or -100, into N captions."""
+        """Turn new tokens int `[N, T]`, padded by the padding token or -100, into N captions."""
         tokens = np.where(tokens < 0, self.tokenizer.pad_token_id, tokens)
         return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
@@ -186,7 +187,7 @@ class Captioner(ABC):
         return self.tokenizer.eos_token_id
 
     def without_padding(self, tokens: np.ndarray) -> np.ndarray:
-        """Return the new tokens `[T]` of one caption up to its end token, or up to its padding if it has none."""
+        """Return the new tokens `[T]` of one caption up to its end token; without one, up to its padding."""
         tokens = tokens[tokens >= 0]
         ends = np.flatnonzero(tokens == self.end_token_id)
         if len(ends):
@@ -202,7 +203,7 @@ class Captioner(ABC):
 
         Returns:
             The keyword arguments of the model's `forward`, `labels` int64 `[B, L]` among them: -100 where a token is
-            not a target, as on the prompt and on padding.
+            not a target, as in the prompt and in padding. The Trainer takes B from the first tensor.
 
         Raises:
             ValueError: an image cannot be processed.
@@ -215,18 +216,19 @@ class Captioner(ABC):
     # --- Evaluation -------------------------------------------------------------------------------------------
 
     def evaluation(self) -> AbstractContextManager[None]:
-        """Return a context for the methods below: what is prepared once a batch lasts as long as it does."""
+        """Return a context in which the methods below are called for one batch; it may prepare the weights."""
         return nullcontext()
 
     @abstractmethod
     def encode_images(self, batch: Batch) -> Any:
-        """Encode the images of a batch once, for all methods below. What is returned is theirs alone to look into."""
+        """Encode the images of a batch, once for all methods below, which alone know what is returned."""
 
     @abstractmethod
     def caption_nll(self, encoded: Any, batch: Batch) -> torch.Tensor:
-        """Return the negative log-likelihood of each caption: float64 `[B]`, nats, summed over its targets.
+        """Return the negative log-likelihood of each caption, without label smoothing.
 
-        Without label smoothing.
+        Returns:
+            float64 `[B]`, in nats, summed over the targets of a caption.
         """
 
     @abstractmethod
@@ -239,17 +241,17 @@ class Captioner(ABC):
 
     @abstractmethod
     def image_features(self, encoded: Any) -> torch.Tensor:
-        """Return one vector an image, float32 `[B, D]`: images that look alike have vectors of a high cosine."""
+        """Return one vector an image, float32 `[B, D]`; of images that look alike the cosine is high."""
 
     def word_attention(self, encoded: Any, tokens: torch.Tensor) -> list[tuple[str, np.ndarray]] | None:
-        """Return where the model looked in one image as it wrote each word of its caption.
+        """Return an attention map of one image for each word of its caption.
 
         Args:
-            encoded: of a batch of one image.
-            tokens: int64 `[T]`, new tokens of that image without padding.
+            encoded: a batch of one image.
+            tokens: int64 `[T]`, its new tokens without padding.
 
         Returns:
-            The words, each with a float map `[H, W]` over the image; None where a model has no such maps.
+            The words, each with a float map `[H, W]` over the image; None if the family has no such maps.
         """
         return None
 
@@ -258,7 +260,7 @@ def sum_nll(logits: torch.Tensor, labels: torch.Tensor, is_target: torch.Tensor)
     """Return the negative log-likelihood of each caption, float64 `[B]`, in nats, without label smoothing.
 
     Args:
-        logits: `[N, V]`, those from which the N targets of the batch are predicted, in order.
+        logits: `[N, V]`, from which the N targets of the batch are predicted, in order.
         labels: `[B, L]`.
         is_target: bool `[B, L]`, true at the N targets.
     """

@@ -1,21 +1,14 @@
 """BERT's WordPiece tokenizer as BLIP uses it: loaded, or trained on the captions."""
 
-import logging
 from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers.implementations import BertWordPieceTokenizer
-from transformers import (
-    AutoTokenizer,
-    BertTokenizer,
-    BlipConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, BertTokenizer, BlipConfig, PreTrainedTokenizerBase
 
 from captioning.errors import UserError, as_user_error
 
 
-logger = logging.getLogger(__name__)
 BERT_SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
@@ -33,13 +26,11 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
             if missing := set(BERT_SPECIAL_TOKENS) - set(tokens):
                 raise UserError(f"'{vocab_file}' lacks {sorted(missing)[0]}; give a BERT vocabulary, one entry a line")
             return BertTokenizer(vocab={token: index for index, token in enumerate(tokens)})
-        # Without `False` a tokenizer that brings code is asked about on the terminal
+        # False: refuse a tokenizer that brings code, instead of asking on the terminal
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
         raise UserError(f"tokenizer '{name}' has no [CLS] or [SEP]; BLIP needs a BERT tokenizer")
-    if (
-        len(tokenizer) <= len(BERT_SPECIAL_TOKENS) + 2
-    ):  # T13 again: a folder without tokenizer files gives an empty one
+    if len(tokenizer) <= len(BERT_SPECIAL_TOKENS) + 2:  # T13: a folder without tokenizer files gives an empty one
         raise UserError(f"tokenizer '{name}' has no words: tokenizer.json and vocab.txt are missing")
     return tokenizer
 
@@ -47,9 +38,9 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
     """Train a lower-casing WordPiece tokenizer of at most `vocab_size` entries on `captions`.
 
-    The same captions give the same vocabulary in every process. `tokenizers` numbers the continuation characters
-    (`##a`) in the order of a randomly seeded hash map and breaks ties between merges by these numbers, so they are
-    fixed beforehand here.
+    The same captions give the same vocabulary in every process. To that end the continuation characters (`##a`) are
+    given in order: `tokenizers` would number them in the order of a randomly seeded hash map, and it breaks ties
+    between merges by these numbers.
     """
     captions = list(captions)
     trainer = BertWordPieceTokenizer(lowercase=True)
@@ -75,8 +66,8 @@ def add_blip_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBa
 def match_special_tokens(tokenizer: PreTrainedTokenizerBase, config: BlipConfig) -> PreTrainedTokenizerBase:
     """Drop a start or end token of the tokenizer that is not the model's.
 
-    The Trainer overwrites the ids of the text config with those of the tokenizer: a tokenizer that calls `[CLS]`
-    its `bos_token` would move the start of generation away from the start of training (T3).
+    The Trainer overwrites the ids of the text config with those of the tokenizer. One whose `bos_token` is `[CLS]`
+    would let generation start from another token than training (T3).
     """
     if tokenizer.bos_token_id != config.text_config.bos_token_id:
         tokenizer.bos_token = None

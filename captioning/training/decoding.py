@@ -1,4 +1,4 @@
-"""Decode settings in one form, `GenerationConfig`: from arguments and recipes, into words, into code."""
+"""Decode settings in one form, `GenerationConfig`: made from arguments and recipes, and put into words."""
 
 import logging
 from collections.abc import Mapping
@@ -9,15 +9,15 @@ from transformers import GenerationConfig
 
 logger = logging.getLogger(__name__)
 
-# The fields of a recipe, and what is meant where a saved config does not name them
+# The fields of a recipe, and their meaning where a saved config does not name them
 DEFAULTS = {"num_beams": 1, "max_new_tokens": 0, "min_new_tokens": 0, "no_repeat_ngram_size": 0, "length_penalty": 1.0}
 
 
 def decode_settings(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of the `fields` of a recipe that are decode settings and change anything."""
+    """Return the decode settings among the `fields` of a recipe, without those that have no effect."""
     settings = {name: fields[name] for name in ("num_beams", "max_new_tokens")}
     settings |= {name: fields[name] for name in ("min_new_tokens", "no_repeat_ngram_size") if fields[name]}
-    # It does nothing in greedy search, and `GenerationConfig.save_pretrained` then refuses it
+    # It has no effect in greedy search, for which `GenerationConfig.save_pretrained` refuses it
     return settings | ({"length_penalty": fields["length_penalty"]} if fields["num_beams"] > 1 else {})
 
 
@@ -40,7 +40,7 @@ def in_words(config: GenerationConfig) -> str:
 
 
 def warn_of_other_settings(recorded: GenerationConfig, config: GenerationConfig) -> None:
-    """Log where a checkpoint was evaluated, by its own record, with other settings than this run."""
+    """Log each setting with which a checkpoint was evaluated, by its own record, otherwise than in this run."""
     if not recorded.num_beams:
         return
     for name, default in DEFAULTS.items():

@@ -1,4 +1,4 @@
-"""`CaptioningTrainer`: the token-normalized loss, evaluation that encodes each image once, and sound checkpoints."""
+"""`CaptioningTrainer`: a loss normalized by tokens, evaluation that encodes each image once, whole checkpoints."""
 
 import json
 import os
@@ -30,15 +30,15 @@ from captioning.training.samplers import PaddedRows, PaddedSampler, SetEpoch, St
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What an evaluation found of the N images of a split.
+    """What an evaluation returns for the N images of a split; without generation only the first two.
 
     Attributes:
         nll: float64 `[N]`, the negative log-likelihood of each reference in nats, summed over its tokens.
-        num_tokens: int `[N]`, the tokens of each reference that it is summed over.
-        tokens: int `[N, T]`, the new tokens, padded; None where nothing was generated, as are all below.
-        num_new_tokens: int `[N]`, those of each caption without padding.
-        captions: N texts.
-        features: float32 `[N, D]` of the images.
+        num_tokens: int `[N]`, the number of these tokens.
+        tokens: int `[N, T]`, the new tokens, padded.
+        num_new_tokens: int `[N]`, the number of new tokens without padding.
+        captions: the N texts.
+        features: float32 `[N, D]`, those of the images.
     """
 
     nll: np.ndarray
@@ -58,10 +58,10 @@ class CaptioningTrainer(Seq2SeqTrainer):
         captioner: the model and its processor.
         generation_config: the decode settings of evaluation.
         compute_metrics: called after an evaluation with an `EvalPrediction` whose `predictions` are an `Evaluated`,
-            and whose `label_ids` are the N full reference captions. The label tokens would flatter the score: they
-            are truncated (T9).
+            and whose `label_ids` are the N full reference captions, since the labels are truncated and would flatter
+            the scores (T9).
         publish: called by `push_to_hub`.
-        kwargs: those of `Seq2SeqTrainer`; datasets must have the columns of a tokenized split.
+        kwargs: those of `Seq2SeqTrainer`; datasets have the columns of a tokenized split.
     """
 
     def __init__(
@@ -83,10 +83,10 @@ class CaptioningTrainer(Seq2SeqTrainer):
         self.generation_config = generation_config
         self._metrics_of_texts = compute_metrics
         self._publish = publish
-        # `compute_loss` below normalizes over the accumulated batch; with this set the Trainer counts its labels
-        # and does not divide by the accumulation steps again
+        # `compute_loss` normalizes over the accumulated batch: the Trainer shall count the labels of that batch and
+        # not divide by the accumulation steps again
         self.model_accepts_loss_kwargs = True
-        # Tied weights are stored once. Without this, each checkpoint that is loaded back is said to lack them
+        # Tied weights are stored once; without this, loading a checkpoint warns that they are missing
         self.model._keys_to_ignore_on_save = list(self.model._tied_weights_keys or ())
         self.stop_on_sigterm = StopOnSigterm()
         self.add_callback(self.stop_on_sigterm)
@@ -95,7 +95,7 @@ class CaptioningTrainer(Seq2SeqTrainer):
     # --- Training ---------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return the stock loader; several processes get the global batches that one process would have."""
+        """Return the stock loader; several processes share the global batches that one process would have."""
         if self.args.world_size == 1:
             return super().get_train_dataloader()
         return self._get_dataloader(
@@ -136,17 +136,17 @@ class CaptioningTrainer(Seq2SeqTrainer):
         slots = args.world_size * max(1, args.dataloader_num_workers)
         seed = args.seed if args.data_seed is None else args.data_seed
         sampler = StreamingSampler(rows, self._train_batch_size, slots, seed)
-        self.remove_callback(SetEpoch)  # of a training before
+        self.remove_callback(SetEpoch)  # that of an earlier training
         self.add_callback(SetEpoch(sampler))
         return sampler
 
     def create_optimizer(self, *args, **kwargs):
-        """Build the stock optimizer; arguments that it refuses are the user's."""
+        """Build the stock optimizer; arguments that it refuses are a user's mistake."""
         with as_user_error("the optimizer cannot be built", "check --optim and --optim_args"):
             return super().create_optimizer(*args, **kwargs)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
-        """Build the stock schedule; arguments that it refuses, or cannot compute a step with, are the user's."""
+        """Build the stock schedule; arguments that it refuses, or fails with at a step, are a user's mistake."""
         with as_user_error("the schedule cannot be built", "check --lr_scheduler_type and --lr_scheduler_kwargs"):
             scheduler = super().create_scheduler(num_training_steps, optimizer)
             for rate in getattr(scheduler, "lr_lambdas", ()):
@@ -155,7 +155,7 @@ class CaptioningTrainer(Seq2SeqTrainer):
             return scheduler
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        """Run the stock step; a loss that is no number ends the run before it reaches the weights."""
+        """Run the stock step; a loss of NaN or infinity ends the run before it reaches the weights."""
         image_ids = inputs.pop("image_id", [])
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
@@ -167,7 +167,7 @@ class CaptioningTrainer(Seq2SeqTrainer):
         """Train; the `train_loss` returned is the mean over all steps of the run, also of those before a resume.
 
         Raises:
-            UserError: the loss is no number, or memory or disk are full.
+            UserError: the loss is NaN or infinity, or memory or disk are full.
             Stopped: SIGTERM came; a checkpoint is saved.
         """
         folder = self.args.output_dir
@@ -194,7 +194,7 @@ class CaptioningTrainer(Seq2SeqTrainer):
             with full_is_user_error(str(folder), self._train_batch_size, "train"):
                 super().save_model(str(staged), _internal_call=True)
         except UserError:
-            shutil.rmtree(staged, ignore_errors=True)  # half a model only keeps the space that is missing
+            shutil.rmtree(staged, ignore_errors=True)  # half a model is of no use and takes space
             raise
         if self.args.should_save:
             for path in sorted(staged.iterdir(), key=lambda path: path.suffix == ".safetensors"):
@@ -202,10 +202,11 @@ class CaptioningTrainer(Seq2SeqTrainer):
             staged.rmdir()
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Save as the stock Trainer does; a run that is to stop ends here, before its clean-up of checkpoints.
+        """Save as the stock Trainer does; a run that is to stop ends here, before old checkpoints are deleted.
 
         Raises:
-            UserError: the last update left a weight that is no number, before any loss has shown it.
+            UserError: a weight is NaN or infinity after the last update, which no loss has shown yet.
+            Stopped: SIGTERM came.
         """
         if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
             raise weights_not_finite(self.state.global_step, last_complete_checkpoint(self.args.output_dir))
@@ -233,7 +234,7 @@ class CaptioningTrainer(Seq2SeqTrainer):
             path = folder / "all_results.json"
             try:
                 known = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError):  # there is none, or a damaged one, which is no reason to lose these
+            except (OSError, ValueError):  # missing or damaged: no reason to lose the new metrics
                 known = {}
             write_whole(path, json.dumps(known | metrics, indent=4, sort_keys=True))
 
@@ -245,7 +246,7 @@ class CaptioningTrainer(Seq2SeqTrainer):
             os.replace(f"{path}.tmp", path)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load them as the stock Trainer does, by torch's `weights_only`; what cannot be loaded is one line."""
+        """Load them as the stock Trainer does, with torch's `weights_only`; a failure is a one-line error."""
         with as_user_error(f"'{checkpoint}' cannot be resumed", "resume from another checkpoint"):
             super()._load_optimizer_and_scheduler(checkpoint)
 
@@ -255,14 +256,14 @@ class CaptioningTrainer(Seq2SeqTrainer):
             super()._load_rng_state(checkpoint)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Save the state of each process; the first goes on to write `trainer_state.json` when all are there."""
+        """Save the state of each process; when all are saved the first goes on to write `trainer_state.json`."""
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()
 
     # --- Hub --------------------------------------------------------------------------------------------------
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """Do nothing: the card is made of the finished run; the Trainer's own has no scores (T16)."""
+        """Do nothing: the card is written after the run; the Trainer's own has no scores (T16)."""
 
     def push_to_hub(self, *args, **kwargs) -> None:
         """Publish the output folder by `publish`; the stock push uploads `training_args.bin` (T15)."""
@@ -274,16 +275,16 @@ class CaptioningTrainer(Seq2SeqTrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):
         """Score and caption one batch, encoding its images once.
 
-        Captions are generated from the images and the fixed prompt: stock `prediction_step` hands the reference over
-        as a prompt (T1).
+        Captions are generated from the images and the fixed prompt; stock `prediction_step` passes the reference as
+        a prompt (T1).
 
         Returns:
-            `(None, (nll, num_tokens[, tokens, features]), labels)`, see `Evaluated`. There is no loss of the batch:
-            the Trainer would average it over batches of different token counts (T6).
+            `(None, (nll, num_tokens[, tokens, features]), labels)`, see `Evaluated`. None instead of the batch's loss,
+            which the Trainer would average over batches of different token counts (T6).
         """
         inputs = self._prepare_inputs(inputs)
         captioner = self.captioner
-        # The mixed precision of training: accelerate puts it on `model.forward`, which is not called here
+        # Mixed precision as in training: accelerate applies it to `model.forward`, which is not called here
         with torch.no_grad(), self.accelerator.autocast(), captioner.evaluation():
             encoded = captioner.encode_images(inputs)
             outputs = (captioner.caption_nll(encoded, inputs), captioner.num_targets(inputs["labels"]))
@@ -295,14 +296,14 @@ class CaptioningTrainer(Seq2SeqTrainer):
     def evaluation_loop(self, dataloader, *args, **kwargs) -> EvalLoopOutput:
         """Run the stock loop; its `predictions` are an `Evaluated`."""
         self._references = list(dataloader.dataset["caption"])
-        # `evaluate` asks for `gather`, which would count the rows that pad the last batch of several processes
+        # `evaluate` would set `gather`, which keeps the rows that pad the last batch of several processes
         self.gather_function = self.accelerator.gather_for_metrics
         with full_is_user_error(self.args.output_dir, self.args.eval_batch_size, "eval"):
             output = super().evaluation_loop(dataloader, *args, **kwargs)
         return output._replace(predictions=self._evaluated)
 
     def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Turn the tokens of a split into text, once, and hand the texts on to `compute_metrics`."""
+        """Turn the tokens of a split into text, once, and call `compute_metrics` with an `Evaluated`."""
         nll, num_tokens, *generated = prediction.predictions
         self._evaluated = Evaluated(nll, num_tokens)
         if generated:
@@ -324,15 +325,15 @@ class CaptioningTrainer(Seq2SeqTrainer):
         return np.concatenate(features)
 
     def word_attention(self, rows: Dataset, tokens: np.ndarray) -> list[list[tuple[str, np.ndarray]]]:
-        """Return for each image the words of its caption, and where the model looked as it wrote them.
+        """Return the words of each caption with their attention maps.
 
         Args:
             rows: N rows of a tokenized split.
-            tokens: int `[N, T]`, what was generated for them, padded.
+            tokens: int `[N, T]`, the new tokens generated for them, padded.
 
         Returns:
-            N lists of words, each with its map `[H, W]`: see `Captioner.word_attention`. They are empty where a model
-            has no such maps.
+            N lists of words, each with its map `[H, W]`: see `Captioner.word_attention`. The lists are empty if the
+            model has no such maps.
         """
         self.model.eval()
         found = []
@@ -348,9 +349,9 @@ class CaptioningTrainer(Seq2SeqTrainer):
 
 
 class LogBeforeCheckpoint(TrainerCallback):
-    """Close the running mean of the logged loss before each checkpoint, which does not hold it.
+    """Log the running mean of the loss before each checkpoint, which does not hold it.
 
-    A resumed run would otherwise log another loss than one that was never interrupted.
+    Otherwise a resumed run would log another loss than one that was never interrupted.
     """
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -361,7 +362,7 @@ class LogBeforeCheckpoint(TrainerCallback):
 
 
 def mean_training_loss(log_history: list[dict[str, float]]) -> float:
-    """Return the mean over steps of the losses in a `trainer_state.json` log, each the mean since the one before."""
+    """Return the mean over all steps of the losses in a log, each of which is the mean since the previous one."""
     total, last_step = 0.0, 0
     for entry in log_history:
         if "loss" in entry:

@@ -1,22 +1,25 @@
-"""Loading and building BLIP, and generation that equals stock `generate` token for token."""
+"""BLIP is loaded, built and adapted as described, and generates what stock `generate` does, token for token."""
 
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import SHARED, TINY_CONFIG, make_captions, make_rows
-from transformers import BlipConfig, BlipForConditionalGeneration, BlipForQuestionAnswering, BlipProcessor
+from helpers import ROOT, SHARED, TINY_CONFIG, make_captions, make_rows, stock_copy
+from transformers import (
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipForQuestionAnswering,
+    BlipProcessor,
+    GenerationConfig,
+)
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from captioning.errors import UserError
-from captioning.models import blip
+from captioning.models.blip import BlipCaptioner
+from captioning.models.load import build_captioner, load_captioner
 from captioning.models.tokenizer import add_blip_tokens, load_tokenizer, train_tokenizer
-
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -30,42 +33,34 @@ def saved(model, processor, tmp_path):
 
 
 def test_a_saved_model_comes_back(saved, model, processor):
-    loaded, loaded_processor = blip.load_blip(str(saved))
+    loaded = load_captioner(str(saved))
     for name, weights in model.state_dict().items():
-        assert torch.equal(weights, loaded.state_dict()[name]), name
-    assert loaded_processor.tokenizer("An effusion.") == processor.tokenizer("An effusion.")
+        assert torch.equal(weights, loaded.model.state_dict()[name]), name
+    assert loaded.tokenizer("An effusion.") == processor.tokenizer("An effusion.")
 
 
 def test_half_precision_checkpoints_are_trained_in_float32(saved, model):
     model.half().save_pretrained(saved)
-    loaded, _ = blip.load_blip(str(saved))
-    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in load_captioner(str(saved)).model.parameters()} == {torch.float32}
 
 
 def test_the_image_processor_is_the_pil_one(saved):
-    """T11: what is on disk names a class that becomes torchvision's where that is installed."""
-    assert json.loads((saved / "processor_config.json").read_text())["image_processor"]["image_processor_type"] != (
-        "BlipImageProcessorPil"
-    )
-    _, processor = blip.load_blip(str(saved))
-    assert isinstance(processor.image_processor, BlipImageProcessorPil)
+    """T11: the class named on disk is torchvision's where that is installed."""
+    on_disk = json.loads((saved / "processor_config.json").read_text())["image_processor"]["image_processor_type"]
+    assert on_disk != "BlipImageProcessorPil"
+    assert isinstance(load_captioner(str(saved)).processor.image_processor, BlipImageProcessorPil)
 
 
-def test_a_tokenizer_with_another_start_token_does_not_move_generation(saved, model, processor, make_trainer):
+def test_a_tokenizer_with_another_start_token_does_not_move_generation(saved, captioner, make_trainer):
     """The Trainer overwrites the ids in the text config with those of the tokenizer (T3)."""
-    processor.tokenizer.bos_token = processor.tokenizer.eos_token = "[CLS]"
-    processor.save_pretrained(saved)
-    loaded, loaded_processor = blip.load_blip(str(saved))
-    start, end = loaded.config.text_config.bos_token_id, loaded.config.text_config.eos_token_id
-    trainer = make_trainer(model=loaded, max_steps=1, do_eval=False, save_strategy="no")
-    trainer.processing_class = loaded_processor
-    trainer.train()
-    assert loaded.config.text_config.bos_token_id == start
-    assert loaded.config.text_config.eos_token_id == end
-    moved = make_trainer(model=model, max_steps=1, do_eval=False, save_strategy="no")
-    moved.processing_class = processor
-    moved.train()
-    assert model.config.text_config.bos_token_id != start, "the Trainer leaves the ids alone now"
+    captioner.tokenizer.bos_token = captioner.tokenizer.eos_token = "[CLS]"
+    captioner.processor.save_pretrained(saved)
+    loaded, text = load_captioner(str(saved)), captioner.config.text_config
+    start, end = text.bos_token_id, text.eos_token_id
+    for each in (loaded, captioner):
+        make_trainer(captioner=each, max_steps=1, do_eval=False, save_strategy="no").train()
+    assert (loaded.config.text_config.bos_token_id, loaded.config.text_config.eos_token_id) == (start, end)
+    assert text.bos_token_id != start, "the Trainer leaves the ids alone now"
 
 
 def test_a_checkpoint_of_another_blip_is_refused(saved, model):
@@ -73,21 +68,13 @@ def test_a_checkpoint_of_another_blip_is_refused(saved, model):
     del vqa.text_decoder
     vqa.save_pretrained(saved)
     with pytest.raises(UserError, match=r"lacks \d+ weights of a captioning BLIP"):
-        blip.load_blip(str(saved))
+        load_captioner(str(saved))
 
 
 @pytest.mark.parametrize("name", ["nobody/nothing", "./nowhere"])
 def test_an_unknown_model_is_named(name):
     with pytest.raises(UserError, match=f"model '{name}' cannot be loaded"):
-        blip.load_blip(name)
-
-
-def test_a_folder_without_a_model_is_named(tmp_path):
-    with pytest.raises(UserError, match="is no BLIP but None"):
-        blip.load_blip(str(tmp_path))
-    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(UserError, match="is no BLIP but bert"):
-        blip.load_blip(str(tmp_path))
+        load_captioner(name)
 
 
 @pytest.mark.parametrize(
@@ -103,15 +90,14 @@ def test_a_folder_without_a_model_is_named(tmp_path):
 def test_a_damaged_model_folder_is_named(saved, damage, message):
     damage(saved)
     with pytest.raises(UserError, match=message):
-        blip.load_blip(str(saved))
+        load_captioner(str(saved))
 
 
 def test_a_processor_of_another_size_gives_way_to_the_model(saved, processor, caplog):
     processor.image_processor.size = {"height": 48, "width": 48}
     processor.save_pretrained(saved)
-    _, loaded = blip.load_blip(str(saved))
-    assert loaded.image_processor.size == {"height": 32, "width": 32}
-    assert "images are made 32 pixels" in caplog.text
+    assert load_captioner(str(saved)).processor.image_processor.size == {"height": 32, "width": 32}
+    assert "images are resized to 32 pixels" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -121,7 +107,7 @@ def test_a_config_that_builds_no_model_is_named(processor, tmp_path, part):
     config = TINY_CONFIG | {"vision_config": TINY_CONFIG["vision_config"] | {"num_attention_heads": 4} | part}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"config\.json' (builds no model|cannot be loaded)"):
-        blip.build_blip(str(tmp_path / "config.json"), processor.tokenizer, seed=0)
+        BlipCaptioner.from_tokenizer(str(tmp_path / "config.json"), 0, processor.tokenizer)
 
 
 def test_a_vocabulary_without_special_tokens_is_named(tmp_path):
@@ -130,50 +116,38 @@ def test_a_vocabulary_without_special_tokens_is_named(tmp_path):
         load_tokenizer(str(tmp_path))
 
 
-@pytest.mark.parametrize("content", [None, {}, {"model_type": "bert", "hidden_size": 32}, {"hidden_size": 32}])
-def test_a_config_that_describes_no_blip_builds_none(processor, tmp_path, content):
+@pytest.mark.parametrize(
+    "content", [None, "{", "{}", '{"model_type": "blip", "hidden_size": 32}', '{"hidden_size": 32}']
+)
+def test_a_config_that_does_not_describe_a_blip_is_refused(tmp_path, content):
     """Stock would build BLIP-base, by its defaults."""
     if content is not None:
-        (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"config '.*' (describes no BLIP|cannot be loaded).*configs/ has examples"):
-        blip.build_blip(str(tmp_path), processor.tokenizer, seed=0)
+        (tmp_path / "config.json").write_text(content)
+    reason = r"config '.*' (does not describe a BLIP|cannot be loaded).*recipes/configs/ has examples"
+    with pytest.raises(UserError, match=reason):
+        build_captioner(str(tmp_path), 0, None, make_captions(4), 100)
 
 
-def test_an_unreadable_config_is_named(processor, tmp_path):
-    with pytest.raises(UserError, match=r"config 'nowhere\.json' cannot be loaded"):
-        blip.build_blip("nowhere.json", processor.tokenizer, seed=0)
-    (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(UserError, match="cannot be loaded"):
-        blip.build_blip(str(tmp_path / "bad.json"), processor.tokenizer, seed=0)
+def test_building_is_deterministic_by_seed(build_model):
+    first, again, other = (build_model(seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(value, first[name]) for name, value in again.items())
+    assert any(not torch.equal(value, first[name]) for name, value in other.items())
 
 
-def test_building_is_deterministic_by_seed(config_file, processor):
-    def weights(seed):
-        return blip.build_blip(str(config_file), processor.tokenizer, seed)[0].state_dict()
-
-    first = weights(1)
-    assert all(torch.equal(value, first[name]) for name, value in weights(1).items())
-    assert any(not torch.equal(value, first[name]) for name, value in weights(2).items())
-
-
-def test_a_built_model_has_a_living_vision_tower(processor, tmp_path):
+def test_a_built_model_has_a_vision_model_of_usable_weights(processor, tmp_path):
     """The default `initializer_range` of BlipVisionConfig is 1e-10: every image would be encoded alike."""
     config = {key: {k: v for k, v in part.items() if k != "initializer_range"} for key, part in TINY_CONFIG.items()}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    model, _ = blip.build_blip(str(tmp_path / "config.json"), processor.tokenizer, seed=0)
+    model = BlipCaptioner.from_tokenizer(str(tmp_path / "config.json"), 0, processor.tokenizer).model
     assert model.vision_model.encoder.layers[0].mlp.fc1.weight.std() > 0.01
 
 
-def test_the_model_and_the_tokenizer_agree(tiny_blip):
-    model, processor = tiny_blip
-    text, tokenizer = model.config.text_config, processor.tokenizer
-    assert text.vocab_size == len(tokenizer) == model.text_decoder.cls.predictions.decoder.out_features
-    assert tokenizer.convert_tokens_to_ids(["[PAD]", "[SEP]", "[DEC]"]) == [
-        text.pad_token_id,
-        text.sep_token_id,
-        text.bos_token_id,
-    ]
-    assert tokenizer.convert_tokens_to_ids("[ENC]") == len(tokenizer) - 1
+def test_the_model_and_the_tokenizer_agree(tiny_captioner):
+    text, tokenizer = tiny_captioner.config.text_config, tiny_captioner.tokenizer
+    decoder = tiny_captioner.model.text_decoder
+    assert text.vocab_size == len(tokenizer) == decoder.cls.predictions.decoder.out_features
+    ids = tokenizer.convert_tokens_to_ids(["[PAD]", "[SEP]", "[DEC]", "[ENC]"])
+    assert ids == [text.pad_token_id, text.sep_token_id, text.bos_token_id, len(tokenizer) - 1]
 
 
 def test_a_vocabulary_file_alone_is_a_tokenizer(tmp_path):
@@ -194,17 +168,14 @@ def test_the_vocabulary_of_blip(tmp_path):
 
 def test_training_a_tokenizer_is_deterministic_across_processes():
     script = (
-        "import sys; sys.path.insert(0, 'tests')\n"
-        "from helpers import make_captions\n"
-        "from blip import train_tokenizer\n"
-        "print(sorted(train_tokenizer(make_captions(20), 150).get_vocab().items(), key=lambda item: item[1]))"
+        "import json, sys\n"
+        "from captioning.models.tokenizer import train_tokenizer\n"
+        "print(json.dumps(train_tokenizer(json.loads(sys.argv[1]), 150).get_vocab()))"
     )
-    runs = [subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True) for _ in range(2)]
-    assert runs[0].returncode == 0, runs[0].stderr
-    assert runs[0].stdout == runs[1].stdout
-    assert runs[0].stdout.strip() == str(
-        sorted(train_tokenizer(make_captions(20), 150).get_vocab().items(), key=lambda item: item[1])
-    )
+    captions = make_captions(20)
+    command = [sys.executable, "-c", script, json.dumps(captions)]
+    other = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert json.loads(other) == train_tokenizer(captions, 150).get_vocab()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "configs").glob("*.json")), ids=lambda path: path.name)
@@ -214,19 +185,20 @@ def test_configs_of_the_repository_are_blip(path):
     known = BlipConfig().to_dict()
     content = json.loads(path.read_text())
     for part in ("text_config", "vision_config"):
-        assert set(content[part]) <= set(known[part]), "a misspelt key would be kept without effect"
+        assert set(content[part]) <= set(known[part]), "a misspelled key would be kept without effect"
 
 
 # --- Adapt ----------------------------------------------------------------------------------------------------
 
 
-def test_another_image_size_equals_stock_interpolation(model, processor, tmp_path):
+def test_another_image_size_equals_stock_interpolation(captioner, tmp_path):
+    model = captioner.model
     pixel_values = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model.vision_model(pixel_values=pixel_values, interpolate_pos_encoding=True).last_hidden_state
-    blip.resize_images(model, processor, 48)
+    captioner.adapt(image_size=48)
     model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
+    captioner.processor.save_pretrained(tmp_path)
     stock = BlipForConditionalGeneration.from_pretrained(tmp_path)
     with torch.no_grad():
         assert torch.allclose(stock.vision_model(pixel_values=pixel_values).last_hidden_state, expected, atol=1e-6)
@@ -234,68 +206,87 @@ def test_another_image_size_equals_stock_interpolation(model, processor, tmp_pat
     assert images["pixel_values"].shape == (1, 3, 48, 48)
 
 
-def test_the_same_image_size_changes_nothing(model, processor):
-    before = model.vision_model.embeddings.position_embedding.clone()
-    blip.resize_images(model, processor, 32)
-    assert torch.equal(model.vision_model.embeddings.position_embedding, before)
+def test_the_same_image_size_changes_nothing(captioner):
+    before = captioner.model.vision_model.embeddings.position_embedding.clone()
+    captioner.adapt(image_size=32)
+    assert torch.equal(captioner.model.vision_model.embeddings.position_embedding, before)
 
 
-def test_an_image_size_that_cuts_patches_is_refused(model, processor):
+def test_an_image_size_that_cuts_patches_is_refused(captioner):
     with pytest.raises(UserError, match="set --image_size to 40"):
-        blip.resize_images(model, processor, 42)
+        captioner.adapt(image_size=42)
 
 
-def test_lengths_are_held_against_the_positions(model):
-    blip.check_lengths(model, 64, 1, 63)
+def test_a_frozen_vision_model_and_a_smoothed_loss(captioner):
+    captioner.adapt(freeze_vision_model=True, label_smoothing=0.1)
+    frozen = {name.split(".")[0] for name, p in captioner.model.named_parameters() if not p.requires_grad}
+    assert frozen == {"vision_model"}
+    assert captioner.config.text_config.label_smoothing == captioner.model.text_decoder.label_smoothing == 0.1
+
+
+def test_lengths_are_held_against_the_positions(captioner):
+    captioner.check_lengths(64, 63)
     with pytest.raises(UserError, match="max_caption_length 65 exceeds the model's 64"):
-        blip.check_lengths(model, 65, 1, 10)
+        captioner.check_lengths(65, 10)
+    captioner.prompt_ids = [7, 8, 9]
     with pytest.raises(UserError, match="set --max_new_tokens to 60"):
-        blip.check_lengths(model, 64, 4, 61)
+        captioner.check_lengths(64, 61)
 
 
 # --- Generate -------------------------------------------------------------------------------------------------
 
 
-def test_decode_settings_are_written_beside_the_model(model, tmp_path):
-    settings = {"num_beams": 4, "max_new_tokens": 9, "length_penalty": 1.3, "do_sample": False}
-    blip.set_decoding(model, settings)
-    model.save_pretrained(tmp_path)
+def test_decode_settings_are_written_beside_the_model(captioner, tmp_path):
+    settings = {"num_beams": 4, "max_new_tokens": 9, "length_penalty": 1.3}
+    captioner.set_generation_config(GenerationConfig(do_sample=False, **settings))
+    captioner.model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "generation_config.json").read_text())
-    assert {key: saved[key] for key in ("num_beams", "max_new_tokens", "length_penalty")} == {
-        key: settings[key] for key in ("num_beams", "max_new_tokens", "length_penalty")
-    }
-    assert saved["eos_token_id"] == model.config.text_config.sep_token_id
+    assert {key: saved[key] for key in settings} == settings
+    assert saved["eos_token_id"] == captioner.config.text_config.sep_token_id
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_generation_equals_stock(model, seed):
-    pixel_values = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
-    bos_token_id = model.config.text_config.bos_token_id
-    with torch.no_grad():
-        image_embeds = blip.encode_images(model, pixel_values)
-        ours = blip.generate_captions(model, image_embeds, [bos_token_id], num_beams=3, max_new_tokens=15)
-    stock = model.generate(pixel_values=pixel_values, num_beams=3, max_new_tokens=15)
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 3},
+        {"num_beams": 1},
+        {"do_sample": True},
+        {"renormalize_logits": True, "encoder_repetition_penalty": 2.0},
+    ],
+    ids=str,
+)
+def test_generation_equals_stock_whatever_the_settings(captioner, fast, settings):
+    """What the fast path does not know, as sampling, it leaves to stock."""
+    captioner.adapt(fast=fast)
+    pixel_values = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    config = GenerationConfig(max_new_tokens=15, **settings)
+    torch.manual_seed(0)
+    with captioner.evaluation():
+        ours = captioner.generate(captioner.encode_images({"pixel_values": pixel_values}), config)
+    torch.manual_seed(0)
+    stock = stock_copy(captioner.model).generate(pixel_values=pixel_values, max_new_tokens=15, **settings)
     assert torch.equal(ours, stock[:, 1:])
     assert len({tuple(row) for row in ours.tolist()}) > 1, "all captions are the same: the test sees nothing"
 
 
-def test_attention_maps_are_those_of_the_position_that_wrote_the_token(model):
-    """Computed anew from queries and keys that hooks catch while stock BLIP decodes, one growing prefix at a time."""
+@torch.no_grad()
+def test_attention_maps_are_those_of_the_position_that_wrote_the_token(captioner):
+    """Computed again from queries and keys that hooks catch while stock BLIP decodes, one growing prefix at a time."""
     torch.manual_seed(0)
-    pixel_values = torch.randn(1, 3, 32, 32)
-    image_embeds = blip.encode_images(model.eval(), pixel_values)
-    start_ids = [model.config.text_config.bos_token_id, 7, 9]
-    tokens = blip.generate_captions(model, image_embeds, start_ids, num_beams=2, max_new_tokens=5)[0]
-    maps = blip.attention_maps(model, image_embeds, start_ids, tokens)
+    encoded = captioner.encode_images({"pixel_values": torch.randn(1, 3, 32, 32)})
+    captioner.prompt_ids = [7, 9]
+    tokens = captioner.generate(encoded, GenerationConfig(num_beams=2, max_new_tokens=5))[0]
+    maps = captioner.attention_maps(encoded, tokens)
     assert maps.shape == (len(tokens), 4, 4)
-    caught = {}
-    layers = [layer.crossattention.self for layer in model.text_decoder.bert.encoder.layer]
+    caught, decoder = {}, captioner.model.text_decoder
+    layers = [layer.crossattention.self for layer in decoder.bert.encoder.layer]
     for i, layer in enumerate(layers):
         for name in ("query", "key"):
             getattr(layer, name).register_forward_hook(lambda _, __, out, at=(i, name): caught.__setitem__(at, out))
     for t in range(len(tokens)):
-        prefix = torch.tensor([[*start_ids, *tokens[:t].tolist()]])
-        model.text_decoder(input_ids=prefix, encoder_hidden_states=image_embeds, use_cache=False)
+        prefix = torch.tensor([[*captioner.prompt_row, *tokens[:t].tolist()]])
+        decoder(input_ids=prefix, encoder_hidden_states=encoded.image_embeds, use_cache=False)
         weights = []
         for i, layer in enumerate(layers):
             heads = (1, -1, layer.num_attention_heads, layer.attention_head_size)
@@ -304,7 +295,7 @@ def test_attention_maps_are_those_of_the_position_that_wrote_the_token(model):
             weights.append(scores.softmax(dim=-1)[0, :, 0].mean(dim=0))
         expected = torch.stack(weights).mean(dim=0)
         assert maps[t].flatten().tolist() == pytest.approx(expected[1:].tolist(), abs=1e-6)
-        assert float((maps[t].sum() + expected[0]).detach()) == pytest.approx(1, abs=1e-5)
+        assert float(maps[t].sum() + expected[0]) == pytest.approx(1, abs=1e-5)
 
 
 def test_an_attention_map_lies_as_the_image_does(model):

@@ -1,40 +1,27 @@
-"""The fast path computes what stock BLIP does, and gets on with whatever a user does to a model."""
+"""The fast path computes what stock BLIP does, also of a model that a user has changed, wrapped or compiled."""
 
 import copy
 import json
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from helpers import TINY_CONFIG, assert_same, loss_and_gradients, make_batch, stock_copy
 from torch.profiler import ProfilerActivity, profile
-from transformers import BlipForConditionalGeneration
+from transformers import BlipForConditionalGeneration, GenerationConfig
 from transformers.models.blip.modeling_blip import BlipAttention
 from transformers.models.blip.modeling_blip_text import BlipTextSelfAttention
 
-from captioning.models import blip
+from captioning.models.blip import BlipCaptioner
 from captioning.models.fast_blip import modules
-from captioning.models.fast_blip.modules import is_fast, use_fast_blip, use_stock_blip
+from captioning.models.fast_blip.modules import use_fast_blip, use_stock_blip
 
 
 ATTENTIONS = (BlipAttention, BlipTextSelfAttention)
 
 
-@pytest.fixture
-def fast(model):
-    return use_fast_blip(copy.deepcopy(model))
-
-
-@pytest.fixture
-def said(caplog):
-    """Return a function to the messages that fast BLIP has logged so far in the test."""
-    modules._say_once.cache_clear()
-    caplog.set_level("WARNING", logger="captioning.fast_blip")
-    return lambda: [record.message for record in caplog.records if record.name == "captioning.fast_blip"]
+def is_fast(model):
+    return type(model.text_decoder) is modules.FastTextDecoder
 
 
 # --- Loss and gradients ---------------------------------------------------------------------------------------
@@ -52,9 +39,9 @@ def said(caplog):
     ],
     ids=["padding", "smoothing", "prompt", "one", "all"],
 )
-def test_loss_and_gradients_are_those_of_stock(tiny_blip, config_file, seed, label_smoothing, batch):
-    model, _ = blip.build_blip(str(config_file), tiny_blip[1].tokenizer, seed)
-    blip.set_label_smoothing(model, label_smoothing)
+def test_loss_and_gradients_are_those_of_stock(build_model, seed, label_smoothing, batch):
+    model = build_model(seed)
+    model.text_decoder.label_smoothing = label_smoothing
     batch = make_batch(model, seed, **batch)
     fast = use_fast_blip(copy.deepcopy(model)).train()
     expected = loss_and_gradients(model.train(), batch)
@@ -72,34 +59,83 @@ def test_logits_are_those_of_the_labels_in_their_order(model, fast):
     torch.testing.assert_close(fast(**without).logits, model(**without).logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("crosses", [False, True], ids=["text", "cross"])
-def test_a_mask_hides_from_the_text_attention_what_it_hides_in_stock(model, fast, crosses):
-    """The module by itself: stock's layers (transformers 5.23) lose a mask over the image on the way to it."""
-    torch.manual_seed(0)
-    inputs = {"hidden_states": torch.randn(2, 6, 32)}
-    inputs |= {"encoder_hidden_states": torch.randn(2, 9, 32)} if crosses else {}
-    mask = torch.zeros(2, 1, 1, 9 if crosses else 6)
+def left_padded(batch):
+    batch = {name: tensor.clone() for name, tensor in batch.items()}
+    for row, length in enumerate(batch["attention_mask"].sum(dim=1).tolist()):
+        for name in ("input_ids", "attention_mask", "labels"):
+            batch[name][row] = batch[name][row].roll(len(batch[name][row]) - length)
+    # All that is not padding is a target, the first token too, as with the data collators of transformers
+    return batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+
+
+def hidden_start(batch):
+    """The first token is a target that attends to nothing: in stock its attention weights are then all equal."""
+    mask = batch["attention_mask"].clone()
+    mask[:, 0] = 0
+    return batch | {"attention_mask": mask}
+
+
+def all_hidden(batch):
+    return batch | {"attention_mask": torch.zeros_like(batch["attention_mask"])}
+
+
+def bidirectional(batch):
+    number, length = batch["attention_mask"].shape
+    return batch | {"attention_mask": torch.zeros(number, 1, length, length)}  # of four dimensions: added as it is
+
+
+@pytest.mark.parametrize("change", [left_padded, hidden_start, all_hidden, bidirectional])
+def test_a_mask_hides_what_it_hides_in_stock(model, fast, change):
+    batch = make_batch(model)
+    changed = change(batch)
+    expected = loss_and_gradients(model.train(), changed)
+    assert abs(model(**batch).loss - expected[0]) > 1e-5 * expected[0], "the mask changes nothing"
+    assert_same(loss_and_gradients(fast.train(), changed), expected)
+
+
+def test_a_mask_over_the_image_is_obeyed_by_the_cross_attention(model, fast):
+    """The module alone: stock's layers (transformers 5.23) lose such a mask on the way to it."""
+    inputs = {"hidden_states": torch.randn(2, 6, 32), "encoder_hidden_states": torch.randn(2, 9, 32)}
+    mask = torch.zeros(2, 1, 1, 9)
     mask[0, ..., 3:] = mask[1, ..., :2] = torch.finfo(mask.dtype).min
-    masked = {"encoder_attention_mask" if crosses else "attention_mask": mask}
-    attentions = [
-        getattr(each.text_decoder.bert.encoder.layer[0], "crossattention" if crosses else "attention").self
-        for each in (model, fast)
-    ]
-    expected, found = (attention(**inputs, **masked)[0] for attention in attentions)
+    attentions = [each.text_decoder.bert.encoder.layer[0].crossattention.self for each in (model, fast)]
+    expected, found = (attention(**inputs, encoder_attention_mask=mask)[0] for attention in attentions)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(attentions[0](**inputs)[0], expected, atol=0.1)
 
 
-@pytest.mark.parametrize("other", [{"reduction": "none"}, {"return_logits": True}, {"return_dict": False}])
-def test_other_losses_of_the_text_decoder_are_those_of_stock(model, fast, other):
+def test_a_batch_without_a_target_has_no_loss_as_in_stock(model, fast):
+    batch = make_batch(model)
+    batch["labels"][:] = -100
+    assert model(**batch).loss.isnan() and fast(**batch).loss.isnan()
+
+
+def by_position(decoder, batch, images):
+    return decoder(batch["input_ids"], batch["attention_mask"], None, None, images, None, batch["labels"]).loss
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        by_position,
+        lambda decoder, batch, images: decoder(**batch, encoder_hidden_states=images, is_decoder=False).loss,
+        lambda decoder, batch, images: (
+            decoder(**batch, encoder_hidden_states=images, logits_to_keep=torch.arange(14).roll(5)).loss
+        ),
+        lambda decoder, batch, images: (
+            decoder(input_ids=batch["input_ids"][:1], encoder_hidden_states=images, labels=batch["labels"]).loss
+        ),
+        lambda decoder, batch, images: decoder(**batch).loss,
+        lambda decoder, batch, images: decoder(**batch, encoder_hidden_states=images, reduction="none").loss,
+        lambda decoder, batch, images: decoder(**batch, encoder_hidden_states=images, return_logits=True),
+        lambda decoder, batch, images: decoder(**batch, encoder_hidden_states=images, return_dict=False)[0],
+    ],
+    ids=["positional", "bidirectional", "turned", "one caption", "imageless", "sums", "logits", "tuple"],
+)
+def test_other_calls_of_the_text_decoder_are_those_of_stock(model, fast, call):
     batch = make_batch(model)
     image_embeds = model.vision_model(batch.pop("pixel_values")).last_hidden_state.detach()
-    expected, found = (m.text_decoder(**batch, encoder_hidden_states=image_embeds, **other) for m in (model, fast))
-    assert type(found) is type(expected)
-    if other == {"reduction": "none"}:
-        expected, found = expected.loss, found.loss
-    elif other == {"return_dict": False}:
-        expected, found = expected[0], found[0]
+    expected, found = (call(each.text_decoder, batch, image_embeds) for each in (model, fast))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -112,11 +148,11 @@ def test_other_image_sizes_are_interpolated_as_in_stock(model, fast):
     assert torch.equal(fast.generate(batch["pixel_values"], **settings), captions)
 
 
-def test_bfloat16_is_as_far_from_float32_as_it_is_in_stock(tiny_blip, config_file):
+def test_bfloat16_is_as_far_from_float32_as_it_is_in_stock(build_model):
     """By autocast: logits and gradients stray by the rounding, and by about as much as stock's stray."""
     strays = {"logits": [[], []], "gradients": [[], []]}
     for seed in range(6):
-        model, _ = blip.build_blip(str(config_file), tiny_blip[1].tokenizer, seed)
+        model = build_model(seed)
         batch = make_batch(model, seed)
         kept = batch["labels"][:, 1:] != -100
         exact = model(**batch).logits[:, :-1][kept]
@@ -133,41 +169,6 @@ def test_bfloat16_is_as_far_from_float32_as_it_is_in_stock(tiny_blip, config_fil
     for name, (stock, ours) in strays.items():
         stock, ours = torch.stack(stock).mean(), torch.stack(ours).mean()
         assert 1e-3 < ours < 1.2 * stock, f"{name}: stock {stock:.4f}, ours {ours:.4f}"
-
-
-@torch.no_grad()
-def rotate_heads(model, seed):
-    """Turn queries and keys of each attention alike: the products stay what they are, their rounding does not."""
-    torch.manual_seed(seed)
-    for attention in [module for module in model.modules() if isinstance(module, ATTENTIONS)]:
-        size = attention.head_dim if isinstance(attention, BlipAttention) else attention.attention_head_size
-        turn = torch.linalg.qr(torch.randn(size, size))[0]
-        if isinstance(attention, BlipAttention):
-            width = 2 * attention.embed_dim
-            parts = [attention.qkv.weight[:width], attention.qkv.bias[:width]]
-        else:
-            parts = [p for linear in (attention.query, attention.key) for p in (linear.weight, linear.bias)]
-        for part in parts:
-            heads = part.view(-1, size, *part.shape[1:])
-            part.copy_(torch.einsum("ij,hj...->hi...", turn, heads).reshape(part.shape))
-    return model
-
-
-def test_the_loss_in_bfloat16_differs_from_stock_as_two_stock_runs_do(tiny_blip, config_file):
-    """The second run of stock is of the same function with other roundings; on a CPU other batches have the same."""
-    between_stock, ours = [], []
-    for seed in range(12):
-        model, _ = blip.build_blip(str(config_file), tiny_blip[1].tokenizer, seed)
-        batch = make_batch(model, seed, number=8)
-        rotated = rotate_heads(copy.deepcopy(model), seed)
-        with torch.no_grad():
-            torch.testing.assert_close(rotated(**batch).loss, model(**batch).loss, rtol=1e-5, atol=0)
-            with torch.autocast("cpu", torch.bfloat16):
-                stock, other = model(**batch).loss, rotated(**batch).loss
-                loss = use_fast_blip(copy.deepcopy(model))(**batch).loss
-        between_stock.append(abs(float(other - stock)))
-        ours.append(abs(float(loss - stock)))
-    assert 0 < sum(ours) < 2 * sum(between_stock), (ours, between_stock)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -198,18 +199,18 @@ def kept_shapes(model, batch) -> set[tuple[int, ...]]:
     return shapes
 
 
-def test_attention_maps_are_not_kept_and_two_thirds_of_the_memory_suffice(tiny_blip, tmp_path):
+def test_attention_maps_are_not_kept_and_two_thirds_of_the_memory_suffice(processor, tmp_path):
     config = copy.deepcopy(TINY_CONFIG)
     size = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4}
     config["vision_config"] |= size | {"image_size": 96, "num_hidden_layers": 4}
     config["text_config"] |= size
     (tmp_path / "config.json").write_text(json.dumps(config))
-    model, _ = blip.build_blip(str(tmp_path / "config.json"), tiny_blip[1].tokenizer, seed=0)
+    model = BlipCaptioner.from_tokenizer(str(tmp_path / "config.json"), 0, processor.tokenizer).model
     batch, tokens = make_batch(model, number=4), 1 + (96 // 8) ** 2
     fast = use_fast_blip(copy.deepcopy(model))
     for path, has_maps in ((model, True), (fast, False)):
         assert any(shape[-2:] == (tokens, tokens) for shape in kept_shapes(path.train(), batch)) == has_maps
-    model(**batch), fast(**batch)  # what is made once and kept is not counted
+    model(**batch), fast(**batch)  # what is allocated once is not counted
     stock_bytes, fast_bytes = kept_bytes(model, batch), kept_bytes(fast, batch)
     assert stock_bytes > 4 * 4 * 4 * 2 * tokens**2 * 4, "the measure misses the attention maps of stock"
     assert 0 < fast_bytes < 0.65 * stock_bytes
@@ -229,22 +230,14 @@ def test_gradient_checkpointing_changes_no_gradient(model, fast, use_reentrant):
     assert len(runs) == 2, "the layer is not run again"
 
 
-def test_a_frozen_vision_model_gets_no_gradient_and_the_decoder_those_of_stock(model, fast):
+@pytest.mark.parametrize(("frozen", "trained"), [("vision_model", "text_decoder"), ("text_decoder", "vision_model")])
+def test_a_frozen_half_gets_no_gradient_and_the_other_that_of_stock(model, fast, frozen, trained):
     batch = make_batch(model)
     for each in (model, fast):
-        each.train().vision_model.requires_grad_(False)
+        getattr(each.train(), frozen).requires_grad_(False)
     found, expected = loss_and_gradients(fast, batch), loss_and_gradients(model, batch)
     assert_same(found, expected)
-    assert found[1] and not any(name.startswith("vision_model") for name in found[1])
-
-
-def test_a_frozen_decoder_passes_gradients_on_to_the_vision_model(model, fast):
-    batch = make_batch(model)
-    for each in (model, fast):
-        each.train().text_decoder.requires_grad_(False)
-    found, expected = loss_and_gradients(fast, batch), loss_and_gradients(model, batch)
-    assert_same(found, expected)
-    assert found[1] and all(name.startswith("vision_model") for name in found[1])
+    assert {name.split(".")[0] for name in found[1]} == {trained}
 
 
 def test_a_compiled_model_has_the_same_loss_and_gradients(model, fast):
@@ -252,48 +245,12 @@ def test_a_compiled_model_has_the_same_loss_and_gradients(model, fast):
     expected = loss_and_gradients(model.train(), batch)
     torch._dynamo.reset()
     fast.train()
-    compiled = torch.compile(fast, backend="aot_eager")
+    compiled = torch.compile(fast, backend="eager")
     loss = compiled(**batch).loss
     loss.backward()
     gradients = {name: p.grad for name, p in fast.named_parameters()}
     torch._dynamo.reset()
     assert_same((loss.detach(), gradients), expected)
-
-
-DDP = """
-import sys
-import torch
-from torch.multiprocessing import start_processes
-from transformers import BlipForConditionalGeneration
-from captioning.models.fast_blip.modules import use_fast_blip
-
-
-def run(rank, folder):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    model = use_fast_blip(BlipForConditionalGeneration.from_pretrained(folder)).train()
-    parallel = torch.nn.parallel.DistributedDataParallel(model)
-    batch = {name: tensor[3 * rank : 3 * rank + 3] for name, tensor in torch.load(f"{folder}/batch.pt").items()}
-    parallel(**batch).loss.backward()
-    torch.save({name: p.grad for name, p in model.named_parameters()}, f"{folder}/gradients_{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-start_processes(run, args=(sys.argv[1],), nprocs=2, start_method="fork")  # the imports are what takes time
-"""
-
-
-def test_two_processes_average_the_gradients_of_their_halves(model, tmp_path):
-    batch = make_batch(model, number=6)
-    halves = [{name: tensor[start : start + 3] for name, tensor in batch.items()} for start in (0, 3)]
-    (_, one), (_, other) = (loss_and_gradients(model.train(), half) for half in halves)
-    expected = {name: (one[name] + other[name]) / 2 for name in one}
-    model.save_pretrained(tmp_path)
-    torch.save(batch, tmp_path / "batch.pt")
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    subprocess.run([sys.executable, "-c", DDP, str(tmp_path)], env=environment, check=True, timeout=120)
-    for rank in range(2):
-        gradients = torch.load(tmp_path / f"gradients_{rank}.pt")
-        assert_same((torch.tensor(0.0), gradients), (torch.tensor(0.0), expected))
 
 
 def test_a_stock_model_reads_what_a_fast_one_saved(model, fast, tmp_path):
@@ -374,25 +331,20 @@ def test_attention_dropout_is_active_in_training_alone(model, fast):
         assert abs(losses[0] - losses[1]) > 1e-4
 
 
-@pytest.mark.parametrize("kind", ["vision", "text", "cross"])
+@pytest.mark.parametrize("kind", ["vision", "cross"])
 @torch.no_grad()
-def test_attention_dropout_keeps_the_mean_and_strays_as_in_stock(model, fast, kind):
+def test_attention_dropout_keeps_the_mean_and_has_the_spread_of_stock(model, fast, kind):
     """Over many masks the mean of an attention's outputs is what it is without dropout, their spread stock's."""
     number, random = 4000, torch.Generator().manual_seed(0)
     hidden, image = torch.randn(1, 6, 32, generator=random), torch.randn(1, 9, 32, generator=random)
     inputs = {"hidden_states": hidden.expand(number, -1, -1)}
-    if kind == "text":
-        inputs["attention_mask"] = torch.full((1, 1, 6, 6), -1e9).triu(1).expand(number, -1, -1, -1)
     if kind == "cross":
         inputs["encoder_hidden_states"] = image.expand(number, -1, -1)
     outputs = []
     for each in (model, fast):
-        layer = each.text_decoder.bert.encoder.layer[0]
-        attention = {
-            "vision": each.vision_model.encoder.layers[0].self_attn,
-            "text": layer.attention.self,
-            "cross": layer.crossattention.self,
-        }[kind]
+        attention = each.vision_model.encoder.layers[0].self_attn
+        if kind == "cross":
+            attention = each.text_decoder.bert.encoder.layer[0].crossattention.self
         attention.dropout.p = 0.4
         expected = attention.eval()(**inputs)[0][0]
         torch.manual_seed(3)
@@ -408,29 +360,27 @@ def test_attention_dropout_keeps_the_mean_and_strays_as_in_stock(model, fast, ki
 
 
 def returns_no_weights(model, batch) -> bool:
-    """Tell whether no attention of the model computes its weights for `batch`."""
+    """Tell whether no attention to patches computes its weights for `batch`."""
     weights = []
     hooks = [
         module.register_forward_hook(lambda module, inputs, outputs: weights.append(outputs[1]))
         for module in model.modules()
         if isinstance(module, ATTENTIONS)
     ]
-    with torch.no_grad():  # hooks have the text in rows, and gradients through a mask are stock's
-        model(**batch)
+    model(**batch)
     for hook in hooks:
         hook.remove()
     assert len(weights) == 2 + 2 * 2
-    return all(each is None for each in weights)
+    return all(each is None for each in weights[:2] + weights[3::2])  # attention to text is stock's
 
 
 @pytest.mark.parametrize("by_config", [False, True], ids=["argument", "config"])
-def test_attention_weights_can_be_had_and_the_next_call_is_fast_again(model, fast, said, by_config):
+def test_attention_weights_can_be_had_and_the_next_call_is_fast_again(model, fast, by_config):
     batch = make_batch(model)
     text_inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
     image_embeds = model.vision_model(batch["pixel_values"]).last_hidden_state.detach()
     assert returns_no_weights(fast, batch)
     assert not returns_no_weights(model, batch)
-    assert not said()
 
     asked = {} if by_config else {"output_attentions": True}
     results = []
@@ -448,7 +398,6 @@ def test_attention_weights_can_be_had_and_the_next_call_is_fast_again(model, fas
     vision, text, cross, whole, _ = results[1]
     assert [len(weights) for weights in (vision, text, cross, whole)] == [2] * 4
     assert [weights[0].shape[2:] for weights in (vision, text, cross)] == [(17, 17), (14, 14), (14, 17)]
-    assert said() == ["Fast BLIP: attention weights are asked for: stock eager attention computes them"]
     assert returns_no_weights(fast, batch)
 
 
@@ -494,16 +443,116 @@ def test_hooks_inside_the_mlp_see_what_they_see_in_stock(model, fast, learns, pa
     torch.testing.assert_close(kept[1], kept[0], rtol=1e-4, atol=1e-4)
 
 
-def test_hidden_states_can_be_had_without_giving_up_speed(model, fast, said):
+@pytest.mark.parametrize("by_config", [False, True], ids=["argument", "config"])
+def test_hidden_states_can_be_had(model, fast, by_config):
     batch = make_batch(model)
     text_inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
     image_embeds = model.vision_model(batch["pixel_values"]).last_hidden_state.detach()
-    expected, found = (
-        each.text_decoder(**text_inputs, encoder_hidden_states=image_embeds, output_hidden_states=True).hidden_states
-        for each in (model, fast)
+    found = []
+    for each in (model, fast):
+        each.text_decoder.config.output_hidden_states = by_config
+        asked = {} if by_config else {"output_hidden_states": True}
+        text = each.text_decoder(**text_inputs, encoder_hidden_states=image_embeds, **asked).hidden_states
+        found.append((text, each(**batch, output_hidden_states=True).hidden_states))
+    assert len(found[1][0]) == 3
+    for ours, stock in zip(*found, strict=True):
+        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
+
+
+# --- Text models that others have changed ---------------------------------------------------------------------
+
+
+class Wrapped(torch.nn.Module):
+    """A layer as others wrap it: none of its parts can be reached by name."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args, **kwargs):
+        return -self.layer(*args, **kwargs)
+
+
+class Negative(BlipTextSelfAttention):
+    def forward(self, *args, **kwargs):
+        context, weights = super().forward(*args, **kwargs)
+        return -context, weights
+
+
+def wrap_layer(bert):
+    bert.encoder.layer[1] = Wrapped(bert.encoder.layer[1])
+
+
+def subclass_attention(bert):
+    attention = bert.encoder.layer[1].attention
+    stock = attention.self
+    attention.self = Negative(stock.config, is_cross_attention=False, layer_idx=stock.layer_idx)
+    attention.self.load_state_dict(stock.state_dict())
+
+
+def replace_forward(bert):
+    forward = bert.encoder.layer[1].forward
+    bert.encoder.layer[1].forward = lambda *args, **kwargs: -forward(*args, **kwargs)
+
+
+def hook_layer(bert):
+    """A hook that looks along a caption."""
+    bert.encoder.layer[0].register_forward_hook(lambda module, inputs, output: output - output[:, :1])
+
+
+def hook_before_attention(bert):
+    bert.encoder.layer[0].crossattention.self.register_forward_pre_hook(
+        lambda module, inputs: (-inputs[0], *inputs[1:])
     )
-    assert len(found) == 3
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    expected, found = (each(**batch, output_hidden_states=True).hidden_states for each in (model, fast))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert not said()
+
+
+CHANGES = [wrap_layer, subclass_attention, replace_forward, hook_layer, hook_before_attention]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_text_model_is_trained_as_in_stock(model, fast, change):
+    batch = make_batch(model)
+    before = model(**batch).loss
+    for each in (model, fast):
+        change(each.text_decoder.bert)
+    expected = loss_and_gradients(model, batch)
+    assert abs(expected[0] - before) > 1e-4, "the change changes nothing"
+    assert_same(loss_and_gradients(fast, batch), expected)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_a_changed_text_model_captions_and_scores_as_in_stock(captioner, change, num_beams):
+    """An evaluation goes around the layers only where they are those of transformers."""
+    config = GenerationConfig(max_new_tokens=12, num_beams=num_beams)
+    batch = make_batch(captioner.model)
+
+    def evaluate(captioner, fast):
+        captioner = copy.deepcopy(captioner)
+        captioner.adapt(fast=fast)
+        with torch.no_grad(), captioner.evaluation():
+            encoded = captioner.encode_images(batch)
+            return captioner.caption_nll(encoded, batch), captioner.generate(encoded, config)
+
+    _, before = evaluate(captioner, fast=False)
+    change(captioner.model.text_decoder.bert)
+    (expected_nll, expected), (nll, tokens) = (evaluate(captioner, fast) for fast in (False, True))
+    assert not torch.equal(before, expected), "the change changes nothing"
+    assert torch.equal(tokens, expected)
+    torch.testing.assert_close(nll, expected_nll, rtol=1e-5, atol=1e-4)
+
+
+def test_generation_in_training_mode_has_the_dropout_of_stock(captioner):
+    captions = []
+    for module in captioner.model.text_decoder.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.3
+    captioner.model.train()
+    for fast in (False, True):
+        captioner.adapt(fast=fast)
+        torch.manual_seed(0)
+        encoded = captioner.encode_images(make_batch(captioner.model))
+        captions.append(captioner.generate(encoded, GenerationConfig(max_new_tokens=12)))
+    assert torch.equal(*captions)
+    captioner.model.eval()
+    assert not torch.equal(captioner.generate(encoded, GenerationConfig(max_new_tokens=12)), captions[0])

@@ -1,41 +1,18 @@
 """The fast way to `pixel_values` gives the values of `BlipImageProcessorPil`, whatever the image."""
 
-import io
-import pickle
-
 import numpy as np
 import pytest
 import torch
-from helpers import make_png
 from PIL import Image
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-import collator
 from captioning.models.fast_blip import pixel_values
 from captioning.models.fast_blip.pixel_values import fast_pixel_values
-from collator import CaptioningCollator
 
 
 SMALL = {"height": 48, "width": 32}
-MODES = (
-    "1",
-    "L",
-    "LA",
-    "La",
-    "P",
-    "PA",
-    "RGB",
-    "RGBA",
-    "RGBa",
-    "RGBX",
-    "CMYK",
-    "YCbCr",
-    "HSV",
-    "LAB",
-    "I",
-    "I;16",
-    "F",
-)
+RGB_MODES = ("RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
+MODES = ("1", "L", "LA", "La", "P", "PA", *RGB_MODES, "I", "I;16", "F")
 SIZES = ((8, 8), (9, 200), (31, 47), (32, 48), (48, 32), (640, 519), (3000, 20), (16, 16), (1, 1))
 
 
@@ -126,7 +103,7 @@ def test_values_are_those_of_stock_at_the_size_of_the_model():
 
 
 @pytest.mark.parametrize(("mode", "transparency"), [("L", 0), ("RGB", (0, 0, 0)), ("P", 1), ("P", b"\x80\x00")])
-def test_transparent_colours_are_laid_on_white_as_stock_does(mode, transparency):
+def test_transparent_colors_are_laid_on_white_as_stock_does(mode, transparency):
     image = random_image(1, mode, (40, 30))  # of two levels, so that many pixels are transparent
     image.info["transparency"] = transparency
     processor = BlipImageProcessorPil(size=SMALL)
@@ -138,7 +115,7 @@ def test_transparent_colours_are_laid_on_white_as_stock_does(mode, transparency)
 
 @pytest.mark.parametrize("channel", range(3))
 @pytest.mark.parametrize("place", [(0, 0), (320, 259), (639, 518), (17, 500)])
-def test_one_coloured_pixel_makes_a_colour_image(channel, place, resized_modes):
+def test_one_colored_pixel_makes_a_color_image(channel, place, resized_modes):
     image = random_image(0, "L", (640, 519)).convert("RGB")
     pixel = list(image.getpixel(place))
     pixel[channel] ^= 1
@@ -178,7 +155,7 @@ def test_the_channels_of_gray_images_are_resized_once(resized_modes):
 )
 def test_other_settings_are_left_to_stock(settings):
     processor = BlipImageProcessorPil(**{"size": SMALL} | settings)
-    assert pixel_values._settings(processor) is None
+    assert not pixel_values._does_the_same(processor)
     assert_same([random_image(seed, "RGB", (40, 30)) for seed in range(2)], processor)
 
 
@@ -207,7 +184,7 @@ def test_settings_are_read_at_each_call():
         assert before.shape != after.shape or not torch.equal(before, after)
 
 
-def test_what_is_no_list_of_pil_images_is_left_to_stock():
+def test_what_is_not_a_list_of_pil_images_is_left_to_stock():
     processor = BlipImageProcessorPil(size=SMALL)
     assert_same([np.asarray(random_image(0, "RGB", (40, 30)))], processor)
     assert_same([], processor)
@@ -224,45 +201,3 @@ def test_images_are_not_changed(mode):
     assert (image.tobytes(), image.mode, image.size, dict(image.info)) == before
     first.fill_(7)  # what a caller does to a batch is not seen in the next
     assert_same([image], BlipImageProcessorPil(size=SMALL))
-
-
-def examples(number: int) -> list[dict]:
-    return [{"image": {"bytes": make_png(i), "path": None}, "input_ids": [2, 5, 3]} for i in range(number)]
-
-
-def test_the_collator_is_fast_unless_told_otherwise(processor, monkeypatch):
-    calls = []
-
-    def spy(images, image_processor):
-        calls.append(len(images))
-        return fast_pixel_values(images, image_processor)
-
-    monkeypatch.setattr(collator, "fast_pixel_values", spy)
-    slow = CaptioningCollator(processor, bos_token_id=9, fast=False)(examples(3))
-    assert calls == []
-    fast = CaptioningCollator(processor, bos_token_id=9)(examples(3))
-    assert calls == [3]
-    assert torch.equal(fast["pixel_values"], slow["pixel_values"])
-
-
-def test_the_fast_way_does_not_call_the_image_processor(processor, monkeypatch):
-    def refuse(*arguments, **options):
-        raise AssertionError("the stock image processor was called")
-
-    monkeypatch.setattr(BlipImageProcessorPil, "__call__", refuse)
-    CaptioningCollator(processor, bos_token_id=9)(examples(2))
-    with pytest.raises(AssertionError, match="stock"):
-        CaptioningCollator(processor, bos_token_id=9, fast=False)(examples(2))
-
-
-def test_worker_processes_give_the_same_batches(processor):
-    collate, rows = CaptioningCollator(processor, bos_token_id=9), examples(4)
-    expected = torch.stack(
-        [stock([Image.open(io.BytesIO(row["image"]["bytes"]))], processor.image_processor)[0] for row in rows]
-    )
-    pickled = pickle.loads(pickle.dumps(collate))  # as workers get it that are not forked
-    for batches in (
-        torch.utils.data.DataLoader(rows, batch_size=2, num_workers=1, collate_fn=collate),
-        [pickled(rows[:2]), pickled(rows[2:])],
-    ):
-        assert torch.equal(torch.cat([batch["pixel_values"] for batch in batches]), expected)

@@ -10,13 +10,12 @@ from helpers import stock_copy
 from transformers import BlipForConditionalGeneration, BlipProcessor, Seq2SeqTrainer, TrainerCallback
 from transformers.trainer_pt_utils import LabelSmoother
 
-from captioning.data import checks
+from captioning.data.checks import usable
 from captioning.data.tokenize_captions import tokenize
 from captioning.errors import UserError
-from captioning.models import blip
+from captioning.models.captioner import sum_nll
 from captioning.training.checkpoints import last_complete_checkpoint
-from captioning.training.trainer import caption_nll, mean_training_loss
-from metrics import decode_captions
+from captioning.training.trainer import mean_training_loss
 
 
 def batch_of(trainer, rows, number=4):
@@ -31,7 +30,7 @@ def stock_trainer(ours, model) -> Seq2SeqTrainer:
         data_collator=ours.data_collator,
         train_dataset=ours.train_dataset,
         eval_dataset=ours.eval_dataset,
-        processing_class=ours.tokenizer,
+        processing_class=ours.captioner.tokenizer,
     )
 
 
@@ -51,25 +50,25 @@ def stock_nll(model, collator, rows) -> list[tuple[float, int]]:
 
 
 def test_predictions_of_an_untrained_model_do_not_start_with_the_references(make_trainer, splits, model):
-    """T1: stock `prediction_step` hands the reference to `generate` as its prompt."""
+    """T1: stock `prediction_step` passes the reference to `generate` as its prompt."""
     trainer = make_trainer()
     batch = batch_of(trainer, splits["test"])
     stock = stock_trainer(trainer, model)
     _, leaked, _ = stock.prediction_step(stock.model, copy.deepcopy(batch), False, max_new_tokens=12)
-    _, (_, _, tokens), _ = trainer.prediction_step(model, copy.deepcopy(batch), False)
+    _, (_, _, tokens, _), _ = trainer.prediction_step(model, copy.deepcopy(batch), False)
+    leaked, captions = (trainer.captioner.decode(generated.numpy()) for generated in (leaked, tokens))
     for row, reference in enumerate(splits["test"]["caption"][:4]):
         words = reference.lower().split()[:3]
-        assert decode_captions(leaked[row : row + 1].numpy(), trainer.tokenizer)[0].split()[:3] == words
-        assert decode_captions(tokens[row : row + 1].numpy(), trainer.tokenizer)[0].split()[:3] != words
+        assert leaked[row].split()[:3] == words
+        assert captions[row].split()[:3] != words
 
 
-def test_predictions_do_not_depend_on_the_references(make_trainer, splits, model):
+def test_predictions_do_not_depend_on_the_references(make_trainer, splits):
     """T1 again: other captions, same images, same predictions."""
     trainer = make_trainer()
     swapped = splits["test"].select(range(7)).remove_columns("input_ids")
     swapped = swapped.add_column("input_ids", [splits["train"][i]["input_ids"] for i in range(7)])
-    _, _, tokens = trainer.predict(splits["test"]).predictions
-    _, _, others = trainer.predict(swapped).predictions
+    tokens, others = (trainer.predict(rows).predictions.tokens for rows in (splits["test"], swapped))
     assert np.array_equal(tokens, others)
 
 
@@ -84,10 +83,10 @@ def test_predictions_do_not_depend_on_the_references(make_trainer, splits, model
     ],
 )
 def test_decode_settings_reach_the_decoder(make_trainer, splits, model, settings):
-    """T7: BLIP's outer `generation_config` is ignored by its text decoder; ours gets the settings explicitly."""
+    """T7: the text decoder ignores the `generation_config` of the whole model; ours is passed to it."""
     trainer = make_trainer(**settings)
     batch = batch_of(trainer, splits["test"])
-    _, (_, _, tokens), _ = trainer.prediction_step(model, batch, False)
+    _, (_, _, tokens, _), _ = trainer.prediction_step(model, batch, False)
     model = stock_copy(model)
     expected = model.generate(pixel_values=batch["pixel_values"], **{"max_new_tokens": 12} | settings)
     assert torch.equal(tokens, expected[:, 1:])
@@ -96,38 +95,38 @@ def test_decode_settings_reach_the_decoder(make_trainer, splits, model, settings
 
 
 def test_generation_and_training_start_from_the_same_token(make_trainer, splits, model):
-    """T3: the processor writes `[CLS]` first, `generate` starts from `[DEC]`."""
+    """T3: the tokenizer writes `[CLS]` first, `generate` starts from `[DEC]`."""
     trainer = make_trainer()
     batch = batch_of(trainer, splits["train"])
-    start = model.generate(pixel_values=batch["pixel_values"], max_new_tokens=1)[:, 0]
-    assert trainer.tokenizer("chest")["input_ids"][0] != trainer.tokenizer.bos_token_id
+    start = stock_copy(model).generate(pixel_values=batch["pixel_values"], max_new_tokens=1)[:, 0]
+    assert trainer.captioner.tokenizer("chest")["input_ids"][0] != start[0]
     assert torch.equal(batch["input_ids"][:, 0], start)
-    assert trainer.start_ids == [int(start[0])]
+    assert trainer.captioner.prompt_row == [int(start[0])]
 
 
 def test_prediction_leaves_its_inputs_alone(make_trainer, splits, model):
     """T10: `generate` overwrites the first prompt token in place."""
-    prompt_ids = [7, 8]
-    trainer = make_trainer(prompt_ids=prompt_ids)
+    trainer = make_trainer(prompt="chest radiograph")
+    start = trainer.captioner.prompt_row
     batch = batch_of(trainer, splits["test"])
     before = copy.deepcopy(batch)
     for _ in range(2):
         trainer.prediction_step(model, batch, False)
         assert all(torch.equal(batch[key], before[key]) for key in batch)
-        assert trainer.start_ids == [model.config.text_config.bos_token_id, *prompt_ids]
-    prompt = torch.tensor([[5, *prompt_ids, 3]])
-    model.generate(pixel_values=batch["pixel_values"][:1], input_ids=prompt, max_new_tokens=2)
+        assert trainer.captioner.prompt_row == start
+    prompt = torch.tensor([[5, *start[1:], 3]])
+    stock_copy(model).generate(pixel_values=batch["pixel_values"][:1], input_ids=prompt, max_new_tokens=2)
     assert prompt[0, 0] != 5, "stock no longer writes into its prompt: this test can go"
 
 
-def test_prompt_starts_generation_and_is_no_part_of_the_prediction(make_trainer, splits, model, processor):
-    prompt_ids = processor.tokenizer("chest radiograph", add_special_tokens=False)["input_ids"]
-    trainer = make_trainer(prompt_ids=prompt_ids)
+def test_prompt_starts_generation_and_is_not_part_of_the_prediction(make_trainer, splits, model, processor):
+    trainer = make_trainer(prompt="chest radiograph")
     batch = batch_of(trainer, splits["test"])
-    _, (_, _, tokens), _ = trainer.prediction_step(model, batch, False)
+    _, (_, _, tokens, _), _ = trainer.prediction_step(model, batch, False)
     prompt = processor(text=["chest radiograph"] * 4, return_tensors="pt")["input_ids"]
-    expected = model.generate(pixel_values=batch["pixel_values"], input_ids=prompt, num_beams=3, max_new_tokens=12)
-    assert torch.equal(tokens, expected[:, 1 + len(prompt_ids) :])
+    settings = {"num_beams": 3, "max_new_tokens": 12}
+    expected = stock_copy(model).generate(pixel_values=batch["pixel_values"], input_ids=prompt, **settings)
+    assert torch.equal(tokens, expected[:, prompt.shape[1] - 1 :])
 
 
 # --- Losses ---------------------------------------------------------------------------------------------------
@@ -138,11 +137,11 @@ class KeepGradients(TrainerCallback):
         self.gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def one_step(make, model, batch_size, accumulation):
+def one_step(make, captioner, batch_size, accumulation, **arguments):
     """Loss and gradients of one optimizer step over the same 8 rows."""
     keep = KeepGradients()
     trainer = make(
-        model=copy.deepcopy(model),
+        captioner=copy.deepcopy(captioner),
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=accumulation,
         max_steps=1,
@@ -151,30 +150,31 @@ def one_step(make, model, batch_size, accumulation):
         save_strategy="no",
         do_eval=False,
         logging_steps=1,
+        **arguments,
     )
     trainer.add_callback(keep)
     trainer.train()
     return trainer.state.log_history[0]["loss"], keep.gradients
 
 
-def test_loss_and_gradients_do_not_depend_on_accumulation(make_trainer, model):
+def test_loss_and_gradients_do_not_depend_on_accumulation(make_trainer, captioner):
     """T2: in stock BLIP both grow with the accumulation steps."""
-    loss, gradients = one_step(make_trainer, model, 8, 1)
+    loss, gradients = one_step(make_trainer, captioner, 8, 1)
     scale = max(float(g.abs().max()) for g in gradients.values())
     for batch_size, accumulation in ((4, 2), (2, 4)):
-        other_loss, others = one_step(make_trainer, model, batch_size, accumulation)
+        other_loss, others = one_step(make_trainer, captioner, batch_size, accumulation)
         assert other_loss == pytest.approx(loss, rel=1e-5)
         assert max(float((gradients[n] - others[n]).abs().max()) for n in gradients) < 1e-5 * scale
 
-    def make_stock(model, **arguments):
-        return stock_trainer(make_trainer(model=model, **arguments), model)
+    def make_stock(captioner, **arguments):
+        return stock_trainer(make_trainer(captioner=captioner, **arguments), captioner.model)
 
-    assert one_step(make_stock, model, 2, 4)[0] > 3 * loss, "stock normalizes now: compute_loss can go"
+    assert one_step(make_stock, captioner, 2, 4)[0] > 3 * loss, "stock normalizes now: compute_loss can go"
 
 
-def test_training_loss_and_gradients_equal_stock_blip_on_one_batch(make_trainer, splits, model):
-    loss, gradients = one_step(make_trainer, model, 8, 1)
-    stock = stock_copy(model).train()
+def test_training_loss_and_gradients_equal_stock_blip_on_one_batch(make_trainer, splits, captioner):
+    loss, gradients = one_step(make_trainer, captioner, 8, 1)
+    stock = stock_copy(captioner.model).train()
     trainer = make_trainer()
     stock_loss = stock(**trainer.data_collator([splits["train"][i] for i in range(8)])).loss
     stock_loss.backward()
@@ -194,7 +194,7 @@ def test_label_smoothing_is_that_of_the_config_and_in_training_only(make_trainer
     smoothed = stock_copy(model).eval()(**batch).loss.item()
     assert smoothed > plain + 0.1
     assert trainer.compute_loss(model.train(), dict(batch)).item() == pytest.approx(smoothed, rel=1e-6)
-    _, (nll, num_tokens, _), _ = trainer.prediction_step(model.eval(), batch, False)
+    _, (nll, num_tokens, *_), _ = trainer.prediction_step(model.eval(), batch, False)
     assert float(nll.sum() / num_tokens.sum()) == pytest.approx(plain, rel=1e-6)
     stock = stock_trainer(trainer, model)
     stock.label_smoother = LabelSmoother(epsilon=0.1)
@@ -219,18 +219,18 @@ def test_eval_loss_is_the_token_level_loss_whatever_the_batch_size(make_trainer,
 
 def test_nll_of_each_caption_is_its_own_sum(make_trainer, splits, model):
     trainer = make_trainer(per_device_eval_batch_size=3)
-    nll, num_tokens, _ = trainer.predict(splits["test"]).predictions
+    found = trainer.predict(splits["test"]).predictions
     sums = stock_nll(model, trainer.data_collator, splits["test"])
-    assert nll == pytest.approx([value for value, _ in sums], rel=1e-5)
-    assert num_tokens.tolist() == [number for _, number in sums]
+    assert found.nll == pytest.approx([value for value, _ in sums], rel=1e-5)
+    assert found.num_tokens.tolist() == [number for _, number in sums]
 
 
-def test_nll_is_summed_over_the_labels_of_each_caption():
+def test_nll_is_summed_over_the_targets_of_each_caption():
     labels = torch.tensor([[-100, 3, 4, -100, -100], [-100, -100, 1, 2, 6], [-100, -100, -100, -100, -100]])
-    is_label = labels != -100
+    is_target = labels != -100
     logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
     log_probs = logits.log_softmax(-1)
-    nll = caption_nll(logits, labels, is_label)
+    nll = sum_nll(logits, labels, is_target)
     assert nll.dtype == torch.float64
     expected = [-(log_probs[0, 3] + log_probs[1, 4]), -(log_probs[2, 1] + log_probs[3, 2] + log_probs[4, 6]), 0.0]
     assert nll.tolist() == pytest.approx([float(value) for value in expected], abs=1e-6)
@@ -239,19 +239,17 @@ def test_nll_is_summed_over_the_labels_of_each_caption():
 # --- Metrics --------------------------------------------------------------------------------------------------
 
 
-def test_scores_are_against_the_full_captions(make_trainer, checked, processor):
+def test_scores_are_against_the_full_captions(make_trainer, checked, captioner):
     """T9: decoded labels are truncated, which flatters the score."""
-    tokenized = tokenize(checked, processor.tokenizer, max_caption_length=6, prompt_ids=[])
-    cut = {split: checks.usable(rows) for split, rows in tokenized.items()}
+    cut = {split: usable(rows) for split, rows in tokenize(checked, captioner, max_length=6).items()}
     trainer = make_trainer(splits=cut)
     seen = []
-    trainer._compute_metrics = None
-    trainer.compute_metrics = lambda prediction: seen.append((prediction, trainer._references)) or {}
-    trainer.evaluate()
-    prediction, references = seen[0]
-    assert references == cut["validation"]["caption"][:]
-    labels = decode_captions(prediction.label_ids, processor.tokenizer)
-    assert all(len(label) < len(reference) for label, reference in zip(labels, references, strict=True))
+    trainer._metrics_of_texts = lambda prediction: seen.append(prediction) or {}
+    output = trainer.evaluation_loop(trainer.get_eval_dataloader(), "test")
+    assert seen[0].predictions is output.predictions
+    assert seen[0].label_ids == cut["validation"]["caption"][:]
+    labels = captioner.decode(output.label_ids)
+    assert all(len(label) < len(reference) for label, reference in zip(labels, seen[0].label_ids, strict=True))
 
 
 def test_evaluation_runs_in_the_precision_of_training(make_trainer, splits, model):
@@ -265,18 +263,15 @@ def test_evaluation_runs_in_the_precision_of_training(make_trainer, splits, mode
         seen.clear()
 
 
-def test_gradient_checkpointing_changes_no_gradient(make_trainer, model):
-    def make(model, **arguments):
-        return make_trainer(model=model, activation_checkpointing=True, **arguments)
-
-    loss, gradients = one_step(make_trainer, model, 8, 1)
-    other_loss, others = one_step(make, model, 8, 1)
+def test_gradient_checkpointing_changes_no_gradient(make_trainer, captioner):
+    loss, gradients = one_step(make_trainer, captioner, 8, 1)
+    other_loss, others = one_step(make_trainer, captioner, 8, 1, activation_checkpointing=True)
     assert other_loss == pytest.approx(loss, rel=1e-6)
     assert all(torch.allclose(gradients[name], others[name], atol=1e-6) for name in gradients)
 
 
-def test_loss_only_evaluation_generates_nothing(make_trainer, monkeypatch):
-    monkeypatch.setattr("trainer.generate_captions", None)
+def test_loss_only_evaluation_generates_nothing(make_trainer, captioner, monkeypatch):
+    monkeypatch.setattr(type(captioner), "generate", None)
     metrics = make_trainer(predict_with_generate=False).evaluate()
     assert "eval_loss" in metrics
     assert "eval_rougeL" not in metrics
@@ -324,24 +319,23 @@ def test_mean_training_loss_weighs_by_steps():
     assert mean_training_loss([]) == 0.0
 
 
-# --- What baselines and page are made of -------------------------------------------------------------------------
+# --- Features and attention -----------------------------------------------------------------------------------
 
 
 def test_image_features_are_the_mean_of_the_patches_in_the_order_of_the_rows(make_trainer, splits, model):
     trainer = make_trainer(per_device_eval_batch_size=3)
-    features = trainer.image_features(splits["train"])
-    assert features.shape == (24, 32)
-    assert features.dtype == np.float32
-    for row in (0, 7, 23):
-        pixel_values = trainer.data_collator([splits["train"][row]])["pixel_values"]
+    features = trainer.image_features(splits["test"])
+    assert (features.shape, features.dtype) == ((7, 32), np.float32)
+    for row in (0, 4, 6):
+        pixel_values = trainer.data_collator([splits["test"][row]])["pixel_values"]
         with torch.no_grad():
             expected = model.eval().vision_model(pixel_values).last_hidden_state[0, 1:].mean(dim=0)
         assert features[row] == pytest.approx(expected.numpy(), abs=1e-5)
+    assert np.array_equal(trainer.predict(splits["test"]).predictions.features, features), "computed twice for nothing"
 
 
-def test_each_word_of_a_caption_has_the_mean_map_of_its_tokens(make_trainer, splits, model, processor):
-    trainer = make_trainer()
-    tokenizer = processor.tokenizer
+def test_each_word_of_a_caption_has_the_mean_map_of_its_tokens(make_trainer, splits, captioner):
+    trainer, tokenizer = make_trainer(), captioner.tokenizer
     caption = "septum at the left xylophone"
     ids = [*tokenizer(caption, add_special_tokens=False)["input_ids"], tokenizer.sep_token_id]
     pieces = tokenizer.convert_ids_to_tokens(ids)
@@ -349,10 +343,9 @@ def test_each_word_of_a_caption_has_the_mean_map_of_its_tokens(make_trainer, spl
     tokens = np.array([[*ids, tokenizer.pad_token_id, -100]])
     (words,) = trainer.word_attention(splits["test"].select([2]), tokens)
     assert [word for word, _ in words] == caption.split()
-    pixel_values = trainer.data_collator([splits["test"][2]])["pixel_values"]
     with torch.no_grad():
-        embeds = blip.encode_images(model, pixel_values)
-        maps = blip.attention_maps(model, embeds, trainer.start_ids, torch.tensor(ids)).numpy()
+        encoded = captioner.encode_images(trainer.data_collator([splits["test"][2]]))
+        maps = captioner.attention_maps(encoded, torch.tensor(ids)).numpy()
     last = [i for i, piece in enumerate(pieces[:-1]) if not piece.startswith("##")][-1]
     assert len(pieces[last:-1]) > 1
     assert words[-1][1] == pytest.approx(maps[last:-1].mean(axis=0), abs=1e-6)

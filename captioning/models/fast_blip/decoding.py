@@ -6,32 +6,34 @@ What stock `generate` spends on BLIP, and how it is saved here:
   each token. Here they are computed once per image, and its beams attend to them together.
 * It gathers the self-attention cache after each token, so that each beam's row holds the keys of its own ancestors.
   Here keys stay where they were written, and a mask says which of them are a beam's ancestors.
-* It decodes all images of a batch until the last is finished. Here an image leaves the batch when it is.
-* On a CPU it lays out each weight anew for each token, which for a few rows costs as much as the product. Here that is
-  done once a batch.
+* It decodes all images of a batch until the last is finished. Here a finished image leaves the batch.
 
-What decides about tokens is stock's own: its logits processors, stopping criteria and the rules by which beams are
-ranked and finished are called, so that a setting means here what it means there.
+Tokens are chosen by stock's own code: its logits processors, its stopping criteria and its rules by which beams are
+ranked and finished. So a setting means the same in both.
 """
-
-import contextlib
 
 import torch
 from torch.nn import functional as F
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.models.blip.modeling_blip_text import BlipTextLayer, BlipTextLMHeadModel
 
-from captioning.models.fast_blip.packed_weights import caption_layers, packed_weights
-
 
 CrossAttention = list[tuple[torch.Tensor, torch.Tensor]]
-# Fewer rows read their weights once whatever their layout; to lay all of them out takes as long as 6 to 15 tokens save
-PACKED_ROWS = 6
-PACKED_TOKENS = 16
+# The settings with which `decode_captions` is tested against stock
+KNOWN_SETTINGS = (
+    {"do_sample", "num_beams", "num_return_sequences", "early_stopping", "length_penalty", "repetition_penalty"}
+    | {"max_length", "max_new_tokens", "min_length", "min_new_tokens", "no_repeat_ngram_size"}
+    | {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version"}
+)
+
+
+def can_decode(config: GenerationConfig) -> bool:
+    """Tell whether `decode_captions` knows all that `config` sets."""
+    return not config.do_sample and config.to_diff_dict().keys() <= KNOWN_SETTINGS
 
 
 def project_images(text_decoder: BlipTextLMHeadModel, image_embeds: torch.Tensor) -> CrossAttention:
-    """Project `image_embeds` `[B, P + 1, D]` into the keys and values that each layer's cross-attention looks at.
+    """Project `image_embeds` `[B, P + 1, D]` into the keys and values of each layer's cross-attention.
 
     Returns:
         For each layer the keys `[B, H, d, P + 1]`, ready to be multiplied by queries from the left, and the values
@@ -50,28 +52,30 @@ def project_images(text_decoder: BlipTextLMHeadModel, image_embeds: torch.Tensor
 def caption_hidden_states(
     text_decoder: BlipTextLMHeadModel, cross_attention: CrossAttention, input_ids: torch.Tensor
 ) -> torch.Tensor:
-    """Return the last hidden states `[B, L, D]` of captions `[B, L]`, padded at their right.
+    """Return the last hidden states `[B, L, D]` of captions `[B, L]`, padded on the right.
 
-    Padding needs no mask: no token looks at what stands to its right.
+    Padding needs no mask: attention is causal, so no token attends to what follows it.
     """
     visible = torch.ones(input_ids.shape[1], input_ids.shape[1], dtype=torch.bool, device=input_ids.device).tril()
     return CaptionDecoder(text_decoder, cross_attention, input_ids.shape[1])(input_ids, 0, visible[None])
 
 
 class CaptionDecoder:
-    """The text decoder with the keys and values of the tokens so far, of B images with any number of rows each.
+    """The text decoder with a cache of the keys and values of all tokens so far.
+
+    The beams of an image share one row of the cache, and each token takes one slot of it.
 
     Args:
         text_decoder: supplies the layers.
-        cross_attention: from `project_images`. `keep` overwrites it.
-        num_slots: tokens that each image will have at most, all rows together.
+        cross_attention: from `project_images`; `keep` overwrites it.
+        num_slots: the most tokens that an image can have, those of all its beams together.
     """
 
     def __init__(self, text_decoder: BlipTextLMHeadModel, cross_attention: CrossAttention, num_slots: int):
         self.bert = text_decoder.bert
         self.cross_attention = cross_attention
         self.num_slots = num_slots
-        self.cache: list[tuple[torch.Tensor, torch.Tensor]] = []  # of each layer keys and values [B, H, slots, d]
+        self.cache: list[tuple[torch.Tensor, torch.Tensor]] = []  # keys and values [B, H, slots, d] of each layer
         self.used = 0  # slots
 
     def __call__(self, tokens: torch.Tensor, first_position: int, visible: torch.Tensor) -> torch.Tensor:
@@ -79,15 +83,14 @@ class CaptionDecoder:
 
         Args:
             tokens: `[B, N]`: a prompt of N tokens, or the last token of each of N beams.
-            first_position: of the tokens in their captions. Tokens of a prompt follow each other, beams stand side by
-                side; `visible` says which: where no token sees another, all have the same position.
-            visible: bool `[B or 1, N, slots]`, the slots that each token may look at, its own among them.
+            first_position: the position in its caption of the first token. A token that attends to the one before it
+                has the next position (prompt); tokens that do not see each other (beams) have the same.
+            visible: bool `[B or 1, N, slots]`, the slots that each token attends to, its own among them.
 
         Returns:
             The last hidden states `[B, N, D]`.
         """
-        number = tokens.shape[1]
-        start, self.used = self.used, self.used + number
+        start, self.used = self.used, self.used + tokens.shape[1]
         own = visible[0, :, start:]
         positions = first_position + own.sum(dim=1) - 1
         hidden = self.bert.embeddings(input_ids=tokens, position_ids=positions[None])
@@ -114,7 +117,7 @@ class CaptionDecoder:
         )
         hidden = layer.attention.output(context.transpose(1, 2).flatten(2), hidden)
 
-        # All rows of an image meet its keys in one product; three rows are too few for a fused kernel to pay
+        # One product for all beams of an image; for so few rows a fused kernel is not faster
         attention = layer.crossattention.self
         query = attention.query(hidden).unflatten(-1, heads).transpose(1, 2)
         image_keys, image_values = self.cross_attention[index]
@@ -127,29 +130,28 @@ class CaptionDecoder:
         """Return the cached keys and values of a layer."""
         if index == len(self.cache):
             batch, num_heads, _, size = like.shape
-            # Not filled: what is not yet used costs no memory on a CPU
+            # Not filled: on a CPU, slots that are never used then take no memory
             self.cache.append(tuple(like.new_empty(batch, num_heads, self.num_slots, size) for _ in range(2)))
         return self.cache[index]
 
     def keep(self, done: torch.Tensor) -> torch.Tensor:
-        """Let the images of bool `done` `[B]` go, and return the index `[B']` of those that stay, in their new order.
+        """Drop the finished images, bool `done` `[B]`, and return the indices `[B']` of those kept, in new order.
 
-        The last images move into the places of those that go: large tensors are neither allocated nor copied whole.
+        The last images move into the places of the dropped ones, so that large tensors are not copied whole.
         """
-        number = int((~done).sum())
-        index = torch.arange(number, device=done.device)
-        holes = done[:number].nonzero()[:, 0]
-        movers = number + (~done[number:]).nonzero()[:, 0]
+        num_kept = int((~done).sum())
+        index = torch.arange(num_kept, device=done.device)
+        holes = done[:num_kept].nonzero()[:, 0]
+        movers = num_kept + (~done[num_kept:]).nonzero()[:, 0]
         index[holes] = movers
         for layers in (self.cross_attention, self.cache):
             for layer, tensors in enumerate(layers):
                 for tensor in tensors:
                     tensor[holes] = tensor[movers]
-                layers[layer] = tuple(tensor[:number] for tensor in tensors)
+                layers[layer] = tuple(tensor[:num_kept] for tensor in tensors)
         return index
 
 
-@torch.no_grad()
 def decode_captions(
     model: BlipTextLMHeadModel,
     input_ids: torch.Tensor,
@@ -159,15 +161,15 @@ def decode_captions(
     cross_attention: CrossAttention,
     **model_kwargs,
 ) -> torch.Tensor:
-    """Decode by `generation_config`, which `generate` has checked and filled: its `custom_generate`.
+    """Decode B images: the `custom_generate` of a call of `generate`, which has checked and completed the settings.
 
     Args:
         model: the text decoder.
-        input_ids: `[B * num_beams, T]`, start and prompt tokens, the same in the rows of an image.
-        logits_processor: processors that look at one row's tokens alone.
-        stopping_criteria: criteria that look at one row's tokens alone.
-        generation_config: of a greedy or beam search.
-        cross_attention: `project_images` of B images. It is used up.
+        input_ids: `[B * num_beams, T]`, start and prompt tokens, the same in all rows of an image.
+        logits_processor: made by `generate`.
+        stopping_criteria: made by `generate`.
+        generation_config: settings that `can_decode` accepts.
+        cross_attention: from `project_images`; it is emptied, since its tensors are overwritten.
         model_kwargs: not used.
 
     Returns:
@@ -177,18 +179,15 @@ def decode_captions(
         ValueError: `cross_attention` does not have as many images as `input_ids`.
     """
     prompt = input_ids[:: generation_config.num_beams]
-    images = cross_attention[0][0].shape[0] if cross_attention else 0
-    if images != len(prompt):
-        raise ValueError(f"{len(prompt)} prompts for {images} images; project_images is needed for each call")
+    num_images = cross_attention[0][0].shape[0] if cross_attention else 0
+    if num_images != len(prompt):
+        raise ValueError(f"{len(prompt)} prompts for {num_images} images; call project_images before each call")
     layers = list(cross_attention)
-    cross_attention.clear()  # `keep` moves the images about
+    cross_attention.clear()
     new_tokens = generation_config.max_length - prompt.shape[1]
     decoder = CaptionDecoder(model, layers, prompt.shape[1] + new_tokens * generation_config.num_beams)
-    search = greedy_search if generation_config.num_beams == 1 else beam_search
-    with contextlib.ExitStack() as stack:
-        if len(input_ids) >= PACKED_ROWS and new_tokens >= PACKED_TOKENS:
-            stack.enter_context(packed_weights(caption_layers(model)))
-        return search(model, decoder, prompt, logits_processor, stopping_criteria, generation_config)
+    search = _greedy_search if generation_config.num_beams == 1 else _beam_search
+    return search(model, decoder, prompt, logits_processor, stopping_criteria, generation_config)
 
 
 def _read_prompt(model: BlipTextLMHeadModel, decoder: CaptionDecoder, prompt: torch.Tensor) -> torch.Tensor:
@@ -198,7 +197,7 @@ def _read_prompt(model: BlipTextLMHeadModel, decoder: CaptionDecoder, prompt: to
     return model.cls(decoder(prompt, 0, visible)[:, -1])
 
 
-def greedy_search(
+def _greedy_search(
     model: BlipTextLMHeadModel,
     decoder: CaptionDecoder,
     prompt: torch.Tensor,
@@ -206,7 +205,7 @@ def greedy_search(
     stopping_criteria: StoppingCriteriaList,
     config: GenerationConfig,
 ) -> torch.Tensor:
-    """Decode the likeliest token each time, as `GenerationMixin._sample` does without sampling (transformers 5.23)."""
+    """Take the most probable token each time, as `GenerationMixin._sample` does without sampling (5.23)."""
     batch, length = prompt.shape
     padding = config._pad_token_tensor if config._pad_token_tensor is not None else 0
     results = torch.full((batch, config.max_length), int(padding), device=prompt.device)
@@ -229,7 +228,7 @@ def greedy_search(
         logits = model.cls(decoder(tokens[:, None], length - 1, visible)[:, 0])
 
 
-def beam_search(
+def _beam_search(
     model: BlipTextLMHeadModel,
     decoder: CaptionDecoder,
     prompt: torch.Tensor,
@@ -237,102 +236,137 @@ def beam_search(
     stopping_criteria: StoppingCriteriaList,
     config: GenerationConfig,
 ) -> torch.Tensor:
-    """Decode as `GenerationMixin._beam_search` does (transformers 5.23), whose rules of one step are called."""
-    (batch, start), beams, device = prompt.shape, config.num_beams, prompt.device
-    end_tokens = 0 if config._eos_token_tensor is None else len(config._eos_token_tensor)
-    candidates = max(2, 1 + end_tokens) * beams  # enough that `beams` of them go on when the others end
-    may_finish = torch.arange(candidates, device=device) < beams
-    filling = -1
-    if end_tokens:
-        filling = int(config._pad_token_tensor or config._eos_token_tensor[0])  # stock: padding 0 counts as none
-    running = torch.full((batch, beams, config.max_length), filling, device=device)
-    running[:, :, :start] = prompt[:, None]
-    # Beams start alike: only the first has a chance, or all would take the same token
-    scores = torch.zeros(batch, beams, device=device)
-    scores[:, 1:] = -1e9
-    parents = torch.full((batch, beams, config.max_length - start), -1, dtype=torch.int32, device=device)
-    finished, finished_scores, finished_parents = running.clone(), torch.full_like(scores, -1e9), parents.clone()
-    is_finished = torch.zeros(batch, beams, dtype=torch.bool, device=device)
-    improvable = torch.ones(batch, 1, dtype=torch.bool, device=device)
-    results = finished[:, : config.num_return_sequences].clone()
-    lengths = torch.zeros(results.shape[:2], dtype=torch.int64, device=device)
-    rows = torch.arange(batch, device=device)  # of `results` that are still decoded
-
-    logits = _read_prompt(model, decoder, prompt)[:, None].expand(-1, beams, -1)
-    visible = torch.ones(batch, beams, start, dtype=torch.bool, device=device)
-    length = start
+    """Decode as `GenerationMixin._beam_search` does (transformers 5.23)."""
+    (batch, start), num_beams, num_results = prompt.shape, config.num_beams, config.num_return_sequences
+    beams = _Beams(model, prompt, stopping_criteria, config)
+    results = beams.finished[:, :num_results].clone()
+    lengths = torch.zeros(batch, num_results, dtype=torch.int64, device=prompt.device)
+    rows = torch.arange(batch, device=prompt.device)  # of `results` that are still decoded
+    itself = torch.eye(num_beams, dtype=torch.bool, device=prompt.device)
+    visible = torch.ones(batch, num_beams, start, dtype=torch.bool, device=prompt.device)
+    logits = _read_prompt(model, decoder, prompt)[:, None].expand(-1, num_beams, -1)
     while True:
         log_probs = F.log_softmax(logits.flatten(0, 1).float(), dim=-1)
-        log_probs = logits_processor(running[:, :, :length].flatten(0, 1), log_probs)
-        top_scores, top_sequences, top_parents = model._get_top_k_continuations(
-            accumulated_log_probs=(log_probs.view(len(rows), beams, -1) + scores[:, :, None]).flatten(1),
-            running_sequences=running,
-            running_beam_indices=parents,
-            cur_len=length,
-            decoder_prompt_len=start,
-            do_sample=False,
-            beams_to_keep=candidates,
-            num_beams=beams,
-            batch_size=len(rows),
-        )
-        stops = stopping_criteria(top_sequences[:, :, : length + 1].flatten(0, 1), None).view(len(rows), candidates)
-        running, scores, parents = model._get_running_beams_for_next_iteration(
-            topk_log_probs=top_scores,
-            topk_running_sequences=top_sequences,
-            topk_running_beam_indices=top_parents,
-            next_token_hits_stopping_criteria=stops,
-            num_beams=beams,
-        )
-        finished, finished_scores, finished_parents, is_finished = model._update_finished_beams(
-            sequences=finished,
-            topk_running_sequences=top_sequences,
-            beam_scores=finished_scores,
-            topk_log_probs=top_scores,
-            beam_indices=finished_parents,
-            topk_running_beam_indices=top_parents,
-            is_early_stop_heuristic_unsatisfied=improvable,
-            is_sent_finished=is_finished,
-            next_token_hits_stopping_criteria=stops,
-            top_num_beam_mask=may_finish,
-            num_beams=beams,
-            cur_len=length,
-            decoder_prompt_len=start,
-            length_penalty=config.length_penalty,
-            early_stopping=config.early_stopping,
-        )
-        parent = parents[:, :, length - start] % beams  # stock counts beams through the batch
-        length += 1
-        improvable = model._check_early_stop_heuristic(
-            is_early_stop_heuristic_unsatisfied=improvable,
-            running_beam_scores=scores,
-            beam_scores=finished_scores,
-            is_sent_finished=is_finished,
-            cur_len=length,
-            max_length=config.max_length,
-            decoder_prompt_len=start,
-            early_stopping=config.early_stopping,
-            length_penalty=config.length_penalty,
-        )
-        # Stock goes on until this holds for all images, but adds nothing to those for which it does
-        done = ~improvable[:, 0]
-        if config.early_stopping is True:
-            done |= is_finished.all(dim=1)
-        if stops.all():
-            done[:] = True
+        log_probs = logits_processor(beams.running[:, :, : beams.length].flatten(0, 1), log_probs)
+        parent, done = beams.step(log_probs)
         if done.any():
-            results[rows[done]] = finished[done, : config.num_return_sequences]
-            lengths[rows[done]] = (finished_parents[done, : config.num_return_sequences] >= 0).sum(dim=-1)
+            results[rows[done]] = beams.finished[done, :num_results]
+            lengths[rows[done]] = (beams.finished_parents[done, :num_results] >= 0).sum(dim=-1)
             if done.all():
                 return results.flatten(0, 1)[:, : start + int(lengths.max())]
             index = decoder.keep(done)
-            rows, running, scores, parents, parent = (
-                tensor[index] for tensor in (rows, running, scores, parents, parent)
-            )
-            finished, finished_scores, finished_parents, is_finished, improvable, visible = (
-                tensor[index]
-                for tensor in (finished, finished_scores, finished_parents, is_finished, improvable, visible)
-            )
+            beams.keep(index)
+            rows, parent, visible = rows[index], parent[index], visible[index]
         ancestors = visible.gather(1, parent[:, :, None].long().expand(-1, -1, visible.shape[2]))
-        itself = torch.eye(beams, dtype=torch.bool, device=device).expand(len(rows), -1, -1)
-        visible = torch.cat([ancestors, itself], dim=2)
-        logits = model.cls(decoder(running[:, :, length - 1], length - 1, visible))
+        visible = torch.cat([ancestors, itself.expand(len(rows), -1, -1)], dim=2)
+        logits = model.cls(decoder(beams.running[:, :, beams.length - 1], beams.length - 1, visible))
+
+
+class _Beams:
+    """The beams of B images, in tensors of the shapes that the methods of `GenerationMixin` for one step take.
+
+    Attributes:
+        running: int64 `[B, num_beams, max_length]`, the beams that go on; `finished`: the best that have ended.
+        scores: float32 `[B, num_beams]`, their summed log-probabilities; `finished_scores`: with the length penalty.
+        parents: int32 `[B, num_beams, new tokens]`, the beam that each token continued; -1 where there is no token.
+        is_finished: bool `[B, num_beams]`, which of `finished` hold a caption.
+        improvable: bool `[B, 1]`, whether a running beam can still beat the finished ones.
+        length: tokens of the running beams.
+    """
+
+    def __init__(
+        self,
+        model: BlipTextLMHeadModel,
+        prompt: torch.Tensor,
+        stopping_criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+    ):
+        self.model, self.stopping_criteria, self.config = model, stopping_criteria, config
+        (batch, self.start), num_beams, device = prompt.shape, config.num_beams, prompt.device
+        self.length = self.start
+        end_tokens = 0 if config._eos_token_tensor is None else len(config._eos_token_tensor)
+        self.num_candidates = max(2, 1 + end_tokens) * num_beams  # enough that `num_beams` of them do not end
+        filling = -1
+        if end_tokens:
+            filling = int(config._pad_token_tensor or config._eos_token_tensor[0])  # as in stock, padding 0 is none
+        self.running = torch.full((batch, num_beams, config.max_length), filling, device=device)
+        self.running[:, :, : self.start] = prompt[:, None]
+        # All beams start with the same tokens: only the first may go on, or all would take the same token
+        self.scores = torch.zeros(batch, num_beams, device=device)
+        self.scores[:, 1:] = -1e9
+        self.parents = torch.full((batch, num_beams, config.max_length - self.start), -1, device=device).int()
+        self.finished, self.finished_parents = self.running.clone(), self.parents.clone()
+        self.finished_scores = torch.full_like(self.scores, -1e9)
+        self.is_finished = torch.zeros(batch, num_beams, dtype=torch.bool, device=device)
+        self.improvable = torch.ones(batch, 1, dtype=torch.bool, device=device)
+
+    def step(self, log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add a token to each beam, by stock's methods.
+
+        Args:
+            log_probs: float32 `[B * num_beams, V]`, those of the next token after the logits processors.
+
+        Returns:
+            Int `[B, num_beams]`, the beam that each running beam continues, and bool `[B]`, the images whose captions
+            no longer change.
+        """
+        model, config, num_images, length = self.model, self.config, len(self.running), self.length
+        num_beams, early_stopping = config.num_beams, config.early_stopping
+        log_probs = log_probs.view(num_images, num_beams, -1) + self.scores[:, :, None]
+        scores, sequences, parents = model._get_top_k_continuations(
+            accumulated_log_probs=log_probs.flatten(1),
+            running_sequences=self.running,
+            running_beam_indices=self.parents,
+            cur_len=length,
+            decoder_prompt_len=self.start,
+            do_sample=False,
+            beams_to_keep=self.num_candidates,
+            num_beams=num_beams,
+            batch_size=num_images,
+        )
+        ends = self.stopping_criteria(sequences[:, :, : length + 1].flatten(0, 1), None).view(num_images, -1)
+        candidates = {
+            "topk_log_probs": scores,
+            "topk_running_sequences": sequences,
+            "topk_running_beam_indices": parents,
+            "next_token_hits_stopping_criteria": ends,
+            "num_beams": num_beams,
+        }
+        self.running, self.scores, self.parents = model._get_running_beams_for_next_iteration(**candidates)
+        rules = {
+            "decoder_prompt_len": self.start,
+            "length_penalty": config.length_penalty,
+            "early_stopping": early_stopping,
+            "is_early_stop_heuristic_unsatisfied": self.improvable,
+        }
+        self.finished, self.finished_scores, self.finished_parents, self.is_finished = model._update_finished_beams(
+            sequences=self.finished,
+            beam_scores=self.finished_scores,
+            beam_indices=self.finished_parents,
+            is_sent_finished=self.is_finished,
+            top_num_beam_mask=torch.arange(self.num_candidates, device=ends.device) < num_beams,
+            cur_len=length,
+            **candidates,
+            **rules,
+        )
+        parent = self.parents[:, :, length - self.start] % num_beams  # stock counts beams through the batch
+        self.length += 1
+        self.improvable = model._check_early_stop_heuristic(
+            running_beam_scores=self.scores,
+            beam_scores=self.finished_scores,
+            is_sent_finished=self.is_finished,
+            cur_len=self.length,
+            max_length=config.max_length,
+            **rules,
+        )
+        # Stock goes on until this holds for all images, but no longer changes those for which it does
+        done = ~self.improvable[:, 0]
+        if early_stopping is True:
+            done |= self.is_finished.all(dim=1)
+        return parent, done | ends.all()
+
+    def keep(self, index: torch.Tensor) -> None:
+        """Keep the images `index` `[B']` alone."""
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                setattr(self, name, value[index])

@@ -1,0 +1,207 @@
+"""A second captioner, of a few lines and unlike BLIP, runs through script, Trainer, scores and card.
+
+It is an encoder-decoder without a start token, whose labels are not shifted, whose words are separated by spaces and
+whose batch has keys of its own. What it answers is `captioning.models.captioner.Captioner` and nothing else.
+"""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from helpers import flags, outcome, score_flags
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.modeling_outputs import CausalLMOutput
+
+import run_captioning
+from captioning.errors import UserError
+from captioning.models.captioner import Captioner, CardFacts, sum_nll
+from captioning.models.load import CAPTIONERS, load_captioner
+from captioning.scoring.captions import read_predictions
+
+
+class StubConfig(PreTrainedConfig):
+    model_type = "stub"
+    vocab_size: int = 0
+    width: int = 24
+    image_side: int = 16
+
+
+class StubModel(PreTrainedModel, GenerationMixin):
+    config_class = StubConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.look = nn.Linear(config.image_side**2, config.width)
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.read = nn.GRU(config.width, config.width, batch_first=True)
+        self.head = nn.Linear(config.width, config.vocab_size)
+        self.post_init()
+
+    def decode(self, looked, tokens):
+        """Return the logits `[B, L, V]` of tokens `[B, L]`, each predicted from those before it."""
+        words = self.embed(tokens[:, :-1])
+        states, _ = self.read(torch.cat([torch.zeros_like(looked)[:, None], words], dim=1), looked[None].contiguous())
+        return self.head(states)
+
+    def forward(self, gray, tokens, labels, use_cache=False):
+        logits = self.decode(self.look(gray), tokens)
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return CausalLMOutput(loss=loss, logits=logits)
+
+
+class StubCaptioner(Captioner):
+    card = CardFacts(
+        kind="stub",
+        tags=("stub",),
+        license_note="The stub's weights are free.",
+        citation="@misc{stub}",
+        usage="stub.caption({{ name }}, {{ settings }})",
+        plain_generate="{% if suffices %}Plain.{% else %}Not plain.{% endif %}",
+    )
+    tokenizer = property(lambda self: self.processor)  # there is no image processor
+
+    @classmethod
+    def from_pretrained(cls, name, revision=None):
+        return cls(StubModel.from_pretrained(name), PreTrainedTokenizerFast.from_pretrained(name))
+
+    @classmethod
+    def from_config(cls, name, seed, tokenizer_name, captions, vocab_size):
+        words = Tokenizer(models.WordLevel(unk_token="<unk>"))
+        words.normalizer, words.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.WhitespaceSplit()
+        trainer = trainers.WordLevelTrainer(vocab_size=vocab_size, special_tokens=["<pad>", "<unk>", "<eos>"])
+        words.train_from_iterator(captions, trainer)
+        special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<eos>"}
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **special)
+        torch.manual_seed(seed)
+        return cls(StubModel(StubConfig.from_pretrained(name, vocab_size=len(tokenizer))).eval(), tokenizer)
+
+    def adapt(self, image_size=None, label_smoothing=None, freeze_vision_model=False, fast=True):
+        self.model.look.requires_grad_(not freeze_vision_model)
+
+    def check_lengths(self, max_caption_length, max_new_tokens):
+        pass
+
+    def set_generation_config(self, config):
+        self.model.generation_config = config
+
+    @classmethod
+    def plain_generate_suffices(cls, config):
+        return False
+
+    @property
+    def prompt_row(self):
+        return list(self.prompt_ids)
+
+    def tokenize(self, captions, max_length):
+        room = max_length - len(self.prompt_ids) - 1
+        tokens = self.tokenizer(list(captions))["input_ids"]
+        return [[*self.prompt_ids, *own[:room], self.end_token_id] for own in tokens], [len(t) > room for t in tokens]
+
+    def collate(self, images, rows):
+        side = (self.config.image_side, self.config.image_side)
+        gray = [torch.from_numpy(np.array(image.convert("L").resize(side), dtype=np.float32)) for image in images]
+        tokens = pad_sequence([torch.tensor(row) for row in rows], True, self.tokenizer.pad_token_id)
+        labels = pad_sequence([torch.tensor(row) for row in rows], True, -100)
+        labels[:, : len(self.prompt_ids)] = -100
+        return {"gray": torch.stack(gray).flatten(1) / 255, "tokens": tokens, "labels": labels}
+
+    def encode_images(self, batch):
+        return self.model.look(batch["gray"])
+
+    def caption_nll(self, encoded, batch):
+        is_target = batch["labels"] != -100
+        return sum_nll(self.model.decode(encoded, batch["tokens"])[is_target], batch["labels"], is_target)
+
+    def generate(self, encoded, config):
+        tokens = torch.tensor(self.prompt_ids, dtype=torch.long).repeat(len(encoded), 1)
+        ended = torch.zeros(len(encoded), dtype=torch.bool)
+        for _ in range(config.max_new_tokens):
+            logits = self.model.decode(encoded, torch.nn.functional.pad(tokens, (0, 1)))[:, -1]
+            new = logits.argmax(dim=-1).masked_fill(ended, self.tokenizer.pad_token_id)
+            tokens, ended = torch.cat([tokens, new[:, None]], dim=1), ended | (new == self.end_token_id)
+        return tokens[:, len(self.prompt_ids) :]
+
+    def image_features(self, encoded):
+        return encoded
+
+
+@pytest.fixture(autouse=True)
+def stub(monkeypatch):
+    monkeypatch.setitem(CAPTIONERS, "stub", StubCaptioner)
+
+
+@pytest.fixture(scope="module")
+def stub_config(tmp_path_factory):
+    path = tmp_path_factory.mktemp("stub") / "config.json"
+    path.write_text('{"model_type": "stub"}')
+    return path
+
+
+def stub_flags(config, dataset, folder, **values):
+    return flags(config, dataset, folder, num_train_epochs=3, learning_rate=1e-2, neighbor_samples=8, **values)
+
+
+@pytest.fixture(scope="module")
+def run_folder(stub_config, parquet_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CAPTIONERS, "stub", StubCaptioner)
+        run_captioning.main(stub_flags(stub_config, parquet_folder, folder))
+    return folder
+
+
+def test_another_captioner_is_trained_and_scored(run_folder):
+    losses = [entry["eval_loss"] for entry in outcome(run_folder)["history"] if "eval_loss" in entry]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    scores = json.loads((run_folder / "scores.json").read_text())["test"]
+    assert scores["scores"]["rougeL"]["baselines"]["nearest_image"] is not None, (
+        "it needs features of the training images"
+    )
+    rows = read_predictions(run_folder / "predictions" / "test.jsonl")
+    assert len(rows) == 7
+    assert not any("<eos>" in row["prediction"] for row in rows)
+
+
+def test_its_card_says_what_it_is(run_folder):
+    card = (run_folder / "README.md").read_text()
+    for fact in ("A stub that writes", "- stub", "The stub's weights are free.", "@misc{stub}", "Not plain."):
+        assert fact in card
+    assert f'stub.caption("{run_folder.name}", GenerationConfig.from_pretrained(name))' in card
+    for word in ("BLIP", "[SEP]", "[DEC]", "None"):
+        assert word not in card
+
+
+def test_its_page_shows_captions_and_no_attention_maps(run_folder):
+    page = (run_folder / "report.html").read_text()
+    assert read_predictions(run_folder / "predictions" / "test.jsonl")[0]["image_id"] in page
+    assert '"attention":{}' in page.replace(" ", "")
+
+
+def test_its_model_is_scored_alone_as_at_the_end_of_its_training(run_folder, parquet_folder, tmp_path):
+    scored = run_captioning.main(score_flags(run_folder, parquet_folder, tmp_path, neighbor_samples=8))
+    assert outcome(run_folder)["predictions"] == {
+        path.name: path.read_text() for path in (tmp_path / "predictions").iterdir()
+    }
+    assert scored["predict_loss"] == outcome(run_folder)["results"]["predict_loss"]
+
+
+def test_its_training_is_resumed_to_the_same_weights(run_folder, stub_config, parquet_folder, tmp_path):
+    folder = tmp_path / run_folder.name
+    shutil.copytree(run_folder, folder)
+    (folder / "model.safetensors").unlink()
+    shutil.rmtree(max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])))
+    run_captioning.main(stub_flags(stub_config, parquet_folder, folder, resume_from_checkpoint=True))
+    assert outcome(folder) == outcome(run_folder)
+
+
+def test_a_model_of_an_unsupported_type_is_refused(tmp_path):
+    reason = r"is of model type {}; supported: blip, stub; give one such as Salesforce/blip-image-captioning-base"
+    for content, model_type in (("{}", "None"), ('{"model_type": "bert"}', "bert")):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(UserError, match=reason.format(model_type)):
+            load_captioner(str(tmp_path))
