@@ -1,9 +1,9 @@
 """Scores of generated captions: the Trainer's `compute_metrics`, and an `evaluate.Metric` that needs no network.
 
-ROUGE is that of `rouge_score` 0.1.2, F1, no stemmer, mean over captions, from 0 to 1, against the full caption: the
-same tokens and the same formula, so the same floats, from a faster longest common subsequence. It is not
-`evaluate.load("rouge")`, whose script is a download, and whose result is a bootstrap median, random in the fourth
-digit. This file imports nothing of `captioning`, so that `evaluate.load("path/to/metrics.py")` works.
+ROUGE is that of `rouge_score` 0.1.2: F1, no stemmer, mean over captions, from 0 to 1, against the full caption (T9).
+Tokens and formula are the same and give the same floats; the longest common subsequence is faster. It is not
+`evaluate.load("rouge")`, which downloads its script and returns a bootstrap median, random in the fourth digit. This
+file imports nothing from `captioning`, so that `evaluate.load("path/to/metrics.py")` works.
 """
 
 import functools
@@ -50,10 +50,10 @@ class CaptionMetric(evaluate.Metric):
         return scores | {"unique_captions": len(set(predictions)) / len(predictions)}
 
 
-# The Trainer's metrics, the predictions file and `scores.json` ask for those of the same captions
+# Cached: the Trainer's metrics, the predictions file and `scores.json` need them for the same captions
 @functools.lru_cache(maxsize=1)
 def wording_scores(predictions: tuple[str, ...], references: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Return `rouge1`, `rouge2`, `rougeL` and `imageclef_rouge1` of each pair, each float64 `[N]`; not to be changed.
+    """Return `rouge1`, `rouge2`, `rougeL` and `imageclef_rouge1` of each pair, each float64 `[N]`, read-only.
 
     Raises:
         ValueError: there are not as many predictions as references.
@@ -70,23 +70,23 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, np
     Raises:
         ValueError: there are not as many predictions as references.
     """
-    # Each text once: many systems repeat themselves, and a baseline is one caption for all images
+    # Each text once: systems repeat themselves, and a baseline is one caption for all images
     words = {text: rouge_tokens(text) for text in {*predictions, *references}}
     bigrams = {text: list(pairwise(tokens)) for text, tokens in words.items()}
     return {
-        "rouge1": _scores(overlap, words, predictions, references),
-        "rouge2": _scores(overlap, bigrams, predictions, references),
-        "rougeL": _scores(lcs_length, words, predictions, references),
+        "rouge1": _f1_scores(overlap, words, predictions, references),
+        "rouge2": _f1_scores(overlap, bigrams, predictions, references),
+        "rougeL": _f1_scores(lcs_length, words, predictions, references),
     }
 
 
-def _scores(
+def _f1_scores(
     common: Callable[[Sequence, Sequence], int],
     tokens: Mapping[str, Sequence],
     predictions: Sequence[str],
     references: Sequence[str],
 ) -> np.ndarray:
-    """Return the F1 of each pair, `[N]`, where `common` counts what two token lists share."""
+    """Return the F1 of each pair, `[N]`; `common` counts what two token lists have in common."""
     pairs = [(tokens[text], tokens[reference]) for text, reference in zip(predictions, references, strict=True)]
     counts = np.array([(common(a, b), len(a), len(b)) for a, b in pairs]).reshape(-1, 3)
     return f1(*counts.T)
@@ -98,7 +98,7 @@ def rouge_tokens(text: str) -> list[str]:
 
 
 def overlap(a: Sequence, b: Sequence) -> int:
-    """Return how many items the two have in common, each as often as it occurs in both."""
+    """Return how many items the two have in common, repeated ones as often as they occur in both."""
     counts = Counter(b)
     common = 0
     for item in a:
@@ -111,8 +111,8 @@ def overlap(a: Sequence, b: Sequence) -> int:
 def lcs_length(a: Sequence, b: Sequence) -> int:
     """Return the length of the longest common subsequence of two word lists.
 
-    The rows of the usual table are bits of one integer (Hyyrö, Bit-parallel LCS-length computation revisited, 2004):
-    a bit of `state` is 0 where the row before has grown by one, so that each word of `b` costs one addition.
+    A row of the usual table is one integer (Hyyrö, Bit-parallel LCS-length computation revisited, 2004): a bit of
+    `state` is 0 where the length grows by one, so that each word of `b` costs one addition.
     """
     positions: dict[object, int] = {}
     for i, word in enumerate(a):
@@ -126,7 +126,7 @@ def lcs_length(a: Sequence, b: Sequence) -> int:
 
 
 def f1(common: np.ndarray, predicted: np.ndarray, stated: np.ndarray) -> np.ndarray:
-    """Return the F1 of counts, by the very operations of `rouge_score`, so that not even the last bit differs."""
+    """Return the F1 of counts, by the same operations as `rouge_score`, so that not even the last bit differs."""
     precision, recall = common / np.maximum(predicted, 1), common / np.maximum(stated, 1)
     total = precision + recall
     return np.divide(2 * precision * recall, total, out=np.zeros(len(total)), where=total > 0)
@@ -138,8 +138,8 @@ def f1(common: np.ndarray, predicted: np.ndarray, stated: np.ndarray) -> np.ndar
 def imageclef_normalize(caption: str) -> str:
     """Return a caption as the official evaluator compares it: lower case, digits to "number", no ASCII punctuation.
 
-    The order matters: "3.5" becomes "numbernumber" (ImageCLEFmedical Caption 2023 to 2026, `evaluator.py`,
-    `preprocess_caption`, github.com/taubsity/clef-caption-evaluation-2026).
+    The order of the steps matters: "3.5" becomes "numbernumber" (ImageCLEFmedical Caption 2023 to 2026, function
+    `preprocess_caption` of `evaluator.py`, github.com/taubsity/clef-caption-evaluation-2026).
     """
     return NUMBER.sub("number", caption.lower()).translate(WITHOUT_PUNCTUATION)
 
@@ -151,7 +151,7 @@ def imageclef_rouge1(predictions: Sequence[str], references: Sequence[str]) -> n
         ValueError: there are not as many predictions as references.
     """
     words = {text: rouge_tokens(imageclef_normalize(text)) for text in {*predictions, *references}}
-    scores = _scores(overlap, words, predictions, references)
+    scores = _f1_scores(overlap, words, predictions, references)
     both_empty = [not text and not reference for text, reference in zip(predictions, references, strict=True)]
     return np.where(both_empty, 1.0, scores)
 
@@ -160,21 +160,21 @@ def imageclef_rouge1(predictions: Sequence[str], references: Sequence[str]) -> n
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Score an evaluation of `CaptioningTrainer`, which is given this function.
+    """Score an evaluation of `CaptioningTrainer`.
 
     Args:
-        prediction: its `label_ids` are the N full reference captions; its `predictions` have `nll` float `[N]` (nats,
-            summed over each reference), `num_tokens` int `[N]`, and, where captions were generated, `captions`, N
-            texts, and `num_new_tokens` int `[N]`.
+        prediction: its `label_ids` are the N full reference captions (T9); its `predictions` have `nll` float `[N]` in
+            nats, summed over each reference, `num_tokens` int `[N]`, and, if captions were generated, the N `captions`
+            and `num_new_tokens` int `[N]`.
 
     Returns:
         `loss` (token-level, nats) and `perplexity`; with captions also the scores of `CaptionMetric` and `gen_len`,
         the mean number of new tokens, the end token included.
     """
     found = prediction.predictions
-    # T6: a mean of batch means is not the token-level loss, and moves with the batch size
+    # T6: the mean of batch means is not the token-level loss, and depends on the batch size
     loss = float(found.nll.sum(dtype=np.float64) / found.num_tokens.sum())
-    scores = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}  # 709 is where a float64 overflows
+    scores = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}  # the exponential of 710 overflows
     if found.captions is not None:
         scores |= CaptionMetric().compute(predictions=found.captions, references=prediction.label_ids)
         scores["gen_len"] = float(found.num_new_tokens.mean())

@@ -32,7 +32,7 @@ from captioning.reporting.publish import push, push_finished_run
 from captioning.reporting.results import keep_split, training_for_baselines, write_page
 from captioning.reporting.summary import summary
 from captioning.scoring.baselines import sample_rows
-from captioning.scoring.score import Training
+from captioning.scoring.training_split import Training
 from captioning.training.arguments import CaptioningArguments, DataArguments, ModelArguments
 from captioning.training.decoding import warn_of_other_settings
 from captioning.training.output_folder import prepare_output_dir, write_recipe

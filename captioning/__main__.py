@@ -4,13 +4,13 @@
     python -m captioning score outputs/my-run/predictions/test.jsonl
     python -m captioning check outputs/my-run/submission.csv --references test_captions.csv
 
-`python -m captioning <command> --help` says more of each.
+`python -m captioning <command> --help` says more about each.
 """
 
 import argparse
 import json
 import sys
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
 from datasets import DatasetDict, Image
@@ -22,8 +22,9 @@ from captioning.errors import UserError
 from captioning.reporting.score_table import comparison_table, score_table
 from captioning.scoring.captions import in_order_of, read_captions
 from captioning.scoring.coco import TOKENIZERS
-from captioning.scoring.score import compare_captions, read_training, score
+from captioning.scoring.score import compare_captions, score
 from captioning.scoring.submission import check_submission
+from captioning.scoring.training_split import read_training
 
 
 SHOWN_FAULTS = 20
@@ -36,53 +37,14 @@ def main(argv: list[str] | None = None) -> None:
         UserError: a mistake in its arguments or files.
     """
     parser = OneLineParser(
-        prog="python -m captioning", description="Prepare data, score captions, check submissions.", allow_abbrev=False
+        prog="python -m captioning",
+        description="Prepare data, score captions, check submissions.",
+        epilog="example: python -m captioning score outputs/my-run/predictions/test.jsonl",
+        allow_abbrev=False,
     )
     commands = parser.add_subparsers(metavar="command")
-    add = partial(_add_command, commands)
-
-    prepare = add(
-        prepare_data,
-        "prepare",
-        "store any source, checked, in a folder that --dataset_name takes",
-        "prepare eltorio/ROCOv2-radiology data/rocov2",
-    )
-    prepare.add_argument("source", help="Hub id, folder (save_to_disk, parquet, Zenodo) or 'phantoms'")
-    prepare.add_argument("folder", help="new folder to write; the rows left out are listed in its rejected.jsonl")
-    prepare.add_argument("--revision", help="commit, branch or tag of a Hub id")
-    prepare.add_argument("--max_rejected_fraction", type=float, default=0.01, help="of a split's rows; default: 0.01")
-    prepare.add_argument("--num_proc", type=int, help="processes that check the rows")
-
-    scores = add(
-        score_captions,
-        "score",
-        "score any system's captions beside baselines, or test them against another system's",
-        "score run.csv --references test_captions.csv --train train_captions.csv",
-    )
-    scores.add_argument("predictions", help="JSON lines of a run, or a CSV of ID,Caption")
-    scores.add_argument("--references", help="CSV of ID,Caption; JSON lines have their own")
-    scores.add_argument("--concepts", help="CSV of ID,CUIs: the concepts of these images; JSON lines have their own")
-    scores.add_argument("--train", help="CSV of ID,Caption: the training split, of which baselines are made")
-    scores.add_argument("--train_concepts", help="CSV of ID,CUIs of the training split, for concept_f1")
-    scores.add_argument("--against", help="captions of another system for the same images, for a paired test")
-    scores.add_argument(
-        "--tokenizer",
-        choices=[*TOKENIZERS, "none"],
-        default="ptb",
-        help="of BLEU, CIDEr, METEOR: ptb (coco_*, needs Java), whitespace (nlgeval_*), or none of them",
-    )
-    scores.add_argument("--bertscore_model", help="folder or Hub id of weights, e.g. microsoft/deberta-xlarge-mnli")
-    scores.add_argument("--json", action="store_true", help="print JSON instead of a table")
-
-    check = add(
-        check_rules,
-        "check",
-        "check a submission by ImageCLEF's rules",
-        "check submission.zip --references test_captions.csv",
-    )
-    check.add_argument("submission", help="submission.csv, or its zip")
-    check.add_argument("--references", help="CSV of the official ids, in whose order the submission must be")
-
+    for add_command in (_add_prepare, _add_score, _add_check):
+        add_command(commands)
     arguments = parser.parse_args(argv)
     if "run" not in arguments:
         parser.print_help()
@@ -91,21 +53,38 @@ def main(argv: list[str] | None = None) -> None:
     arguments.run(arguments)
 
 
-def _add_command(commands, run, name: str, description: str, example: str) -> argparse.ArgumentParser:
-    description = description[0].upper() + description[1:] + "."
+def _command(commands, run: Callable, name: str, description: str, example: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         name,
         help=description,
         description=description,
-        epilog=f"example: python -m captioning {example}",
+        epilog=f"example: python -m captioning {name} {example}",
         allow_abbrev=False,
     )
     parser.set_defaults(run=run)
     return parser
 
 
-def prepare_data(arguments: argparse.Namespace) -> None:
-    """Load any source, leave the unusable rows out and store the rest with `save_to_disk`."""
+# --- prepare --------------------------------------------------------------------------------------------------
+
+
+def _add_prepare(commands) -> None:
+    description = "Check the rows of any source, and store them in a folder that --dataset_name takes."
+    parser = _command(commands, prepare, "prepare", description, "eltorio/ROCOv2-radiology data/rocov2")
+    parser.add_argument("source", help="Hub id, folder (save_to_disk, parquet, Zenodo) or 'phantoms'")
+    parser.add_argument("folder", help="new folder to write; its rejected.jsonl lists the rows that were left out")
+    parser.add_argument("--revision", help="commit, branch or tag of a Hub id")
+    parser.add_argument(
+        "--max_rejected_fraction",
+        type=float,
+        default=0.01,
+        help="more rows left out than this fraction of a split are an error; default: 0.01",
+    )
+    parser.add_argument("--num_proc", type=int, help="number of processes that check the rows")
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    """Load any source, leave out the rows that cannot be used and store the rest with `save_to_disk`."""
     folder = Path(arguments.folder)
     if arguments.num_proc is not None and arguments.num_proc < 1:
         raise UserError(f"num_proc is {arguments.num_proc}; set --num_proc to 1 or more")
@@ -122,9 +101,32 @@ def prepare_data(arguments: argparse.Namespace) -> None:
     print(f"{folder}: " + ", ".join(f"{split} {len(rows):,}" for split, rows in stored.items()))
 
 
+# --- score ----------------------------------------------------------------------------------------------------
+
+
+def _add_score(commands) -> None:
+    description = "Score the captions of any system beside baselines, or test them against those of another system."
+    example = "run.csv --references test_captions.csv --train train_captions.csv"
+    parser = _command(commands, score_captions, "score", description, example)
+    parser.add_argument("predictions", help="predictions of a run (JSON lines), or a CSV of ID,Caption")
+    parser.add_argument("--references", help="CSV of ID,Caption; predictions of a run have theirs")
+    parser.add_argument("--concepts", help="CSV of ID,CUIs of the same images; predictions of a run have theirs")
+    parser.add_argument("--train", help="CSV of ID,Caption of the training split, among which baselines are found")
+    parser.add_argument("--train_concepts", help="CSV of ID,CUIs of the training split, for concept_f1")
+    parser.add_argument("--against", help="captions of another system for the same images, for a paired test")
+    parser.add_argument(
+        "--tokenizer",
+        choices=[*TOKENIZERS, "none"],
+        default="ptb",
+        help="of BLEU, CIDEr and METEOR: ptb (coco_*, needs Java; the default), whitespace (nlgeval_*), or none",
+    )
+    parser.add_argument("--bertscore_model", help="folder or Hub id of weights, e.g. microsoft/deberta-xlarge-mnli")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
 def score_captions(arguments: argparse.Namespace) -> None:
     """Print the scores of one system, or of two with the differences."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal of another encoding shows what it can
+    sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal whose encoding lacks a character
     captions = read_captions(arguments.predictions, arguments.references, arguments.concepts)
     training = read_training(arguments.train, arguments.train_concepts)
     tokenizer = None if arguments.tokenizer == "none" else arguments.tokenizer
@@ -142,14 +144,24 @@ def score_captions(arguments: argparse.Namespace) -> None:
         print(comparison_table(result) if arguments.against else score_table(result))
 
 
+# --- check ----------------------------------------------------------------------------------------------------
+
+
+def _add_check(commands) -> None:
+    description = "Check a submission of captions or concepts by ImageCLEF's rules."
+    parser = _command(commands, check_rules, "check", description, "submission.zip --references test_captions.csv")
+    parser.add_argument("submission", help="submission.csv, or its zip")
+    parser.add_argument("--references", help="CSV of the official ids, in the order that a submission must have")
+
+
 def check_rules(arguments: argparse.Namespace) -> None:
-    """Check an ImageCLEF submission; its faults are printed, one a line, and end the command with status 2."""
+    """Check an ImageCLEF submission; faults are printed, one a line, and end the command with status 2."""
     faults = check_submission(arguments.submission, arguments.references)
     for fault in faults[:SHOWN_FAULTS]:
         print(f"{arguments.submission}: {fault}", file=sys.stderr)
     if faults:
         raise UserError(f"'{arguments.submission}': faults found: {len(faults)}; a submission must have none")
-    unchecked = "" if arguments.references else "; ids and their order were not checked, which needs --references"
+    unchecked = "" if arguments.references else "; ids and their order were not checked: give --references"
     print(f"'{arguments.submission}' is a valid submission{unchecked}")
 
 

@@ -1,21 +1,22 @@
-"""How a command ends: one line on standard error for what the user can mend, and how its messages are shown."""
+"""How a command ends, by a one-line message and an exit status, and how log messages are shown."""
 
 import argparse
-import errno
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 from tqdm import tqdm
 
-from captioning.errors import UserError, printable
+from captioning.errors import Stopped, UserError, is_disk_full, printable
 
 
-MAX_LINE = 2000  # characters of an error on the terminal; what it quotes of a file may be of any length
-# What gloo and NCCL say to the processes that are left
+MAX_LINE = 2000  # characters of an error on the terminal; it may quote a file, which may be of any length
+# What gloo and NCCL report to the other processes when one has ended
 PEER_GONE = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -24,71 +25,89 @@ PEER_GONE = (
 )
 
 
-class Terminated(BaseException):
-    """SIGTERM has come where nothing is to be saved first; no `except Exception` on the way takes it for its own."""
+@contextmanager
+def on_sigterm(handle: Callable[[], None]) -> Iterator[None]:
+    """Call `handle` when this process gets SIGTERM; afterwards the handler from before is in place again.
 
-
-def exit_on_user_error(main: Callable[[], object]) -> None:
-    """Run `main`; a `UserError` ends the process with its line on standard error and exit status 2.
-
-    So does a full disk, wherever it is met. Ctrl-C ends it with a line and status 130, SIGTERM with 143, unless
-    `main` has taken over the signal.
+    Python lets only the main thread catch signals: in another thread nothing is changed.
     """
     process = os.getpid()
 
-    def terminate(number: int, frame) -> None:
-        if os.getpid() != process:  # a worker that was forked with this handler
+    def catch(number: int, frame) -> None:
+        if os.getpid() != process:  # a forked worker, which has inherited this handler
             os._exit(128 + number)
-        raise Terminated
+        handle()
 
-    before = signal.signal(signal.SIGTERM, terminate)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, catch)
     try:
-        main()
-        sys.stdout.flush()
-    except Terminated:
-        _tell(
-            "stopped by SIGTERM; what is written is whole: run the same command again, with --resume_from_checkpoint "
-            "true if it trains"
-        )
-        sys.exit(128 + signal.SIGTERM)
-    except UserError as error:
-        # From a worker of a DataLoader it comes with the text of its trace before it
-        _tell(str(error).rsplit("UserError: ", 1)[-1])
-        sys.exit(getattr(error, "exit_status", 2))
-    except BrokenPipeError:  # `... | head` has read enough; Python would say so again when it closes the stream
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except KeyboardInterrupt:
-        _tell("interrupted")
-        sys.exit(128 + signal.SIGINT)
-    except RuntimeError as error:
-        if not (int(os.environ.get("WORLD_SIZE", "1")) > 1 and any(text in str(error) for text in PEER_GONE)):
-            raise
-        _tell(
-            "another process of the run has ended: its error is above, or it was killed; run again with "
-            "--resume_from_checkpoint true"
-        )
-        sys.exit(2)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        _tell(f"no space left to write '{error.filename or 'a file'}'; free some and run again")
-        sys.exit(2)
+        yield
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _tell(message: str) -> None:
-    # Several processes may fail for reasons of their own; the first needs no name
+def exit_on_user_error(main: Callable[[], object]) -> None:
+    """Run `main`; errors that a user can mend, and signals, end the process with one line on standard error.
+
+    The exit status is 2, after Ctrl-C 130, after SIGTERM 143. `main` may handle SIGTERM itself for a while. Any other
+    error is a fault of the program and keeps its traceback.
+    """
+    try:
+        with on_sigterm(_stop):
+            main()
+            sys.stdout.flush()
+    except BrokenPipeError:  # such as `... | head`; Python would raise it again when it closes stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except BaseException as error:
+        message, status = _ending(error)
+        if message is None:
+            raise
+        _print_error(message)
+        sys.exit(status)
+
+
+def _stop() -> None:
+    raise Stopped(
+        "stopped by SIGTERM; all files are complete: run the same command again, with "
+        "--resume_from_checkpoint true if it trains"
+    )
+
+
+def _ending(error: BaseException) -> tuple[str | None, int]:
+    """Return the line that is printed for an error and the exit status; no line for a fault of the program."""
+    if isinstance(error, UserError):
+        # From a DataLoader worker, the message is preceded by the text of a traceback
+        return str(error).rsplit("UserError: ", 1)[-1], 2
+    if isinstance(error, Stopped):
+        return str(error), 128 + signal.SIGTERM
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 128 + signal.SIGINT
+    if isinstance(error, Exception) and is_disk_full(error):
+        return f"no space left to write '{getattr(error, 'filename', None) or 'a file'}'; free some and run again", 2
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if isinstance(error, RuntimeError) and several and any(text in str(error) for text in PEER_GONE):
+        return (
+            "another process of the run has ended: its error is above, or it was killed; run again with "
+            "--resume_from_checkpoint true",
+            2,
+        )
+    return None, 1
+
+
+def _print_error(message: str) -> None:
+    # Several processes may fail, each with its own message; that of the first is not numbered
     rank = int(os.environ.get("RANK", "0"))
     where = f"error (process {rank})" if rank else "error"
     for bar in list(getattr(tqdm, "_instances", ())):
-        bar.close()  # the line would stand behind the bar, and the bar again behind the line
-    print(f"{where}: {_one_line(message)}", file=sys.stderr, flush=True)
+        bar.close()  # else the message is printed at the end of a bar, and the bar again after it
+    print(f"{where}: {_shortened(message)}", file=sys.stderr, flush=True)
 
 
-def _one_line(message: str) -> str:
-    """Return the message as a terminal may show it, cut in its middle if it is long: the mend is at its end."""
+def _shortened(message: str) -> str:
+    """Return the message safe to print, cut in the middle if it is long: the remedy is at its end."""
     if len(message) > MAX_LINE:
         message = f"{message[: MAX_LINE // 2]} … {message[-MAX_LINE // 2 :]}"
     return printable(" ".join(message.split()))
@@ -111,7 +130,7 @@ class PrintableFormatter(logging.Formatter):
 
 
 def set_up_logging() -> None:
-    """Show our own messages on standard error, and of the Hub client only errors: it reports each retry twice."""
+    """Log our own messages to standard error; of the Hub client only errors, since it reports each retry twice."""
     ours = logging.getLogger("captioning")
     ours.setLevel(logging.INFO)
     if not ours.handlers:

@@ -1,44 +1,42 @@
-"""The one exception for what the user can mend, and how a command ends on it: one line on standard error, status 2."""
+"""The exceptions that end a command with one line, which `command_line.py` prints, and how other errors become one."""
 
 import difflib
+import errno
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
-MAX_NAME = 200  # characters of a name that is compared with those that exist: `difflib` takes time by the product
+MAX_NAME = 200  # compared characters of an unknown name: the time of `difflib` grows with the product of lengths
+# How libraries written in Rust and C++ say it, without an `errno`
+DISK_FULL = ("No space left on device", "Disk quota exceeded", "File too large")
 
 
 class UserError(ValueError):
-    """A mistake of the user's; the message is one line: what is wrong, where, and the mend."""
+    """A mistake that the user can mend; the message is one line: what is wrong, where, and the mend."""
 
 
-class Stopped(UserError):
-    """The run was told to stop, and did, in order.
+class Stopped(BaseException):
+    """SIGTERM has stopped the command; the message is one line that says how to go on.
 
-    Args:
-        message: the line.
-        exit_status: of the process, 128 + the signal as shells count.
+    Not an `Exception`, so that no library handles it as an error.
     """
 
-    def __init__(self, message: str, exit_status: int):
-        super().__init__(message)
-        self.exit_status = exit_status
 
+def printable(text: str, width: int | None = None) -> str:
+    """Return text from a file or from the network so that it is safe to show on a terminal.
 
-def printable(text: str) -> str:
-    """Return text that may come from a stranger's file as a terminal may show it.
-
-    Control characters and those that turn the direction of writing become spaces.
+    Control characters and those that change the direction of writing become spaces; more than `width` is cut.
     """
-    return "".join(character if character.isprintable() else " " for character in text)
+    shown = "".join(character if character.isprintable() else " " for character in text)
+    return shown if width is None or len(shown) <= width else f"{shown[: width - 1]}…"
 
 
 @contextmanager
 def as_user_error(what: str, mend: str = "") -> Iterator[None]:
-    """Turn any exception of the block into a `UserError`: `what`, the first line of its message, the mend.
+    """Turn any exception of the block into a `UserError` that says `what`, the first line of its message, the mend.
 
-    For blocks that only read what the user named: torch, transformers and pyarrow raise errors of many unrelated
-    classes on a damaged file or an impossible value.
+    For blocks that only read what the user named: on a damaged file or an impossible value, torch, transformers and
+    pyarrow raise errors of many unrelated classes.
     """
     try:
         yield
@@ -48,13 +46,24 @@ def as_user_error(what: str, mend: str = "") -> Iterator[None]:
         raise UserError(f"{what}: {first_line(error).rstrip('.')}{'; ' if mend else ''}{mend}") from error
 
 
+def is_disk_full(error: BaseException | None) -> bool:
+    """Tell whether an error, or one that it was raised from, says that a disk or a quota is full."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return True
+        if any(text in str(error) for text in DISK_FULL):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def first_line(error: BaseException) -> str:
-    """Return the class of an error and the first line of its message, cut."""
+    """Return the class of an error and the first line of its message, cut to 300 characters."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return `"; did you mean 'x'?"` for the nearest of the `known` names, or an empty string if none is near."""
+    """Return `"; did you mean 'x'?"` for the most similar of the `known` names, or "" where none is similar."""
     near = difflib.get_close_matches(name[:MAX_NAME], list(known), n=1, cutoff=0.6)
     return f"; did you mean '{near[0]}'?" if near and near[0] != name else ""

@@ -19,6 +19,7 @@ from PIL import Image as PIL
 from processes import ROOT, Process, server
 from safetensors.torch import load_file
 
+from captioning.data import phantoms
 from captioning.models.fast_blip.modules import use_stock_blip
 
 
@@ -98,6 +99,17 @@ def save_captioner(captioner, folder: Path) -> Path:
     for part in (captioner.model, captioner.processor):
         part.save_pretrained(folder)
     return folder
+
+
+def phantom_rows(number: int, seed: int, split: str = "train") -> tuple[list[str], list[list[str]], np.ndarray]:
+    """Captions, concepts, and features that tell one combination of attributes from another, as an image would."""
+    rng = np.random.default_rng(seed)
+    sets = phantoms.combinations(split)
+    drawn = rng.integers(len(sets), size=number)
+    cuis = [[phantoms.CUIS[sets[i]["modality"]], phantoms.CUIS[sets[i]["region"]]] for i in drawn]
+    values = sorted({str(value) for each in phantoms.combinations("train") for value in each.values()})
+    features = [[float(str(value) in map(str, sets[i].values())) for value in values] for i in drawn]
+    return [phantoms.reword(sets[i], rng) for i in drawn], cuis, np.array(features)
 
 
 def stock_copy(model):

@@ -391,7 +391,7 @@ def test_a_run_killed_in_the_middle_and_resumed_ends_as_if_never_killed(config_f
     (killed / "checkpoint-9" / "model.safetensors").write_bytes(b"half")
     (killed / "checkpoint-9" / "trainer_state.json").unlink(missing_ok=True)
     result = run(resume)
-    assert "checkpoint-9 is incomplete and is passed over" in result.stderr
+    assert "checkpoint-9 is incomplete and is skipped" in result.stderr
     assert f"Resuming from {killed / 'checkpoint-6'}" in result.stderr
     first_epoch = "'epoch': '1'}"  # of the evaluation that ends it: the resumed run must not train it again
     assert first_epoch in uninterrupted.stdout + uninterrupted.stderr
@@ -422,7 +422,7 @@ def test_a_resumed_run_logs_what_changed_in_its_recipe(config_file, parquet_fold
 
 def test_a_mistake_ends_with_status_2_and_one_line(config_file, parquet_folder, tmp_path):
     result = run(flags(config_file, parquet_folder, tmp_path / "run", num_beams=0), code=2)
-    assert result.stderr.splitlines() == ["error: num_beams is 0; set --num_beams to 1 or more"]
+    assert result.stderr.splitlines() == ["error: num_beams is 0; set --num_beams from 1 to 256"]
     assert result.stdout == ""
 
 
@@ -434,7 +434,7 @@ def test_a_mistake_ends_with_status_2_and_one_line(config_file, parquet_folder, 
         ({"max_caption_length": 65}, "max_caption_length 65 exceeds the model's 64 text positions"),
         ({"max_new_tokens": 64}, "set --max_new_tokens to 63 or less"),
         ({"image_size": 33}, "image_size 33 is not a multiple of the model's patch size 8; set --image_size to 32"),
-        ({"resume_from_checkpoint": "nowhere"}, "resume_from_checkpoint 'nowhere' is no complete checkpoint"),
+        ({"resume_from_checkpoint": "nowhere"}, "resume_from_checkpoint 'nowhere' is not a complete checkpoint"),
         ({"output_dir": "/dev/null/run"}, "output folder '/dev/null/run' cannot be written"),
         ({"optim_args": "x"}, "the optimizer cannot be built: .*check --optim and --optim_args"),
         ({"lr_scheduler_kwargs": '{"foo": 1}'}, "the schedule cannot be built: .*check --lr_scheduler_type"),

@@ -20,8 +20,9 @@ from captioning.reporting.page import write_report
 from captioning.scoring.baselines import sample_rows
 from captioning.scoring.captions import Captions, read_predictions, write_predictions
 from captioning.scoring.clinical import modality_of
-from captioning.scoring.score import Training, flat, score
+from captioning.scoring.score import flat, score
 from captioning.scoring.submission import write_submission
+from captioning.scoring.training_split import Training
 from captioning.training.arguments import DataArguments
 from captioning.training.trainer import CaptioningTrainer, Evaluated
 

@@ -1,66 +1,64 @@
-"""Scores as tables of plain text: those of one system, and a test of two."""
+"""Scores as tables of plain text: those of one system, and the paired test of two."""
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
-from captioning.scoring.captions import printable
-from captioning.scoring.score import (
-    BY_MODALITY,
-    HEADINGS,
-)
+from captioning.errors import printable
+from captioning.scoring.baselines import BASELINES
+from captioning.scoring.score import BY_MODALITY
 
 
-logger = logging.getLogger(__name__)
-
-
-# --- One system -----------------------------------------------------------------------------------------------
+CAPTION_WIDTH = 400  # characters of a caption on the terminal
 
 
 def score_table(scores: Mapping[str, Any]) -> str:
-    """Return the dict of `scoring.score` as text: scores with intervals and baselines, modalities, what is missing."""
+    """Return the dict of `score` as text: scores with intervals and baselines, modalities, what is missing."""
     baselines = list(scores["baselines"])
     width = max(len(name) for name in scores["scores"]) + 2
+    headings = "".join(f"{BASELINES[key].heading:>13}" for key in baselines)
     lines = [f"{scores['captions']:,} captions, {scores['unique_captions']:.1%} of them distinct", ""]
-    lines.append(
-        " " * width + f"{'score':>8}  {'95 % interval':<17}" + "".join(f"{HEADINGS[f]:>13}" for f in baselines)
-    )
+    lines += [f"{'':<{width}}{'score':>8}  {'95 % interval':<17}{headings}"]
     for name, entry in scores["scores"].items():
-        row = f"{name:<{width}}{_number(entry['value']):>8}  {_number(entry['low'])} - {_number(entry['high']):<8}"
-        row += "".join(f"{_number(entry['baselines'].get(baseline)):>13}" for baseline in baselines)
-        lines.append(row + (f"   upper bound {_number(entry['upper_bound'])}" if "upper_bound" in entry else ""))
-    lines.append("")
-    for name, note in scores["baselines"].items():
+        row = f"{name:<{width}}{_decimals(entry['value']):>8}"
+        row += f"  {_decimals(entry['low'])} - {_decimals(entry['high']):<8}"
+        row += "".join(f"{_decimals(entry['baselines'].get(key)):>13}" for key in baselines)
+        lines += [row + (f"   upper bound {_decimals(entry['upper_bound'])}" if "upper_bound" in entry else "")]
+    lines += [""]
+    for key, note in scores["baselines"].items():
         among = f", found among {note['found_among']}" if "found_among" in note else ""
-        lines.append(f"{HEADINGS[name]}: {note['what']}{among}")
-    lines += [f"  {printable(scores['baselines']['constant']['caption'])}", ""]
+        lines += [f"{BASELINES[key].heading}: {note['what']}{among}"]
+    lines += [f"  {printable(scores['baselines']['constant']['caption'], CAPTION_WIDTH)}", ""]
     modalities = scores["modalities"]
-    lines.append(f"{'by modality':<{width}}" + "".join(f"{name:>13}" for name in modalities))
-    lines.append(f"{'captions':<{width}}" + "".join(f"{own['captions']:>13,}" for own in modalities.values()))
+    lines += [f"{'by modality':<{width}}" + "".join(f"{name:>13}" for name in modalities)]
+    lines += [f"{'captions':<{width}}" + "".join(f"{own['captions']:>13,}" for own in modalities.values())]
     for key in (key for key in BY_MODALITY if key in scores["scores"]):
-        lines.append(f"{key:<{width}}" + "".join(f"{_number(own[key]['value']):>13}" for own in modalities.values()))
-    lines += ["", *(f"not computed: {name}: {reason}" for name, reason in scores["missing"].items())]
-    return "\n".join([*lines, scores["verdict"]])
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
-def _signed(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.4f}"
+        values = "".join(f"{_decimals(own[key]['value']):>13}" for own in modalities.values())
+        lines += [f"{key:<{width}}{values}"]
+    return "\n".join([*lines, "", *_missing(scores), scores["verdict"]])
 
 
 def comparison_table(result: Mapping[str, Any]) -> str:
-    """Return the result of `compare_captions` as text."""
+    """Return the result of `compare_captions` as text.
+
+    Args:
+        result: with `captions`, how many there are, and `systems`, the names of the two.
+    """
     first, second = result["systems"]
     width = max(len(name) for name in result["scores"]) + 2
     lines = [f"{result['captions']:,} captions; first: {first}; second: {second}", ""]
-    lines.append(f"{'':<{width}}{'first':>8}{'second':>8}{'difference':>12}  {'95 % interval':<20}{'p':>8}")
+    lines += [f"{'':<{width}}{'first':>8}{'second':>8}{'difference':>12}  {'95 % interval':<20}{'p':>8}"]
     for name, row in result["scores"].items():
-        difference, low, high = (_signed(row[key]) for key in ("difference", "low", "high"))
-        values = f"{_number(row['first']):>8}{_number(row['second']):>8}{difference:>12}"
-        lines.append(f"{name:<{width}}{values}  {f'{low} to {high}':<20}{_number(row['p_value']):>8}")
-    lines += ["", *(f"not computed: {name}: {reason}" for name, reason in result["missing"].items())]
-    lines += ["p: approximate randomization, two-sided; the difference is the first's score minus the second's."]
+        difference, low, high = (_decimals(row[key], sign="+") for key in ("difference", "low", "high"))
+        values = f"{_decimals(row['first']):>8}{_decimals(row['second']):>8}{difference:>12}"
+        lines += [f"{name:<{width}}{values}  {f'{low} to {high}':<20}{_decimals(row['p_value']):>8}"]
+    lines += ["", *_missing(result)]
+    lines += ["p: approximate randomization, two-sided; the difference is the first score minus the second."]
     return "\n".join(lines)
+
+
+def _decimals(value: float | None, sign: str = "") -> str:
+    return "-" if value is None else f"{value:{sign}.4f}"
+
+
+def _missing(scores: Mapping[str, Any]) -> list[str]:
+    return [f"not computed: {name}: {reason}" for name, reason in scores["missing"].items()]

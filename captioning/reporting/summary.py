@@ -7,8 +7,11 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from captioning.scoring.captions import printable, read_predictions
-from captioning.scoring.score import HEADINGS, HEADLINE
+from captioning.errors import printable
+from captioning.reporting.score_table import CAPTION_WIDTH
+from captioning.scoring.baselines import BASELINES
+from captioning.scoring.captions import read_predictions
+from captioning.scoring.score import HEADLINE
 from metrics import METRIC_NAMES
 
 
@@ -25,7 +28,7 @@ def summary(metrics: Mapping[str, float], output_dir: Path) -> str:
         name: prefix for name, prefix in (("validation", "eval_"), ("test", "predict_")) if f"{prefix}loss" in metrics
     }
     rows = {name: name for name in METRIC_NAMES}
-    rows |= {f"{HEADLINE}_{baseline}": f"{HEADLINE} of {heading}" for baseline, heading in HEADINGS.items()}
+    rows |= {f"{HEADLINE}_{key}": f"{HEADLINE} of {baseline.heading}" for key, baseline in BASELINES.items()}
     lines = [" " * 24 + "".join(f"{name:>12}" for name in columns)]
     for row, label in rows.items():
         values = [metrics.get(prefix + row) for prefix in columns.values()]
@@ -36,6 +39,12 @@ def summary(metrics: Mapping[str, float], output_dir: Path) -> str:
     lines += [f"{name}: {verdicts[name]['verdict']}" for name in columns if name in verdicts]
     files = [output_dir / "predictions" / f"{name}.jsonl" for name in columns]
     for example in read_predictions(files[-1])[:EXAMPLES] if files and files[-1].is_file() else ():
-        lines += ["", printable(example["image_id"]), f"  reference   {printable(example['reference'])}"]
-        lines += [f"  prediction  {printable(example['prediction'])}   (rougeL {example['rougeL']:.2f})"]
+        lines += [
+            "",
+            printable(example["image_id"], CAPTION_WIDTH),
+            f"  reference   {printable(example['reference'], CAPTION_WIDTH)}",
+        ]
+        lines += [
+            f"  prediction  {printable(example['prediction'], CAPTION_WIDTH)}   (rougeL {example['rougeL']:.2f})"
+        ]
     return "\n".join(lines)

@@ -1,6 +1,6 @@
-"""How sure a score is: bootstrap intervals of one system's scores, and a paired test of two systems.
+"""Confidence intervals of a score by the bootstrap, and a paired test of two systems.
 
-Everything is resampled by caption, seeded, and computed for all resamples at once. The interval is the percentile
+Captions are resampled with a fixed seed, and all resamples are scored at once. The interval is the percentile
 bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13), the test is approximate
 randomization (Noreen, Computer-Intensive Methods for Testing Hypotheses, 1989).
 """
@@ -27,9 +27,9 @@ class Score:
     """A score of a set of captions that is a function of sums over them.
 
     Attributes:
-        statistics: float `[N, S]`, what each caption adds. For a mean over captions S is 1; BLEU is no mean, its
-            statistics are the matched and the possible n-grams.
-        combine: makes scores `[...]` of sums `[..., S]` over `number` captions.
+        statistics: float `[N, S]`, what each caption adds to the sums. For a mean over captions S is 1; BLEU is not a
+            mean, its statistics are the matched and the possible n-grams.
+        combine: from sums `[..., S]` over `number` captions to scores `[...]`.
     """
 
     statistics: np.ndarray
@@ -69,7 +69,7 @@ def resampled(score: Score, counts: np.ndarray, rows: np.ndarray | None = None) 
     Args:
         score: of N captions.
         counts: `[resamples, N]`, see `resampling_counts`.
-        rows: bool `[N]`, the captions that are scored; default: all. A resample without any of them has nan.
+        rows: bool `[N]`, the captions that are scored; default: all. A resample without any of them is NaN.
     """
     statistics = score.statistics
     if rows is not None:
@@ -79,7 +79,7 @@ def resampled(score: Score, counts: np.ndarray, rows: np.ndarray | None = None) 
 
 
 def interval(values: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
-    """Return the percentile interval of resampled scores `[resamples]`, those without a value left out."""
+    """Return the percentile interval of resampled scores `[resamples]`; NaN and infinity are left out."""
     finite = values[np.isfinite(values)]
     if not len(finite):
         return float("nan"), float("nan")
@@ -95,13 +95,13 @@ class Comparison:
     """How much the first of two systems scores above the second on the same captions.
 
     Attributes:
-        difference: of the two scores.
-        low: end of its 95 % bootstrap interval.
-        high: the other end.
-        p_value: of approximate randomization, two-sided: how often a difference at least as large comes about when a
-            coin swaps the two scores of each caption.
+        difference: the first score minus the second.
+        low: lower end of its 95 % confidence interval.
+        high: upper end.
+        p_value: of approximate randomization, two-sided: how often a difference at least as large occurs when a coin
+            decides for each caption whether the two systems swap theirs.
 
-    All are nan where one of the scores has no value.
+    All are NaN where one of the scores is undefined.
     """
 
     difference: float
@@ -111,26 +111,28 @@ class Comparison:
 
 
 def compare(first: Score, second: Score, counts: np.ndarray, seed: int = 0) -> Comparison:
-    """Test two systems on the same N captions against each other.
+    """Test the scores of two systems on the same N images.
 
     Args:
-        first: the score of the one.
+        first: the score of one system.
         second: the same score of the other.
         counts: `[resamples, N]`, see `resampling_counts`: both are resampled alike.
         seed: of the swaps.
 
     Raises:
-        ValueError: they have not the same captions or not the same statistics.
+        ValueError: the two do not have the same number of captions or of statistics.
     """
     if first.statistics.shape != second.statistics.shape:
-        raise ValueError(f"statistics of shapes {first.statistics.shape} and {second.statistics.shape} are no pair")
+        raise ValueError(
+            f"statistics of shapes {first.statistics.shape} and {second.statistics.shape} cannot be paired"
+        )
     difference = first.value - second.value
     if not np.isfinite(difference):
         return Comparison(*[float("nan")] * 4)
     low, high = interval(resampled(first, counts) - resampled(second, counts))
     swapped = np.concatenate(list(_swapped(first, second, seed)))
     swapped = np.abs(swapped[np.isfinite(swapped)])
-    extreme = int((swapped >= abs(difference) - 1e-12).sum())  # sums of other orders differ in the last bits
+    extreme = int((swapped >= abs(difference) - 1e-12).sum())  # the order of a sum changes the last bits
     return Comparison(difference, low, high, (1 + extreme) / (1 + len(swapped)))
 
 

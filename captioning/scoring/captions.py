@@ -1,13 +1,11 @@
-"""Captions on disk: the predictions of a run as JSON lines, those of any system as CSV, and ImageCLEF submissions.
+"""Captions on disk: the predictions of a run as JSON lines, and those of any system as CSV.
 
 The CSVs are those of ROCOv2 on Zenodo and of ImageCLEFmedical Caption: `ID,Caption`, and `ID,CUIs` with `;` between
-concepts. The rules for a submission are those of the official checker of 2026 (`submission_check.py`,
-github.com/taubsity/clef-caption-evaluation-2026).
+concepts.
 """
 
 import csv
 import json
-import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,23 +14,18 @@ from pathlib import Path
 import numpy as np
 
 from captioning.errors import UserError
-from captioning.errors import printable as printable_text
 from captioning.files import write_whole
 from metrics import wording_scores
 
 
-logger = logging.getLogger(__name__)
-
-
 PREDICTION_KEYS = ("image_id", "reference", "prediction", "rougeL", "nll", "cui")
-MAX_FIELD = 2**27  # characters of a CSV field; the module's default refuses a long caption
-SHOWN_WIDTH = 400  # characters of a caption on the terminal
-SHOWN = 3  # ids named in an error message
+MAX_FIELD = 2**27  # characters of a CSV field; the default of the csv module is too small for a long caption
+SHOWN_IDS = 3  # in an error message
 
 
 @dataclass(frozen=True)
 class Captions:
-    """What a system wrote for N images, beside what is true.
+    """What a system wrote for N images, beside the references.
 
     Attributes:
         image_ids: N ids.
@@ -91,7 +84,7 @@ def read_captions(path: str, references: str | None = None, concepts: str | None
     """
     if _is_csv(path):
         if references is None:
-            raise UserError(f"'{path}' holds no reference captions; add --references with a CSV of ID,Caption")
+            raise UserError(f"'{path}' has no reference captions; add --references with a CSV of ID,Caption")
         predictions, own_references, cuis = read_csv(path, "Caption"), {}, {}
     else:
         rows = _read_json_lines(path)
@@ -104,7 +97,7 @@ def read_captions(path: str, references: str | None = None, concepts: str | None
     truth = read_csv(references, "Caption") if references else own_references
     for captions, name in ((predictions, path), (truth, references or path)):
         if not captions:
-            raise UserError(f"'{name}' holds no captions; give a file with at least one")
+            raise UserError(f"'{name}' has no captions; give a file with at least one")
     check_ids(predictions, truth, path, references or path)
     if concepts:
         cuis = {image_id: split_cuis(text) for image_id, text in read_csv(concepts, "CUIs").items()}
@@ -114,31 +107,31 @@ def read_captions(path: str, references: str | None = None, concepts: str | None
 
 
 def check_ids(found: Sequence[str], wanted: Sequence[str], path: str, reference: str, more: bool = False) -> None:
-    """Check that two files are about the same images.
+    """Check that a file has the ids of another.
 
     Args:
-        found: the ids of the one.
-        wanted: those of the other, which all must be there.
-        path: the name of the one.
+        found: the ids of the file.
+        wanted: the ids of the other, all of which must be found.
+        path: the name of the file.
         reference: the name of the other.
-        more: whether the one may have more.
+        more: whether the file may have more ids.
 
     Raises:
-        UserError: ids are missing or unknown; the line counts them and names some.
+        UserError: ids are missing or unknown; the message counts them and names some.
     """
     wanted_ids, found_ids = set(wanted), set(found)
     missing = [image_id for image_id in wanted if image_id not in found_ids]
     unknown = [] if more else [image_id for image_id in found if image_id not in wanted_ids]
     for ids, what in ((missing, f"of '{reference}' are missing in"), (unknown, f"not in '{reference}' are in")):
         if ids:
-            named = ", ".join(ids[:SHOWN])
-            raise UserError(f"{len(ids)} ids {what} '{path}' ({named}); both files must be of one split, ids alike")
+            named = ", ".join(ids[:SHOWN_IDS])
+            raise UserError(f"{len(ids)} ids {what} '{path}' ({named}); both must be of one split, ids alike")
 
 
 def read_csv(path: str, column: str) -> dict[str, str]:
     """Read a CSV of `ID` and `column` into a dict from id to text, in the order of the file.
 
-    Like the official evaluator it takes a file without a header too; columns beyond the two are an error.
+    As in the official evaluator, the header may be missing; more columns than two are an error.
 
     Raises:
         UserError: the file cannot be read, has other columns, or an id twice.
@@ -154,14 +147,12 @@ def read_csv(path: str, column: str) -> dict[str, str]:
                     if [name.strip().lower() for name in row[1:]] != [column.lower()]:
                         raise UserError(f"'{path}' has the columns {row}; they must be {['ID', column]}")
                 elif len(row) != 2:
-                    mend = (
-                        "the fields must be separated by commas"
-                        if len(row) == 1 and re.search("[;\t]", row[0])
-                        else f"ID and {column} are needed, the latter in double quotes where it holds a comma"
-                    )
+                    mend = f"give ID and {column}, the latter in double quotes where it contains a comma"
+                    if len(row) == 1 and re.search("[;\t]", row[0]):
+                        mend = "separate the fields by commas"
                     raise UserError(f"'{path}', line {reader.line_num}: {len(row)} fields; {mend}")
                 elif row[0] in texts:
-                    raise UserError(f"'{path}', line {reader.line_num}: id '{row[0]}' for the second time; leave one")
+                    raise UserError(f"'{path}', line {reader.line_num}: id '{row[0]}' occurs twice; keep one")
                 else:
                     texts[row[0]] = row[1]
     except UnicodeDecodeError as error:
@@ -192,20 +183,19 @@ def _read_json_lines(path: str) -> dict[str, dict[str, object]]:
                     image_id, texts = row["image_id"], [row["prediction"], row.get("reference", "")]
                 except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                     raise UserError(
-                        f"'{path}', line {number} is no JSON object with image_id and prediction "
+                        f"'{path}', line {number} is not a JSON object with image_id and prediction "
                         f"({type(error).__name__}: {error}); give predictions of a run, or a .csv of ID,Caption"
                     ) from error
                 if not all(isinstance(text, str) for text in (image_id, *texts)):
-                    raise UserError(f"'{path}', line {number}: image_id, prediction and reference must be texts")
+                    raise UserError(f"'{path}', line {number}: image_id, prediction and reference must be strings")
                 if image_id in rows:
-                    raise UserError(f"'{path}', line {number}: id '{image_id}' for the second time; leave one")
+                    raise UserError(f"'{path}', line {number}: id '{image_id}' occurs twice; keep one")
                 cuis = row.get("cui") or []
                 cuis = split_cuis(cuis) if isinstance(cuis, str) else cuis
                 if not (isinstance(cuis, list) and all(isinstance(cui, str) for cui in cuis)):
                     raise UserError(f"'{path}', line {number}: cui must be a list of concepts such as C0040405")
-                # JSON can hold half a surrogate pair, and nothing else can
-                texts = {key: _well_formed(row[key]) for key in ("prediction", "reference") if key in row}
-                rows[_well_formed(image_id)] = texts | {"cui": cuis}
+                texts = {key: well_formed(row[key]) for key in ("prediction", "reference") if key in row}
+                rows[well_formed(image_id)] = texts | {"cui": cuis}
     except UnicodeDecodeError as error:
         raise UserError(f"'{path}' is not UTF-8 (byte {error.start}); give predictions of a run") from error
     except OSError as error:
@@ -213,14 +203,9 @@ def _read_json_lines(path: str) -> dict[str, dict[str, object]]:
     return rows
 
 
-def _well_formed(text: str) -> str:
+def well_formed(text: str) -> str:
+    """Return the text with unpaired surrogates, which JSON can hold and UTF-8 cannot, replaced."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def printable(text: object, most: int = SHOWN_WIDTH) -> str:
-    """Return text from the data as a terminal may show it: a line, no control characters, at most `most` of them."""
-    shown = printable_text(str(text))
-    return shown if len(shown) <= most else f"{shown[: most - 1]}…"
 
 
 def in_order_of(like: Captions, captions: Captions, name: str, other_name: str) -> Captions:
@@ -237,7 +222,7 @@ def in_order_of(like: Captions, captions: Captions, name: str, other_name: str) 
     differ = [i for i, own in enumerate(ordered.references) if own != like.references[i]]
     if differ:
         raise UserError(
-            f"'{name}' and '{other_name}' have other references for {len(differ)} images "
+            f"'{name}' and '{other_name}' have different references for {len(differ)} images "
             f"({like.image_ids[differ[0]]}); both must be scored on the same data"
         )
     return ordered

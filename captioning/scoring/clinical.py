@@ -1,17 +1,16 @@
 r"""Clinical agreement of captions without a license or a download: attributes read from the text.
 
-    read_attributes("CT of the chest: 3.5 cm mass in the left lung, no effusion")
+    stated_attributes("CT of the chest: 3.5 cm mass in the left lung, no effusion")
     # {"modality": {"CT"}, "region": {"chest"}, "laterality": {"left"}, "negation": {"effusion"},
     #  "measurement": {"35"}}
-    summary(agreement(predictions, references)["laterality"])     # {"f1": .41, "precision": .40, ...}
+    agreement(predictions, references)["laterality"].value     # F1, from 0 to 1
 
-The readers look words up in the tables below: English captions as published, and as BLIP decodes them (lower case,
-"x - ray", "3. 5 cm"). They read what a caption says, not what its image shows, and score words, not their meaning.
+Words are looked up in the tables below, made for English captions as published, and as BLIP decodes them (lower case,
+"x - ray", "3. 5 cm"). What is read is what a caption says, not what its image shows: words, not their meaning.
 """
 
 import functools
 import itertools
-import math
 import re
 import unicodedata
 from collections.abc import Sequence, Set
@@ -29,69 +28,32 @@ _MR_STUDY = (
     r"imag|scan|angio|veno|cholangio|spectro|arthro|entero|uro|stud|exam|sequence|slice|view|of the|show|reveal"
 )
 MODALITY = {
-    "PET": ("pet", "positron emission", r"(?:18f?-?)?fdg"),
+    "PET": (r"pet|positron emission|(?:18f?-?)?fdg",),
     # Of catheters only: CT and MR angiography are CT and MRI, and ROCOv2's modality classes agree
     "angiography": (
         r"(?<!tomography )(?<!tomographic )(?<!resonance )(?<!mr )(?<!mr-)(?<!ct )(?<!ct-)angiogra\w+",
-        "dsa",
-        r"arteriogra\w+",
-        r"aortogra\w+",
-        r"phlebogra\w+",
-        r"(?<!resonance )(?<!mr )(?<!ct )venogra\w+",
-        r"ventriculogra(?:m|ms|phy)",
-        r"cine-?angiogra\w+",
+        r"dsa|arteriogra\w+|aortogra\w+|phlebogra\w+|(?<!resonance )(?<!mr )(?<!ct )venogra\w+",
+        r"ventriculogra(?:m|ms|phy)|cine-?angiogra\w+",
     ),
     "CT": (
-        r"(?:hr|md|cb|ce|nc|cc|micro-?)?ct(?:a|s)?",
-        r"cat(?= scan)",
-        r"comput\w+(?: axial)?(?:-aided)? tomogra\w+",
-        r"computed-tomogra\w+",
-        r"comput\w+(?=-tomogra)",
+        r"(?:hr|md|cb|ce|nc|cc|micro-?)?ct(?:a|s)?|cat(?= scan)",
+        r"comput\w+(?: axial)?(?:-aided)? tomogra\w+|computed-tomogra\w+|comput\w+(?=-tomogra)",
     ),
     "MRI": (
-        r"(?:f|c|mp)?mris?",
-        r"cmr",
-        r"mr[av]",
-        r"mrcp",
-        rf"mr(?=[ -](?:{_MR_STUDY}))",
-        r"magnetic[ -]resonance",
+        rf"(?:f|c|mp)?mris?|cmr|mr[av]|mrcp|mr(?=[ -](?:{_MR_STUDY}))|magnetic[ -]resonance",
         r"t[12][ -]?(?:w|wi|wis|weighted|weighed|flair|fse|tse|space|stir|fs)",
-        "flair",
-        "stir",
-        "dwi",
-        "diffusion[ -]weighted",
-        r"gadolinium\w*",
+        r"flair|stir|dwi|diffusion[ -]weighted|gadolinium\w*",
     ),
     "ultrasound": (
-        r"ultra-?so(?:und|no)\w*",
-        r"sonogra\w+",
-        r"us(?= (?:image|scan|exam|show|reveal|of the))",
-        r"echo-?cardiogra\w+",
-        r"echogra\w+",
-        r"echo",
-        r"doppler",
-        r"t[te]e",
-        r"(?:iv|e)us",
-        r"[bm]-mode",
+        r"ultra-?so(?:und|no)\w*|sonogra\w+|us(?= (?:image|scan|exam|show|reveal|of the))",
+        r"echo-?cardiogra\w+|echogra\w+|echo|doppler|t[te]e|(?:iv|e)us|[bm]-mode",
     ),
     # Projections of every kind: ROCOv2 has no class of its own for mammograms and fluoroscopy
     "X-ray": (
-        r"x[ -]?rays?",
-        r"radiogra(?:ph|m)\w*",
-        r"ro?entgen\w*",
-        "cxr",
-        "kub",
-        r"(?:plain|chest) films?",
-        r"mammogra\w+",
-        r"orthopantomogra\w+",
-        r"opg|dpt",
-        r"cephalogra\w+",
-        r"fluorosco\w+",
-        r"barium|upper gi|gastrografin",
+        r"x[ -]?rays?|radiogra(?:ph|m)\w*|ro?entgen\w*|cxr|kub|(?:plain|chest) films?|mammogra\w+",
+        r"orthopantomogra\w+|opg|dpt|cephalogra\w+|fluorosco\w+|barium|upper gi|gastrografin",
         r"(?:cysto|urethro|cystourethro|uro|pyelo|myelo|fistulo|hysterosalpingo|esophago|oesophago)gra(?:m|ms|phy)",
-        "mcu|mcug|vcug|ivu|ivp",
-        "ercp",
-        "skiagram",
+        r"mcu|mcug|vcug|ivu|ivp|ercp|skiagram",
     ),
 }
 REGION = {
@@ -165,7 +127,7 @@ REGION = {
         r"malleol\w+|perone(?:al|us)|achilles|popliteal|heels?|hallux|calf|calves",
     ),
 }
-# What makes "left" and "right" no side of the patient: layout of the figure, arrows, projections, the verb "leave"
+# Where "left" and "right" are not a side of the patient: layout of the figure, arrows, projections, the verb "leave"
 _LAYOUT = (
     r"arrow\w*|panels?|images?|pictures?|figures?|photo\w*|columns?|curves?|rows?|corner|inset|frame|star|asterisk"
 )
@@ -202,7 +164,7 @@ def _compile(words: dict[str, Sequence[str]]) -> tuple[re.Pattern, tuple[str, ..
 
 _READERS = {"modality": _compile(MODALITY), "region": _compile(REGION), "laterality": _compile(LATERALITY)}
 
-# --- Negation: the triggers of NegEx that occur in captions (Chapman et al., J Biomed Inform 34:301, 2001) ----------
+# --- Negation: the triggers of NegEx that captions use (Chapman et al., J Biomed Inform 34:301, 2001) ----------
 
 _SHOWN = (
     r"(?:seen|visible|visuali[sz]ed|identified|detected|observed|noted|present|found|demonstrated|demonstrable|evident"
@@ -220,8 +182,8 @@ _AFTER = re.compile(
     rf"(?: be| been)?(?: \w+ly)? {_SHOWN}|cannot be {_SHOWN}"
     r"|(?:is|are|was|were) (?:absent|excluded(?! from)|ruled out))\b"
 )
-_SCOPE = 6  # words that a trigger reaches, as in NegEx
-# What ends the noun phrase in which a finding is named
+_SCOPE = 6  # words after a trigger that it can negate, as in NegEx
+# Words that end the noun phrase that names a finding
 _STOP = re.compile(
     r"in|on|of|at|with|within|from|to|for|by|after|before|during|between|along|around|into|through|near|over|under|or"
     r"|and|nor|but|however|although|though|except|despite|while|whereas|which|that|this|these|those|who|where|when|as"
@@ -238,7 +200,7 @@ _ADJECTIVES = re.compile(
     r"|active|focal|left|right|bilateral\w*|primary|clear|definite|significant|intravenous|iv|oral|free|else|well"
     r"|yet|more|beyond|\w+ly"
 )
-# "Without contrast" tells how an image was made, not what it lacks
+# "Without contrast" says how an image was made, not what is absent from it
 _NO_FINDING = re.compile(
     r"contrast|gadolinium|injection|agents?|medium|material|administration|use|need|history|complications?|time|case"
     r"|patients?|symptoms?|changes?|difference|way|one|doubt|success|assumptions?|surgery|treatment|evidence|signs?"
@@ -258,7 +220,7 @@ def _ends(word: str) -> bool:
 
 
 def _head(words: Sequence[str]) -> str | None:
-    """Return the last noun, singular, of the phrase that `words` begin with; None if it names no finding."""
+    """Return the last noun, singular, of the phrase that `words` begin with; None if it does not name a finding."""
     phrase = [word for word in itertools.takewhile(lambda word: not _ends(word), words) if word not in _DETERMINERS]
     while phrase and _ADJECTIVES.fullmatch(phrase[-1]):
         phrase.pop()
@@ -277,7 +239,7 @@ def _negated_after(text: str) -> list[str | None]:
             if position > start:
                 heads.append(_head(words[start:position]))
             following = words[position + 1 : position + 2 + _SCOPE]
-            # A comma goes on with the list only if an "or" closes it; "and a", "and the" begin something else
+            # A comma continues the list only if an "or" closes it; "and a" and "and the" begin something else
             closed = word != "," or following[:1] in (["or"], ["nor"], ["and"]) or _closes(following)
             if not closed or (word in (",", "and") and following[:1] in (["a"], ["an"], ["the"], ["normal"])):
                 return heads
@@ -290,7 +252,7 @@ def _negated_after(text: str) -> list[str | None]:
 
 
 def _closes(words: Sequence[str]) -> bool:
-    """Tell whether an "or" or "nor" comes before anything else ends the list that `words` go on with."""
+    """Return whether an "or" or "nor" comes before anything else that ends the list."""
     for word in words:
         if word in ("or", "nor"):
             return True
@@ -320,14 +282,14 @@ _LENGTH = re.compile(
     r"[ -]{0,2}(mms?|cms?|millimet\w+|centimet\w+)(?![\w/^]| ?hg\b| h2o| ?2\b| ?3\b)"
 )
 _NUMBERS = re.compile(_NUMBER)
-# Lengths of the scan or of the printed figure, not of the patient: what stands before and after them
+# Words before and after lengths of the scan or of the printed figure, which are not lengths in the patient
 _TECHNIQUE = re.compile(
     r"\b(?:slices?|sections?|slab|field of view|fov|collimation|scale|bar|interval|spacing|pixel|voxel)\b"
 )
 _TECHNIQUE_AFTER = re.compile(
     r"[ -](?:\w+[ -])?(?:slices?|sections?|mip|fov|collimation|tomograms?)\b| \(\d+ ?x ?\d+ dpi"
 )
-TOLERANCE = 0.1  # of the larger length: what rounding to half a centimeter or another caliper placement moves
+TOLERANCE = 0.1  # of the larger length: about what rounding to half a centimeter or moving the calipers changes
 
 
 def _measurements(text: str) -> set[str]:
@@ -346,18 +308,20 @@ def _measurements(text: str) -> set[str]:
 # --- Reading a caption ---------------------------------------------------------------------------------------------
 
 
-_GLUED = re.compile(r"(?<=[a-z]{2})(?=[A-Z][a-z]{2})")  # published captions lose the end of a title: "scanThe mass"
+_GLUED = re.compile(
+    r"(?<=[a-z]{2})(?=[A-Z][a-z]{2})"
+)  # published captions lack the space after a title: "scanThe mass"
 
 
 def plain_text(caption: str) -> str:
-    """Return `caption` as the tables are written: lower case, no accents, one kind of dash and of times sign."""
+    """Return `caption` as the tables are written: lower case, no accents, one kind of dash."""
     caption = _GLUED.sub(" ", caption)
     if not caption.isascii():
         caption = unicodedata.normalize("NFKD", caption)
         caption = "".join(c for c in caption if not unicodedata.combining(c))
         caption = re.sub(r"\s*[–—]\s+", ", ", caption)  # a dash between clauses, not within a word
         caption = caption.translate({ord(c): "-" for c in "–—−‐‑‒"} | {ord("×"): "x", ord("’"): "'"})
-    # A decoded "x - ray" is an X-ray; line breaks and runs of blanks say nothing
+    # "x - ray", as BLIP decodes it, becomes "x-ray"
     return re.sub(r" ?([-/]) ?", r"\1", " ".join(caption.lower().split()))
 
 
@@ -367,13 +331,13 @@ def _mentions(attribute: str, text: str) -> list[str]:
     return [values[match.lastindex - 1] for match in pattern.finditer(text)]
 
 
-# Baselines repeat captions, and references are read once for each system
+# Cached because baselines repeat captions, and each system is compared with the same references
 @functools.lru_cache(maxsize=2**15)
-def read_attributes(caption: str) -> dict[str, frozenset[str]]:
-    """Return what `caption` says of each of `ATTRIBUTES`; an empty set where it says nothing.
+def stated_attributes(caption: str) -> dict[str, frozenset[str]]:
+    """Return what `caption` states of each of `ATTRIBUTES`; an empty set where it states nothing.
 
-    `modality`, `region` and `laterality` hold keys of the tables `MODALITY`, `REGION` and `LATERALITY`; `negation` the
-    head words of the findings that are said to be absent, lower case and singular; `measurement` lengths in
+    `modality`, `region` and `laterality` have keys of the tables `MODALITY`, `REGION` and `LATERALITY`; `negation` has
+    the nouns of the findings that are said to be absent, lower case and singular; `measurement` has lengths in
     millimeters, as text: "35", "12.5".
     """
     text = plain_text(caption)
@@ -384,32 +348,17 @@ def read_attributes(caption: str) -> dict[str, frozenset[str]]:
 # --- Agreement -----------------------------------------------------------------------------------------------------
 
 
-def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """Return the quotient, nan where the denominator is 0."""
-    numerator, denominator = np.asarray(numerator, float), np.asarray(denominator, float)
-    return np.divide(numerator, denominator, out=np.full(denominator.shape, np.nan), where=denominator > 0)
-
-
 def micro_f1(sums: np.ndarray, number: int) -> np.ndarray:
-    """Return the F1 `[...]` of `[..., 3]` true positives, predicted and stated items; nan where nobody says any."""
-    return _ratio(2 * sums[..., 0], sums[..., 1] + sums[..., 2])
-
-
-def micro_precision(sums: np.ndarray, number: int) -> np.ndarray:
-    """Return the precision `[...]` of the same sums; nan where nothing is predicted."""
-    return _ratio(sums[..., 0], sums[..., 1])
-
-
-def micro_recall(sums: np.ndarray, number: int) -> np.ndarray:
-    """Return the recall `[...]` of the same sums; nan where nothing is stated."""
-    return _ratio(sums[..., 0], sums[..., 2])
+    """Return the F1 `[...]` of `[..., 3]` common, predicted and stated items; NaN where there are none of either."""
+    items = np.asarray(sums[..., 1] + sums[..., 2], float)
+    return np.divide(2 * sums[..., 0], items, out=np.full(items.shape, np.nan), where=items > 0)
 
 
 def _same_lengths(predicted: Set[str], stated: Set[str]) -> int:
-    """Return the most pairs, one to one, that differ by at most `TOLERANCE`.
+    """Return how many lengths can be paired, one to one, that differ by at most `TOLERANCE`.
 
-    In order, the smallest of one side pairs with the smallest of the other that is near enough, which is optimal: what
-    is too small for this one is too small for all that follow.
+    In ascending order each length is paired with the smallest near enough one of the other side. That is optimal: what
+    is too small for this length is too small for all that follow.
     """
     ours, theirs = sorted(map(float, predicted)), sorted(map(float, stated))
     i = j = pairs = 0
@@ -426,38 +375,25 @@ def _same_lengths(predicted: Set[str], stated: Set[str]) -> int:
 def agreement(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Score]:
     """Return the micro F1 of the (caption, value) items of each attribute, from 0 to 1.
 
-    Each score's statistics are `[N, 3]`: items that both captions say, that the prediction says, that the reference
-    says. Its value is nan where neither side says any, which is no agreement and no lack of it.
+    The statistics of a score are `[N, 3]`: how many items both captions state, the prediction, the reference. Its
+    value is NaN where neither side ever states any, which is neither agreement nor a lack of it.
 
     Raises:
         ValueError: there are not as many predictions as references.
     """
     counts = {name: [] for name in ATTRIBUTES}
     for prediction, reference in zip(predictions, references, strict=True):
-        said, stated = read_attributes(prediction), read_attributes(reference)
+        said, stated = stated_attributes(prediction), stated_attributes(reference)
         for name, rows in counts.items():
             both = _same_lengths if name == "measurement" else lambda a, b: len(a & b)
             rows.append((both(said[name], stated[name]), len(said[name]), len(stated[name])))
     return {name: Score(np.array(rows, float).reshape(-1, 3), micro_f1) for name, rows in counts.items()}
 
 
-def summary(score: Score) -> dict[str, float | int | None]:
-    """Return what `score` of `agreement` says, fit for JSON: an undefined share is None, never nan.
-
-    Returns:
-        `f1`, `precision` and `recall`, from 0 to 1, and how many captions say anything of this attribute: `stated`, of
-        the references, and `predicted`, of the predictions.
-    """
-    shares = {"f1": micro_f1, "precision": micro_precision, "recall": micro_recall}
-    values = {name: Score(score.statistics, combine).value for name, combine in shares.items()}
-    said = {"stated": int((score.statistics[:, 2] > 0).sum()), "predicted": int((score.statistics[:, 1] > 0).sum())}
-    return {name: None if math.isnan(value) else value for name, value in values.items()} | said
-
-
 # --- The modality of an image --------------------------------------------------------------------------------------
 
-# The first that an image has counts: what is more specific comes first. A PET comes with a CT, an angiogram is made
-# of X-rays, and an image that combines others is named after the one with more contrast of soft tissue.
+# The first one of an image counts, so the more specific come first: a PET comes with a CT, an angiogram is made of
+# X-rays, and a combined image takes the modality with more contrast of soft tissue.
 MODALITY_CUIS = {
     "C0032743": "PET",
     "C0002978": "angiography",

@@ -1,4 +1,4 @@
-"""UMLS concepts (CUIs) in captions, without a license or a download: read by what the training split teaches.
+"""UMLS concepts (CUIs) in captions, without a license or a download: learned from the training split.
 
 extractor = ConceptExtractor().fit(train_captions, train_cuis)
 concept_f1(extractor.predict(predictions), [known_concepts(cuis) for cuis in image_cuis]).value
@@ -22,15 +22,18 @@ from captioning.scoring.clinical import plain_text
 
 _CUI = re.compile(r"C\d{7}")
 MIN_IMAGES = 10  # training images that a concept needs to be learned
-MIN_PAIRS = 30  # training captions with concepts below which nothing is learned
-# N-grams that each concept may weigh: as many as its images, within these bounds
+MIN_PAIRS = 30  # training captions with concepts; with fewer nothing is learned
+# N-grams that are features of a concept: as many as its images, within these bounds
 MIN_FEATURES, MAX_FEATURES = 200, 1000
-CUES = 10  # its most telling n-grams; the captions that hold one are in question
-NEGATIVES, MIN_NEGATIVES = 10, 3000  # captions without it that it is told from: ten for each with it, or more
+CUES = 10  # its most telling n-grams; a caption that has one of them is a candidate
+NEGATIVES, MIN_NEGATIVES = (
+    10,
+    3000,
+)  # captions without the concept that it is learned from: per one with it, and at least
 
 
 def known_concepts(cuis: Sequence[str]) -> frozenset[str]:
-    """Return the concepts of one image; "nan" and blanks, which some mirrors hold for none, are none."""
+    """Return the concepts of one image; "nan" and blanks, which some mirrors have for an empty field, are left out."""
     return frozenset(cui for cui in map(str.strip, cuis) if _CUI.fullmatch(cui))
 
 
@@ -38,9 +41,9 @@ def _surprise(both: np.ndarray, spread: np.ndarray, positives: int, number: int)
     """Return the chi-squared of each n-gram's 2 x 2 table with one concept, `[grams]`.
 
     Args:
-        both: `[grams]`, captions that hold the n-gram and the concept.
-        spread: `[grams]`, captions that hold the n-gram.
-        positives: captions that hold the concept.
+        both: `[grams]`, captions that have the n-gram and the concept.
+        spread: `[grams]`, captions that have the n-gram.
+        positives: captions that have the concept.
         number: captions in all.
     """
     expected = spread * (positives / number)
@@ -55,10 +58,16 @@ def _first(surprise: np.ndarray, number: int) -> np.ndarray:
 def _telling(
     grams: sp.csr_matrix, together: sp.csc_matrix, spread: np.ndarray, positive: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the n-grams, sorted, that tell most about the concept of the `positive` captions; and those in question.
+    """Return the most telling n-grams, sorted, of the concept of the `positive` captions; and its candidates.
 
-    Half of the n-grams tell the concept from all captions; half from the captions in question only, where "left lung"
-    may tell that "lung" was not meant alone.
+    Half of the n-grams are the most telling ones among all captions; half among the candidates, where "left lung" may
+    show that "lung" was not meant alone.
+
+    Args:
+        grams: `[captions, grams]`, which caption has which n-gram.
+        together: `[grams, 1]`, captions that have the n-gram and the concept.
+        spread: `[grams]`, captions that have the n-gram.
+        positive: bool `[captions]`.
     """
     half = int(np.clip(positive.sum(), MIN_FEATURES, MAX_FEATURES)) // 2
     held = together.indices
@@ -75,9 +84,9 @@ def _telling(
 def _separate(
     part: sp.csr_matrix, positive: np.ndarray, question: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, float]:
-    """Return the weights `[features]` and the intercept that tell the `positive` rows of `part` from the others.
+    """Return the weights `[features]` and the intercept that separate the `positive` rows of `part` from the others.
 
-    Of the others it sees those in question, which are hard to tell, and as many drawn from all.
+    It is fitted to all positive rows, to candidates without the concept, and to as many rows drawn from all others.
     """
     most = max(MIN_NEGATIVES, NEGATIVES * int(positive.sum()))
     hard, others = question[~positive[question]], np.flatnonzero(~positive)
@@ -85,24 +94,24 @@ def _separate(
         return np.zeros(part.shape[1]), 1.0  # every caption has the concept
     drawn = [rng.permutation(rows)[:most] for rows in (hard, others)]
     rows = np.unique(np.concatenate([np.flatnonzero(positive), *drawn]))
-    # L1, since few n-grams name a concept; liblinear draws the order of its steps from its own seed
+    # L1, since few n-grams name a concept; liblinear shuffles by a seed of its own
     model = LogisticRegression(C=1.0, l1_ratio=1, solver="liblinear", tol=1e-2, random_state=0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # near is enough: a tighter fit scores the same
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a tighter fit scores the same
         model.fit(part[rows], positive[rows])
     return model.coef_[0], float(model.intercept_[0])
 
 
 class ConceptExtractor:
-    """Reads UMLS concepts (CUIs) from captions, as it learned from the training split's captions and concepts.
+    """Reads UMLS concepts (CUIs) from captions, learned from the captions and concepts of the training split.
 
-    ROCOv2's concepts were mostly found in the captions by a tool, so that a logistic regression per concept on words,
-    pairs and triples of words retraces them. It weighs only the n-grams that go along with the concept, which keeps a
-    thousand concepts on 60,000 captions to about a minute of one core.
+    Most concepts of ROCOv2 were found in the captions by a tool, so a logistic regression per concept on words, pairs
+    and triples of words can recover them. Its features are only the n-grams that correlate with the concept, so that a
+    thousand concepts on 60,000 captions take about a minute of one core.
 
     Attributes:
-        concepts: the CUIs it has learned, sorted.
-        left_out: how many CUIs of the training split are too rare to be learned; they count as missed in the truth.
+        concepts: the learned CUIs, sorted.
+        left_out: how many CUIs of the training split are too rare to be learned; where they are true, they are missed.
         reason: why nothing was learned, else "".
     """
 
@@ -113,7 +122,7 @@ class ConceptExtractor:
         self.reason = "the extractor has not been fitted"
 
     def fit(self, captions: Sequence[str], cuis: Sequence[Sequence[str]]) -> "ConceptExtractor":
-        """Learn from pairs; where there are too few, `concepts` stays empty and `reason` says why.
+        """Learn from pairs; if there are too few, `concepts` stays empty and `reason` says why.
 
         Raises:
             ValueError: there are not as many captions as lists of CUIs.
@@ -137,7 +146,7 @@ class ConceptExtractor:
         )
         try:
             grams = self._vectorizer.fit_transform(texts)
-        except ValueError:  # scikit-learn's word for an empty vocabulary
+        except ValueError:  # an empty vocabulary
             self.reason = "the training captions have no words in common"
             return
         columns_of_grams, spread = grams.tocsc(), np.bincount(grams.indices, minlength=grams.shape[1])
@@ -145,7 +154,7 @@ class ConceptExtractor:
         entries = [(row, column[cui]) for row, cuis in enumerate(known) for cui in sorted(cuis) if cui in column]
         rows, columns = np.array(entries).T
         truth = sp.csc_matrix((np.ones(len(rows), np.float32), (rows, columns)), shape=(len(texts), len(kept)))
-        together = (grams.T @ truth).tocsc()  # [grams, concepts], captions that hold both
+        together = (grams.T @ truth).tocsc()  # [grams, concepts], captions that have both
         weights, self._intercepts = [], np.zeros(len(kept))
         for c in range(len(kept)):
             positive = np.zeros(len(texts), bool)
@@ -159,7 +168,7 @@ class ConceptExtractor:
         self.concepts = tuple(kept)
 
     def predict(self, captions: Sequence[str]) -> list[frozenset[str]]:
-        """Return the concepts that each caption says; none if nothing was learned."""
+        """Return the concepts that each caption names; none if nothing was learned."""
         if not self.concepts:
             return [frozenset()] * len(captions)
         grams = self._vectorizer.transform([plain_text(caption) for caption in captions])

@@ -1,97 +1,41 @@
-"""All scores of a set of captions, beside what they are worth: baselines, intervals, modalities.
+"""All scores of a set of captions, beside what they are worth: baselines, confidence intervals, modalities.
 
     scores = score(captions, Training(train_captions, train_cuis))    # a dict that JSON can hold
-    print(metrics_command.table(scores))
+    print(score_table(scores))
 
-`python metrics.py` scores any system's captions so, `run_captioning.py` those of each split. The form of the dict
-is that of `scores.json`, where it stands under the name of its split:
+`python -m captioning score` scores the captions of any system, `run_captioning.py` those of each split. In
+`scores.json` the dict stands under the name of its split:
 
     captions, unique_captions, verdict, beats_constant
-    scores      name -> value, low and high (95 % interval), baselines (name -> value), upper bound
-    baselines      name -> caption or how it was made
+    scores      name -> value, low and high (95 % confidence interval), baselines (key -> value), upper_bound
+    baselines   key -> what it is, its caption or captions, among what it was found
     modalities  name -> captions, and scores as above
     missing     name -> what a score that was not computed needs
 """
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from captioning.errors import UserError
-from captioning.scoring import bertscore, clinical, coco
-from captioning.scoring.baselines import constant_caption, nearest_captions, shuffled, typical_captions
+from captioning.scoring.baselines import BASELINES, baseline_captions
+from captioning.scoring.bertscore import bertscore
 from captioning.scoring.bootstrap import LEVEL, Score, compare, interval, resampled, resampling_counts
-from captioning.scoring.captions import Captions, check_ids, read_csv, split_cuis
-from captioning.scoring.concepts import ConceptExtractor, concept_f1, known_concepts
+from captioning.scoring.captions import Captions
+from captioning.scoring.clinical import ATTRIBUTES, agreement, modality_of
+from captioning.scoring.coco import coco_scores
+from captioning.scoring.concepts import concept_f1, known_concepts
+from captioning.scoring.training_split import Training
 from metrics import wording_scores
 
 
-logger = logging.getLogger(__name__)
-
-
-# --- Two systems ----------------------------------------------------------------------------------------------
-
-
 HEADLINE = "rougeL"
-# The most telling first
-BASELINES = {
-    "constant": "the best constant caption",
-    "typical_of_modality": "the most typical caption of the true modality",
-    "nearest_image": "the caption of the nearest training image",
-    "shuffled_references": "the reference of another image",
-    "shuffled_images": "the model's caption of another image",
-}
-METEOR_CAPTIONS = 20_000
-HEADINGS = {
-    "constant": "constant",
-    "typical_of_modality": "modality",
-    "nearest_image": "nearest",
-    "shuffled_references": "other refs",
-    "shuffled_images": "other images",
-}
-# Scores that a table by modality shows; BLEU and METEOR are of a corpus, and few captions make no corpus
-BY_MODALITY = (HEADLINE, "rouge1", "imageclef_rouge1", *(f"{name}_f1" for name in clinical.ATTRIBUTES), "concept_f1")
+# Scores that a table by modality shows; BLEU and METEOR need more captions than a modality may have
+BY_MODALITY = (HEADLINE, "rouge1", "imageclef_rouge1", *(f"{name}_f1" for name in ATTRIBUTES), "concept_f1")
 
 
-@dataclass(frozen=True)
-class Training:
-    """The training split, as far as baselines and concepts are made of it.
-
-    Attributes:
-        captions: M captions.
-        cuis: the concepts of each image, empty where none are known.
-        features: float `[M, H]` of the images whose captions are `neighbors`; None without a model.
-        neighbors: the captions of these images, where they are fewer than all.
-    """
-
-    captions: Sequence[str]
-    cuis: Sequence[Sequence[str]]
-    features: np.ndarray | None = None
-    neighbors: Sequence[str] | None = None
-
-    @cached_property
-    def constant(self) -> str:
-        """The training caption that agrees best with the training captions."""
-        return constant_caption(self.captions, self.captions)
-
-    @cached_property
-    def typical(self) -> dict[str, str]:
-        """The same for each modality."""
-        modalities = [clinical.modality_of(c, text) for c, text in zip(self.cuis, self.captions, strict=True)]
-        return typical_captions(self.captions, modalities)
-
-    @cached_property
-    def extractor(self) -> ConceptExtractor:
-        """What reads concepts from a caption, learned from the pairs of the training split."""
-        return ConceptExtractor().fit(self.captions, self.cuis)
-
-
-# --- Score ----------------------------------------------------------------------------------------------------
+# --- One system -----------------------------------------------------------------------------------------------
 
 
 def score(
@@ -111,21 +55,18 @@ def score(
         bertscore_model: the weights of BERTScore; None leaves it out.
 
     Returns:
-        The dict described at the top of this file; what is not defined is None.
+        The dict described at the top of this file; an undefined value is None.
     """
-    modalities = [clinical.modality_of(c, text) for c, text in zip(captions.cuis, captions.references, strict=True)]
-    baselines, notes = _baselines(captions, modalities, training, features)
+    modalities = [modality_of(cuis, text) for cuis, text in zip(captions.cuis, captions.references, strict=True)]
+    baselines, notes = baseline_captions(captions, modalities, training, features)
+    # The constant caption comes second, so that it has a METEOR: see `coco_scores`
     systems = {"": captions.predictions, **baselines}
-    scores, missing = scores_of_systems(systems, captions, training, tokenizer)
-    if bertscore_model:
-        found, reason = bertscore.bertscore(captions.predictions, captions.references, bertscore_model)
-        scores[""] |= {"imageclef_bertscore": found} if found else {}
-        missing |= {"imageclef_bertscore": reason} if reason else {}
+    scores, missing = scores_of_systems(systems, captions, training, tokenizer, bertscore_model, [""])
     counts = resampling_counts(len(captions))
     entries = {}
     for name, own in scores[""].items():
         entries[name] = _entry(own, counts)
-        entries[name]["baselines"] = {f: finite(scores[f][name].value) for f in baselines if name in scores[f]}
+        entries[name]["baselines"] = {key: finite(scores[key][name].value) for key in baselines if name in scores[key]}
     if "concept_f1" in entries:
         upper_bound = _concept_scores({"": captions.references}, captions, training, {})[""]
         entries["concept_f1"]["upper_bound"] = finite(upper_bound.value)
@@ -141,84 +82,48 @@ def score(
 
 
 def scores_of_systems(
-    systems: Mapping[str, Sequence[str]], captions: Captions, training: Training | None, tokenizer: str | None
+    systems: Mapping[str, Sequence[str]],
+    captions: Captions,
+    training: Training | None,
+    tokenizer: str | None,
+    bertscore_model: str | None,
+    with_bertscore: Sequence[str],
 ) -> tuple[dict[str, dict[str, Score]], dict[str, str]]:
-    """Return all scores of several systems on the same images, and what is missing, by name.
+    """Return all scores of several systems on the same images, and by name what is missing for a score.
 
     Args:
-        systems: of each N captions; the first two have METEOR, the others where it does not take too long.
-        captions: what is true of the images.
-        training: the training split, for concepts.
+        systems: the N captions of each.
+        captions: the references and concepts of the images.
+        training: see `score`.
         tokenizer: see `score`.
+        bertscore_model: see `score`.
+        with_bertscore: the systems that get BERTScore, whose model is large.
     """
     missing: dict[str, str] = {}
     scores = {name: _caption_scores(texts, captions.references) for name, texts in systems.items()}
     if tokenizer:
-        for name, found in _coco_scores(systems, captions.references, tokenizer, missing).items():
-            scores[name] |= found
-    for name, found in _concept_scores(systems, captions, training, missing).items():
-        scores[name]["concept_f1"] = found
+        found, missing = coco_scores(systems, captions.references, tokenizer)
+        for name, own in found.items():
+            scores[name] |= own
+    for name, own in _concept_scores(systems, captions, training, missing).items():
+        scores[name]["concept_f1"] = own
+    for name in with_bertscore if bertscore_model else ():
+        own, reason = bertscore(systems[name], captions.references, bertscore_model)
+        scores[name] |= {"imageclef_bertscore": own} if own else {}
+        missing |= {"imageclef_bertscore": reason} if reason else {}
     return scores, missing
 
 
 def _caption_scores(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Score]:
-    found = wording_scores(tuple(predictions), tuple(references))
-    scores = {name: Score.of(values) for name, values in found.items()}
-    return scores | {f"{name}_f1": found for name, found in clinical.agreement(predictions, references).items()}
-
-
-def _baselines(
-    captions: Captions, modalities: Sequence[str], training: Training | None, features: np.ndarray | None
-) -> tuple[dict[str, list[str]], dict[str, Any]]:
-    """Return the captions of each baseline, `[N]`, and what is to be said of it."""
-    number = len(captions)
-    if training:
-        source = f"{len(training.captions):,} training captions"
-        constant, typical = training.constant, training.typical
-    else:
-        source = f"the references themselves ({number:,})"
-        constant = constant_caption(captions.references, captions.references)
-        typical = typical_captions(captions.references, modalities)
-    baselines = {
-        "constant": [constant] * number,  # second to the captions: see `scores_of_systems`
-        "typical_of_modality": [typical.get(modality, constant) for modality in modalities],
-    }
-    if training and training.features is not None and features is not None:
-        neighbors = training.captions if training.neighbors is None else training.neighbors
-        baselines["nearest_image"] = nearest_captions(features, training.features, neighbors)
-    if number > 1:  # else there is no other image
-        baselines["shuffled_references"] = shuffled(captions.references)
-        baselines["shuffled_images"] = shuffled(captions.predictions)
-    notes = {name: {"what": BASELINES[name]} for name in baselines}
-    notes["constant"] |= {"caption": constant, "found_among": source}
-    notes["typical_of_modality"] |= {"captions": typical, "found_among": source}
-    if "nearest_image" in baselines:
-        notes["nearest_image"]["found_among"] = f"{len(neighbors):,} training images"
-    return baselines, notes
-
-
-def _coco_scores(
-    systems: Mapping[str, Sequence[str]], references: Sequence[str], tokenizer: str, missing: dict[str, str]
-) -> dict[str, dict[str, Score]]:
-    """Return the COCO metrics of each system; what cannot be computed is added to `missing`."""
-    prefix = coco.TOKENIZERS[tokenizer]
-    try:
-        reference_tokens = coco.coco_tokens(references, tokenizer)
-        tokens = {name: coco.coco_tokens(texts, tokenizer) for name, texts in systems.items()}
-    except coco.MissingError as error:
-        missing[f"{prefix}_*"] = str(error)
-        return {name: {} for name in systems}
-    # METEOR takes 0.7 ms a caption, more than all else
-    chosen = list(tokens)[: max(2, METEOR_CAPTIONS // len(references))]
-    found, reasons = coco.coco_scores_of_systems(tokens, reference_tokens, prefix, chosen)
-    missing |= reasons
-    return found
+    wording = wording_scores(tuple(predictions), tuple(references))
+    scores = {name: Score.of(values) for name, values in wording.items()}
+    return scores | {f"{name}_f1": own for name, own in agreement(predictions, references).items()}
 
 
 def _concept_scores(
     systems: Mapping[str, Sequence[str]], captions: Captions, training: Training | None, missing: dict[str, str]
 ) -> dict[str, Score]:
-    """Return the concept F1 of each system; why there is none is added to `missing`."""
+    """Return the concept F1 of each system; without one, the reason is added to `missing`."""
     truth = [known_concepts(cuis) for cuis in captions.cuis]
     if not training:
         reason = "needs the captions and concepts of the training split"
@@ -227,19 +132,22 @@ def _concept_scores(
     if reason:
         missing["concept_f1"] = reason
         return {}
-    return {name: concept_f1(training.extractor.predict(texts), truth) for name, texts in systems.items()}
+    # Each text once: a shuffled baseline has the captions of another system, a constant one repeats its own
+    texts = list({text: None for own in systems.values() for text in own})
+    found = dict(zip(texts, training.extractor.predict(texts), strict=True))
+    return {name: concept_f1([found[text] for text in own], truth) for name, own in systems.items()}
 
 
 def _entry(own: Score, counts: np.ndarray, rows: np.ndarray | None = None) -> dict[str, float | None]:
     value = own.value if rows is None else own.of_rows(rows)
-    number = len(own.statistics) if rows is None else int(rows.sum())
-    # One caption says nothing of how much captions vary
-    low, high = interval(resampled(own, counts, rows)) if number > 1 else (math.nan, math.nan)
+    num_captions = len(own.statistics) if rows is None else int(rows.sum())
+    # A single caption does not show how much captions vary
+    low, high = interval(resampled(own, counts, rows)) if num_captions > 1 else (math.nan, math.nan)
     return {"value": finite(value), "low": finite(low), "high": finite(high)}
 
 
 def finite(value: float) -> float | None:
-    """Return the value, or None where it is not finite: JSON has no nan."""
+    """Return the value, or None where it is NaN or infinity, which JSON does not have."""
     return float(value) if math.isfinite(value) else None
 
 
@@ -258,28 +166,31 @@ def _by_modality(scores: Mapping[str, Score], modalities: Sequence[str], counts:
 def _verdict(scores: Mapping[str, Mapping[str, Score]], counts: np.ndarray) -> dict[str, Any]:
     """Say whether the captions beat the constant one, what looking at the image adds, and which baselines are higher.
 
-    `beats_constant` needs all of the interval of the difference above 0, and a p-value below 0.05: of few captions the
-    interval is too narrow, and the randomization is not.
+    `beats_constant` needs the whole confidence interval of the difference above 0, and a p-value below 0.05: of few
+    captions the interval is too narrow, and the randomization test is not.
     """
     own = scores[""][HEADLINE]
-    values = {baseline: scores[baseline][HEADLINE].value for baseline in BASELINES if baseline in scores}
+    values = {key: scores[key][HEADLINE].value for key in BASELINES if key in scores}
     constant = compare(own, scores["constant"][HEADLINE], counts)
     beats = constant.low > 0 and constant.p_value < 1 - LEVEL
     if beats:
         relation = "beats"
     elif constant.difference > 0:
-        relation = "does not surely beat"
+        relation = "does not significantly beat"
     else:
         relation = "does NOT beat"
-    sentences = [f"ROUGE-L {own.value:.4f} {relation} the best constant caption ({values['constant']:.4f})"]
+    verdict = f"ROUGE-L {own.value:.4f} {relation} the best constant caption ({values['constant']:.4f})"
     if "shuffled_images" in scores:
         gain = compare(own, scores["shuffled_images"][HEADLINE], counts)
-        between = f"{gain.low:+.4f} to {gain.high:+.4f}"
-        sentences.append(f"looking at the image adds {gain.difference:+.4f} ({between})")
-    higher = [f"{BASELINES[f]} ({value:.4f})" for f, value in values.items() if value > own.value and f != "constant"]
+        verdict += f"; looking at the image adds {gain.difference:+.4f} ({gain.low:+.4f} to {gain.high:+.4f})"
+    higher = [
+        f"{BASELINES[key].description} ({value:.4f})"
+        for key, value in values.items()
+        if value > own.value and key != "constant"
+    ]
     if higher:
-        sentences.append(f"higher than the captions is {' and '.join(higher)}")
-    return {"verdict": f"{'; '.join(sentences)}.", "beats_constant": beats}
+        verdict += f". A trivial baseline scores higher: {', '.join(higher)}"
+    return {"verdict": f"{verdict}.", "beats_constant": beats}
 
 
 def flat(scores: Mapping[str, Any]) -> dict[str, float]:
@@ -288,8 +199,11 @@ def flat(scores: Mapping[str, Any]) -> dict[str, float]:
     Of the baselines only those of ROUGE-L; all of them are in `scores.json`.
     """
     values = {name: entry["value"] for name, entry in scores["scores"].items()}
-    values |= {f"{HEADLINE}_{baseline}": value for baseline, value in scores["scores"][HEADLINE]["baselines"].items()}
+    values |= {f"{HEADLINE}_{key}": value for key, value in scores["scores"][HEADLINE]["baselines"].items()}
     return {name: value for name, value in values.items() if value is not None}
+
+
+# --- Two systems ----------------------------------------------------------------------------------------------
 
 
 def compare_captions(
@@ -299,46 +213,21 @@ def compare_captions(
     tokenizer: str | None = None,
     bertscore_model: str | None = None,
 ) -> dict[str, Any]:
-    """Return `scores`, for each both values, their difference, its interval and p-value; and what is `missing`.
+    """Return the `scores` of two systems, each with the difference, its interval and p-value; and what is `missing`.
 
     Args:
         first: the captions of one system.
         second: those of another for the same images in the same order.
-        training: the training split, for concepts.
-        tokenizer: see `scoring.score`.
-        bertscore_model: see `scoring.score`.
+        training: see `score`.
+        tokenizer: see `score`.
+        bertscore_model: see `score`.
     """
     systems = {"first": first.predictions, "second": second.predictions}
-    scores, missing = scores_of_systems(systems, first, training, tokenizer)
-    for name, predictions in systems.items() if bertscore_model else ():
-        found, reason = bertscore.bertscore(predictions, first.references, bertscore_model)
-        scores[name] |= {"imageclef_bertscore": found} if found else {}
-        missing |= {"imageclef_bertscore": reason} if reason else {}
+    scores, missing = scores_of_systems(systems, first, training, tokenizer, bertscore_model, list(systems))
     counts = resampling_counts(len(first))
     rows = {}
     for name, own in scores["first"].items():
         other = scores["second"][name]
-        found = compare(own, other, counts)
-        values = {"first": own.value, "second": other.value, "difference": found.difference}
-        values |= {"low": found.low, "high": found.high, "p_value": found.p_value}
+        values = {"first": own.value, "second": other.value, **vars(compare(own, other, counts))}
         rows[name] = {key: finite(value) for key, value in values.items()}
     return {"scores": rows, "missing": missing}
-
-
-def read_training(captions_file: str | None, concepts_file: str | None = None) -> Training | None:
-    """Read the training split from a CSV of `ID,Caption` and, for concepts, one of `ID,CUIs`; None without the first.
-
-    Raises:
-        UserError: a file cannot be read, or their ids differ.
-    """
-    if concepts_file and not captions_file:
-        raise UserError("--train_concepts goes with --train, the CSV of ID,Caption of the training split")
-    if not captions_file:
-        return None
-    captions = read_csv(captions_file, "Caption")
-    if not captions:
-        raise UserError(f"'{captions_file}' holds no captions; give a file with at least one")
-    cuis = read_csv(concepts_file, "CUIs") if concepts_file else {}
-    if cuis:
-        check_ids(cuis, captions, concepts_file, captions_file, more=True)
-    return Training(list(captions.values()), [split_cuis(cuis.get(image_id, "")) for image_id in captions])

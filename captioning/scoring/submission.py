@@ -1,4 +1,7 @@
-"""TODO."""
+"""ImageCLEFmedical Caption submissions: written, and checked by the rules of the official checker of 2026.
+
+The rules are those of `submission_check.py` in github.com/taubsity/clef-caption-evaluation-2026.
+"""
 
 import csv
 import io
@@ -9,32 +12,31 @@ from pathlib import Path
 
 from captioning.errors import UserError
 from captioning.files import write_whole
-from captioning.scoring.captions import MAX_FIELD, SHOWN, _well_formed
+from captioning.scoring.captions import MAX_FIELD, SHOWN_IDS, well_formed
 
 
-OFFICIAL_MAX_FIELD = 2**17  # the module's default, with which the official checker reads
+OFFICIAL_MAX_FIELD = 2**17  # the default of the csv module, with which the official checker reads
 CUI = re.compile(r"C\d+")
 ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # the zip of the same captions has the same bytes
 
 
-# --- ImageCLEF submission -------------------------------------------------------------------------------------
-
-
 def write_submission(folder: Path, image_ids: Sequence[str], captions: Sequence[str]) -> Path:
-    """Write `submission.csv` and `submission.zip`, which holds only it, and return the path of the first.
+    """Write `submission.csv` and `submission.zip`, which contains only the CSV, and return the path of the CSV.
 
-    Every caption is in double quotes and on one line: the official checker counts lines, and its idea of a line end is
-    that of `str.splitlines`. What is longer than the field that it reads is cut.
+    Every caption is in double quotes and on one line: the official checker counts lines, which end where
+    `str.splitlines` ends them. A caption that is longer than the field that it can read is cut.
 
     Raises:
-        UserError: an id cannot stand in a submission, or stands there twice.
+        UserError: an id cannot be written in a submission, or occurs twice.
     """
     if len(set(image_ids)) < len(image_ids):
-        raise UserError("an image id is there twice; a submission must have each once")
+        raise UserError("an image id occurs twice; a submission must have each once")
     for image_id in image_ids:
-        broken = image_id != _well_formed(image_id) or len(image_id.splitlines()) != 1
+        broken = image_id != well_formed(image_id) or len(image_id.splitlines()) != 1
         if broken or image_id != image_id.strip() or set(image_id) & set(',"'):
-            raise UserError(f"image id '{image_id}' cannot stand in a submission; it needs text without , or \" in it")
+            raise UserError(
+                f"image id '{image_id}' cannot be written in a submission; it must be text without , or \""
+            )
     lines = ["ID,Caption", *(f"{i},{_quoted(text)}" for i, text in zip(image_ids, captions, strict=True))]
     content = "".join(f"{line}\n" for line in lines).encode("utf-8")
     write_whole(folder / "submission.csv", content)
@@ -46,7 +48,7 @@ def write_submission(folder: Path, image_ids: Sequence[str], captions: Sequence[
 
 
 def _quoted(caption: str) -> str:
-    words = _well_formed(caption.replace("\0", " ")).split()  # Python's csv before 3.11 reads no NUL
+    words = well_formed(caption.replace("\0", " ")).split()  # Python's csv before 3.11 reads no NUL
     return '"' + " ".join(words)[: OFFICIAL_MAX_FIELD // 2].replace('"', '""') + '"'
 
 
@@ -54,11 +56,11 @@ def check_submission(path: str, references: str | None = None) -> list[str]:
     """Check a submission of captions (`ID,Caption`) or concepts (`ID,CUIs`) by the rules of the official checker.
 
     Args:
-        path: `submission.csv`, or a zip with nothing else in it.
-        references: CSV of the ground truth, whose ids and their order are wanted; without it these are not checked.
+        path: `submission.csv`, or a zip that contains nothing else.
+        references: CSV of the ground truth; without it, ids and their order are not checked.
 
     Returns:
-        The faults, each one line that names its place and the mend; none for a valid submission.
+        The faults, each one line that says where it is and how to mend it; empty for a valid submission.
 
     Raises:
         UserError: a file cannot be read.
@@ -67,7 +69,7 @@ def check_submission(path: str, references: str | None = None) -> list[str]:
         text = _submission_content(path).decode("utf-8")
     except UnicodeDecodeError as error:
         return [f"the file is not UTF-8 (byte {error.start}); save it as UTF-8"]
-    except UserError:  # a ValueError too
+    except UserError:  # is a ValueError
         raise
     except ValueError as error:
         return [str(error)]
@@ -79,13 +81,13 @@ def check_submission(path: str, references: str | None = None) -> list[str]:
     try:
         header, *rows = list(csv.reader(io.StringIO(text, newline=""))) or [[]]
     except csv.Error as error:
-        mend = "shorten it" if "limit" in str(error) else "put captions in double quotes, and double those in them"
-        return [*faults, f"the file is no CSV: {error}; {mend}"]
+        mend = "shorten it" if "limit" in str(error) else "put captions in double quotes, and double quotes in them"
+        return [*faults, f"the file is not a CSV: {error}; {mend}"]
     if header not in (["ID", "Caption"], ["ID", "CUIs"]):
         return [*faults, f"line 1: the header is {','.join(header)!r}; it must be ID,Caption or ID,CUIs"]
     if not rows:
         faults.append("there are no rows; add one for each image")
-    for number, (row, line) in enumerate(zip(rows, lines[1:], strict=False), 2):  # as official: see `_row_faults`
+    for number, (row, line) in enumerate(zip(rows, lines[1:], strict=False), 2):  # see `_row_faults`
         faults += _row_faults(number, row, line, header[1])
     return faults + _id_faults([row[0] for row in rows if row], references)
 
@@ -97,7 +99,9 @@ def _submission_content(path: str) -> bytes:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             if names != ["submission.csv"]:
-                raise ValueError(f"the zip holds {', '.join(names) or 'nothing'}; it must hold submission.csv alone")
+                raise ValueError(
+                    f"the zip contains {', '.join(names) or 'nothing'}; it must contain submission.csv only"
+                )
             return archive.read("submission.csv")
     except (OSError, zipfile.BadZipFile, RuntimeError) as error:
         raise UserError(f"submission '{path}' cannot be read: {error}; give a submission.csv or its zip") from error
@@ -106,26 +110,28 @@ def _submission_content(path: str) -> bytes:
 def _row_faults(number: int, row: list[str], line: str, column: str) -> list[str]:
     """Return the faults of a row.
 
-    The official checker takes the n-th line of the file for the n-th row. Behind a text that holds a line break it
-    looks at the wrong lines, and may refuse the file or not: `write_submission` leaves no line break in.
+    The official checker takes the n-th line of the file for the n-th row. After a caption with a line break it reads
+    the wrong lines, and may reject the file or not: `write_submission` removes line breaks.
     """
     if len(row) != 2:
         return [f"row {number}: {len(row)} fields; put the {column} in double quotes, and nothing after them"]
     image_id, text = row
     faults = []
     if image_id != image_id.strip():
-        faults.append(f"row {number}: the id '{image_id}' has white space at its ends; remove it")
+        faults.append(f"row {number}: the id '{image_id}' starts or ends with white space; remove it")
     if column == "Caption":
         _, _, raw = line.partition(",")
         if "," in raw and not (raw.startswith('"') and raw.endswith('"')):
-            faults.append(f"row {number}: the caption holds a comma or a line break; use double quotes, and one line")
+            faults.append(
+                f"row {number}: the caption has a comma or a line break; put it in double quotes, and on one line"
+            )
         return faults
     if text != text.strip():
-        faults.append(f"row {number}: the CUIs have white space at their ends; remove it")
+        faults.append(f"row {number}: the CUIs start or end with white space; remove it")
     cuis = [cui.strip() for cui in text.split(";")] if text.strip() else []
-    faults += [f"row {number}: '{cui}' is no concept such as C0040405" for cui in cuis if not CUI.fullmatch(cui)]
+    faults += [f"row {number}: '{cui}' is not a concept such as C0040405" for cui in cuis if not CUI.fullmatch(cui)]
     if len(set(cuis)) < len(cuis):
-        faults.append(f"row {number}: a concept is there twice; leave one")
+        faults.append(f"row {number}: a concept occurs twice; keep one")
     return faults
 
 
@@ -134,7 +140,7 @@ def _id_faults(ids: list[str], references: str | None) -> list[str]:
     faults = []
     for number, image_id in enumerate(ids, 2):
         if image_id in seen:
-            faults.append(f"row {number}: id '{image_id}' for the second time; leave one")
+            faults.append(f"row {number}: id '{image_id}' occurs twice; keep one")
         seen.add(image_id)
     if references is None:
         return faults
@@ -144,11 +150,13 @@ def _id_faults(ids: list[str], references: str | None) -> list[str]:
     missing = [image_id for image_id in wanted if image_id not in seen]
     for what, some in (("not among the official ones; remove them", unknown), ("missing; add them", missing)):
         if some:
-            faults.append(f"{len(some)} ids are {what} ({', '.join(some[:SHOWN])})")
+            faults.append(f"{len(some)} ids are {what} ({', '.join(some[:SHOWN_IDS])})")
     if not faults:
         for number, (image_id, expected) in enumerate(zip(ids, wanted, strict=False), 2):
             if image_id != expected:
-                return [f"row {number}: id '{image_id}' where '{expected}' is due; use the order of '{references}'"]
+                return [
+                    f"row {number}: id '{image_id}' where '{expected}' is expected; use the order of '{references}'"
+                ]
     return faults
 
 
@@ -162,5 +170,5 @@ def _ids_of(references: str) -> list[str]:
         raise UserError(f"'{references}' cannot be read as a CSV of ids: {error}") from error
     ids = ids[1:] if ids and ids[0].lower() == "id" else ids
     if not ids:
-        raise UserError(f"'{references}' holds no ids; give the CSV of the ground truth")
+        raise UserError(f"'{references}' has no ids; give the CSV of the ground truth")
     return ids

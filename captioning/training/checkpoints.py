@@ -1,4 +1,4 @@
-"""Which checkpoints of an output folder a run can go on from."""
+"""Which checkpoints of an output folder a run can resume from."""
 
 import json
 import logging
@@ -13,30 +13,28 @@ logger = logging.getLogger(__name__)
 
 
 def last_complete_checkpoint(output_dir: str) -> str | None:
-    """Return the newest checkpoint that was written to its end, or None; each incomplete one is logged.
+    """Return the newest complete checkpoint, or None; each incomplete one is logged.
 
-    The Trainer writes `trainer_state.json` last: a run that was killed while saving left none, or half of one. A run
-    that was killed while it removed an old checkpoint left that without some of its files.
+    The Trainer writes `trainer_state.json` last: a run that was killed while it saved left none, or half of one. A run
+    that was killed while it removed an old checkpoint left some of its files.
     """
-    checkpoints = {}
-    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-        if path.is_dir() and step.isdigit():
-            checkpoints[int(step)] = path
+    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
+    paths = Path(output_dir).glob(f"{prefix}*")
+    checkpoints = {int(step): path for path in paths if (step := path.name.removeprefix(prefix)).isdigit()}
     for step in sorted(checkpoints, reverse=True):
         fault = checkpoint_fault(checkpoints[step], step)
         if fault is None:
             return str(checkpoints[step])
-        logger.warning("%s is incomplete and is passed over: %s", checkpoints[step], fault)
+        logger.warning("%s is incomplete and is skipped: %s", checkpoints[step], fault)
     return None
 
 
 def checkpoint_fault(folder: Path, step: int | None = None) -> str | None:
-    """Return why a checkpoint cannot be resumed from, None if it can; of large files only their ends are read.
+    """Return why a run cannot resume from a checkpoint, None if it can; of large files only the ends are read.
 
     Args:
         folder: the checkpoint.
-        step: of the optimizer, that it must be of.
+        step: the optimizer step that it must be of; None: any.
     """
     try:
         found = json.loads((folder / "trainer_state.json").read_text())["global_step"]

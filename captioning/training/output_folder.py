@@ -1,8 +1,7 @@
-"""The output folder of a run: whether it may be written, what it is resumed from, and the record of what was run."""
+"""The output folder of a run: whether it may be written, what it is resumed from, and the recipe of what was run."""
 
 import json
 import logging
-import os
 import tempfile
 from pathlib import Path
 
@@ -16,58 +15,62 @@ from captioning.training.recipe import resolved_recipe
 logger = logging.getLogger(__name__)
 
 RESULT_FILES = ("*_results.json", "scores.json", "report.html", "predictions/*.jsonl", "submission.*")
-# Keys of a recipe that two runs may differ in whose results stand side by side
+# Keys of a recipe in which two runs may differ whose results stand side by side
 STAGE_FIELDS = ("do_train", "do_eval", "do_predict", "write_submission", "package_versions", "hardware")
 
 
 def prepare_output_dir(args: CaptioningArguments) -> str | None:
-    """Make the output folder, check that it can be written, and return the checkpoint to resume from, if any."""
-    output_dir = args.output_dir
+    """Create the output folder and return the checkpoint to resume from, if any.
+
+    Raises:
+        UserError: the folder cannot be written, holds another run, or the checkpoint is incomplete.
+    """
+    folder, resume = Path(args.output_dir), args.resume_from_checkpoint
     try:
-        os.makedirs(output_dir, exist_ok=True)
-        tempfile.TemporaryFile(dir=output_dir).close()
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"output folder '{output_dir}' cannot be written: {reason}; set --output_dir") from error
-    if not args.do_train and (Path(output_dir) / "model.safetensors").is_file():
+        raise UserError(f"output folder '{folder}' cannot be written: {reason}; set --output_dir") from error
+    if not args.do_train and (folder / "model.safetensors").is_file():
         raise UserError(
-            f"output folder '{output_dir}' holds a trained model, whose recipe and scores must stay together; set "
-            "another --output_dir for these scores"
+            f"output folder '{folder}' holds a trained model, whose recipe and scores must stay together; set another "
+            "--output_dir for these scores"
         )
-    wish = args.resume_from_checkpoint
-    if not args.do_train or wish is None:
-        if args.do_train and any(Path(output_dir).glob("checkpoint-*")):
-            raise UserError(
-                f"output folder '{output_dir}' holds checkpoints of an earlier run; continue it with "
-                "--resume_from_checkpoint true, or set another --output_dir"
-            )
+    if args.do_train and resume is None and any(folder.glob("checkpoint-*")):
+        raise UserError(
+            f"output folder '{folder}' holds checkpoints of an earlier run; continue it with "
+            "--resume_from_checkpoint true, or set another --output_dir"
+        )
+    if not args.do_train or resume is None:
         return None
-    if wish.lower() == "true":
-        checkpoint = last_complete_checkpoint(output_dir)
-        logger.info("Resuming from %s", checkpoint or f"the start: '{output_dir}' holds no complete checkpoint")
+    if resume.lower() == "true":
+        checkpoint = last_complete_checkpoint(args.output_dir)
+        logger.info("Resuming from %s", checkpoint or f"the start: '{folder}' holds no complete checkpoint")
         return checkpoint
-    if fault := checkpoint_fault(Path(wish)):
+    if fault := checkpoint_fault(Path(resume)):
         raise UserError(
-            f"resume_from_checkpoint '{wish}' is no complete checkpoint ({fault}); give 'true' for the last one"
+            f"resume_from_checkpoint '{resume}' is not a complete checkpoint ({fault}); set 'true' for the last one"
         )
-    return wish
+    return resume
 
 
 def write_recipe(model_args: ModelArguments, data_args: DataArguments, args: CaptioningArguments) -> None:
     """Write `recipe.json`: what was run, at which commits, with which packages, on which hardware.
 
-    What differs from the recipe that was given, or from the run that is resumed, is told before any work is done.
+    What differs from the given recipe, or from the run that is resumed, is logged.
 
     Raises:
         UserError: the run that is to be resumed has another model.
     """
     recipe = resolved_recipe(model_args, data_args, args)
-    tell_differences("package", args.package_versions, recipe["package_versions"])
-    tell_differences("hardware", args.hardware, recipe["hardware"])
+    _log_differences("package", args.package_versions, recipe["package_versions"])
+    _log_differences("hardware", args.hardware, recipe["hardware"])
     path = Path(args.output_dir) / "recipe.json"
-    if args.should_save and not (args.do_train and args.resume_from_checkpoint):
+    resumes = args.do_train and args.resume_from_checkpoint
+    if args.should_save and not resumes:
         remove_other_results(path, recipe)
-    if args.do_train and args.resume_from_checkpoint and path.is_file():
+    if resumes and path.is_file():
         with as_user_error(f"'{path}' of the run to resume cannot be read", "delete it"):
             before = json.loads(path.read_text(encoding="utf-8"))
         for key in sorted(key for key in recipe.keys() | before.keys() if recipe.get(key) != before.get(key)):
@@ -82,10 +85,10 @@ def write_recipe(model_args: ModelArguments, data_args: DataArguments, args: Cap
 
 
 def remove_other_results(path: Path, recipe: dict[str, object]) -> None:
-    """Remove scores, predictions and page of a run of another recipe: they would stand beside those of this one.
+    """Remove scores, predictions and page that a run of another recipe left beside its recipe at `path`.
 
-    A run of the same recipe keeps them: one split after the other can be scored into one folder. A run that trains
-    does not: its weights are new.
+    A run of the same recipe keeps them, so that one split after the other can be scored into one folder; but not a run
+    that trains, whose weights are new.
     """
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -101,8 +104,8 @@ def remove_other_results(path: Path, recipe: dict[str, object]) -> None:
         logger.info("Removed the results of an earlier run from '%s'", path.parent)
 
 
-def tell_differences(kind: str, given: dict[str, object] | None, here: dict[str, object]) -> None:
-    """Log what the recipe was run with and this run is not: bit for bit the same holds on one machine only."""
+def _log_differences(kind: str, given: dict[str, object] | None, here: dict[str, object]) -> None:
+    """Log where the given recipe was run otherwise than here: only the same machine repeats a run bit for bit."""
     for name, wanted in (given or {}).items():
         found = here.get(name, "none")
         if found != wanted:

@@ -1,44 +1,49 @@
-"""What ends a training early, and how: numbers that go wrong, memory and disks that are full, SIGTERM.
+"""What ends a training early: NaN or infinity, full memory, a full disk, SIGTERM, too many unreadable images.
 
-Each becomes a `UserError`: one line that says what happened, where, and how to go on from the last checkpoint.
+Each becomes a `UserError`, one line that says what happened, where, and how to go on from the last checkpoint.
+`command_line.py` prints it, and handles signals outside of the training.
 """
 
-import contextlib
-import errno
 import json
 import logging
 import multiprocessing
 import os
-import signal
-import threading
+import tempfile
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
 
-from captioning.errors import Stopped, UserError
+from captioning.command_line import on_sigterm
+from captioning.errors import Stopped, UserError, is_disk_full
 
 
 logger = logging.getLogger(__name__)
 
-SHOWN_IDS = 8  # of the batch whose loss is no number
-DISK_FULL = ("No space left on device", "Disk quota exceeded", "File too large")  # as libraries in Rust and C++ say it
-TORCH_CANNOT_WRITE = ("PytorchStreamWriter failed", "unexpected pos")  # it does not say why
+SHOWN_IDS = 8  # of the batch whose loss is NaN or infinite
+FEW_UNREADABLE = 20  # images that may be unreadable whatever their share: the first batches are too small a sample
+TORCH_CANNOT_WRITE = ("PytorchStreamWriter failed", "unexpected pos")  # torch does not say why
 MEMORY_FULL = ("can't allocate memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "No executable batch size")
+SMALLER_BATCH = {
+    "train": "a lower --per_device_train_batch_size with more --gradient_accumulation_steps, "
+    "--auto_find_batch_size true, or --gradient_checkpointing true",
+    "eval": "a lower --per_device_eval_batch_size, or fewer --num_beams",
+}
 
 
-# --- Numbers that go wrong ------------------------------------------------------------------------------------
+# --- NaN and infinity -----------------------------------------------------------------------------------------
 
 
-def loss_is_no_number(loss: float, step: int, image_ids: list[str], last_checkpoint: str | None) -> UserError:
-    """Return the line for a loss that is NaN or infinite.
+def loss_not_finite(loss: float, step: int, image_ids: list[str], last_checkpoint: str | None) -> UserError:
+    """Return the error for a loss that is NaN or infinite.
 
     Args:
         loss: of a micro-batch.
-        step: the optimizer step under way, from 1.
+        step: the current optimizer step, from 1.
         image_ids: of the micro-batch.
-        last_checkpoint: where the run can be resumed.
+        last_checkpoint: from which the run can be resumed.
     """
     ids = ", ".join(image_ids[:SHOWN_IDS]) + (", ..." if len(image_ids) > SHOWN_IDS else "")
     return UserError(
@@ -47,11 +52,11 @@ def loss_is_no_number(loss: float, step: int, image_ids: list[str], last_checkpo
     )
 
 
-def weight_is_no_number(step: int, last_checkpoint: str | None) -> UserError:
-    """Return the line for weights that are NaN or infinite after an optimizer step, from 1."""
+def weights_not_finite(step: int, last_checkpoint: str | None) -> UserError:
+    """Return the error for weights that are NaN or infinite after an optimizer step, from 1."""
     return UserError(
-        f"step {step} left weights that are no numbers, and no checkpoint is saved; {_resume(last_checkpoint)}, with "
-        "a lower --learning_rate or --max_grad_norm"
+        f"step {step} made weights NaN or infinite, and no checkpoint is saved; {_resume(last_checkpoint)}, with a "
+        "lower --learning_rate or --max_grad_norm"
     )
 
 
@@ -64,14 +69,14 @@ def _resume(last_checkpoint: str | None) -> str:
 # --- Memory and disk ------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
+@contextmanager
 def full_is_user_error(output_dir: str, batch_size: int, what: str) -> Iterator[None]:
     """Turn a full memory or disk into a `UserError`.
 
     Args:
         output_dir: where the block writes.
-        batch_size: of this process, that the block tries.
-        what: its name, `train` or `eval`, as in the flag for the batch size.
+        batch_size: of this process, in the block.
+        what: `train` or `eval`, as in the flag for the batch size.
 
     Raises:
         UserError: memory or disk is full. Other errors pass.
@@ -81,95 +86,58 @@ def full_is_user_error(output_dir: str, batch_size: int, what: str) -> Iterator[
     except UserError:
         raise
     except Exception as error:
-        if is_disk_full(error, output_dir):
-            raise disk_full(error, output_dir) from error
-        if is_out_of_memory(error):
-            flags = {
-                "train": "a lower --per_device_train_batch_size with more --gradient_accumulation_steps, "
-                "--auto_find_batch_size true, or --gradient_checkpointing true",
-                "eval": "a lower --per_device_eval_batch_size, or fewer --num_beams",
-            }[what]
-            raise UserError(f"out of memory with per_device_{what}_batch_size {batch_size}; set {flags}") from error
+        if is_disk_full(error) or _torch_found_disk_full(error, output_dir):
+            path = getattr(error, "filename", None) or output_dir
+            raise UserError(
+                f"no space left to write '{path}'; free some, or set a lower --save_total_limit, and run again with "
+                "--resume_from_checkpoint true: complete checkpoints are kept"
+            ) from error
+        # Of a GPU, or of the machine
+        out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if out_of_memory or any(text in str(error) for text in MEMORY_FULL):
+            raise UserError(
+                f"out of memory with per_device_{what}_batch_size {batch_size}; set {SMALLER_BATCH[what]}"
+            ) from error
         raise
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Tell whether a GPU, or the machine, had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in MEMORY_FULL)
-
-
-def is_disk_full(error: BaseException | None, output_dir: str) -> bool:
-    """Tell whether an error, or one that it came from, is that of a full disk."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return True
-        if any(text in str(error) for text in DISK_FULL):
-            return True
-        if any(text in str(error) for text in TORCH_CANNOT_WRITE) and not _can_write(output_dir):
-            return True
+def _torch_found_disk_full(error: BaseException | None, folder: str) -> bool:
+    """Tell whether torch failed to write, and a megabyte cannot be written either: nothing else shows a quota."""
+    while error is not None and not any(text in str(error) for text in TORCH_CANNOT_WRITE):
         error = error.__cause__ or error.__context__
-    return False
-
-
-def _can_write(folder: str) -> bool:
-    """Tell whether a megabyte can be written into a folder: quotas are not to be seen otherwise."""
-    probe = Path(folder) / ".space.tmp"
-    try:
-        probe.write_bytes(b"0" * 2**20)
-    except OSError:
+    if error is None:
         return False
-    finally:
-        with contextlib.suppress(OSError):
-            probe.unlink()
+    with suppress(OSError), tempfile.TemporaryFile(dir=folder, buffering=0) as probe:
+        return probe.write(bytes(2**20)) < 2**20
     return True
-
-
-def disk_full(error: BaseException, output_dir: str) -> UserError:
-    """Return the line for a full disk."""
-    path = getattr(error, "filename", None) or output_dir
-    return UserError(
-        f"no space left to write '{path}'; free some, or set a lower --save_total_limit, and run again with "
-        "--resume_from_checkpoint true: complete checkpoints are kept"
-    )
 
 
 # --- SIGTERM --------------------------------------------------------------------------------------------------
 
 
 class StopOnSigterm(TrainerCallback):
-    """On SIGTERM save a checkpoint after the step under way, and stop; of several processes, one must get it.
+    """On SIGTERM, finish the current step, save a checkpoint and stop; it is enough if one of the processes gets it.
 
-    Use as a context manager around the training, in the main thread; elsewhere it does nothing.
+    The training runs in the context `listen()`.
     """
 
     def __init__(self):
-        self.received = False  # by this process, or by any after `agree`
+        self.received = False  # by this process; after `agree`, by any process
         self.stopping = False  # the training was told to end
-        self._before = None
 
-    def __enter__(self) -> "StopOnSigterm":
-        """Catch SIGTERM."""
-        self._process = os.getpid()
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._catch)
-        return self
+    def listen(self) -> AbstractContextManager[None]:
+        """Return a context in which SIGTERM is received; in another thread than the main one it is not."""
+        return on_sigterm(self._receive)
 
-    def __exit__(self, *error) -> None:
-        """Leave SIGTERM to what it was left to before."""
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
-
-    def _catch(self, number: int, frame) -> None:
-        if os.getpid() != self._process:  # a worker that loads data, forked with this handler
-            os._exit(128 + number)
+    def _receive(self) -> None:
         self.received = True
-        # Not by the logger, whose lock the interrupted line may hold
+        # Not by `logging`, whose lock the interrupted code may hold
         os.write(
-            2, b"SIGTERM: when the step or evaluation under way is over, a checkpoint is saved and the run ends\n"
+            2, b"SIGTERM: when the current step or evaluation is finished, a checkpoint is saved and the run ends\n"
         )
 
     def agree(self, args) -> bool:
-        """Return whether any process has got the signal; all must ask."""
+        """Return whether any process has received the signal; all processes must call this."""
         if args.world_size > 1:
             received = torch.tensor(float(self.received), device=args.device)
             torch.distributed.all_reduce(received, op=torch.distributed.ReduceOp.MAX)
@@ -177,36 +145,31 @@ class StopOnSigterm(TrainerCallback):
         return self.received
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Ask for a checkpoint and the end; the last step of an epoch is evaluated first, as in any run."""
+        """Ask for a checkpoint and the end; at the end of an epoch the evaluation comes first, as in any run."""
         if self.agree(args):
             self.stopping = control.should_training_stop = True
             control.should_save = state.epoch != round(state.epoch)
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        """Save what the epoch ended with."""
+        """Ask for a checkpoint of the finished epoch."""
         control.should_save |= self.stopping
 
     def stopped(self, checkpoint: str | None, step: int, max_steps: int) -> Stopped:
-        """Return the error that ends the run, and says from which checkpoint it goes on."""
+        """Return the exception that ends the run and names the checkpoint to resume from."""
         place = f", from {checkpoint}" if checkpoint else ""
         return Stopped(
             f"stopped by SIGTERM after step {step} of {max_steps}; go on with the same command and "
-            f"--resume_from_checkpoint true{place}",
-            exit_status=128 + signal.SIGTERM,
+            f"--resume_from_checkpoint true{place}"
         )
-
-
-FEW_UNREADABLE = 20  # images that may be unreadable whatever their share: the first batches are no sample
 
 
 # --- Unreadable images ----------------------------------------------------------------------------------------
 
 
 class UnreadableImages(TrainerCallback):
-    """What becomes of training images that turn out unreadable when they come: no pass has looked at them before.
+    """Handle streamed training images that cannot be read: no check has opened them before they are needed.
 
-    Such an image is told, counted over the workers of a process, and listed in `rejected.jsonl`; the collator has
-    nothing learnt from it. Too many of them end the run.
+    Each is logged and listed in `rejected.jsonl`; the collator masks it from the loss. Too many end the run.
 
     Args:
         max_fraction: of the rows trained on so far, from 0 to 1; `FEW_UNREADABLE` images are always allowed.
@@ -216,11 +179,11 @@ class UnreadableImages(TrainerCallback):
     def __init__(self, max_fraction: float, rejected_file: str | os.PathLike):
         self.max_fraction = max_fraction
         self.rejected_file = Path(rejected_file)
-        self._count = multiprocessing.Value("q", 0)
+        self._count = multiprocessing.Value("q", 0)  # shared by the workers that load data
         self._first_step = 0
 
     def add(self, image_id: str, reason: str) -> None:
-        """Note an image; called in whichever process collates it."""
+        """Log and list an image; called in the process that collates it."""
         logger.warning("Training image '%s' is left out: %s", image_id, reason)
         line = json.dumps(
             {"split": "train", "image_id": image_id, "reason": f"unreadable image: {reason}"}, ensure_ascii=False
@@ -228,7 +191,7 @@ class UnreadableImages(TrainerCallback):
         with self._count.get_lock():
             self._count.value += 1
             known = self.rejected_file.read_text(encoding="utf-8") if self.rejected_file.exists() else ""
-            if line not in known.splitlines():  # it comes again in each epoch
+            if line not in known.splitlines():  # the image comes again in each epoch
                 with open(self.rejected_file, "a", encoding="utf-8") as file:
                     file.write(line + "\n")
 
@@ -237,10 +200,10 @@ class UnreadableImages(TrainerCallback):
         self._first_step, self._count.value = state.global_step, 0
 
     def on_step_end(self, args, state, control, **kwargs):
-        """End a run that has met too many.
+        """End the run if there are too many.
 
         Raises:
-            UserError: here, and not in a worker, whose errors arrive wrapped in the text of their trace.
+            UserError: here and not in a worker, whose errors arrive wrapped in the text of a traceback.
         """
         steps = state.global_step - self._first_step
         seen = steps * args.train_batch_size * args.gradient_accumulation_steps

@@ -22,8 +22,8 @@ from captioning.training.checkpoints import last_complete_checkpoint
 from captioning.training.safeguards import (
     StopOnSigterm,
     full_is_user_error,
-    loss_is_no_number,
-    weight_is_no_number,
+    loss_not_finite,
+    weights_not_finite,
 )
 from captioning.training.samplers import PaddedRows, PaddedSampler, SetEpoch, StreamingSampler
 
@@ -160,7 +160,7 @@ class CaptioningTrainer(Seq2SeqTrainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             last = last_complete_checkpoint(self.args.output_dir)
-            raise loss_is_no_number(loss.item(), self.state.global_step + 1, image_ids, last)
+            raise loss_not_finite(loss.item(), self.state.global_step + 1, image_ids, last)
         return loss
 
     def train(self, *args, **kwargs) -> TrainOutput:
@@ -171,7 +171,8 @@ class CaptioningTrainer(Seq2SeqTrainer):
             Stopped: SIGTERM came; a checkpoint is saved.
         """
         folder = self.args.output_dir
-        with self.stop_on_sigterm as stop, full_is_user_error(folder, self._train_batch_size, "train"):
+        stop = self.stop_on_sigterm
+        with stop.listen(), full_is_user_error(folder, self._train_batch_size, "train"):
             output = super().train(*args, **kwargs)
             if stop.stopping:
                 raise self._stopped()
@@ -208,7 +209,7 @@ class CaptioningTrainer(Seq2SeqTrainer):
             Stopped: SIGTERM came.
         """
         if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
-            raise weight_is_no_number(self.state.global_step, last_complete_checkpoint(self.args.output_dir))
+            raise weights_not_finite(self.state.global_step, last_complete_checkpoint(self.args.output_dir))
         super()._save_checkpoint(model, trial)
         if self.stop_on_sigterm.stopping:
             raise self._stopped()

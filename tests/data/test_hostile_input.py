@@ -33,7 +33,7 @@ from captioning.data import checks, images, sources, zenodo
 from captioning.data.images import open_image
 from captioning.errors import UserError, printable
 from captioning.models.load import build_captioner, load_captioner
-from captioning.training.recipe import _fields, parse_arguments, read_recipe
+from captioning.training.recipe import parse_arguments, read_recipe, recipe_fields
 
 
 EXAMPLES = settings(
@@ -162,7 +162,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )
-FIELDS = st.sampled_from(sorted(_fields().keys() - {"output_dir", "deepspeed"}))
+FIELDS = st.sampled_from(sorted(recipe_fields().keys() - {"output_dir", "deepspeed"}))
 START = {"config_name": "recipes/configs/blip_small.json", "output_dir": "out"}
 RECIPES = {
     "bytes": st.binary(max_size=200),
@@ -229,7 +229,7 @@ def test_a_recipe_that_is_not_a_file_is_refused_at_once(tmp_path, kind):
     path = {"fifo": tmp_path / "fifo", "folder": tmp_path, "device": Path("/dev/zero")}[kind]
     if kind == "fifo":
         os.mkfifo(path)
-    with pytest.raises(UserError, match="is no file"):
+    with pytest.raises(UserError, match="is not a file"):
         read_recipe(str(path))
 
 

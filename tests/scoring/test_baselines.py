@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from helpers import make_captions, real_captions
 
-from captioning.scoring import baselines
-from captioning.scoring.baselines import constant_caption, nearest_captions, sample_rows, shuffled, typical_captions
+from captioning.scoring import constant_caption as constant_caption_module
+from captioning.scoring.baselines import nearest_captions, sample_rows, shuffled
+from captioning.scoring.constant_caption import constant_caption, typical_captions
 from metrics import lcs_length, rouge, rouge_tokens
 
 
@@ -37,7 +38,7 @@ def test_the_constant_caption_is_that_of_a_naive_search():
 def test_the_bound_is_the_mean_rouge1_and_the_score_the_mean_rouge_l():
     captions = [*real_captions(80), "", "?!", "the the the the", "word " * 90]
     words = [rouge_tokens(caption) for caption in captions]
-    against = baselines._References(words)
+    against = constant_caption_module._References(words)
     bounds = against.mean_rouge1(words)
     for caption, own, bound in zip(captions, words, bounds, strict=True):
         scores = rouge([caption] * len(captions), captions)
@@ -48,14 +49,14 @@ def test_the_bound_is_the_mean_rouge1_and_the_score_the_mean_rouge_l():
 def test_all_references_are_compared_at_once_as_one_by_one():
     rng = np.random.default_rng(0)
     references = [list(rng.choice(list("abcdefg"), size=rng.integers(0, 30))) for _ in range(60)]
-    against = baselines._References(references)
+    against = constant_caption_module._References(references)
     for length in (0, 1, 5, 63, 64, 65, 100):
         candidate = list(rng.choice(list("abcdefgh"), size=length))
         assert against._lcs_lengths(candidate).tolist() == [lcs_length(candidate, words) for words in references]
 
 
 def test_of_many_references_a_sample_is_taken(monkeypatch):
-    monkeypatch.setattr(baselines, "MAX_REFERENCES", 30)
+    monkeypatch.setattr(constant_caption_module, "MAX_REFERENCES", 30)
     captions = make_captions(20) * 5
     assert constant_caption(captions, captions) in captions
     assert constant_caption(captions, captions) == constant_caption(captions, captions)

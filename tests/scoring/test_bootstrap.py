@@ -111,7 +111,7 @@ def test_chance_is_called_chance_as_often_as_it_should():
 
 
 def test_systems_on_other_captions_are_no_pair(values):
-    with pytest.raises(ValueError, match="no pair"):
+    with pytest.raises(ValueError, match="cannot be paired"):
         compare(Score.of(values), Score.of(values[:-1]), resampling_counts(len(values)))
 
 

@@ -2,24 +2,16 @@
 
 import numpy as np
 import pytest
+from helpers import phantom_rows
 from sklearn.metrics import f1_score
 
-from captioning.data import phantoms
 from captioning.scoring import concepts
 from captioning.scoring.concepts import ConceptExtractor, concept_f1, known_concepts
 
 
-def phantom_pairs(number: int, seed: int, split: str = "train") -> tuple[list[str], list[list[str]]]:
-    rng = np.random.default_rng(seed)
-    sets = phantoms.combinations(split)
-    drawn = [sets[i] for i in rng.integers(len(sets), size=number)]
-    cuis = [[phantoms.CUIS[each["modality"]], phantoms.CUIS[each["region"]]] for each in drawn]
-    return [phantoms.reword(each, rng) for each in drawn], cuis
-
-
 @pytest.fixture(scope="module")
 def extractor():
-    captions, cuis = phantom_pairs(600, seed=1)
+    captions, cuis, _ = phantom_rows(600, seed=1)
     return ConceptExtractor().fit([*captions, "A rare one"], [*cuis, ["C9999999", "nan"]])
 
 
@@ -28,7 +20,7 @@ def score(extractor, captions, cuis) -> float:
 
 
 def test_the_extractor_learns_the_phantoms_concepts(extractor):
-    references, cuis = phantom_pairs(200, seed=2, split="test")
+    references, cuis, _ = phantom_rows(200, seed=2, split="test")
     assert extractor.reason == ""
     assert 0.95 < score(extractor, references, cuis) <= 1
     assert 0 < score(extractor, references[::-1], cuis) < 0.8, "captions of other images name other concepts"
@@ -37,7 +29,7 @@ def test_the_extractor_learns_the_phantoms_concepts(extractor):
 
 
 def test_left_out_concepts_count_as_missed(extractor):
-    captions, cuis = phantom_pairs(50, seed=3)
+    captions, cuis, _ = phantom_rows(50, seed=3)
     assert score(extractor, captions, [[*known, "C9999999"] for known in cuis]) < score(extractor, captions, cuis) <= 1
 
 
@@ -57,7 +49,7 @@ def test_unseen_words_name_no_concept(extractor):
 
 
 def test_a_concept_of_every_image_is_learned():
-    captions, cuis = phantom_pairs(60, seed=4)
+    captions, cuis, _ = phantom_rows(60, seed=4)
     fitted = ConceptExtractor().fit(captions, [[*known, "C0000009"] for known in cuis])
     assert all("C0000009" in found for found in fitted.predict(captions))
 
@@ -65,7 +57,7 @@ def test_a_concept_of_every_image_is_learned():
 def test_the_same_seed_learns_the_same(monkeypatch):
     monkeypatch.setattr(concepts, "MIN_NEGATIVES", 20)  # so that negatives are drawn
     monkeypatch.setattr(concepts, "NEGATIVES", 1)
-    captions, cuis = phantom_pairs(200, seed=5)
+    captions, cuis, _ = phantom_rows(200, seed=5)
     fits = [ConceptExtractor(seed=seed).fit(captions, cuis) for seed in (0, 0, 1)]
     weights = [fitted._weights.toarray() for fitted in fits]
     assert (weights[0] == weights[1]).all() and (fits[0]._intercepts == fits[1]._intercepts).all()

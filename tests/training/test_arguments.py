@@ -1,11 +1,14 @@
 """Recipes and flags: flags win, and a mistake is one line that names it."""
 
 import json
+import math
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from captioning.errors import UserError
 from captioning.training import recipe as recipe_module
@@ -14,7 +17,7 @@ from captioning.training.recipe import parse_arguments, read_recipe, resolved_re
 
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "recipes").rglob("*.json"))
+RECIPES = sorted((ROOT / "recipes").glob("*.json"))
 MODEL = ["--model_name_or_path", "some/model"]
 
 
@@ -40,18 +43,10 @@ def test_every_recipe_parses(path):
         assert getattr(parsed, "value", parsed) == value, name
 
 
-def test_the_recipes_are_those_of_the_table():
-    table = (ROOT / "recipes" / "README.md").read_text()
-    assert {path.stem for path in RECIPES} == {
-        "quickstart",
-        "rocov2_blip_base",
-        "rocov2_blip_base_long",
-        "rocov2_blip_base_frozen_vision",
-        "rocov2_blip_large",
-        "rocov2_blip_large_4gpu",
+def test_the_table_of_recipes_has_them_all():
+    assert set(re.findall(r"\]\((\w+\.json)\)", (ROOT / "recipes" / "README.md").read_text())) == {
+        path.name for path in RECIPES
     }
-    for path in RECIPES:
-        assert f"recipes/{path.name}" in table
 
 
 def test_the_rocov2_recipes_differ_as_their_names_say():
@@ -69,13 +64,11 @@ def test_the_rocov2_recipes_differ_as_their_names_say():
         "max_new_tokens": 128,
         "no_repeat_ngram_size": 3,
     }
-    large = changes("rocov2_blip_large")
-    assert large["model_name_or_path"].endswith("large")
-    effective = {
-        name: recipes[name]["per_device_train_batch_size"] * recipes[name]["gradient_accumulation_steps"]
-        for name in ("rocov2_blip_base", "rocov2_blip_large")
-    }
-    assert set(effective.values()) == {32}
+    assert changes("rocov2_blip_large")["model_name_or_path"].endswith("large")
+    assert changes("rocov2_blip_large_4gpu").keys() <= changes("rocov2_blip_large").keys()
+    for name, processes in (("rocov2_blip_base", 1), ("rocov2_blip_large", 1), ("rocov2_blip_large_4gpu", 4)):
+        sizes = recipes[name]["per_device_train_batch_size"], recipes[name]["gradient_accumulation_steps"]
+        assert math.prod(sizes) * processes == 32, name
 
 
 # --- Defaults and precedence ----------------------------------------------------------------------------------
@@ -95,12 +88,8 @@ def test_the_defaults_are_the_contract():
 def test_flags_win_over_the_recipe_and_the_recipe_over_the_defaults(recipe):
     path = recipe({"model_name_or_path": "a/b", "num_beams": 5, "max_new_tokens": 20, "do_predict": False})
     model_args, _, args = parse_arguments([path, "--num_beams", "2", "--do-predict", "true"])
-    assert (model_args.model_name_or_path, args.num_beams, args.max_new_tokens, args.do_predict) == (
-        "a/b",
-        2,
-        20,
-        True,
-    )
+    assert model_args.model_name_or_path == "a/b"
+    assert (args.num_beams, args.max_new_tokens, args.do_predict) == (2, 20, True)
 
 
 def test_stages_that_are_off_switch_off_what_needs_them():
@@ -115,18 +104,13 @@ def test_stages_that_are_off_switch_off_what_needs_them():
 
 def test_decode_settings_that_do_nothing_are_left_out():
     args = parse_arguments([*MODEL, "--num_beams", "1", "--length_penalty", "2"])[2]
-    assert args.decoding() == {"num_beams": 1, "max_new_tokens": 64, "do_sample": False}
-    args = parse_arguments([*MODEL, "--length_penalty", "2", "--no_repeat_ngram_size", "3", "--min_new_tokens", "4"])[
+    settings = {"num_beams": 1, "max_new_tokens": 64, "do_sample": False}
+    assert args.decoding() == GenerationConfig(**settings)
+    changed = {"length_penalty": 2.0, "no_repeat_ngram_size": 3, "min_new_tokens": 4}
+    args = parse_arguments([*MODEL, *(word for name, value in changed.items() for word in (f"--{name}", str(value)))])[
         2
     ]
-    assert args.decoding() == {
-        "num_beams": 3,
-        "max_new_tokens": 64,
-        "do_sample": False,
-        "length_penalty": 2.0,
-        "no_repeat_ngram_size": 3,
-        "min_new_tokens": 4,
-    }
+    assert args.decoding() == GenerationConfig(**settings | changed | {"num_beams": 3})
 
 
 # --- Mistakes -------------------------------------------------------------------------------------------------
@@ -137,20 +121,20 @@ def test_decode_settings_that_do_nothing_are_left_out():
     [
         ({"num_beam": 3}, "unknown key 'num_beam'; did you mean 'num_beams'"),
         ({"zzz": 3}, "unknown key 'zzz'$"),
-        ({"num_beams": "3"}, "'num_beams' is \"3\", which is no int"),
-        ({"num_beams": True}, "'num_beams' is true, which is no int"),
-        ({"num_beams": 3.0}, "which is no int"),
-        ({"learning_rate": "1e-5"}, "'learning_rate' is \"1e-5\", which is no float"),
-        ({"do_train": "yes"}, "which is no bool"),
-        ({"do_train": 1}, "which is no bool"),
-        ({"max_train_samples": [1]}, "which is no int or null"),
-        ({"seed": None}, "'seed' is null, which is no int"),
-        ({"fsdp": True}, "fsdp is not used here; .*DISTRIBUTED.md"),
+        ({"num_beams": "3"}, "'num_beams' is \"3\", which is not of type int"),
+        ({"num_beams": True}, "'num_beams' is true, which is not of type int"),
+        ({"num_beams": 3.0}, "which is not of type int"),
+        ({"learning_rate": "1e-5"}, "'learning_rate' is \"1e-5\", which is not of type float"),
+        ({"do_train": "yes"}, "which is not of type bool"),
+        ({"do_train": 1}, "which is not of type bool"),
+        ({"max_train_samples": [1]}, "which is not of type int or null"),
+        ({"seed": None}, "'seed' is null, which is not of type int"),
+        ({"fsdp": True}, "fsdp is not used here; .*docs/distributed.md"),
         ({"deepspeed": 7}, "deepspeed is not used here"),
         ("{", "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
         ("[]", "must be one JSON object"),
-        ('{"seed": 1, "seed": 2}', "key 'seed' stands twice"),
+        ('{"seed": 1, "seed": 2}', "key 'seed' occurs twice"),
     ],
 )
 def test_a_bad_recipe_is_named_with_its_key(recipe, content, message):
@@ -172,23 +156,23 @@ def test_a_missing_recipe_is_named():
         ([], "give either --model_name_or_path"),
         ([*MODEL, "--config_name", "x"], "give either --model_name_or_path"),
         ([*MODEL, "--num_beam", "3"], "unknown flag '--num_beam'; did you mean '--num_beams'"),
-        ([*MODEL, "stray"], "'stray' is no flag"),
+        ([*MODEL, "stray"], "'stray' is not a flag"),
         ([*MODEL, "--num_beams", "three"], "invalid int value: 'three'"),
-        ([*MODEL, "--num_beams", "0"], "num_beams is 0; set --num_beams to 1 or more"),
+        ([*MODEL, "--num_beams", "0"], "num_beams is 0; set --num_beams from 1 to 256"),
         ([*MODEL, "--max_new_tokens", "0"], "max_new_tokens is 0"),
         ([*MODEL, "--min_new_tokens", "9", "--max_new_tokens", "8"], "min_new_tokens 9 exceeds max_new_tokens 8"),
         ([*MODEL, "--max_predict_samples", "0"], "max_predict_samples is 0"),
-        ([*MODEL, "--max_rejected_fraction", "2"], "set it from 0 to 1"),
+        ([*MODEL, "--max_rejected_fraction", "2"], "set --max_rejected_fraction from 0 to 1"),
         ([*MODEL, "--label_smoothing", "1"], "label_smoothing is 1.0"),
         ([*MODEL, "--tokenizer_name", "x"], "tokenizer_name goes with config_name"),
         ([*MODEL, "--eval_strategy", "sometimes"], "sometimes"),
-        ([*MODEL, "--eval_strategy", "steps"], "eval_strategy is steps and save_strategy epoch: set both alike"),
+        ([*MODEL, "--eval_strategy", "steps"], "load_best_model_at_end requires the save and eval strategy to match"),
         ([*MODEL, "--metric_for_best_model", "rougel"], "'rougel' is not measured; did you mean 'rougeL'"),
         ([*MODEL, "--metric_for_best_model", "bleu"], "there are loss, perplexity"),
         ([*MODEL, "--learning_rate", "nan"], "learning_rate is nan"),
         ([*MODEL, "--learning_rate", "-1"], "learning_rate is -1"),
         ([*MODEL, "--seed", "-1"], "seed is -1"),
-        ([*MODEL, "--seed", str(10**30)], "below 2\\*\\*32"),
+        ([*MODEL, "--seed", str(10**30)], "set --seed from 0 to 4294967295"),
         ([*MODEL, "--length_penalty", "nan"], "length_penalty is nan"),
         ([*MODEL, "--vocab_size", "1"], "vocab_size is 1"),
         ([*MODEL, "--train_sampling_strategy", "group_by_length"], "set random or sequential"),
@@ -196,17 +180,13 @@ def test_a_missing_recipe_is_named():
         ([*MODEL, "--remove_unused_columns", "true"], "remove_unused_columns must stay false"),
         (
             [*MODEL, "--gradient_checkpointing_kwargs", '{"use_reentrance": false}'],
-            "unknown key 'use_reentrance'; did you mean 'use_reentrant'",
+            "Unexpected keyword.*use_reentrance",
         ),
-        ([*MODEL, "--gradient_checkpointing_kwargs", '{"context_fn": 1}'], "there are use_reentrant, preserve_rng"),
-        ([*MODEL, "--gradient_checkpointing_kwargs", "yes"], "is 'yes', which is no JSON object"),
-        ([*MODEL, "--gradient_checkpointing_kwargs", '{"use_reentrant": "x"}'], "'use_reentrant' is 'x'; set one of"),
-        ([*MODEL, "--gradient_checkpointing_kwargs", '{"debug": 1}'], "'debug' is '1'; set one of True, False"),
-        ([*MODEL, "--gradient_checkpointing_kwargs", '{"determinism_check": "a"}'], "set one of default, none"),
         (
-            [*MODEL, "--gradient_checkpointing_kwargs", '{"use_reentrant": true, "debug": true}'],
-            "debug goes with use_reentrant false",
+            [*MODEL, "--gradient_checkpointing_kwargs", '{"context_fn": 1}'],
+            "gradient_checkpointing_kwargs: .*context_fn",
         ),
+        ([*MODEL, "--gradient_checkpointing_kwargs", "yes"], "gradient_checkpointing_kwargs: .* must be a mapping"),
         ([*MODEL, "--length_penalty", "1e308"], "length_penalty is 1e\\+308; set --length_penalty from -100 to 100"),
         ([*MODEL, "--dataloader_persistent_workers", "true"], "dataloader_persistent_workers needs workers"),
     ],
@@ -317,7 +297,7 @@ def test_several_gpus_in_one_process_are_refused(machine):
 
 @pytest.mark.parametrize(("gpus", "processes", "use_cpu"), [(0, 2, True), (0, 1, False), (1, 2, False)])
 def test_several_processes_without_gpus_train_on_the_cpu(machine, monkeypatch, gpus, processes, use_cpu):
-    """accelerate would start no process group, and each process train by itself."""
+    """Else accelerate starts no process group, and each process trains on its own."""
     machine(gpus)
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     assert parse_arguments(MODEL)[2].use_cpu is use_cpu

@@ -1,4 +1,4 @@
-"""A run goes on from the newest checkpoint that was written to its end."""
+"""A run resumes from the newest complete checkpoint."""
 
 import torch
 from safetensors.torch import save_file
@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 from captioning.training.checkpoints import last_complete_checkpoint
 
 
-def test_incomplete_checkpoints_are_passed_over(tmp_path, caplog):
+def test_incomplete_checkpoints_are_skipped(tmp_path, caplog):
     states = ('{"global_step": 10}', '{"global_step": 15}', '{"global_st', None, *['{"global_step": %d}'] * 4)
     for step, content in zip(range(10, 50, 5), states, strict=True):
         folder = tmp_path / f"checkpoint-{step}"
@@ -25,5 +25,5 @@ def test_incomplete_checkpoints_are_passed_over(tmp_path, caplog):
     assert last_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-15")
     reasons = ("trainer_state.json", "trainer_state.json", "model.safetensors", "optimizer.pt", "model.safetensors")
     for step, reason in zip(range(20, 50, 5), (*reasons, "scheduler.pt"), strict=True):
-        assert f"checkpoint-{step} is incomplete and is passed over: {reason} is " in caplog.text
+        assert f"checkpoint-{step} is incomplete and is skipped: {reason} is " in caplog.text
     assert last_complete_checkpoint(str(tmp_path / "none")) is None

@@ -1,0 +1,65 @@
+"""What scoring learns from the training split: the best constant captions, and how to read concepts from a caption."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from captioning.errors import UserError
+from captioning.scoring.captions import check_ids, read_csv, split_cuis
+from captioning.scoring.clinical import modality_of
+from captioning.scoring.concepts import ConceptExtractor
+from captioning.scoring.constant_caption import constant_caption, typical_captions
+
+
+@dataclass(frozen=True)
+class Training:
+    """The captions and concepts of the training split.
+
+    Attributes:
+        captions: M captions.
+        cuis: the concepts of each image, empty where none are known.
+        features: float `[K, H]` of the images whose captions are `neighbors`; None without a model.
+        neighbors: the captions of these images; None if they are all M.
+    """
+
+    captions: Sequence[str]
+    cuis: Sequence[Sequence[str]]
+    features: np.ndarray | None = None
+    neighbors: Sequence[str] | None = None
+
+    @cached_property
+    def constant(self) -> str:
+        """The training caption that agrees best with all training captions."""
+        return constant_caption(self.captions, self.captions)
+
+    @cached_property
+    def typical(self) -> dict[str, str]:
+        """The same for each modality, among its own captions."""
+        modalities = [modality_of(cuis, caption) for cuis, caption in zip(self.cuis, self.captions, strict=True)]
+        return typical_captions(self.captions, modalities)
+
+    @cached_property
+    def extractor(self) -> ConceptExtractor:
+        """A reader of concepts, fitted to the pairs of the training split."""
+        return ConceptExtractor().fit(self.captions, self.cuis)
+
+
+def read_training(captions_file: str | None, concepts_file: str | None = None) -> Training | None:
+    """Read the training split from a CSV of `ID,Caption` and, for concepts, one of `ID,CUIs`; None without the first.
+
+    Raises:
+        UserError: a file cannot be read, or their ids differ.
+    """
+    if not captions_file:
+        if concepts_file:
+            raise UserError("--train_concepts goes with --train, the CSV of ID,Caption of the training split")
+        return None
+    captions = read_csv(captions_file, "Caption")
+    if not captions:
+        raise UserError(f"'{captions_file}' has no captions; give a file with at least one")
+    cuis = read_csv(concepts_file, "CUIs") if concepts_file else {}
+    if cuis:
+        check_ids(cuis, captions, concepts_file, captions_file, more=True)
+    return Training(list(captions.values()), [split_cuis(cuis.get(image_id, "")) for image_id in captions])

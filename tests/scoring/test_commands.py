@@ -1,0 +1,152 @@
+"""`python -m captioning score` and `check`; what `prepare` does is tested with the data."""
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+
+from captioning.__main__ import main
+from captioning.errors import UserError
+from captioning.reporting.score_table import comparison_table, score_table
+from captioning.scoring.score import score
+from captioning.scoring.training_split import Training
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, captions, training):
+    """A folder with one system's captions as JSON lines and as CSV, another system's, references and training data."""
+    folder = tmp_path_factory.mktemp("files")
+
+    def write_csv(name, column, texts, prefix="id"):
+        quoted = (f'{prefix}{i},"{text}"\n' for i, text in enumerate(texts))
+        (folder / name).write_text(f"ID,{column}\n" + "".join(quoted))
+
+    def write_lines(name, references, predictions):
+        keys = ("image_id", "reference", "prediction", "cui")
+        rows = zip(captions.image_ids, references, predictions, captions.cuis, strict=True)
+        lines = [json.dumps(dict(zip(keys, row, strict=True))) for row in rows]
+        (folder / name).write_text("".join(f"{line}\n" for line in lines))
+
+    write_lines("good.jsonl", captions.references, captions.predictions)
+    write_lines("poor.jsonl", captions.references, captions.references[::-1])
+    write_lines("other.jsonl", [f"x {text}" for text in captions.references], captions.predictions)
+    lines = (folder / "good.jsonl").read_text().splitlines(keepends=True)
+    (folder / "short.jsonl").write_text(lines[0])
+    (folder / "reversed.jsonl").write_text("".join(lines[::-1]))
+    write_csv("good.csv", "Caption", captions.predictions)
+    write_csv("references.csv", "Caption", captions.references)
+    write_csv("concepts.csv", "CUIs", [";".join(cuis) for cuis in captions.cuis])
+    write_csv("train.csv", "Caption", training.captions, "t")
+    write_csv("train_concepts.csv", "CUIs", [";".join(cuis) for cuis in training.cuis], "t")
+    return folder
+
+
+@pytest.fixture
+def run(files, capsys):
+    """Return a function that runs a command, with file names for paths, and returns what it prints."""
+
+    def run_command(*arguments: str) -> str:
+        main([str(files / item) if item.endswith((".csv", ".jsonl")) else item for item in arguments])
+        return capsys.readouterr().out
+
+    return run_command
+
+
+TRAIN = ("--train", "train.csv", "--train_concepts", "train_concepts.csv")
+
+
+def test_predictions_of_a_run_and_the_csv_of_any_system_score_alike(run, captions, training):
+    expected = score(captions, Training(training.captions, training.cuis), None, tokenizer=None)
+    assert json.loads(run("score", "good.jsonl", *TRAIN, "--tokenizer", "none", "--json")) == expected
+    given = ("--references", "references.csv", "--concepts", "concepts.csv")
+    assert json.loads(run("score", "good.csv", *given, *TRAIN, "--tokenizer", "none", "--json")) == expected
+    assert run("score", "good.jsonl", *TRAIN, "--tokenizer", "none") == f"{score_table(expected)}\n"
+
+
+def test_two_systems_are_tested_pair_by_pair(run):
+    pair = ("score", "good.jsonl", "--against", "poor.jsonl", *TRAIN, "--tokenizer", "whitespace")
+    found = json.loads(run(*pair, "--json"))
+    for name in ("rougeL", "concept_f1", "nlgeval_bleu4", "nlgeval_cider"):
+        row = found["scores"][name]
+        assert row["difference"] == pytest.approx(row["first"] - row["second"])
+        assert 0 < row["low"] < row["difference"] < row["high"], name
+        assert row["p_value"] < 0.001, name
+    undefined = found["scores"]["measurement_f1"]
+    assert undefined["difference"] is undefined["low"] is undefined["p_value"] is None
+    assert run(*pair) == f"{comparison_table(found)}\n"
+    swapped = run("score", "poor.jsonl", "--against", "good.jsonl", "--tokenizer", "none")
+    assert f"{-found['scores']['rougeL']['difference']:+.4f}" in swapped
+    assert swapped.startswith("120 captions")
+
+
+def test_two_systems_are_matched_by_id_and_not_by_row(run):
+    found = json.loads(run("score", "good.jsonl", "--against", "reversed.jsonl", "--tokenizer", "none", "--json"))
+    assert found["scores"]["rougeL"]["difference"] == 0
+    assert found["scores"]["rougeL"]["p_value"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["good.csv"], "has no reference captions; add --references"),
+        (["none.jsonl"], "cannot be read"),
+        (["good.jsonl", "--train_concepts", "train_concepts.csv"], "--train_concepts goes with --train"),
+        (["good.jsonl", "--train", "train_concepts.csv"], "columns ['ID', 'CUIs']; they must be ['ID', 'Caption']"),
+        (["good.jsonl", "--against", "short.jsonl"], "119 ids"),
+        (["good.jsonl", "--against", "other.jsonl"], "have different references for 120 images (id0)"),
+        (["good.jsonl", "--tokenizer", "moses"], "invalid choice: 'moses'"),
+    ],
+)
+def test_a_mistake_is_one_line(run, arguments, message):
+    with pytest.raises(UserError) as error:
+        run("score", *arguments)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_valid_submission_is_said_to_be_one_and_faults_are_listed(run, files, capsys):
+    assert "is a valid submission\n" in run("check", "good.csv", "--references", "references.csv")
+    assert "ids and their order were not checked: give --references" in run("check", "good.csv")
+    rows = "".join(f"id{i}\n" for i in range(30))
+    (files / "faults.csv").write_text(f"ID,Caption\n{rows}")
+    with pytest.raises(UserError, match="faults found: 30; a submission must have none"):
+        run("check", "faults.csv")
+    assert len(capsys.readouterr().err.splitlines()) == 20, "the first ones are enough"
+
+
+def test_without_a_command_the_help_lists_them(run):
+    text = run()
+    assert all(f"\n    {name} " in text for name in ("prepare", "score", "check"))
+
+
+@pytest.mark.parametrize("as_json", [[], ["--json"]])
+def test_control_characters_and_unpaired_surrogates_do_not_reach_the_terminal(tmp_path, monkeypatch, as_json):
+    row = {"image_id": "a", "prediction": "x", "reference": "CT \x1b[31mred\x1b[0m\u202eevil"}
+    (tmp_path / "odd.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"image_id": "b\ud800"}) + "\n")
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    main(["score", str(tmp_path / "odd.jsonl"), "--tokenizer", "none", *as_json])
+    terminal.flush()
+    shown = terminal.buffer.getvalue()
+    assert b"CT" in shown and b"\x1b" not in shown
+
+
+# --- Processes: what only they have -------------------------------------------------------------------------
+
+
+def in_a_shell(command: str) -> subprocess.CompletedProcess:
+    command = f"{sys.executable} -m captioning {command}"
+    return subprocess.run(command, cwd=ROOT, shell=True, capture_output=True, text=True)
+
+
+def test_a_mistake_ends_the_process_with_one_line_and_status_2(files):
+    result = in_a_shell(f"score {files / 'good.csv'}")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1
+
+
+def test_a_reader_that_closes_the_pipe_early_causes_no_traceback(files):
+    assert in_a_shell(f"score {files / 'good.jsonl'} --tokenizer none --json | true").stderr == ""

@@ -1,0 +1,125 @@
+"""ImageCLEF submissions."""
+
+import csv
+import zipfile
+
+import pytest
+
+from captioning.errors import UserError
+from captioning.scoring.submission import check_submission, write_submission
+
+
+HARD_CAPTIONS = [
+    'a "quoted" finding, and a comma',
+    "a line\nbreak and\u2028another\x85one\x0b",
+    "  white space at both ends ",
+    "",
+    '"',
+    "nul \0 in it",
+    "an unpaired surrogate \ud800",
+    "=SUM(1)",
+]
+
+
+@pytest.fixture
+def submission(tmp_path):
+    ids = [f"id_{i}" for i in range(len(HARD_CAPTIONS))]
+    return write_submission(tmp_path, ids, HARD_CAPTIONS)
+
+
+def references_of(path, number=8) -> str:
+    target = path.with_name("truth.csv")
+    target.write_text("ID,Caption\n" + "".join(f'id_{i},"x, {i}"\n' for i in range(number)))
+    return str(target)
+
+
+def test_a_submission_passes_the_rules_of_the_official_checker(submission):
+    content = submission.read_bytes()
+    lines = content.decode("utf-8").splitlines()
+    assert lines[0] == "ID,Caption"
+    assert len(lines) == 1 + len(HARD_CAPTIONS), "the official checker counts lines as str.splitlines does"
+    assert all(line.startswith(f'id_{i},"') and line.endswith('"') for i, line in enumerate(lines[1:]))
+    assert check_submission(str(submission), references_of(submission)) == []
+    with open(submission, encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[1] == ["id_0", 'a "quoted" finding, and a comma']
+    assert rows[2] == ["id_1", "a line break and another one"]
+    assert rows[3] == ["id_2", "white space at both ends"]
+    assert rows[4:7] == [["id_3", ""], ["id_4", '"'], ["id_5", "nul in it"]]
+
+
+def test_the_zip_contains_only_the_submission_and_is_the_same_each_time(submission, tmp_path):
+    archive = submission.with_name("submission.zip")
+    with zipfile.ZipFile(archive) as opened:
+        assert opened.infolist()[0].date_time == (1980, 1, 1, 0, 0, 0), "the time of writing is not part of the zip"
+        assert opened.namelist() == ["submission.csv"]
+        assert opened.read("submission.csv") == submission.read_bytes()
+    assert check_submission(str(archive), references_of(submission)) == []
+    before = archive.read_bytes()
+    write_submission(tmp_path, [f"id_{i}" for i in range(len(HARD_CAPTIONS))], HARD_CAPTIONS)
+    assert archive.read_bytes() == before
+
+
+@pytest.mark.parametrize("image_id", ["a,b", 'a"b', " a", "a\n", "", "a\u2028b"])
+def test_an_id_that_would_break_the_submission_is_rejected(tmp_path, image_id):
+    with pytest.raises(UserError, match="cannot be written in a submission"):
+        write_submission(tmp_path, [image_id], ["x"])
+
+
+@pytest.mark.parametrize(
+    "content, fault",
+    [
+        ("\ufeffID,Caption\nid_0,x\nid_1,y\n", "byte order mark"),
+        ("ID,Caption\nid_0,x\n\nid_1,y\n", "line 3: blank"),
+        ("ID,Caption\nid_0,x\nid_1,y\n\n", "line 4: blank"),
+        ("Id,Caption\nid_0,x\nid_1,y\n", "the header is 'Id,Caption'"),
+        ("id_0,x\nid_1,y\n", "the header is 'id_0,x'"),
+        ("", "the header is ''"),
+        ("ID,Caption\n", "there are no rows"),
+        ("ID,Caption\nid_0," + "x" * 200_000 + "\n", "field larger than field limit (131072); shorten it"),
+        ("ID,Caption\nid_0,x\nid_0,y\n", "row 3: id 'id_0' occurs twice"),
+        ("ID,Caption\nid_1,y\nid_0,x\n", "row 2: id 'id_1' where 'id_0' is expected"),
+        ("ID,Caption\nid_0,x\n", "1 ids are missing; add them (id_1)"),
+        ("ID,Caption\nid_0,x\nid_1,y\nid_2,z\n", "1 ids are not among the official ones; remove them (id_2)"),
+        ("ID,Caption\nid_0,x, z\nid_1,y\n", "row 2: 3 fields"),
+        ('ID,Caption\nid_0,"x, z" \nid_1,y\n', "row 2: the caption has a comma"),
+        ("ID,Caption\n id_0,x\nid_1,y\n", "row 2: the id ' id_0' starts or ends with white space"),
+        (b"ID,Caption\nid_0,\xff\nid_1,y\n", "not UTF-8 (byte 16)"),
+        ("ID,CUIs\nid_0,C0040405;\nid_1,\n", "row 2: '' is not a concept"),
+        ("ID,CUIs\nid_0,CT\nid_1,\n", "row 2: 'CT' is not a concept"),
+        ("ID,CUIs\nid_0,C1;C1\nid_1,\n", "row 2: a concept occurs twice"),
+        ("ID,CUIs\nid_0, C1\nid_1,\n", "row 2: the CUIs start or end with white space"),
+    ],
+)
+def test_a_fault_of_a_submission_is_named_with_its_place(write, tmp_path, content, fault):
+    path = write("submission.csv", content)
+    faults = check_submission(path, references_of(tmp_path / "submission.csv", 2))
+    assert any(fault in found for found in faults), faults
+
+
+def test_a_caption_that_the_official_reader_cannot_hold_is_cut(tmp_path):
+    path = write_submission(tmp_path, ["a", "b"], ["x" * 200_000, '"' * 200_000])
+    assert check_submission(str(path)) == []
+
+
+def test_a_submission_has_each_image_once(tmp_path):
+    with pytest.raises(UserError, match="occurs twice"):
+        write_submission(tmp_path, ["a", "a"], ["x", "y"])
+
+
+def test_submissions_of_concepts_and_without_references_are_checked(write):
+    assert check_submission(write("submission.csv", "ID,CUIs\na,C0040405;C1\nb,\n")) == []
+    assert check_submission(write("submission.csv", "ID,Caption\nb,x\na,y\n")) == []
+
+
+def test_a_zip_with_another_file_is_a_fault_and_a_broken_zip_is_a_mistake(tmp_path, write):
+    with zipfile.ZipFile(tmp_path / "two.zip", "w") as archive:
+        archive.writestr("submission.csv", "ID,Caption\n")
+        archive.writestr("notes.txt", "")
+    assert "must contain submission.csv only" in check_submission(str(tmp_path / "two.zip"))[0]
+    with pytest.raises(UserError, match="cannot be read"):
+        check_submission(write("broken.zip", "no zip"))
+    with pytest.raises(UserError, match="cannot be read"):
+        check_submission(str(tmp_path / "none.csv"))
+    with pytest.raises(UserError, match="has no ids"):
+        check_submission(write("submission.csv", "ID,Caption\na,x\n"), write("truth.csv", "ID,Caption\n"))

@@ -1,0 +1,58 @@
+"""A command ends with one line where the user can mend the fault, and with a traceback where only we can."""
+
+import errno
+import signal
+import threading
+
+import pytest
+
+from captioning.command_line import exit_on_user_error, on_sigterm
+from captioning.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("error", "line", "status"),
+    [
+        (UserError("a is b; set c"), "error: a is b; set c", 2),
+        (UserError("Traceback ...\ncaptioning.errors.UserError: a is b; set c"), "error: a is b; set c", 2),
+        (KeyboardInterrupt(), "error: interrupted", 130),
+        (
+            OSError(errno.ENOSPC, "full", "a.json"),
+            "error: no space left to write 'a.json'; free some and run again",
+            2,
+        ),
+        (OSError(errno.EDQUOT, "full"), "error: no space left to write 'a file'; free some and run again", 2),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "error: no space left to write", 2),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line(capsys, error, line, status):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as exited:
+        exit_on_user_error(main)
+    assert exited.value.code == status
+    assert capsys.readouterr().err.startswith(line)
+
+
+@pytest.mark.parametrize("error", [KeyError("a"), OSError(errno.EACCES, "no", "a.json"), SystemExit(0)])
+def test_other_errors_pass(capsys, error):
+    def main():
+        raise error
+
+    with pytest.raises(type(error)) as passed:
+        exit_on_user_error(main)
+    assert passed.value is error
+    assert not capsys.readouterr().err
+
+
+def test_sigterm_is_left_alone_in_another_thread():
+    def run():
+        with on_sigterm(lambda: None):
+            found.append(signal.getsignal(signal.SIGTERM))
+
+    found, before = [], signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [before]
