@@ -22,7 +22,6 @@ import torch
 from transformers import HfArgumentParser
 
 from captioning.errors import UserError, did_you_mean
-from captioning.hub.repository import RUN_FIELDS
 from captioning.hub.revisions import download_recipe, is_hub_recipe
 from captioning.training.arguments import (
     MAX_RECIPE,
@@ -232,7 +231,7 @@ DESTINATION_FIELDS = {
 # Left out of a written recipe, so that a rerun does not depend on them; the last four are written otherwise
 PLACE_FIELDS = DESTINATION_FIELDS | {
     "disable_tqdm", "local_rank", "log_level", "log_level_replica", "gradient_checkpointing",
-    "gradient_checkpointing_kwargs", *RUN_FIELDS,
+    "gradient_checkpointing_kwargs", "package_versions", "hardware",
 }  # fmt: skip
 # Written although they are defaults: what a reader of a recipe looks for first
 SPOKEN_FIELDS = {

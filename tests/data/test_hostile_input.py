@@ -127,7 +127,7 @@ def test_what_is_no_file_is_not_read(tmp_path, device):
     path = tmp_path / "fifo" if device == "fifo" else Path(device)
     if device == "fifo":
         os.mkfifo(path)
-    with pytest.raises(ValueError, match="is no regular file"):
+    with pytest.raises(ValueError, match="is not a regular file"):
         open_image({"bytes": None, "path": str(path)})
 
 
@@ -474,7 +474,7 @@ def test_a_table_that_says_its_images_lie_in_other_files_is_not_believed(tmp_pat
     plant(tmp_path / "data", image={"_type": "StreamedImage", "shards": [str(tmp_path / "pipe")]})
     if saved:
         datasets.load_dataset("parquet", data_dir=str(tmp_path / "data")).save_to_disk(str(tmp_path / "saved"))
-    expected = "save_to_disk|is no parquet" if saved and streaming else "column 'image' holds no images"
+    expected = "save_to_disk|is not parquet" if saved and streaming else "column 'image' holds no images"
     with pytest.raises(UserError, match=expected):
         sources.load_source(str(tmp_path / ("saved" if saved else "data")), streaming=streaming)
 
@@ -483,7 +483,7 @@ def test_a_table_that_says_its_images_lie_in_other_files_is_not_believed(tmp_pat
 def test_a_table_that_says_its_captions_are_files_is_not_believed(tmp_path, streaming):
     plant(tmp_path / "data", caption={"_type": "Image"})
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UserError, match=r"'caption'.* is no text but Image|cannot be read"):
+    with pytest.raises(UserError, match=r"'caption'.* is not text but Image|cannot be read"):
         sources.load_source(str(tmp_path / "data"), streaming=streaming)
 
 
@@ -495,7 +495,7 @@ def test_a_parquet_bomb_is_named_before_it_is_unpacked(tmp_path, monkeypatch, st
     columns = {"image": images, "image_id": list("abc"), "caption": ["A nodule"] * 3}
     pq.write_table(pa.table(columns), shards / "train-0.parquet", compression="zstd", use_dictionary=False)
     sources.load_source(str(tmp_path), streaming=streaming)  # a small one is no bomb
-    monkeypatch.setattr("streaming.SMALL_SHARD", 2**20)
+    monkeypatch.setattr("captioning.data.streaming.SMALL_SHARD", 2**20)
     pq.write_table(pa.table(columns), shards / "train-0.parquet", compression="gzip", use_dictionary=False)
     monkeypatch.setattr("pyarrow.parquet.ParquetFile.read_row_group", lambda *args: pytest.fail("it is unpacked"))
     with pytest.raises(UserError, match=r"train-0.parquet': [\d,]+ bytes unpack to 3,145,\d\d\d"):
@@ -514,7 +514,7 @@ def test_text_that_is_not_utf_8_in_a_table_is_named(tmp_path):
 def test_a_pipe_instead_of_a_table_is_not_waited_for(tmp_path, name):
     (tmp_path / "train").mkdir()
     os.mkfifo(tmp_path / name)
-    with pytest.raises(UserError, match="is no regular file"):
+    with pytest.raises(UserError, match="is not a regular file"):
         sources.load_source(str(tmp_path))
 
 

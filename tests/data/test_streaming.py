@@ -172,7 +172,7 @@ def test_what_is_no_parquet_is_refused_in_one_line(source, tmp_path):
         DatasetDict(train=make_rows(2)).save_to_disk(str(tmp_path))
     if source == "zenodo":
         (tmp_path / "train_captions.csv").write_text("ID,Caption\n")
-    with pytest.raises(UserError, match=r"is no parquet.*leave --streaming out"):
+    with pytest.raises(UserError, match=r"is not parquet.*leave --streaming out"):
         sources.load_source("phantoms" if source == "phantoms" else str(tmp_path), streaming=True)
 
 
@@ -557,4 +557,4 @@ def test_a_hub_dataset_of_other_files_is_refused_in_one_line(config_file, tmp_pa
         environment = hub.environment(tmp_path)
         result = subprocess.run(command(arguments), cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 2
-    assert "error: dataset 'some/csv' is no parquet" in result.stderr.splitlines()[-1]
+    assert "error: dataset 'some/csv' is not parquet" in result.stderr.splitlines()[-1]

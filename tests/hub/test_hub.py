@@ -271,7 +271,10 @@ def test_the_methods_of_the_trainer_push_the_same(make_trainer, finished, monkey
         pushed.update(files_of(Path(folder_path)))
         return SimpleNamespace(commit_url="https://hub/commit")
 
-    for name, answer in (("create_repo", SimpleNamespace(repo_id="tester/model")), ("list_repo_files", [])):
+    for name, answer in (
+        ("create_repo", SimpleNamespace(repo_id="tester/model")),
+        ("model_info", SimpleNamespace(siblings=[])),
+    ):
         monkeypatch.setattr(HfApi, name, lambda self, *args, answer=answer, **kwargs: answer)
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
     trainer.push_to_hub()
@@ -362,7 +365,7 @@ def test_a_recipe_on_the_hub_is_read_with_care(hub, home):
         ("hf://some/model/other.json", "the repository has no file 'other.json'"),
         ("hf://some/nothing/recipe.json", "there is no such repository, or it is private"),
         ("hf://some/model@v9/recipe.json", "there is no revision 'v9'"),
-        ("hf://model", "is no address; write hf://<user>/<model>/recipe.json"),
+        ("hf://model", "is not an address; write hf://<user>/<model>/recipe.json"),
     ):
         result = run(hub, home, [address], code=2)
         assert len(result.stderr.splitlines()) == 1
