@@ -412,12 +412,10 @@ def test_a_repository_whose_contents_cannot_be_read_is_not_replaced(hub, home, f
     """The guard of another's model must not give way to a fault."""
     hub.add_repository("tester/taken", {"recipe.json": b"{}", "model.safetensors": b"mine"})
     push = ["--push_only", finished, "--hub_model_id", "tester/taken"]
-    for steps in (("tree", "info"), ("resolve",)):
-        for step in steps:
-            hub.fail(step, 403)
+    for step in ("info", "resolve"):
+        hub.fail(step, 403)
         assert "what 'tester/taken' holds cannot be read: 403" in run(hub, home, push, code=2).stderr
         hub.heal()
-    hub.fail("tree", 404)  # as a mirror without this address
     assert "holds another model" in run(hub, home, push, code=2).stderr
     assert hub.files("tester/taken")["model.safetensors"] == b"mine"
 
