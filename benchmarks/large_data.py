@@ -2,7 +2,7 @@
 
     python benchmarks/large_data.py [--rows 1000 10000 100000] [--folder FOLDER] [--json large_data.json] [--quick]
 
-A dataset of that many rows in the schema of ROCOv2 is written to FOLDER (default: a temporary one): captions as long as
+Writes datasets of that many rows in the schema of ROCOv2 to FOLDER (default: a temporary one): captions as long as
 ROCOv2's, JPEG files of 64 x 64 pixels, 1.7 kB each, in row groups of 100 rows, as on the Hub. A process of its own,
 with an empty cache, loads it, checks and tokenizes the rows, and collates an epoch of batches of 16 images at 96
 pixels in random order; without `--streaming`, then with it.

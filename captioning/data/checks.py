@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets
 
 from captioning.data.images import open_image
@@ -198,17 +200,14 @@ def _clean_cui(cui: list[str] | str | None) -> list[str]:
 
 def _mark_repeated(checked: Dataset) -> Dataset:
     """Mark the usable rows whose `image_id` an earlier usable row of the split has."""
-    hashes = _hashes(checked)
-    values, counts = np.unique(hashes, return_counts=True)
-    suspects = np.isin(hashes, values[counts > 1])  # few: only their ids themselves are held in memory
-    seen: set[str] = set()
-    reasons = []
-    for suspect, (image_id, reason) in zip(suspects, _columns(checked, "image_id", "rejected"), strict=True):
-        reasons.append("repeated image_id" if suspect and reason is None and image_id in seen else reason)
-        if suspect and reason is None:
-            seen.add(image_id)
-    if not seen:
+    reasons = checked["rejected"][:]
+    usable_rows = np.array([row for row, reason in enumerate(reasons) if reason is None], dtype=np.int64)
+    codes = _image_ids(checked).dictionary_encode().indices.to_numpy()[usable_rows]
+    repeated = np.delete(usable_rows, np.unique(codes, return_index=True)[1])
+    if not len(repeated):
         return checked
+    for row in repeated:
+        reasons[row] = "repeated image_id"
     return checked.remove_columns("rejected").add_column("rejected", reasons, feature=CLEAN_COLUMNS["rejected"])
 
 
@@ -218,15 +217,16 @@ def _columns(rows: Dataset, *names: str) -> Iterator[tuple[Any, ...]]:
         yield from zip(*(batch[name] for name in names), strict=True)
 
 
-def _hashes(rows: Dataset) -> np.ndarray:
-    """Return a hash of each image id, int64 `[N]`: 8 bytes a row, where a set of strings takes over 100."""
-    return np.fromiter((hash(image_id) for (image_id,) in _columns(rows, "image_id")), np.int64, len(rows))
+def _image_ids(rows: Dataset) -> pa.Array:
+    """Return the image ids as Arrow text: tens of bytes a row, where a set of strings takes over a hundred."""
+    ids = rows.with_format("arrow")["image_id"][:]
+    return ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
 
 
 def _warn_of_leaks(checked: DatasetDict) -> None:
-    train = _hashes(checked["train"]) if "train" in checked else np.array([], dtype=np.int64)
-    for split, rows in checked.items():
-        shared = len(np.intersect1d(train, _hashes(rows))) if split != "train" else 0
+    train = _image_ids(checked["train"]) if "train" in checked else pa.array([], pa.string())
+    for split in [split for split in checked if split != "train"]:
+        shared = pc.sum(pc.is_in(_image_ids(checked[split]).unique(), value_set=train)).as_py()
         if shared:
             logger.warning(
                 "%d image ids of split '%s' are in split 'train' too; if they are the same images, "
