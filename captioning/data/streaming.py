@@ -71,7 +71,8 @@ def index_shards(shards: dict[str, list[str]]) -> DatasetDict:
     splits = {}
     for split, files in shards.items():
         schema = _footer(files[0]).schema.to_arrow_schema()
-        features = Features.from_arrow_schema(pa.schema([field for field in schema if field.name in TEXT_COLUMNS]))
+        texts = [field for field in schema if field.name in TEXT_COLUMNS]
+        features = Features.from_arrow_schema(pa.schema(texts, metadata=schema.metadata))
         has_images = "image" in schema.names  # if not, `load_source` says so
         if has_images:
             _refuse_other_images(schema.field("image").type, files[0])
