@@ -18,10 +18,11 @@ from datasets import Dataset, DatasetDict
 from transformers import set_seed
 
 from captioning.command_line import exit_on_user_error, set_up_logging
-from captioning.data.checks import check_rows, usable
+from captioning.data.checks import check_rows
 from captioning.data.sources import dataset_commit, load_source
+from captioning.data.splits import keep_usable, sample_training, select_splits
 from captioning.data.tokenize_captions import tokenize
-from captioning.errors import UserError, as_user_error
+from captioning.errors import as_user_error
 from captioning.hub.repository import PushCheckpoints, Repository, open_repository
 from captioning.hub.revisions import pin_revision
 from captioning.models.captioner import Captioner
@@ -31,7 +32,6 @@ from captioning.reporting.model_card import write_model_card
 from captioning.reporting.publish import push, push_finished_run
 from captioning.reporting.results import keep_split, training_for_baselines, write_page
 from captioning.reporting.summary import summary
-from captioning.scoring.baselines import sample_rows
 from captioning.scoring.training_split import Training
 from captioning.training.arguments import CaptioningArguments, DataArguments, ModelArguments
 from captioning.training.decoding import warn_of_other_settings
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     with args.main_process_first(desc="loading the data"):
         dataset = load_data(model_args, data_args, args)
         captioner = load_model(model_args, data_args, dataset, args)
-        splits = prepare_data(dataset, captioner, data_args, args)
+        splits = prepare_splits(dataset, captioner, data_args, args)
 
     write_recipe(model_args, data_args, args)
     repository = open_repository(args)
@@ -92,32 +92,15 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 def load_data(model_args: ModelArguments, data_args: DataArguments, args: CaptioningArguments) -> DatasetDict:
-    """Load the splits that the run's stages need, rows unchecked: that takes minutes, and mistakes come first.
+    """Load the splits that the run needs; their rows are checked later, since that takes minutes.
 
     The commit on the Hub that the data came from is written into `data_args.dataset_revision`.
     """
-    stages = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
-    learns_tokenizer = model_args.config_name is not None and model_args.tokenizer_name is None
-    needed = [split for split, wanted in stages.items() if wanted or (split == "train" and learns_tokenizer)]
+    trains_tokenizer = model_args.config_name is not None and model_args.tokenizer_name is None
+    needed = {"train": args.do_train or trains_tokenizer, "validation": args.do_eval, "test": args.do_predict}
     data_args.dataset_revision = dataset_commit(data_args.dataset_name, data_args.dataset_revision)
     dataset = load_source(data_args.dataset_name, data_args.dataset_revision, data_args.streaming)
-    for split in needed:
-        if split not in dataset:
-            stage = {"train": "do_train", "validation": "do_eval", "test": "do_predict"}[split]
-            raise UserError(
-                f"dataset '{data_args.dataset_name}' has no split '{split}', only {', '.join(dataset)}; "
-                f"add it or set --{stage} false"
-            )
-    if "train" in dataset and "train" not in needed and args.predict_with_generate:
-        needed.append("train")  # the baselines of the scores are made of it
-    limits = data_args.max_samples()
-    # A trial run on few samples must not wait for the check of all rows; a few more make up for those left out
-    enough = {
-        split: len(dataset[split]) if limits[split] is None else limits[split] * 51 // 50 + 10 for split in needed
-    }
-    return DatasetDict(
-        {split: dataset[split].select(range(min(enough[split], len(dataset[split])))) for split in needed}
-    )
+    return select_splits(dataset, needed, data_args.max_samples(), with_captions=args.predict_with_generate)
 
 
 def load_model(
@@ -147,34 +130,27 @@ def load_model(
     return captioner
 
 
-def prepare_data(
+def prepare_splits(
     dataset: DatasetDict, captioner: Captioner, data_args: DataArguments, args: CaptioningArguments
 ) -> DatasetDict:
     """Check the rows, add `input_ids`, and keep the usable rows, as many as the run asks for.
 
-    The rows left out are listed in `rejected.jsonl`. Without training, only those training images are kept that the
-    baselines are made of.
+    The others are listed in `rejected.jsonl`. `NEIGHBORS` is one of the splits: training images for a baseline.
     """
-    if not args.do_train and "train" in dataset:
-        number = min(len(dataset["train"]), data_args.max_train_samples or len(dataset["train"]))
-        sample = sample_rows(number, data_args.neighbor_samples)
-        dataset = DatasetDict({**dataset, "train": dataset["train"].select(sample)})
-        if not sample:
-            del dataset["train"]
-    rejected_file = Path(args.output_dir) / "rejected.jsonl"
-    if args.should_save and not args.resume_from_checkpoint:
-        rejected_file.unlink(missing_ok=True)  # a run that goes on keeps what it has found in streamed images
-    unopened = ["train"] if data_args.streaming and args.do_train else []  # `UnreadableImages` sees to them
+    rejected_file = Path(args.output_dir) / "rejected.jsonl" if args.should_save else None
+    if rejected_file and not args.resume_from_checkpoint:
+        rejected_file.unlink(missing_ok=True)  # a resumed run keeps what it has found in streamed images
+    if not args.do_train:
+        dataset = sample_training(dataset, data_args.max_train_samples, data_args.neighbor_samples)
     checked = check_rows(
         dataset,
         data_args.max_rejected_fraction,
-        rejected_file if args.should_save else None,
+        rejected_file,
         data_args.preprocessing_num_workers,
-        unopened,
+        unopened=["train"] if data_args.streaming and args.do_train else [],  # `UnreadableImages` checks them
     )
     tokenized = tokenize(checked, captioner, data_args.max_caption_length)
-    limits = data_args.max_samples()
-    return DatasetDict({split: usable(rows, limits[split]) for split, rows in tokenized.items()})
+    return keep_usable(tokenized, data_args.max_samples(), data_args.neighbor_samples, with_training=args.do_train)
 
 
 # --- Train, evaluate, predict ---------------------------------------------------------------------------------

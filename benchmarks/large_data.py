@@ -1,19 +1,19 @@
-"""Does memory stay flat, and the time of a row, from 1,000 to 100,000 rows, stored and streamed?
+"""Do memory and the time of a row stay flat from 1,000 to 100,000 rows, stored and streamed?
 
     python benchmarks/large_data.py [--rows 1000 10000 100000] [--folder FOLDER] [--json large_data.json] [--quick]
 
-A set of that many rows in the schema of ROCOv2 is written to FOLDER (default: a temporary one): captions as long as
-ROCOv2's, JPEG files of 64 x 64 pixels, 1.7 kB each, in row groups of 100 rows, as the Hub has them. A process of its
-own, with an empty cache, loads it, checks and tokenizes the rows, and collates an epoch of batches of 16 to 96 pixels,
-in this process, in random order; without `--streaming`, then with it.
+Writes datasets of that many rows in the schema of ROCOv2 to FOLDER (default: a temporary one): captions as long as
+ROCOv2's, JPEG files of 64 x 64 pixels, 1.7 kB each, in row groups of 100 rows, as on the Hub. A process of its own,
+with an empty cache, loads it, checks and tokenizes the rows, and collates an epoch of batches of 16 images at 96
+pixels in random order; without `--streaming`, then with it.
 
-Memory is `RssAnon` of /proc/self/status, sampled each 5 ms: what the process itself holds, without the pages of
-memory-mapped files, which the system takes back when it needs them. What it was before the first stage is taken off:
-libraries, tokenizer, and a batch of 1,000 rows that were read, checked and collated to warm up. `cache` is what the
-run leaves on the disk.
+Memory is `RssAnon` of /proc/self/status, sampled every 5 ms: what the process itself holds, without the pages of
+memory-mapped files, which the system takes back when it needs them. What was held before the first stage is
+subtracted: libraries, tokenizer, and 1,000 rows that were read, checked and collated to warm up. `cache` is what the
+run leaves on disk.
 
-Ends with status 1 if the peak of the largest set is more than 1.1 times that of the smallest, all memory counted, or
-a row takes more than 1.25 times as long.
+Exits with status 1 if the peak of the largest dataset is more than 1.1 times that of the smallest, all memory counted,
+or a row takes more than 1.25 times as long.
 """
 
 import os
@@ -37,12 +37,10 @@ import pyarrow.parquet as pq
 from measure import MAX_LENGTH, MEDIAN_LENGTH, SIGMA_LENGTH, parser, report
 from PIL import Image
 from torch.utils.data import DataLoader, RandomSampler
-from transformers import BlipProcessor
-from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from captioning.data import checks, sources
 from captioning.data.tokenize_captions import tokenize
-from captioning.models.tokenizer import add_blip_tokens, train_tokenizer
+from captioning.models.load import build_captioner
 from captioning.training.samplers import StreamingSampler
 from collator import CaptioningCollator
 
@@ -74,7 +72,10 @@ def main(arguments) -> bool:
                 row,
                 {"what": "  by stage: " + ", ".join(f"{n} {run['memory'][n]:+.0f}" for n in STAGES), "value": ""},
                 {"what": f"  ms a row: {stages}", "value": f"{1e3 * sum(run['seconds'].values()) / number:.2f}"},
-                {"what": "  bytes of cache a row, and of the set", "value": f"{run['cache']:.0f} of {run['set']:.0f}"},
+                {
+                    "what": "  bytes of cache a row, and of the dataset",
+                    "value": f"{run['cache']:.0f} of {run['set']:.0f}",
+                },
             ]
         small, large = (found[number] for number in (numbers[0], numbers[-1]))
         memory = (large["start"] + large["peak"]) / (small["start"] + small["peak"])
@@ -88,7 +89,7 @@ def main(arguments) -> bool:
     return report(arguments, "Memory and time of a row by the size of the set", rows, measured=measured)
 
 
-# --- The set --------------------------------------------------------------------------------------------------
+# --- The dataset ----------------------------------------------------------------------------------------------
 
 
 def build(folder: Path, number: int) -> None:
@@ -104,10 +105,10 @@ def build(folder: Path, number: int) -> None:
         rows = range(shard * SHARD, min((shard + 1) * SHARD, number))
         lengths = np.minimum(MEDIAN_LENGTH * np.exp(SIGMA_LENGTH * rng.standard_normal(len(rows))), MAX_LENGTH)
         columns = {
-            # Decoders pass over what follows an image: no two are the same bytes
+            # Decoders ignore what follows an image; it makes every file different
             "image": pa.array([{"bytes": images[i % 500] + b"%08d" % i, "path": None} for i in rows], image_type),
             "image_id": [f"ROCOv2_2023_train_{i:06d}" for i in rows],
-            # A word of three is a WordPiece or two
+            # A word takes one or two WordPieces
             "caption": [" ".join(rng.choice(words, max(1, int(length * 0.6)))) for length in lengths],
             "cui": [[f"C{cui:07d}" for cui in rng.integers(0, 10**7, rng.integers(1, 5))] for _ in rows],
         }
@@ -124,7 +125,7 @@ def noisy_jpeg(rng: np.random.Generator) -> bytes:
 
 
 def measure_apart(folder: Path, way: str, temporary: str) -> dict:
-    """Return `measure_here` of a process of its own, with a cache of its own."""
+    """Return `measure_here` of a new process with an empty cache."""
     with tempfile.TemporaryDirectory(dir=temporary) as home:
         environment = os.environ | {"HF_HOME": home, "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
         command = [sys.executable, __file__, "--folder", str(folder), "--way", way]
@@ -133,7 +134,7 @@ def measure_apart(folder: Path, way: str, temporary: str) -> dict:
 
 
 def measure_here(folder: Path, streamed: bool) -> dict:
-    """Return the peaks of memory in MiB by stage, their seconds, and the bytes of set and cache a row."""
+    """Return peak memory in MiB and seconds by stage, and the bytes of dataset and cache a row."""
     with tempfile.TemporaryDirectory() as warm:
         build(Path(warm), 1000)
         for _ in stages(Path(warm), streamed):
@@ -159,17 +160,19 @@ def measure_here(folder: Path, streamed: bool) -> dict:
 
 
 def stages(folder: Path, streamed: bool) -> Iterator[tuple[str, int]]:
-    """Do what a run does with its data, and yield the name of each stage that is done, and the number of rows."""
-    tokenizer = add_blip_tokens(train_tokenizer(["a chest radiograph of abcdefghilmnoprstu"] * 9, vocab_size=300))
-    processor = BlipProcessor(BlipImageProcessorPil(size={"height": INPUT, "width": INPUT}), tokenizer)
+    """Do what a run does with its data; yield the name of each finished stage and the number of rows."""
+    captions = ["a chest radiograph of abcdefghilmnoprstu"] * 9
+    captioner = build_captioner("recipes/configs/blip_small.json", 0, None, captions, vocab_size=300)
+    captioner.adapt(image_size=INPUT)
+    captioner = captioner.without_weights()
     dataset = sources.load_source(str(folder), streaming=streamed)
     yield "load", len(dataset["train"])
     unopened = ["train"] if streamed else []
     checked = checks.check_rows(dataset, 0.0, os.devnull, unopened=unopened)
     yield "check", len(dataset["train"])
-    rows = checks.usable(tokenize(checked, tokenizer, 64, [])["train"])
+    rows = checks.usable(tokenize(checked, captioner, 64)["train"])
     yield "tokenize", len(rows)
-    collator = CaptioningCollator(processor, bos_token_id=1)
+    collator = CaptioningCollator(captioner)
     sampler = StreamingSampler(rows, BATCH, 1, seed=0) if streamed else RandomSampler(rows)
     for _ in DataLoader(rows, BATCH, sampler=sampler, collate_fn=collator):
         pass
@@ -184,7 +187,7 @@ class Memory:
         threading.Thread(target=self._sample, daemon=True).start()
 
     def now(self) -> float:
-        """Return what it is."""
+        """Return the current value."""
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("RssAnon"):
                 return int(line.split()[1]) / 1024
@@ -208,7 +211,7 @@ def size_of(folder: Path) -> int:
 if __name__ == "__main__":
     flags = parser(__doc__)
     flags.add_argument("--rows", type=int, nargs="+", default=ROWS)
-    flags.add_argument("--folder", help="where the sets are written, and taken from if they are there")
+    flags.add_argument("--folder", help="where the datasets are written, and read if they exist")
     flags.add_argument("--way", choices=["stored", "streamed"], help="measure --folder here, and print JSON")
     given = flags.parse_args()
     if given.way:

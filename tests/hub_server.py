@@ -5,16 +5,14 @@
         assert hub.files("tester/model")["config.json"] == expected and not hub.problems
 
 What a test against it proves, because the server checks it or compares bytes: a push makes the Hub's calls, and
-commits only LFS objects that were uploaded; every upload has the sha256 and the size that were announced; the token
-is right, and never goes to the storage; nothing is written outside the user's namespace; a private repository is
-hidden; the card has the keys and scores that the Hub would read, when validated and again when committed; a load at a
-pinned revision gets the bytes of that commit, and an error where it is gone; what a client does when a step is refused
-or the connection breaks (`HubServer.fail`).
+commits only LFS objects that were uploaded; every upload has the announced sha256 and size; the token is right, and is
+never sent to the storage; nothing is written outside the user's namespace; a private repository is hidden; the card
+has the keys and scores that the Hub reads; a load at a pinned revision gets the bytes of that commit, and an error
+where it is gone; what a client does when a step is refused or the connection breaks (`HubServer.fail`).
 
 What only the real Hub can prove: Xet storage and the client's upload pipeline for it, multipart uploads, redirects to
 a CDN, rate limits, git itself, dates, .gitignore rules, branches, tags, pull requests, gated repositories,
-organizations and token scopes, the card's YAML schema in full (this one asks for more keys, and looks at fewer
-values), the rendering of the card, the dataset viewer.
+organizations and token scopes, the full YAML schema of the card, its rendering, the dataset viewer.
 """
 
 import base64
@@ -43,7 +41,7 @@ LFS_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.png", "*.parquet",
 LFS_SIZE = 10_000_000  # bytes; the Hub takes no larger regular file
 CARD_KEYS = ("language", "license", "library_name", "pipeline_tag", "datasets", "metrics", "tags", "model-index")
 YAML_BLOCK = re.compile(r"^\s*---\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", re.DOTALL)
-# The client tells a bad token from a missing repository by this text
+# By this text the client distinguishes a bad token from a missing repository
 BAD_TOKEN = "Invalid credentials in Authorization header"
 
 ID = r"(?P<id>[\w.-]+(?:/[\w.-]+)?)"
@@ -53,7 +51,6 @@ REVISION = r"(?P<revision>[^/]+)"
 ROUTES = (  # methods, path, step (the name that `fail` takes), method of `_Handler`; the first match counts
     ("POST", r"/api/repos/create", "create", "_create"),
     ("POST", r"/api/validate-yaml", "validate", "_validate"),
-    ("GET", r"/api/whoami-v2", "whoami", "_whoami"),
     ("POST", rf"{API}/preupload/{REVISION}", "preupload", "_preupload"),
     ("POST", rf"{GIT}\.git/info/lfs/objects/batch", "batch", "_batch"),
     ("PUT", r"/storage/(?P<oid>[0-9a-f]{64})", "upload", "_upload"),
@@ -65,17 +62,17 @@ ROUTES = (  # methods, path, step (the name that `fail` takes), method of `_Hand
     ("GET", API, "info", "_info"),
     ("HEAD GET", rf"{GIT}/resolve/{REVISION}/(?P<path>.+)", "resolve", "_resolve"),
 )
-NEEDS_TOKEN = {"create", "preupload", "batch", "verify", "commit", "whoami"}
+NEEDS_TOKEN = {"create", "preupload", "batch", "verify", "commit"}
 
 
 class Refusal(Exception):
-    """An answer that is an error, in the headers and the body that the Hub uses."""
+    """An error as an answer, in the headers and the body that the Hub uses."""
 
     def __init__(self, status: int, message: str, code: str = "", headers: dict[str, str] | None = None, **body):
         line = " ".join(message.split()).encode("latin-1", "replace").decode("latin-1")
         self.status = status
         self.headers = {"X-Error-Message": line} | ({"X-Error-Code": code} if code else {}) | (headers or {})
-        # "errors" is what the client reads of a refused card
+        # The client reads "errors" of a refused card
         self.body = {"error": message, "errors": [{"message": message}], "warnings": []} | body
 
 
@@ -102,7 +99,7 @@ class Commit:
         return entry
 
     def etag(self, path: str) -> str:
-        """Return what a client knows contents by: the sha256 of an LFS object, or the sha1 of a git blob."""
+        """Return what identifies contents to a client: the sha256 of an LFS object, or the sha1 of a git blob."""
         entry = self.entry(path)
         return entry.get("lfs", entry)["oid"]
 
@@ -141,7 +138,6 @@ class HubServer:
         self.received: list[bytes] = []  # bodies and query strings, and what was base64 in them
         self.problems: list[str] = []  # violations of the protocol; a push that went well leaves none
         self.repositories: dict[tuple[str, str], Repository] = {}  # by kind and id
-        self.required_card_keys: tuple[str, ...] = CARD_KEYS  # of models
         self.objects: dict[str, bytes] = {}  # LFS objects by sha256
         self.announced: dict[str, tuple[int, str]] = {}  # size and signature of those that may be uploaded
         self.faults: dict[str, Iterator[Refusal | str]] = {}  # by step, the answers to come
@@ -186,7 +182,7 @@ class HubServer:
     def fail(
         self, step: str, status: int | str, times: int | None = None, message: str = "", headers: dict | None = None
     ) -> None:
-        """Answer `status` at `step` or "any", `times` times or until `heal`; "drop" hangs up amid the body."""
+        """Answer `status` at `step` or "any", `times` times or until `heal`; "drop" hangs up within the body."""
         if step not in {route[2] for route in ROUTES} | {"any"}:
             raise ValueError(f"No such step: {step}")
         text = message or (BAD_TOKEN if status == 401 else f"Fault at {step}")
@@ -209,7 +205,7 @@ class _Handler(BaseHTTPRequestHandler):
         found = ((*route[2:], re.fullmatch(route[1], path)) for route in ROUTES if self.command in route[0])
         step, route, match = next((route for route in found if route[2]), ("", "", None))
         self.args = {key: unquote(value or "") for key, value in match.groupdict().items()} if match else {}
-        self.authorised = self.headers.get("Authorization") == f"Bearer {hub.token}"
+        self.authorized = self.headers.get("Authorization") == f"Bearer {hub.token}"
         fault = next(chain(hub.faults.get(step, ()), hub.faults.get("any", ())), None)
         length = int(self.headers.get("Content-Length", 0))
         self.query, self.content = parse_qs(query), self.rfile.read(length // 2 if fault == "drop" else length)
@@ -227,7 +223,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(refusal.status, refusal.body, refusal.headers)
         except ConnectionError:
             self.close_connection = True
-        except Exception:  # a request that this file cannot read
+        except Exception:  # a request that is not implemented here
             hub.problems.append(traceback.format_exc())
             self._send(500, {"error": "Internal Error"}, {})
 
@@ -251,9 +247,9 @@ class _Handler(BaseHTTPRequestHandler):
         if not route:
             raise self._violation(404, f"Unknown request: {self.command} {self.path}")
         sent = "Authorization" in self.headers
-        if step == "upload" and sent:  # the storage is another company's; its addresses are signed instead
+        if step == "upload" and sent:  # the storage is another host; its addresses are signed instead
             self.hub.problems.append("The token was sent to the storage")
-        elif step != "upload" and not self.authorised and (sent or step in NEEDS_TOKEN):
+        elif step != "upload" and not self.authorized and (sent or step in NEEDS_TOKEN):
             raise self._violation(401, BAD_TOKEN, f"{'Wrong' if sent else 'Missing'} token at {step}")
         answer = getattr(self, route)()
         return answer if isinstance(answer, tuple) else (answer, {})
@@ -265,13 +261,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _repository(self, write: bool = False) -> Repository:
         kind, id = self.args["kind"] or "model", self.args["id"]
         repository = self.hub.repositories.get((kind, id))
-        if repository is None or (repository.private and not self.authorised):
-            # Strangers are not told a missing repository from a private one
-            raise Refusal(404 if self.authorised else 401, "Repository not found", "RepoNotFound")
+        if repository is None or (repository.private and not self.authorized):
+            # Without the token a missing repository and a private one look alike
+            raise Refusal(404 if self.authorized else 401, "Repository not found", "RepoNotFound")
         if write and id.split("/")[0] != self.hub.user:
             raise Refusal(403, f"{self.hub.user} may not write to {id}")
         if write and "create_pr" in self.query:
-            raise self._violation(501, "Pull requests are not played here")
+            raise self._violation(501, "Pull requests are not implemented here")
         return repository
 
     def _revision(self) -> Commit:
@@ -294,7 +290,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _validate(self) -> dict:
         payload = json.loads(self.content)
-        keys = self.hub.required_card_keys if payload.get("repoType", "model") == "model" else ()
+        keys = CARD_KEYS if payload.get("repoType", "model") == "model" else ()
         if errors := card_errors(payload["content"], keys):
             raise Refusal(400, "Invalid metadata in README.md", errors=[{"message": error} for error in errors])
         return {"errors": [], "warnings": []}
@@ -349,7 +345,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._apply(operation["key"], operation["value"], files)
         card = files.get("README.md")
         if repository.kind == "model" and card and card != head.files.get("README.md"):
-            for error in card_errors(card.decode(), self.hub.required_card_keys):
+            for error in card_errors(card.decode(), CARD_KEYS):
                 raise self._violation(400, f"README.md of a commit: {error}")
         commit = Commit(header["value"]["summary"], files)
         repository.commits.append(commit)
@@ -376,9 +372,6 @@ class _Handler(BaseHTTPRequestHandler):
                 del files[name]
         else:
             raise self._violation(400, f"Unknown operation in a commit: {key}")
-
-    def _whoami(self) -> dict:
-        return {"type": "user", "name": self.hub.user, "orgs": [], "auth": {"accessToken": {"role": "write"}}}
 
     def _info(self) -> dict:
         repository, commit = self._repository(), self._revision()
@@ -457,7 +450,7 @@ def card_errors(content: str, required: tuple[str, ...]) -> list[str]:
     try:
         results = model_index_to_eval_results(data["model-index"])[1] if data.get("model-index") else []
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        return [*errors, f'"model-index" lacks a key, or is none: {error!r}']
+        return [*errors, f'"model-index" cannot be read: {error!r}']
     for result in results:
         for key in ("task_type", "dataset_type", "dataset_name", "metric_type"):
             if not isinstance(getattr(result, key), str):

@@ -1,4 +1,7 @@
-"""TODO."""
+"""Which rows can be used: every image is decoded once, every text looked at, and the others are marked with a reason.
+
+Only small columns are written: they are joined to the memory-mapped table of images, which is never copied.
+"""
 
 import contextlib
 import json
@@ -11,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets
 
 from captioning.data.images import open_image
@@ -30,11 +35,8 @@ CLEAN_COLUMNS = Features(
 )
 CHECK_BATCH_SIZE = 64  # rows whose images are in memory at once
 MAX_CAPTION = 100_000  # characters; ROCOv2's longest has about 7,000
-MAX_ID = 1000  # characters; an id stands in logs, pages and submissions
-COLUMN_BATCH_SIZE = 1000  # rows of which a text column is in memory at once
-
-
-# --- Checks ---------------------------------------------------------------------------------------------------
+MAX_ID = 1000  # characters; ids appear in logs, pages and submissions
+COLUMN_BATCH_SIZE = 1000  # rows whose text columns are in memory at once
 
 
 def check_rows(
@@ -44,14 +46,14 @@ def check_rows(
     num_proc: int | None = None,
     unopened: Sequence[str] = (),
 ) -> DatasetDict:
-    """Decode every image once and mark the rows that cannot be used: in `rejected`, with the reason.
+    """Decode every image once and mark the rows that cannot be used: in the column `rejected`, with the reason.
 
     Args:
         dataset: what `load_source` returned.
         max_rejected_fraction: of each split, from 0 to 1.
-        rejected_file: where the marked rows are listed, one JSON object a line; None lists them nowhere.
-        num_proc: processes; the result is cached by `datasets`.
-        unopened: splits whose texts alone are checked, because their images are streamed into the training.
+        rejected_file: list of the marked rows, one JSON object a line; None: it is not written.
+        num_proc: processes; `datasets` caches the result.
+        unopened: splits whose images are not opened, because the training streams them.
 
     Returns:
         The same rows with the columns `image` and those of `CLEAN_COLUMNS`.
@@ -67,43 +69,53 @@ def check_rows(
     checked = DatasetDict(
         {split: _check_split(rows, split, num_proc, split not in unopened) for split, rows in dataset.items()}
     )
-    listed = f"see {rejected_file or 'rejected.jsonl'}"
-    reasons: dict[str, Counter[str]] = {split: Counter() for split in checked}
-    # Only of what is left out, which is little, or the end of the run
-    entries = _streamed_entries(rejected_file, unopened) if rejected_file else []
-    for split, rows in checked.items():
-        for row, (image_id, reason) in enumerate(_columns(rows, "image_id", "rejected")):
-            if reason:
-                entries.append({"split": split, "row": row, "image_id": image_id[:MAX_ID], "reason": reason})
-                reasons[split][reason.split(":")[0]] += 1
+    rejected = {split: _rejected(rows, split) for split, rows in checked.items()}
     if rejected_file is not None:
+        entries = _streamed_entries(rejected_file, unopened) + [
+            entry for found in rejected.values() for entry in found
+        ]
         write_whole(Path(rejected_file), "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
-    for split, rows in checked.items():
-        counts = reasons[split]
-        number = counts.total()
-        if number == len(rows):
-            raise UserError(f"split '{split}' has no usable row out of {len(rows)}; {listed}")
-        summary = ", ".join(f"{count} x {reason}" for reason, count in counts.most_common(3))
-        if number > max_rejected_fraction * len(rows):
-            raise UserError(
-                f"split '{split}': {number} of {len(rows)} rows cannot be used ({summary}); {listed}, "
-                f"or raise --max_rejected_fraction above {max_rejected_fraction:g}"
-            )
-        if number:
-            logger.warning("%s: %d of %d rows left out (%s)", split, number, len(rows), summary)
+    for split, found in rejected.items():
+        _refuse_too_many(found, split, len(checked[split]), max_rejected_fraction, rejected_file or "rejected.jsonl")
     _warn_of_leaks(checked)
     return checked
 
 
+def _rejected(rows: Dataset, split: str) -> list[dict[str, Any]]:
+    return [
+        {"split": split, "row": row, "image_id": image_id[:MAX_ID], "reason": reason}
+        for row, (image_id, reason) in enumerate(_columns(rows, "image_id", "rejected"))
+        if reason
+    ]
+
+
+def _refuse_too_many(
+    found: list[dict[str, Any]], split: str, number: int, max_fraction: float, listed: str | os.PathLike
+) -> None:
+    """Log the rejected rows of a split, or raise UserError if they are more than `max_fraction` of `number`."""
+    if not found:
+        return
+    if len(found) == number:
+        raise UserError(f"split '{split}' has no usable row out of {number}; see {listed}")
+    reasons = Counter(entry["reason"].split(":")[0] for entry in found)
+    summary = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
+    if len(found) > max_fraction * number:
+        raise UserError(
+            f"split '{split}': {len(found)} of {number} rows cannot be used ({summary}); see {listed}, "
+            f"or raise --max_rejected_fraction above {max_fraction:g}"
+        )
+    logger.warning("%s: %d of %d rows left out (%s)", split, len(found), number, summary)
+
+
 def _streamed_entries(rejected_file: str | os.PathLike, unopened: Sequence[str]) -> list[dict[str, Any]]:
-    """Return what an interrupted run has listed of images that it streamed: the run that goes on skips those rows."""
+    """Return what an interrupted run has listed of images that it streamed: the run that resumes skips these rows."""
     try:
         lines = Path(rejected_file).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):  # there is none, or it is not ours
         return []
     entries = []
     for line in lines:
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # a run that was killed may leave half a line
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a killed run may leave half a line
             entry = json.loads(line)
             entries += [entry] if entry["split"] in unopened and "row" not in entry else []
     return entries
@@ -121,8 +133,8 @@ def usable(rows: Dataset, max_samples: int | None = None) -> Dataset:
     """Return the first `max_samples` rows (default: all) that `check_rows` did not mark."""
     keep = np.flatnonzero(np.fromiter((not reason for (reason,) in _columns(rows, "rejected")), bool, len(rows)))
     keep = keep[:max_samples]
-    all_of_them = len(keep) and keep[-1] == len(keep) - 1  # a range needs no table of indices
-    return rows.select(range(len(keep)) if all_of_them else keep).remove_columns("rejected")
+    is_range = len(keep) and keep[-1] == len(keep) - 1  # `select` writes no table of indices for a range
+    return rows.select(range(len(keep)) if is_range else keep).remove_columns("rejected")
 
 
 def _check_split(rows: Dataset, split: str, num_proc: int | None, open_images: bool) -> Dataset:
@@ -137,22 +149,19 @@ def _check_split(rows: Dataset, split: str, num_proc: int | None, open_images: b
         features=CLEAN_COLUMNS,
         desc=f"Checking {split}",
     )
-    return concatenate_datasets([rows.select_columns("image"), _mark_repeated(checked, split)], axis=1)
+    return concatenate_datasets([rows.select_columns("image"), _mark_repeated(checked)], axis=1)
 
 
 def _check_batch(batch: dict[str, list[Any]], open_images: bool) -> dict[str, list[Any]]:
-    clean: dict[str, list[Any]] = {column: [] for column in CLEAN_COLUMNS}
-    cuis = batch.get("cui") or [None] * len(batch["image_id"])
-    images = batch["image"] if open_images else [None] * len(batch["image_id"])
-    unusable_rows = batch.get(UNUSABLE) or [None] * len(batch["image_id"])
-    columns = (images, batch["image_id"], batch["caption"], cuis, unusable_rows)
-    for image, image_id, caption, cui, known in zip(*columns, strict=True):
-        clean["image_id"].append("" if image_id is None else str(image_id))
-        clean["caption"].append("" if caption is None else str(caption))
-        clean["cui"].append(_clean_cui(cui))
-        clean["rejected"].append(
-            _reason_to_reject(image, clean["image_id"][-1], clean["caption"][-1], known, open_images)
-        )
+    nothing = [None] * len(batch["image_id"])
+    clean: dict[str, list[Any]] = {
+        "image_id": ["" if image_id is None else str(image_id) for image_id in batch["image_id"]],
+        "caption": ["" if caption is None else str(caption) for caption in batch["caption"]],
+        "cui": [_clean_cui(cui) for cui in batch.get("cui") or nothing],
+    }
+    images = batch["image"] if open_images else nothing
+    columns = (images, clean["image_id"], clean["caption"], batch.get(UNUSABLE) or nothing)
+    clean["rejected"] = [_reason_to_reject(*row, open_images) for row in zip(*columns, strict=True)]
     return clean
 
 
@@ -178,66 +187,50 @@ def _reason_to_reject(
 
 
 def _is_blank(caption: str | None) -> bool:
-    """Tell whether a caption prints nothing: separators, controls, format characters; one of ROCOv2 is only U+202F."""
+    """Tell whether a caption is only separators, control and format characters; one of ROCOv2's is only U+202F."""
     return all(unicodedata.category(character)[0] in "ZC" for character in str(caption or ""))
 
 
 def _clean_cui(cui: list[str] | str | None) -> list[str]:
-    """Return the concepts as a list; the Hub's ROCOv2 says "no concept" by the literal `["nan"]`."""
+    """Return the concepts as a list; the Hub's ROCOv2 writes `["nan"]` where there is none."""
     concepts = cui.split(";") if isinstance(cui, str) else cui if isinstance(cui, list) else [cui]
     concepts = [str(concept).strip() for concept in concepts if concept is not None]
     return [concept for concept in concepts if concept and concept.lower() != "nan"]
 
 
-def _mark_repeated(checked: Dataset, split: str) -> Dataset:
-    """Mark each usable row whose `image_id` an earlier usable row of the split has."""
-    hashes = _hashes(checked)
-    values, counts = np.unique(hashes, return_counts=True)
-    suspects = np.isin(hashes, values[counts > 1])  # only of these, few, the ids themselves are remembered
-    seen: set[str] = set()
-    repeated = []
-    for row, (suspect, (image_id, reason)) in enumerate(
-        zip(suspects, _columns(checked, "image_id", "rejected"), strict=True)
-    ):
-        if suspect and reason is None:
-            repeated += [row] if image_id in seen else []
-            seen.add(image_id)
-    # In larger batches, too: each one that a table was written in costs kilobytes, for as long as it is open
-    return checked.map(
-        _mark_batch,
-        with_indices=True,
-        batched=True,
-        batch_size=COLUMN_BATCH_SIZE,
-        fn_kwargs={"repeated": set(repeated)},
-        features=CLEAN_COLUMNS,
-        desc=f"Seeking repeated ids in {split}",
-    )
-
-
-def _mark_batch(batch: dict[str, list[Any]], rows: list[int], repeated: set[int]) -> dict[str, list[Any]]:
-    reasons = zip(rows, batch["rejected"], strict=True)
-    return {"rejected": ["repeated image_id" if row in repeated else reason for row, reason in reasons]}
+def _mark_repeated(checked: Dataset) -> Dataset:
+    """Mark the usable rows whose `image_id` an earlier usable row of the split has."""
+    reasons = checked["rejected"][:]
+    usable_rows = np.array([row for row, reason in enumerate(reasons) if reason is None], dtype=np.int64)
+    codes = _image_ids(checked).dictionary_encode().indices.to_numpy()[usable_rows]
+    repeated = np.delete(usable_rows, np.unique(codes, return_index=True)[1])
+    if not len(repeated):
+        return checked
+    for row in repeated:
+        reasons[row] = "repeated image_id"
+    return checked.remove_columns("rejected").add_column("rejected", reasons, feature=CLEAN_COLUMNS["rejected"])
 
 
 def _columns(rows: Dataset, *names: str) -> Iterator[tuple[Any, ...]]:
-    """Yield the values of some columns row by row; in memory are no more than `COLUMN_BATCH_SIZE` of them."""
+    """Yield the values of some columns row by row, with at most `COLUMN_BATCH_SIZE` rows in memory."""
     for batch in rows.select_columns(list(names)).iter(COLUMN_BATCH_SIZE):
         yield from zip(*(batch[name] for name in names), strict=True)
 
 
-def _hashes(rows: Dataset) -> np.ndarray:
-    """Return int64 `[N]` for the image ids: eight bytes a row, where a set of ids takes over a hundred."""
-    return np.fromiter((hash(image_id) for (image_id,) in _columns(rows, "image_id")), np.int64, len(rows))
+def _image_ids(rows: Dataset) -> pa.Array:
+    """Return the image ids as Arrow text: tens of bytes a row, where a set of strings takes over a hundred."""
+    ids = rows.with_format("arrow")["image_id"][:]
+    return ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
 
 
 def _warn_of_leaks(checked: DatasetDict) -> None:
-    train = _hashes(checked["train"]) if "train" in checked else np.array([], dtype=np.int64)
-    for split, rows in checked.items():
-        shared = len(np.intersect1d(train, _hashes(rows))) if split != "train" else 0
+    train = _image_ids(checked["train"]) if "train" in checked else pa.array([], pa.string())
+    for split in [split for split in checked if split != "train"]:
+        shared = pc.sum(pc.is_in(_image_ids(checked[split]).unique(), value_set=train)).as_py()
         if shared:
             logger.warning(
                 "%d image ids of split '%s' are in split 'train' too; if they are the same images, "
-                "the scores on '%s' are flattered",
+                "the scores on '%s' are too high",
                 shared,
                 split,
                 split,

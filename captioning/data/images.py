@@ -1,4 +1,7 @@
-"""TODO."""
+"""One place that opens an image: bounded in memory and time whatever the file, upright, and 16 bits as 8.
+
+Files may be hostile or damaged: what cannot be used is a ValueError that says why.
+"""
 
 import io
 import math
@@ -11,15 +14,15 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 
-MIN_IMAGE_SIDE = 8  # pixels; a tracking pixel or a stripe is no radiology image
-# Of one image; mammograms, the largest in radiology, have 20 million. To rescale 16 bits an image is held as floats,
-# some 32 bytes a pixel in all: 22 million of them stay below 1 GB
+MIN_IMAGE_SIDE = 8  # pixels; a smaller one is a tracking pixel or a stripe
+# Of one image; mammograms, the largest in radiology, have 20 million. Rescaling 16 bits takes some 32 bytes a pixel,
+# as floats: with 22 million it stays below 1 GB
 MAX_PIXELS = 2**26
 MAX_PIXELS_16_BIT = 22 * 2**20
-# Pillow's own readers of raster images, and none that starts another program (EPS) or fetches what a file names
+# Pillow's own readers of raster images, and none that starts another program (EPS) or opens what a file names
 FORMATS = ("PNG", "JPEG", "JPEG2000", "TIFF", "BMP", "GIF", "WEBP", "PPM", "TGA", "AVIF")
-MAX_JPEG_SCANS = 100  # encoders write about 10; each, a few bytes long, makes the decoder pass over all pixels
-TIFF_TILE_SIDES = (322, 323)  # tags TileWidth and TileLength; a tile is decoded whole, however little of it is used
+MAX_JPEG_SCANS = 100  # encoders write about 10; each takes few bytes and makes the decoder pass over all pixels
+TIFF_TILE_SIDES = (322, 323)  # tags TileWidth and TileLength; a tile is decoded whole, however little of it is shown
 
 
 def open_image(image: dict[str, Any] | Image.Image | None) -> Image.Image:
@@ -29,24 +32,24 @@ def open_image(image: dict[str, Any] | Image.Image | None) -> Image.Image:
         image: what `datasets.Image(decode=False)` yields, `{"bytes": ..., "path": ...}`, or a PIL image.
 
     Returns:
-        An image that `BlipImageProcessorPil` converts to RGB without loss of meaning: 16-bit and float modes
-        are rescaled to 8 bits here (T12), the other modes are left to it (it lays transparency on white).
+        An image in a mode that `convert("RGB")` and image processors handle: 16-bit and float modes are rescaled to
+        8 bits here (T12).
 
     Raises:
         ValueError: the image cannot be used; the message says why.
     """
     from_file = not isinstance(image, Image.Image)
     if from_file:
-        image = _open(image)
+        image = _open_lazily(image)
     most = MAX_PIXELS_16_BIT if image.mode.startswith(("I", "F")) else MAX_PIXELS
     if image.width * image.height > most:  # known before any pixel is decoded
         raise ValueError(f"is {image.width}x{image.height} pixels; at most {most:,} are decoded")
     if from_file:
         _check_work(image)
     try:
-        with warnings.catch_warnings(action="ignore"):  # Pillow warns of damaged EXIF, a line for each image
+        with warnings.catch_warnings(action="ignore"):  # of damaged EXIF, a line for each image
             image.load()
-            # In place returns None; the caller's own image is left as it is
+            # Returns None in place; the caller's own image is not changed
             image = ImageOps.exif_transpose(image, in_place=from_file) or image
     except Exception as error:  # PIL's decoders raise whatever their format's parser raises
         raise ValueError(f"cannot be decoded: {error}") from error
@@ -55,14 +58,14 @@ def open_image(image: dict[str, Any] | Image.Image | None) -> Image.Image:
     return _to_8_bit(image) if image.mode.startswith(("I", "F")) else image
 
 
-def _open(image: dict[str, Any] | None) -> Image.Image:
+def _open_lazily(image: dict[str, Any] | None) -> Image.Image:
     if not image or (image.get("bytes") is None and not image.get("path")):
         raise ValueError("no image")
     content = image.get("bytes")
     try:
         if content is None and not stat.S_ISREG(os.stat(image["path"]).st_mode):
-            raise ValueError("is no regular file")  # a pipe or a device would be read for ever
-        with warnings.catch_warnings(action="ignore"):  # of damaged EXIF, and of sizes: the caller's limit is lower
+            raise ValueError("is not a regular file")  # reading a pipe or a device might never end
+        with warnings.catch_warnings(action="ignore"):  # of damaged EXIF, and of sizes above Pillow's own limit
             return Image.open(image["path"] if content is None else io.BytesIO(content), formats=FORMATS)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError("image file is missing") from error
@@ -79,7 +82,7 @@ def _open(image: dict[str, Any] | None) -> Image.Image:
 
 
 def _check_work(image: Image.Image) -> None:
-    """Raise ValueError if a file of few pixels, of which only the header is read, takes much memory or time."""
+    """Raise ValueError if decoding takes much more memory or time than the number of pixels suggests."""
     if image.format == "TIFF":
         sides = [image.tag_v2.get(tag, 0) for tag in TIFF_TILE_SIDES]
         if not all(isinstance(side, int) for side in sides) or math.prod(sides) > MAX_PIXELS:
@@ -87,7 +90,7 @@ def _check_work(image: Image.Image) -> None:
     if image.format in ("JPEG", "MPO"):
         place = image.fp.tell()
         image.fp.seek(0)
-        # In the data a byte 255 is followed by 0: this pair begins a scan, of the image or of a header's thumbnail
+        # Within data a byte 255 is followed by 0: this pair starts a scan, of the image or of a thumbnail
         scans = image.fp.read().count(b"\xff\xda")
         image.fp.seek(place)
         if scans > MAX_JPEG_SCANS:
@@ -95,15 +98,15 @@ def _check_work(image: Image.Image) -> None:
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Rescale a one-channel image of 16 bits or more to mode L (T12: `convert` would clip it to white).
+    """Rescale a one-channel image of more than 8 bits to mode L (T12: `convert` would clip it to white).
 
-    The divisor is the full range of the bits in use, since scanners write 10, 12 or 14 bits into 16-bit files;
-    an 8-bit image in a 16-bit file keeps its values. Float or negative values are stretched from their extremes.
+    The divisor is the full range of the bits in use, since scanners write 10, 12 or 14 bits into 16-bit files; an
+    8-bit image in a 16-bit file keeps its values. Float and negative values are scaled from minimum to maximum.
     """
     values = np.asarray(image).astype(np.float64)
     finite = values[np.isfinite(values)]
     if not finite.size:
-        raise ValueError("holds no finite value")
+        raise ValueError("has only NaN and infinite values")
     low, high = float(finite.min()), float(finite.max())
     if image.mode.startswith("I") and low >= 0:
         low, high = 0.0, 2.0 ** max(8, math.ceil(math.log2(high + 1))) - 1

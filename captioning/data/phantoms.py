@@ -1,12 +1,12 @@
-"""Phantoms: a small synthetic radiology set in ROCOv2's schema, the embedded default that needs no network.
+"""Phantoms: a small synthetic radiology dataset in ROCOv2's schema that needs no network.
 
-Every image is drawn from six attributes (modality, region, finding, side, place, size) and its caption says them in
+Every image is drawn from six attributes (modality, region, finding, side, place, size) and its caption states them in
 one of many wordings, so that a caption can be judged attribute by attribute. Test and validation hold combinations of
 attributes that training never shows: a model that scores there has learned to look, not to recall.
 
     splits = load_phantoms(seed=0)                 # train 12,000 / validation 200 / test 400
     attribute_accuracy(predictions, references)    # {"modality": 1.0, ..., "size": 0.97}
-    oracle_captions(references, seed=0)            # what a captioner writes that knows all and words it anew
+    oracle_captions(references, seed=0)            # right in every attribute, in a wording picked at random
 
 The pictures are drawings with the look of each modality, not simulations; they teach a model nothing about patients.
 """
@@ -46,7 +46,7 @@ CUIS = {
 FRONTAL = ("upper", "middle", "lower")
 AXIAL = ("anterior", "middle", "posterior")
 DEPTH = ("superficial", "middle", "deep")
-# (modality, region): view, places from the top of the image down, findings that a radiologist may meet there, organ
+# (modality, region): view, places from the top of the image down, findings that occur there, organ
 STUDIES = {
     ("CT", "chest"): ("axial", AXIAL, ("nodule", "bulla", "cavity"), "lung"),
     ("CT", "head"): ("axial", AXIAL, ("hemorrhage", "cyst", "abscess"), "hemisphere"),
@@ -62,15 +62,15 @@ STUDIES = {
 }
 BRIGHT = ("nodule", "hemorrhage", "mass", "sclerotic lesion", "calcification")
 DARK = ("bulla", "cyst", "lytic lesion")
-RING = ("cavity", "abscess")  # a bright wall around a dark centre
-NORMAL_SHARE = 0.12  # of the images show no finding
+RING = ("cavity", "abscess")  # a bright wall around a dark center
+NORMAL_SHARE = 0.12  # share of images without a finding
 
 
 def combinations(split: str) -> list[dict[str, str | None]]:
-    """The attribute sets that `split` may show: of each study's 36 with a finding, 30 train, 2 validation, 4 test.
+    """Return the combinations of attributes that `split` may show.
 
-    The cut is the same for every seed, and no two splits share a combination. A normal study has no side, place or
-    size to combine, so every split shows it.
+    Of the 36 of each study with a finding, training has 30, validation 2 and test 4, the same for every seed, and no
+    two splits share one. A normal study has no side, place or size to combine: every split shows it.
     """
     rng = np.random.default_rng(2024)
     kept = []
@@ -83,9 +83,9 @@ def combinations(split: str) -> list[dict[str, str | None]]:
     return kept
 
 
-# --- Captions: one table of words both writes and reads --------------------------------------------------------
+# --- Captions: one table of words for writing and reading ------------------------------------------------------
 
-# A wording may not occur in those of another value of the same attribute: `read_attributes` could not tell them apart.
+# No wording may be part of one of another value of its attribute: `read_attributes` could not tell them apart.
 WORDS = {
     "modality": {
         "CT": ("CT", "CT scan", "computed tomography"),
@@ -112,7 +112,7 @@ WORDS = {
     "place": {name: (name,) for name in dict.fromkeys(FRONTAL + AXIAL + DEPTH)},
     "size": {name: (name,) for name in ("small", "large")},
 }
-# The order in which a caption says things varies, so that no attribute can be guessed from those said before it.
+# The order of the attributes varies, so that none can be guessed from those before it.
 FRAMES = (
     "{study} {shows} a {size} {finding} in the {where}.",
     "{study} {shows} a {size} {finding} in the {where}.",
@@ -124,7 +124,7 @@ SHOWS = ("shows", "showing", "demonstrates", "reveals")
 
 
 def reword(attributes: dict[str, str | None], rng: np.random.Generator) -> str:
-    """A caption in ROCOv2's tone that says `attributes`, in a wording drawn from `rng`."""
+    """Return a caption in the style of ROCOv2 that states `attributes`, in a wording drawn from `rng`."""
 
     def pick(options):
         return options[rng.integers(len(options))]
@@ -143,7 +143,7 @@ def reword(attributes: dict[str, str | None], rng: np.random.Generator) -> str:
 
 
 def _reader(wordings):
-    # Longest first: "CT scan" before "CT". The "lower" of "lower limbs" is no place.
+    # Longest first: "CT scan" before "CT". The "lower" of "lower limbs" is not a place.
     longest_first = sorted(wordings, key=len, reverse=True)
     return re.compile(rf"\b(?:{'|'.join(longest_first)})\b(?! limbs)", re.IGNORECASE)
 
@@ -153,25 +153,28 @@ _READERS = {name: _reader(values) for name, values in _VALUES.items()}
 
 
 def read_attributes(caption: str) -> dict[str, str | None]:
-    """The attributes that `caption` says (the first mention counts); None where it says none. Inverts `reword`."""
-    caption = re.sub(r"\s*-\s*", "-", caption)  # a decoded "x - ray" is an X-ray
+    """Return the attributes that `caption` states, the first mention of each, else None: the inverse of `reword`."""
+    caption = re.sub(r"\s*-\s*", "-", caption)  # tokenizers decode "X-ray" to "x - ray"
     found = {name: reader.search(caption) for name, reader in _READERS.items()}
     return {name: _VALUES[name][match[0].lower()] if match else None for name, match in found.items()}
 
 
 def attribute_accuracy(predictions: list[str], references: list[str]) -> dict[str, float]:
-    """Share of captions, 0 to 1, whose prediction says the reference's value, over those whose reference says one."""
+    """Return for each attribute the share, 0 to 1, of predictions that agree with a reference that states it."""
     right = {name: [] for name in ATTRIBUTES}
     for prediction, reference in zip(predictions, references, strict=True):
-        said = read_attributes(prediction)
+        predicted = read_attributes(prediction)
         for name, value in read_attributes(reference).items():
             if value is not None:
-                right[name].append(said[name] == value)
+                right[name].append(predicted[name] == value)
     return {name: float(np.mean(hits)) for name, hits in right.items() if hits}
 
 
 def oracle_captions(captions: list[str], seed: int = 0) -> list[str]:
-    """Each caption's attributes worded anew: the upper bound of a captioner that sees all but guesses wording."""
+    """Return for each caption another of its attributes, in a wording picked at random.
+
+    Their score is the upper bound of a captioner that sees everything and can only guess the wording.
+    """
     rng = np.random.default_rng(seed)
     return [reword(read_attributes(caption), rng) for caption in captions]
 
@@ -184,7 +187,7 @@ RADIUS = {"small": 0.13, "large": 0.27}
 
 
 def _ellipse(x, y, cx, cy, rx, ry, edge=0.08):
-    """Coverage 0 to 1 of a soft-edged ellipse."""
+    """Return the coverage, 0 to 1, of a soft-edged ellipse."""
     return np.clip((1 - np.hypot((x - cx) / rx, (y - cy) / ry)) * min(rx, ry) / edge + 0.5, 0, 1)
 
 
@@ -194,7 +197,7 @@ def _paint(canvas, coverage, value):
 
 
 def _clouds(rng, cells, stretch=1):
-    """Smooth random field, mean 0 and deviation near 1, about `cells` bumps down, `stretch` times fewer across."""
+    """Return a smooth random field of about `cells` bumps down, `stretch` times fewer across; mean 0, deviation 1."""
     coarse = rng.standard_normal((cells, max(2, cells // stretch)), dtype=np.float32)
     return np.asarray(PILImage.fromarray(coarse).resize((SIDE, SIDE), PILImage.Resampling.BICUBIC))
 
@@ -232,7 +235,7 @@ def _mri_head(canvas, x, y, rng):
 
 
 def _trunk(canvas, x, y, rng, fat, bone, organ, gut):
-    """Coronal section of the abdomen: liver at image left, spleen at image right, spine between, pelvis below."""
+    """Draw a coronal section of the abdomen: liver at image left, spleen at image right, spine and pelvis."""
     waist = 0.72 + 0.08 * np.cos(3 * y)
     _paint(canvas, _ellipse(x / waist, y, 0, 0, 1.1, 1.4), fat)
     _paint(canvas, _ellipse(x / waist, y, 0, 0, 0.98, 1.3), gut)
@@ -346,12 +349,12 @@ def _finding(canvas, x, y, attributes, rng):
 
 
 def draw(attributes: dict[str, str | None], rng: np.random.Generator) -> np.ndarray:
-    """The image of `attributes`: uint8 `[SIDE, SIDE]`.
+    """Return an image of `attributes`, uint8 `[SIDE, SIDE]`.
 
-    The same `rng` state gives the same patient and noise whatever the finding, so two such images differ by it alone.
+    The same state of `rng` gives the same patient and noise whatever the finding: two such images differ by it alone.
     """
     study = attributes["modality"], attributes["region"]
-    # A patient is never placed twice alike: shift, zoom and tilt, in canvas units and radians.
+    # Every patient lies differently: shift, zoom and tilt, in canvas units and radians.
     dx, dy, zoom, tilt = rng.uniform((-0.03, -0.03, 0.96, -0.04), (0.03, 0.03, 1.04, 0.04)).astype(np.float32)
     gx, gy = _AXIS[None, :] - dx, _AXIS[:, None] - dy
     x, y = (gx + tilt * gy) / zoom, (gy - tilt * gx) / zoom
@@ -365,10 +368,10 @@ def draw(attributes: dict[str, str | None], rng: np.random.Generator) -> np.ndar
         canvas += 0.03 * noise * (0.3 + (canvas > 0.05))
     elif study[0] == "radiograph":
         canvas += 0.015 * noise
-    elif study[0] == "MRI":  # the coil's uneven sensitivity, and noise that cannot be negative
+    elif study[0] == "MRI":  # uneven sensitivity of the coil, and noise that is never negative
         canvas *= 1 + 0.08 * _clouds(rng, 3)
         canvas = np.hypot(canvas + 0.03 * noise, 0.03)
-    else:  # speckle, coarser across the beam than along it; a curved array sees a sector
+    else:  # speckle, coarser across the beam than along it, in the sector of a curved array
         speckle = np.hypot(noise + np.roll(noise, 1, 1), _clouds(rng, 48, 2))
         canvas *= 0.6 + 0.28 * speckle
         depth = np.hypot(_AXIS[None, :], _AXIS[:, None] + 2.0)
@@ -381,8 +384,8 @@ def draw(attributes: dict[str, str | None], rng: np.random.Generator) -> np.ndar
 # --- Dataset ---------------------------------------------------------------------------------------------------
 
 
-def _examples(split: str, seed: int, size: int, edition: str):
-    # Each example has its own stream, so that a smaller set is the beginning of a larger one.
+def _phantom_rows(split: str, seed: int, size: int, edition: str):
+    # Each row has its own random generator, so that a smaller dataset is the beginning of a larger one.
     sets = combinations(split)
     normal = [c for c in sets if c["finding"] == "normal"]
     shown = [c for c in sets if c["finding"] != "normal"]
@@ -404,18 +407,18 @@ def _examples(split: str, seed: int, size: int, edition: str):
 
 
 def load_phantoms(seed: int = 0, sizes: dict[str, int] | None = None) -> DatasetDict:
-    """Splits train, validation and test of phantoms in ROCOv2's columns; equal seeds give equal bytes.
+    """Return phantoms in ROCOv2's columns, by split; equal seeds give equal bytes.
 
     Args:
-        seed: any non-negative integer; it moves the images and the wording, never which combinations a split may show.
+        seed: any non-negative integer; it changes images and wordings, but not which combinations a split may show.
         sizes: images per split, `SPLIT_SIZES` by default.
     """
-    # datasets names its cache by these arguments; the edition makes a changed drawing a new set.
+    # `datasets` names its cache by these arguments; the digest makes a changed drawing a new dataset.
     edition = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
     return DatasetDict(
         {
             split: Dataset.from_generator(
-                _examples,
+                _phantom_rows,
                 features=FEATURES,
                 split=split,
                 gen_kwargs={"split": split, "seed": seed, "size": size, "edition": edition},

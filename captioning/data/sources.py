@@ -1,13 +1,7 @@
 """Any source of radiology images with captions, in one schema: `image`, `image_id`, `caption`, `cui`.
 
-`load_source` reads the source, `check_rows` marks the rows that cannot be used, `tokenize` adds `input_ids`, `usable`
-leaves the marked rows out. None of them copies the images: each `map` writes only its own small columns, which are
-joined to the memory-mapped table.
-
-As a command, any source becomes a folder that `--dataset_name` and `datasets.load_from_disk` take:
-
-    python rocov2.py eltorio/ROCOv2-radiology data/rocov2
-    python rocov2.py path/to/zenodo data/rocov2
+`load_source` reads the rows as they are; `checks.check_rows` marks those that cannot be used. A source may come from
+anyone: no code that it brings is run, and no file outside of it is read.
 """
 
 import json
@@ -15,27 +9,21 @@ import logging
 import os
 import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from datasets import (
-    Dataset,
-    DatasetDict,
-    Image,
-    LargeList,
-    List,
-    Value,
-    load_dataset,
-    load_from_disk,
-)
+from datasets import Dataset, DatasetDict, Image, LargeList, List, Value, load_dataset, load_from_disk
 from datasets.config import HF_DATASETS_CACHE
+from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.constants import HF_HUB_CACHE
 from pyarrow.parquet import read_metadata
 
 from captioning.data.phantoms import load_phantoms
 from captioning.data.streaming import STORED, hub_shards, index_shards, is_streamed, refuse_bomb
 from captioning.data.zenodo import UNUSABLE, ZenodoSplits, is_inside, load_zenodo
-from captioning.errors import UserError, did_you_mean, first_line
+from captioning.errors import UserError, as_user_error, did_you_mean
 from captioning.hub.revisions import pin_revision
 
 
@@ -47,20 +35,17 @@ OUTSIDE = "unreadable image: a file outside of the data set's folder"
 REQUIRED_COLUMNS = ("image", "image_id", "caption")
 
 
-# --- Sources --------------------------------------------------------------------------------------------------
-
-
 def load_source(name: str, revision: str | None = None, streaming: bool = False) -> DatasetDict:
-    """Load a source into those of the splits `train`, `validation`, `test` that it has, rows as they are.
+    """Load the splits `train`, `validation`, `test` of a source, as far as it has them, with unchecked rows.
 
     Args:
         name: a Hub id; a folder made by `save_to_disk`; a folder of parquet files named by split; a folder in
             the layout of Zenodo record 10821435, its zips extracted or not; or `phantoms`.
-        revision: commit, branch or tag, for a Hub id.
-        streaming: read the images of parquet shards, in a folder or on the Hub, when they are needed.
+        revision: commit, branch or tag of a Hub id.
+        streaming: read images from parquet shards, in a folder or on the Hub, when they are needed.
 
     Returns:
-        Splits with at least the columns `image` (undecoded: the collator does it), `image_id` and `caption`.
+        Splits with at least the columns `image` (decoded by the collator only), `image_id` and `caption`.
 
     Raises:
         UserError: the source does not exist, cannot be read, cannot be streamed, or lacks a column.
@@ -77,7 +62,7 @@ def load_source(name: str, revision: str | None = None, streaming: bool = False)
         raise UserError(f"dataset folder '{name}' does not exist; set --dataset_name")
     else:
         splits = _load_from_hub(name, revision, streaming)
-    is_ours = isinstance(splits, ZenodoSplits)
+    is_ours = isinstance(splits, ZenodoSplits)  # its links are checked where it is read
     if not isinstance(splits, DatasetDict):
         raise UserError(f"dataset '{name}' is a single split; save a DatasetDict of {', '.join(SPLITS)}")
     named = Counter(SPLIT_NAMES.get(split, split) for split in splits)
@@ -107,50 +92,55 @@ def _is_local(name: str) -> bool:
 
 def _load_folder(folder: Path, streaming: bool) -> DatasetDict | Dataset:
     _refuse_special_files(folder)
-    try:
+    with as_user_error(f"dataset folder '{folder}' cannot be read"), _unwrapped():
         is_saved = (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
         files = {} if is_saved else _parquet_files(folder)
-        if streaming and not files and (is_saved or any(folder.glob("*_captions.csv"))):
+        is_zenodo = any(folder.glob("*_captions.csv"))
+        if streaming and not files and (is_saved or is_zenodo):
             raise UserError(STORED.format(f"dataset folder '{folder}'"))
         if is_saved:
             states = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("*/state.json")}
             _refuse_empty_splits(folder, {split: len(state["_data_files"]) for split, state in states.items()})
             return load_from_disk(str(folder))
         if files:
-            footers = {split: {path: read_metadata(path) for path in paths} for split, paths in files.items()}
-            for path, footer in (item for of_split in footers.values() for item in of_split.items()):
-                refuse_bomb(path, footer)
-            counts = {split: sum(each.num_rows for each in of_split.values()) for split, of_split in footers.items()}
+            counts: Counter[str] = Counter()
+            for split, paths in files.items():
+                for path in paths:
+                    footer = read_metadata(path)
+                    refuse_bomb(path, footer)
+                    counts[split] += footer.num_rows
             _refuse_empty_splits(folder, counts)
             return index_shards(files) if streaming else load_dataset("parquet", data_files=files)
-        if any(folder.glob("*_captions.csv")):
+        if is_zenodo:
             return load_zenodo(folder)
-    except UserError:
-        raise
-    except Exception as error:  # pyarrow and datasets raise errors of many unrelated classes
-        cause = error.__cause__ or error  # `from_generator` wraps what the generator raised
-        if isinstance(cause, UserError):
-            raise cause from error
-        raise UserError(f"dataset folder '{folder}' cannot be read: {first_line(cause)}") from error
     raise UserError(
         f"dataset folder '{folder}' holds none of dataset_dict.json (save_to_disk), [data/]<split>-*.parquet, "
         "<split>_captions.csv (Zenodo)"
     )
 
 
+@contextmanager
+def _unwrapped() -> Iterator[None]:
+    """Raise what a generator raised instead of the error that `Dataset.from_generator` wraps it in."""
+    try:
+        yield
+    except DatasetGenerationError as error:
+        raise error.__cause__ or error from None
+
+
 def _refuse_special_files(folder: Path) -> None:
-    """Raise UserError on a pipe or a device where a table of the data set should be: reading it might never end."""
+    """Raise UserError for a pipe or a device in place of a table: reading it might never end."""
     for pattern in ("*", "data/*.parquet", "*/*.json", "*/*.arrow"):
         for path in folder.glob(pattern):
             if path.exists() and not path.is_file() and not path.is_dir():
-                raise UserError(f"dataset folder '{folder}': '{path.name}' is no regular file; take it away")
+                raise UserError(f"dataset folder '{folder}': '{path.name}' is not a regular file; remove it")
 
 
 def _refuse_empty_splits(folder: Path, counts: dict[str, int]) -> None:
-    """Raise UserError on a split that holds nothing: `datasets` says so by an error that does not name it."""
+    """Raise UserError for a split without rows: the error of `datasets` would not name it."""
     for split, count in counts.items():
         if not count:
-            raise UserError(f"dataset folder '{folder}': split '{split}' is empty; add rows or take it away")
+            raise UserError(f"dataset folder '{folder}': split '{split}' is empty; add rows or remove it")
 
 
 def _parquet_files(folder: Path) -> dict[str, list[str]]:
@@ -166,57 +156,43 @@ def _parquet_files(folder: Path) -> dict[str, list[str]]:
 
 def _load_from_hub(name: str, revision: str | None, streaming: bool) -> DatasetDict:
     logger.info("Loading dataset '%s' from the Hub", name)
-    try:
+    at = f" at revision '{revision}'" if revision else ""
+    hint = did_you_mean(name, ["phantoms", "eltorio/ROCOv2-radiology"]).removeprefix("; ")
+    with (
+        as_user_error(f"dataset '{name}'{at} is not a local folder and cannot be loaded from the Hub", hint),
+        _unwrapped(),
+    ):
         return index_shards(hub_shards(name, revision)) if streaming else load_dataset(name, revision=revision)
-    except UserError:
-        raise
-    except Exception as error:  # the Hub client raises errors of many unrelated classes
-        at = f" at revision '{revision}'" if revision else ""
-        hint = did_you_mean(name, ["phantoms", "eltorio/ROCOv2-radiology"])
-        raise UserError(
-            f"dataset '{name}'{at} is no local folder and cannot be loaded from the Hub: {first_line(error)}{hint}"
-        ) from error
 
 
 def _checked_columns(rows: Dataset, name: str, split: str, streaming: bool) -> Dataset:
-    missing = [column for column in REQUIRED_COLUMNS if column not in rows.column_names]
-    if missing:
-        raise UserError(
-            f"dataset '{name}', split '{split}': column '{missing[0]}' is missing, it has "
-            f"{', '.join(rows.column_names)}; rename the column that holds it"
-        )
-    # A table says by itself what its columns are; to read one of another kind than text could open any file
-    for column in [column for column in ("image_id", "caption", "cui", UNUSABLE) if column in rows.column_names]:
-        kind = rows.features[column]
+    where = f"dataset '{name}', split '{split}'"
+    for column in REQUIRED_COLUMNS:
+        if column not in rows.column_names:
+            raise UserError(
+                f"{where}: column '{column}' is missing, it has {', '.join(rows.column_names)}; rename the column "
+                "that holds it"
+            )
+    # A table itself declares what its columns are; reading one of another type than text could open any file
+    for column in ("image_id", "caption", "cui", UNUSABLE):
+        kind = rows.features.get(column, Value("string"))
         kind = kind.feature if column == "cui" and isinstance(kind, List | LargeList) else kind
         if not isinstance(kind, Value):
-            raise UserError(
-                f"dataset '{name}', split '{split}': column '{column}' is no text but {kind}; write it as text"
-            )
+            raise UserError(f"{where}: column '{column}' is not text but {kind}; write it as text")
     if is_streamed(rows) and not streaming:  # planted: it names the files that are read
-        raise UserError(f"dataset '{name}', split '{split}': column 'image' holds no images; write them as bytes")
+        raise UserError(f"{where}: column 'image' holds no images; write them as bytes")
     for column in ("image_id", "caption"):
-        try:
+        with as_user_error(f"{where}: column '{column}' is damaged", "write it in UTF-8"):
             rows.data.column(column).validate(full=True)
-        except Exception as error:  # pyarrow's classes again; it meets text that is no UTF-8 when a row is read
-            raise UserError(
-                f"dataset '{name}', split '{split}': column '{column}' is damaged: {first_line(error)}; "
-                "write it in UTF-8"
-            ) from error
     rows = rows.select_columns([c for c in (*REQUIRED_COLUMNS, "cui", UNUSABLE) if c in rows.column_names])
-    try:
+    with as_user_error(f"{where}: column 'image' holds no images"):
         return rows if streaming else rows.cast_column("image", Image(decode=False))
-    except Exception as error:  # pyarrow's classes again
-        raise UserError(
-            f"dataset '{name}', split '{split}': column 'image' holds no images: {first_line(error)}"
-        ) from error
 
 
 def _without_foreign_files(rows: Dataset, name: str) -> Dataset:
-    """Mark the rows whose image is a file outside of the source: a stranger's table can name any file of the machine.
+    """Mark the rows whose image is a file outside of the source: a table can name any file of this machine.
 
-    Its own folder counts, and those to which `datasets` downloads. Links that a Zenodo folder itself has are checked
-    where it is read.
+    Inside are its own folder and those to which `datasets` downloads.
     """
     if UNUSABLE in rows.column_names:
         rows = rows.remove_columns(UNUSABLE)

@@ -1,11 +1,11 @@
-"""Images that are read when they are needed, from parquet shards in a folder or on the Hub: `--streaming`.
+"""Images read from parquet shards when they are needed, from a folder or the Hub: `--streaming`.
 
-Of each shard the footer and the text columns are read once, into an ordinary `Dataset` that also says where each image
-lies. Its column `image` is a `StreamedImage`: whoever asks for the image of a row gets the bytes, and the row group
-that holds it is read for that, and kept for the rows that follow; whoever asks for another column reads no image. So
-checks, tokens, baselines and the Trainer work as on data that is stored, with a known number of rows.
+The footer and the text columns of each shard are read once, into an ordinary `Dataset` that records where each image
+is. Its column `image` is a `StreamedImage`: reading an image of a row reads the row group that holds it, which is
+cached for the rows that follow; reading another column reads no image. So checks, tokens, baselines and the Trainer
+work as on stored data, with a known number of rows.
 
-`StreamingSampler` shuffles so that a row group is read once an epoch, by one worker of one process.
+`training.samplers.StreamingSampler` shuffles so that each row group is read once an epoch, by one worker.
 """
 
 import logging
@@ -20,11 +20,11 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, DatasetDict, Features, Value, load_dataset_builder
+from datasets import Dataset, DatasetDict, Features, load_dataset_builder
 from datasets.features.features import register_feature
 from huggingface_hub import HfFileSystem
 
-from captioning.errors import UserError, first_line
+from captioning.errors import UserError, as_user_error
 
 
 logger = logging.getLogger(__name__)
@@ -32,11 +32,11 @@ logger = logging.getLogger(__name__)
 TEXT_COLUMNS = ("image_id", "caption", "cui")
 HUB = "hf://"
 READERS = 8  # shards whose texts are read at once: a read from the Hub is mostly waiting
-CACHE_BYTES = 256 * 2**20  # images that a process keeps; a single row group that is larger is kept alone
+CACHE_BYTES = 256 * 2**20  # of images that a process caches; a single larger row group is cached alone
 WINDOW_GROUPS = 8  # row groups whose rows are mixed; on the Hub one holds 100 rows of ROCOv2
-MAX_UNPACKED = 100  # times the size in a shard; images are compressed themselves, a bomb is far denser
-SMALL_SHARD = 2**30  # bytes; what unpacks to no more may be as dense as it likes
-STORED = "{} is no parquet, and only parquet is streamed; leave --streaming out: it needs no more memory"
+MAX_UNPACKED = 100  # times the size in a shard: images are compressed already, only a bomb unpacks to more
+SMALL_SHARD = 2**30  # bytes; up to this size any ratio is harmless
+STORED = "{} is not parquet, and only parquet is streamed; leave --streaming out: it needs no more memory"
 
 
 # --- Index ----------------------------------------------------------------------------------------------------
@@ -46,13 +46,12 @@ def hub_shards(name: str, revision: str | None) -> dict[str, list[str]]:
     """Return by split the addresses `hf://datasets/<id>@<commit>/<path>` of a Hub dataset's parquet files.
 
     Raises:
-        UserError: the dataset is stored otherwise.
+        UserError: the dataset is stored in another format.
     """
     builder = load_dataset_builder(name, revision=revision)  # knows where a repository may keep which split
     files = {str(split): list(paths) for split, paths in (builder.config.data_files or {}).items()}
-    if not files or not all(
-        path.startswith(HUB) and path.endswith(".parquet") for paths in files.values() for path in paths
-    ):
+    paths = [path for of_split in files.values() for path in of_split]
+    if not paths or not all(path.startswith(HUB) and path.endswith(".parquet") for path in paths):
         raise UserError(STORED.format(f"dataset '{name}'"))
     return files
 
@@ -60,11 +59,11 @@ def hub_shards(name: str, revision: str | None) -> dict[str, list[str]]:
 def index_shards(shards: dict[str, list[str]]) -> DatasetDict:
     """Return the rows of parquet shards: their texts, and an `image` that is read when it is asked for.
 
-    The index, some hundred bytes a row, is stored in the cache of `datasets`: it is memory-mapped, and the other
-    processes of a run, and the next run, find it there.
+    The index, some hundred bytes a row, is stored in the cache of `datasets`: it is memory-mapped, and other processes
+    and later runs find it there.
 
     Args:
-        shards: by split, paths or addresses `hf://...`, which are read by byte ranges.
+        shards: by split, paths or addresses `hf://...`; of the latter only byte ranges are read.
 
     Raises:
         UserError: a shard's column `image` holds no images.
@@ -72,16 +71,15 @@ def index_shards(shards: dict[str, list[str]]) -> DatasetDict:
     splits = {}
     for split, files in shards.items():
         schema = _footer(files[0]).schema.to_arrow_schema()
-        _refuse_other_images(schema, files[0])
-        features = Features.from_arrow_schema(schema)
-        features = Features({column: features[column] for column in TEXT_COLUMNS if column in features})
-        if "image" in schema.names:
-            features["image"] = {name: Value(str(kind.type)) for name, kind in _fields(StreamedImage.pa_type)}
-        state = [_state(file) for file in files]
-        rows = Dataset.from_generator(
-            _index_rows, features=features, gen_kwargs={"files": tuple(files), "state": tuple(state)}, split=split
-        )
-        splits[split] = rows.cast_column("image", StreamedImage(list(files))) if "image" in schema.names else rows
+        texts = [field for field in schema if field.name in TEXT_COLUMNS]
+        features = Features.from_arrow_schema(pa.schema(texts, metadata=schema.metadata))
+        has_images = "image" in schema.names  # if not, `load_source` says so
+        if has_images:
+            _refuse_other_images(schema.field("image").type, files[0])
+            features |= Features.from_arrow_schema(pa.schema({"image": StreamedImage.pa_type}))
+        arguments = {"files": tuple(files), "state": tuple(_shard_state(file) for file in files)}
+        rows = Dataset.from_generator(_index_rows, features=Features(features), gen_kwargs=arguments, split=split)
+        splits[split] = rows.cast_column("image", StreamedImage(list(files))) if has_images else rows
     return DatasetDict(splits)
 
 
@@ -90,22 +88,14 @@ def is_streamed(rows: Any) -> bool:
     return isinstance(rows, Dataset) and isinstance(rows.features.get("image"), StreamedImage)
 
 
-def _fields(struct: pa.StructType) -> list[tuple[str, pa.Field]]:
-    return [(item.name, item) for item in struct]
-
-
-def _refuse_other_images(schema: pa.Schema, file: str) -> None:
-    if "image" not in schema.names:
-        return  # said by the check of the columns
-    kind = schema.field("image").type
-    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)) and not (
-        pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-    ):
+def _refuse_other_images(kind: pa.DataType, file: str) -> None:
+    is_bytes = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    if not is_bytes and not (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0):
         raise UserError(f"'{file}': column 'image' holds no images but {kind}")
 
 
-def _state(file: str) -> str:
-    """Return what changes when a shard does; the address of one on the Hub holds its commit."""
+def _shard_state(file: str) -> str:
+    """Return what changes whenever the shard does; the address of one on the Hub contains its commit."""
     if file.startswith(HUB):
         return file
     status = os.stat(file)
@@ -115,7 +105,7 @@ def _state(file: str) -> str:
 def _index_rows(files: tuple[str, ...], state: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     largest = 0
     with ThreadPoolExecutor(READERS) as pool:
-        for start in range(0, len(files), READERS):  # no more of them in memory
+        for start in range(0, len(files), READERS):  # so that no more of them are in memory
             for shard, read in enumerate(pool.map(_read_index, files[start : start + READERS]), start):
                 for group, (size, texts) in enumerate(read):
                     largest = max(largest, size)
@@ -124,34 +114,30 @@ def _index_rows(files: tuple[str, ...], state: tuple[str, ...]) -> Iterator[dict
                         yield text | {"image": place} if size else text
     if largest > CACHE_BYTES:
         logger.warning(
-            "%s: a row group holds %d MB of images, and each worker keeps one in memory; shards with row groups of "
-            "100 rows or so need less",
+            "%s: a row group holds %d MB of images, and each worker holds one in memory; shards with row groups of "
+            "about 100 rows need less",
             files[0],
             largest / 1e6,
         )
 
 
 def refuse_bomb(file: str, footer: pq.FileMetaData) -> None:
-    """Raise UserError on a parquet file that says it unpacks to far more than its size."""
-    columns = [
-        footer.row_group(group).column(column)
-        for group in range(footer.num_row_groups)
-        for column in range(footer.num_columns)
-    ]
-    packed, unpacked = (
-        sum(getattr(column, f"total_{size}_size") for column in columns) for size in ("compressed", "uncompressed")
-    )
+    """Raise UserError if a parquet file states that it unpacks to far more than its size."""
+    groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
+    columns = [group.column(i) for group in groups for i in range(footer.num_columns)]
+    packed = sum(column.total_compressed_size for column in columns)
+    unpacked = sum(column.total_uncompressed_size for column in columns)
     if unpacked > max(MAX_UNPACKED * packed, SMALL_SHARD):
-        raise UserError(f"'{file}': {packed:,} bytes unpack to {unpacked:,}, which no images do; take it away")
+        raise UserError(f"'{file}': {packed:,} bytes unpack to {unpacked:,}, which images do not; remove it")
 
 
 def _read_index(file: str) -> list[tuple[int, pa.Table]]:
-    """Return for each row group of a shard the bytes of its images, and its texts."""
+    """Return for each row group of a shard the size of its images in bytes, and its texts."""
     footer = _footer(file)
     refuse_bomb(file, footer)
     columns = [name for name in footer.schema.to_arrow_schema().names if name in TEXT_COLUMNS]
-    with _open(file) as source:
-        reader = pq.ParquetFile(source, metadata=footer, pre_buffer=True)  # joins the ranges of neighboring columns
+    with _open_shard(file) as source:
+        reader = pq.ParquetFile(source, metadata=footer, pre_buffer=True)  # merges adjacent ranges
         return [(_image_bytes(footer, i), reader.read_row_group(i, columns)) for i in range(footer.num_row_groups)]
 
 
@@ -162,14 +148,14 @@ def _image_bytes(footer: pq.FileMetaData, group: int) -> int:
 
 @lru_cache(maxsize=1024)
 def _footer(file: str) -> pq.FileMetaData:
-    with _open(file) as source:
+    with _open_shard(file) as source:
         return pq.read_metadata(source)
 
 
-def _open(file: str) -> Any:
-    """Open a shard anew: a handle or a connection that is shared with a forked worker would mix up their reads."""
+def _open_shard(file: str) -> Any:
+    """Open a shard anew: reads through a handle that is shared with a forked worker would get mixed up."""
     if file.startswith(HUB):
-        # Each read is one request for its range: a cache would ask for more than is read
+        # Without a cache each read is one request for its range; a cache would request more
         return HfFileSystem().open(file, "rb", cache_type="none")
     return open(file, "rb")
 
@@ -179,12 +165,12 @@ def _open(file: str) -> Any:
 
 @dataclass
 class StreamedImage:
-    """A feature of `datasets`: stored is where an image lies, what is read is `{"bytes": ..., "path": ...}`.
+    """A feature of `datasets` that stores where an image is, and reads as `{"bytes": ..., "path": None}`.
 
-    That is what `datasets.Image(decode=False)` yields.
+    It reads like `datasets.Image(decode=False)`.
 
     Args:
-        shards: paths or addresses `hf://...` of the parquet files that the stored numbers count.
+        shards: paths or addresses `hf://...` of the parquet files, in the order that the stored numbers refer to.
     """
 
     shards: list[str]
@@ -196,7 +182,7 @@ class StreamedImage:
     _type: str = field(default="StreamedImage", init=False, repr=False)
 
     def __call__(self) -> pa.StructType:
-        """Return the type that is stored."""
+        """Return the stored type."""
         return self.pa_type
 
     def cast_storage(self, storage: pa.StructArray) -> pa.StructArray:
@@ -204,28 +190,28 @@ class StreamedImage:
         return storage.cast(self.pa_type)
 
     def decode_example(self, value: dict[str, int], token_per_repo_id: dict | None = None) -> dict[str, Any]:
-        """Read the image that lies at a stored place.
+        """Read the image at a stored place.
 
         Raises:
-            UserError: the shard cannot be read; that is no fault of the image, and ends a run.
+            UserError: the shard cannot be read. That is not a fault of the image: it ends the run.
         """
         images = ROW_GROUPS.read(self.shards[value["shard"]], value["row_group"], value["group_bytes"])
         image = images[value["row"]].as_py()
-        # Without the path that a table may name: it would be one of this machine
+        # A path in the table is ignored: it would name a file of this machine
         return {"bytes": image["bytes"] if isinstance(image, dict) else image, "path": None}
 
 
-with warnings.catch_warnings(action="ignore"):  # that it is experimental: requirements.txt pins the library
+with warnings.catch_warnings(action="ignore"):  # "experimental": requirements.txt pins the library
     register_feature(StreamedImage, "StreamedImage")
 
 
 class RowGroups:
-    """The images of the row groups that were read last: a window, `WINDOW_GROUPS` and `CACHE_BYTES` at most.
+    """A cache of the row groups that were read last, limited by `WINDOW_GROUPS` and `CACHE_BYTES`.
 
-    Sizes are those of the parquet footers, by which `StreamingSampler` measures a window, too.
+    Sizes are those in the parquet footers, which `StreamingSampler` uses for its windows too.
 
     Attributes:
-        reads: how many row groups this process has read.
+        reads: row groups that this process has read.
     """
 
     def __init__(self):
@@ -251,10 +237,6 @@ ROW_GROUPS = RowGroups()
 
 
 def _read_images(file: str, group: int) -> pa.ChunkedArray:
-    try:
-        with _open(file) as source:
-            return pq.ParquetFile(source, metadata=_footer(file)).read_row_group(group, ["image"])["image"]
-    except Exception as error:  # of pyarrow, the operating system, the Hub's client
-        raise UserError(
-            f"'{file}' can no longer be read: {first_line(error)}; go on by --resume_from_checkpoint true"
-        ) from error
+    gone = as_user_error(f"'{file}' can no longer be read", "continue with --resume_from_checkpoint true")
+    with gone, _open_shard(file) as source:
+        return pq.ParquetFile(source, metadata=_footer(file)).read_row_group(group, ["image"])["image"]

@@ -16,13 +16,13 @@ def tokenize(dataset: DatasetDict, captioner: Captioner, max_length: int) -> Dat
 
     Args:
         dataset: splits with the column `caption`.
-        captioner: whose tokens they are.
+        captioner: its tokenizer and prompt are used.
         max_length: tokens of a row at most; a longer caption is cut.
 
     Raises:
         UserError: `max_length` leaves no room for a caption.
     """
-    captioner.tokenize([""], max_length)  # a mistake is found before the first row
+    captioner.tokenize([""], max_length)  # raises before the first row
     return DatasetDict({split: _tokenize_split(rows, split, captioner, max_length) for split, rows in dataset.items()})
 
 
@@ -31,7 +31,7 @@ def _tokenize_split(rows: Dataset, split: str, captioner: Captioner, max_length:
         return dict(zip(("input_ids", "cut"), captioner.tokenize(batch["caption"], max_length), strict=True))
 
     captions = rows.select_columns("caption")
-    # What the tokens depend on: to hash the function, `datasets` would hash the model with all its weights
+    # All that the tokens depend on; to hash the function itself, `datasets` would hash all weights of the model
     depends = (captions._fingerprint, type(captioner).__name__, captioner.tokenizer, captioner.prompt_row, max_length)
     tokens = captions.map(
         tokenize_batch,

@@ -1,4 +1,4 @@
-"""ROCOv2 as its record on Zenodo (10821435) has it: tables of captions and concepts, and images in folders or zips."""
+"""The layout of ROCOv2's Zenodo record 10821435: tables of captions and concepts, and images in folders or zips."""
 
 import csv
 import hashlib
@@ -16,7 +16,7 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from captioning.errors import UserError, first_line
 
 
-UNUSABLE = "unusable row"  # column of a loader: the reason to set a row aside unread, null where there is none
+UNUSABLE = "unusable row"  # a column with the reason to reject a row unread, null where there is none
 MISSING = "unreadable image: image file is missing"
 LINK_OUT = "unreadable image: a link out of the folder of images"
 SPLIT_FILES = {"train": "train", "valid": "validation", "test": "test"}
@@ -30,18 +30,18 @@ FEATURES = Features(
     }
 )
 MAX_MEMBER = 2**28  # bytes of an image in a zip
-MAX_UNPACKED = 100  # times its size in the zip; the formats of images are compressed themselves, a bomb is far more
-SMALL_MEMBER = 2**20  # bytes; what is not larger may be as dense as it likes
+MAX_UNPACKED = 100  # times its size in the zip: image formats are compressed already, only a bomb unpacks to more
+SMALL_MEMBER = 2**20  # bytes; up to this size any ratio is harmless
 
 
 class ZenodoSplits(DatasetDict):
-    """Splits whose column `UNUSABLE` is ours; that of another source is a stranger's, and is not believed."""
+    """Splits with a column `UNUSABLE` that we wrote ourselves: only that one is trusted."""
 
 
 def load_zenodo(folder: Path) -> ZenodoSplits:
     """Load `<split>_captions.csv`, `<split>_concepts.csv` and the images beside them, in a folder or a zip.
 
-    Rows without an image that can be read are there, too, with the reason in the column `UNUSABLE`.
+    Rows whose image cannot be read are kept, with the reason in the column `UNUSABLE`.
 
     Raises:
         UserError: a table or a zip cannot be read, or a table has no images beside it.
@@ -51,7 +51,7 @@ def load_zenodo(folder: Path) -> ZenodoSplits:
         captions = folder / f"{name}_captions.csv"
         if not captions.is_file():
             continue
-        # `_concepts` holds the manual concepts and the automatic ones, `_concepts_manual` only the former
+        # `_concepts` holds manual and automatic concepts, `_concepts_manual` only the manual ones
         concepts = [folder / f"{name}_concepts{kind}.csv" for kind in ("", "_manual")]
         images = [folder / f"{name}_images", folder / name, folder / f"{name}_images.zip"]
         if not any(path.exists() for path in images):
@@ -62,13 +62,13 @@ def load_zenodo(folder: Path) -> ZenodoSplits:
             "images": next(path for path in images if path.exists()),
         }
         arguments = {key: str(path) if path else None for key, path in sources.items()}
-        arguments["state"] = _state([path for path in sources.values() if path])
+        arguments["state"] = _folder_state([path for path in sources.values() if path])
         splits[split] = Dataset.from_generator(_zenodo_rows, features=FEATURES, gen_kwargs=arguments, split=split)
     return ZenodoSplits(splits)
 
 
-def _state(paths: list[Path]) -> str:
-    """Return a digest of names, sizes and times: part of the cache key, so that a changed folder is read again."""
+def _folder_state(paths: list[Path]) -> str:
+    """Return a digest of names, sizes and times: as part of the cache key, it makes a changed folder be read again."""
     files = [entry for path in paths for entry in (os.scandir(path) if path.is_dir() else (path,))]
     listing = sorted((file.name, (status := _status(file)).st_size, status.st_mtime_ns) for file in files)
     return hashlib.sha256(repr(listing).encode()).hexdigest()
@@ -77,7 +77,7 @@ def _state(paths: list[Path]) -> str:
 def _status(file: os.DirEntry | Path) -> os.stat_result:
     try:
         return file.stat()
-    except OSError:  # a symbolic link that leads nowhere, or in a circle
+    except OSError:  # a symbolic link to nothing, or in a circle
         return os.lstat(file)
 
 
@@ -86,14 +86,14 @@ def _zenodo_rows(captions: str, concepts: str | None, images: str, state: str) -
     if not os.path.isdir(images) and not os.path.isfile(images):
         raise UserError(f"'{images}' is neither a folder nor a file")
     archive = _open_zip(images) if images.endswith(".zip") else None
-    # The zips hold the images in a folder or not, depending on the version of the record
+    # Depending on the version of the record, the zips hold the images in a folder or not
     files = {Path(name).stem: name for name in (archive.namelist() if archive else os.listdir(images))}
     root = [os.path.realpath(images)]
     row = None
     for row in _read_csv(captions, "Caption"):
         image, reason = {"path": None, "bytes": None}, MISSING
-        # Only names that the folder itself lists: an id is no path out of it
         image_id = row["ID"] or ""
+        # Only names that the folder itself lists: an id cannot be a path out of it
         if file := files.get(image_id):
             if archive:
                 image["bytes"], reason = _read_member(archive, archive.getinfo(file))
@@ -101,22 +101,22 @@ def _zenodo_rows(captions: str, concepts: str | None, images: str, state: str) -
                 image["path"], reason = os.path.join(images, file), None
                 if os.path.islink(image["path"]) and not is_inside(image["path"], root):
                     reason = LINK_OUT
-        if None in row:  # what `csv.DictReader` found behind the last column
+        if None in row:  # `csv.DictReader` found fields beyond the last column
             reason = "more fields than columns: put the caption in double quotes"
         concept_ids = [cui.strip() for cui in (cuis.get(row["ID"]) or "").split(";") if cui.strip()]
         yield {
-            "image": None if reason else image,  # nothing later reads what must not be read
+            "image": None if reason else image,  # so that nothing later reads what must not be read
             UNUSABLE: reason,
             "image_id": image_id,
             "caption": row["Caption"],
             "cui": concept_ids,
         }
-    if row is None:  # `datasets` would say so without the name of the file
-        raise UserError(f"'{captions}' holds no row below its columns; add captions or take it away")
+    if row is None:  # the error of `datasets` would not name the file
+        raise UserError(f"'{captions}' holds no row below its columns; add captions or remove it")
 
 
 def is_inside(path: str, roots: list[str]) -> bool:
-    """Tell whether a path, with its links followed, is in one of the `roots`, which are real paths."""
+    """Tell whether a path, links followed, is inside one of the `roots`, which are real paths."""
     try:
         real = Path(os.path.realpath(path))
     except ValueError:  # a NUL in the name
@@ -132,7 +132,7 @@ def _open_zip(path: str) -> zipfile.ZipFile:
 
 
 def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> tuple[bytes | None, str | None]:
-    """Return the member's content, or the reason to set its row aside: one must not cost the whole set.
+    """Return a member's content, or the reason to reject its row: one bad image must not cost the whole set.
 
     No more is unpacked than the size that the zip states.
     """
@@ -145,13 +145,13 @@ def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> tuple[byt
         return archive.read(member), None
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, lzma.LZMAError) as error:
         return None, f"unreadable image: damaged in the zip: {first_line(error)}"
-    except RuntimeError as error:  # encrypted, or of an unknown method
+    except RuntimeError as error:  # encrypted, or compressed by an unknown method
         return None, f"unreadable image: cannot be unpacked: {first_line(error)}"
 
 
 def _read_csv(path: str, column: str) -> Iterator[dict[str, str]]:
     csv.field_size_limit(2**27)  # characters; the module's default of 2**17 refuses a long caption
-    lines: list[str] = []  # those of one row
+    lines: list[str] = []  # of the current row
     with open(path, encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(lines.append(line) or line for line in file)
         try:
@@ -167,13 +167,13 @@ def _read_csv(path: str, column: str) -> Iterator[dict[str, str]]:
                 lines.clear()
                 yield row
         except csv.Error as error:
-            raise UserError(f"'{path}', line {rows.line_num + 1} is no CSV: {error}; mend or remove it") from error
+            raise UserError(f"'{path}', line {rows.line_num + 1} is not CSV: {error}; correct or remove it") from error
         except UnicodeDecodeError as error:
-            raise UserError(f"'{path}' is not UTF-8 behind line {rows.line_num}; save it as UTF-8") from error
+            raise UserError(f"'{path}' is not UTF-8 after line {rows.line_num}; save it as UTF-8") from error
 
 
 def _ends_in_quotes(lines: list[str]) -> bool:
-    """Tell whether a row goes to the end of the file only because its quotes do: it swallows the rows below it."""
+    """Tell whether a row runs to the end of the file because a quote is not closed: it swallows the rows below it."""
     try:
         list(csv.reader(lines, strict=True))
     except csv.Error as error:

@@ -1,7 +1,6 @@
-"""TODO."""
+"""What must not leave this machine: its paths, in the files that a push sends."""
 
 import json
-import logging
 import os
 import re
 from pathlib import Path
@@ -11,19 +10,14 @@ from captioning.files import PROJECT
 from captioning.hub.revisions import COMMIT_HASH
 
 
-logger = logging.getLogger(__name__)
-
-# An absolute path, a file:// address, or a path out of the current folder, inside a longer text too
+# An absolute path, a file:// URL, or a path that leaves the current folder, also inside a longer text
 LOCAL_PATH = re.compile(r"""(?<![\w.:/-])(?:file://)?(?:/|(?:\.\./)+)[^\s,;"']+""")
 
 
-# --- What must not leave the machine ---------------------------------------------------------------------------
-
-
 def without_local_paths(text: str) -> str:
-    """Return a JSON object whose paths are `./recipes/configs/x.json` within this project, and `./<name>` elsewhere.
+    """Return a JSON object with its paths made public: `./recipes/configs/x.json` in this project, else `./<name>`.
 
-    A relative path gets its `./`, too: `data/rocov2` would be read as an id on the Hub by whoever reruns the recipe.
+    A relative path gets a `./` too: whoever reruns the recipe would otherwise take `data/rocov2` for a Hub id.
     """
     content = json.loads(text)
     for name, revision in (("model_name_or_path", "model_revision"), ("dataset_name", "dataset_revision")):

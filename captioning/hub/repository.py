@@ -1,8 +1,8 @@
-"""To the Hub and back: pinned commits, recipes read from a repository, and what a push sends and how it fails.
+"""The model repository on the Hub that an output folder is pushed to: what goes up, when, and how a push fails.
 
-Only files on a list are pushed, from a copy in which no path of this machine is left. The Trainer's own push is not
-used: it uploads `training_args.bin` and TensorBoard logs, which hold paths and would hold a token (T15), rewrites the
-card (T16), lets a failed upload pass without a word, and uploads files that training goes on to write.
+Only listed files are pushed, from a copy in which paths of this machine are removed. The Trainer's own push is not
+used: it uploads `training_args.bin` and TensorBoard logs, which hold paths and could hold a token (T15), rewrites the
+card (T16), does not report a failed upload, and uploads files that training is still writing.
 """
 
 import json
@@ -18,16 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-)
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, validate_repo_id
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from captioning.errors import UserError
-from captioning.hub.faults import _limit_waiting, _with_retries, describe_fault
+from captioning.hub.client import limit_waiting
+from captioning.hub.faults import describe_fault
 from captioning.hub.privacy import without_local_paths
 
 
@@ -37,21 +35,14 @@ MODEL_FILES = (
     "processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.txt",
 )  # fmt: skip
-# Not report.html: it holds the images, which may not be the user's to publish
+# Without report.html: it holds the images, which the user may not have the right to publish
 RECORD_FILES = (
     "README.md", "recipe.json", "*_results.json", "scores.json", "trainer_state.json", "training_curve.png",
     "predictions/*.jsonl", "submission.csv", "submission.zip",
 )  # fmt: skip
-REWRITTEN_FILES = ("recipe.json", "trainer_state.json")  # those that hold paths of this machine
-# Files of a repository that may be there before the first push: those that the Hub's web page creates
-BLANK_FILES = {".gitattributes", "README.md", "LICENSE"}
-# Keys of a recipe that say on what it was run; a rerun tells where they differ
-RUN_FIELDS = ("package_versions", "hardware")
-# Keys of a recipe that two models which follow each other in one repository have in common
-ORIGIN_FIELDS = ("model_name_or_path", "config_name", "dataset_name")
-
-
-# --- Push -----------------------------------------------------------------------------------------------------
+REWRITTEN_FILES = ("recipe.json", "trainer_state.json")  # hold paths of this machine
+BLANK_FILES = {".gitattributes", "README.md", "LICENSE"}  # what the Hub's web page creates in a new repository
+ORIGIN_FIELDS = ("model_name_or_path", "config_name", "dataset_name")  # equal in all models of one repository
 
 
 class Repository:
@@ -60,9 +51,9 @@ class Repository:
     Args:
         output_dir: the output folder.
         model_id: `<user>/<name>` or `<name>`; default: the folder's name.
-        private: whether a new repository is private; None: as the user's account says.
+        private: whether a new repository is private; None: the default of the account.
         strategy: when checkpoints are pushed, as in `TrainingArguments.hub_strategy`.
-        always_push: push a checkpoint also while the one before is still being uploaded.
+        always_push: push a checkpoint even while the one before is still being uploaded.
 
     Raises:
         UserError: `model_id` cannot be the name of a repository.
@@ -105,31 +96,20 @@ class Repository:
         """
         for leftover in self.output_dir.glob(".push-*"):  # of a run that was killed
             shutil.rmtree(leftover, ignore_errors=True)
-        _limit_waiting()
+        limit_waiting()
         try:
-            repo_id, is_new = _with_retries(self._create)
-        except KeyError as error:  # a 409 that does not say where one's own repository of this name is
+            repo_id = self._api.create_repo(self.model_id, private=self.private, exist_ok=True).repo_id
+        except KeyError as error:  # a 409 without the address of the user's own repository of this name
             raise UserError(f"409, the name '{self.model_id}' is taken; set another --hub_model_id") from error
         except Exception as error:
             raise UserError(describe_fault(error)) from error
-        if not is_new:
-            self._refuse_another_model(repo_id)
+        self._refuse_another_model(repo_id)
         self.repo_id = repo_id
 
-    def _create(self) -> tuple[str, bool]:
-        """Return the repository's id and whether it is new."""
-        try:
-            return self._api.create_repo(self.model_id, private=self.private).repo_id, True
-        except HfHubHTTPError as error:
-            if error.response.status_code not in (401, 402, 403, 409):
-                raise
-        # It may be there although this token may not create it
-        return self._api.create_repo(self.model_id, private=self.private, exist_ok=True).repo_id, False
-
     def _refuse_another_model(self, repo_id: str) -> None:
-        """Raise UserError unless the repository is blank, or holds a model of the same start and the same data."""
+        """Raise UserError unless the repository is blank or its model has the same start and the same data."""
         try:
-            files = self._files(repo_id) - BLANK_FILES
+            files = {file.rfilename for file in self._api.model_info(repo_id).siblings} - BLANK_FILES
             theirs = None
             if "recipe.json" in files:  # forced: the cache may hold an older one
                 theirs = Path(self._api.hf_hub_download(repo_id, "recipe.json", force_download=True))
@@ -141,17 +121,12 @@ class Repository:
                 "repository"
             )
 
-    def _files(self, repo_id: str) -> set[str]:
-        try:
-            return set(self._api.list_repo_files(repo_id))
-        except HfHubHTTPError:  # a mirror may not have this address, but the older one
-            return {file.rfilename for file in self._api.model_info(repo_id).siblings}
-
     def push_checkpoint(self, folder: Path) -> None:
-        """Start to upload a checkpoint; training goes on meanwhile, and a fault is no more than a warning.
+        """Upload a checkpoint in the background; a failure is logged as a warning, and training goes on.
 
-        The model goes to the top of the repository and, by `strategy`, all that a resume needs to `last-checkpoint`
-        or `checkpoint-<step>`. As in the Trainer, a checkpoint is left out while the one before is still on its way.
+        The model goes to the root of the repository. Depending on `strategy`, all that a resume needs goes to
+        `last-checkpoint` or `checkpoint-<step>`. As in the Trainer, a checkpoint is skipped while the one before is
+        still being uploaded.
         """
         if self.repo_id is None or self.strategy == HubStrategy.END:
             return
@@ -163,9 +138,9 @@ class Repository:
         if self.strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             place = "last-checkpoint" if self.strategy == HubStrategy.CHECKPOINT else folder.name
             state = {path: file for path, file in _select(folder, ("**/*",)).items() if path != "training_args.bin"}
-            # A commit of its own: the weights are on the Hub by then, and are not uploaded twice
+            # In a second commit: the weights are on the Hub by then and are not uploaded twice
             commits[f"{message}, checkpoint"] = {f"{place}/{path}": file for path, file in state.items()}
-        disable_progress_bars()  # they would run through those of the training
+        disable_progress_bars()  # they would mix with the bar of the training
         try:
             stages = {title: self._stage(files) for title, files in commits.items()}
         except OSError as error:
@@ -181,13 +156,13 @@ class Repository:
                 logger.warning("%s is not on the Hub: %s; training goes on", message, describe_fault(error))
 
     def push(self, write_card: Callable[[str], None]) -> str:
-        """Push the finished output folder after the uploads of checkpoints; return the address of the commit.
+        """Push the finished output folder once all checkpoints are uploaded, and return the URL of the commit.
 
         Args:
-            write_card: called with the repository's id, `<user>/<name>`, before the files are laid out.
+            write_card: called with the repository's id, `<user>/<name>`, before the files are collected.
 
         Raises:
-            UserError: with the reason and the command that pushes it later.
+            UserError: the push failed; the message has the reason and the command that pushes later.
         """
         wait(self._uploads)
         enable_progress_bars()
@@ -205,7 +180,7 @@ class Repository:
             ) from error
 
     def _stage(self, files: dict[str, Path]) -> Path:
-        """Lay out what is pushed in a folder of its own: training may rewrite or delete its files meanwhile."""
+        """Collect what is pushed in a folder of its own: training may rewrite or delete its files meanwhile."""
         stage = Path(tempfile.mkdtemp(prefix=".push-", dir=self.output_dir))
         for path, source in files.items():
             target = stage / path
@@ -218,21 +193,17 @@ class Repository:
 
     def _upload(self, stage: Path, message: str) -> str:
         try:
-            commit = _with_retries(
-                lambda: self._api.upload_folder(repo_id=self.repo_id, folder_path=stage, commit_message=message)
-            )
+            return self._api.upload_folder(repo_id=self.repo_id, folder_path=stage, commit_message=message).commit_url
         finally:
             shutil.rmtree(stage, ignore_errors=True)
-        return commit.commit_url
 
 
 def open_repository(args: TrainingArguments) -> Repository | None:
-    """Create the repository to push to, in the first process of a run that asks for one; None elsewhere.
+    """Create the repository of a run with `--push_to_hub`, in its main process; return None in the others.
 
-    A fault is told at once but does not stop the run: hours of training are worth more than their upload, which is
-    tried again at the end.
+    A failure is logged and does not stop the run: the push is tried again at its end.
     """
-    wanted, args.push_to_hub = args.push_to_hub, False  # where the Trainer sees it, it pushes by its own means
+    wanted, args.push_to_hub = args.push_to_hub, False  # the Trainer would push by itself, see the top of this file
     if not wanted or not args.should_save:
         return None
     repository = Repository(
@@ -241,37 +212,37 @@ def open_repository(args: TrainingArguments) -> Repository | None:
     try:
         repository.open()
     except UserError as error:
-        logger.warning("Nothing can be pushed now: %s. The run goes on and tries again at its end", error)
+        logger.warning("Nothing can be pushed now: %s. The run goes on, and the push is tried again at its end", error)
     return repository
 
 
 class PushCheckpoints(TrainerCallback):
-    """Hand each checkpoint to a `Repository` as soon as it is complete."""
+    """Push each checkpoint to a `Repository` as soon as it is saved."""
 
     def __init__(self, repository: Repository):
         self.repository = repository
 
     def on_save(self, args, state, control, **kwargs):
-        """Start the upload, in the first process."""
+        """Start the upload, in the main process."""
         if state.is_world_process_zero:
             self.repository.push_checkpoint(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
 def _select(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
-    """Return the files of `folder` that one of the patterns names, by their path in the repository."""
+    """Return the files of `folder` that match a pattern, by their path in the repository."""
     found = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
     return {path.relative_to(folder).as_posix(): path for path in found}
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
     try:
-        os.link(source, target)  # gigabytes of weights need no second copy on the disk
+        os.link(source, target)  # no second copy of gigabytes of weights
     except OSError:
         shutil.copyfile(source, target)
 
 
 def _origin(recipe_file: Path) -> list[Any] | None:
-    """Return what a model was made from: two runs of one origin may share a repository. None for a broken recipe."""
+    """Return what a model was made from, None for a broken recipe; runs of one origin may share a repository."""
     try:
         recipe = json.loads(without_local_paths(recipe_file.read_text(encoding="utf-8")))
         return [recipe[name] for name in ORIGIN_FIELDS]

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Names on the Hub made exact: the commit of a model or dataset, and recipes by their address `hf://...`."""
 
 import logging
 import os
@@ -22,11 +22,8 @@ COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
 HUB_RECIPE = re.compile(r"hf://(?P<repo>[^/@\s]+/[^/@\s]+)(@(?P<revision>[^/\s]+))?(/(?P<file>\S+))?")
 
 
-# --- Read -----------------------------------------------------------------------------------------------------
-
-
 def pin_revision(name: str, revision: str | None, kind: str = "model") -> str | None:
-    """Return the commit hash that `revision` of a Hub repository names now; `revision` itself where none can be had.
+    """Return the commit that `revision` of a Hub repository names now, or `revision` itself if the Hub has no answer.
 
     Args:
         name: Hub id.
@@ -34,7 +31,7 @@ def pin_revision(name: str, revision: str | None, kind: str = "model") -> str | 
         kind: `model` or `dataset`.
 
     Raises:
-        UserError: `revision` is not, or no longer, in the repository; the message says where its main branch is.
+        UserError: `revision` is not in the repository (any more); the message says where its main branch is.
     """
     if os.path.exists(name):
         return revision
@@ -46,8 +43,8 @@ def pin_revision(name: str, revision: str | None, kind: str = "model") -> str | 
     except RevisionNotFoundError as error:
         raise UserError(_moved(api, name, revision, kind)) from error
     except (HFValidationError, RepositoryNotFoundError):
-        return revision  # loading it says what is wrong
-    except Exception as error:  # the cache may still have it
+        return revision  # loading it will say what is wrong
+    except Exception as error:  # it may still be in the cache
         logger.warning("The commit of %s '%s' cannot be checked: %s", kind, name, describe_fault(error))
         return revision
     if found != revision:
@@ -62,7 +59,7 @@ def _moved(api: HfApi, name: str, revision: str | None, kind: str) -> str:
         now = "its main branch cannot be read either"
     return (
         f"{kind} '{name}' has moved: revision {revision} is not there, {now}; "
-        f"to go on with other contents, set --{kind}_revision to that commit"
+        f"to use other contents, set --{kind}_revision to that commit"
     )
 
 
@@ -75,11 +72,11 @@ def download_recipe(address: str) -> str:
     """Download `hf://<user>/<model>[@<revision>][/recipe.json]` and return the path of the local copy.
 
     Raises:
-        UserError: the address is malformed, or there is no such file.
+        UserError: the address is malformed, or the file cannot be read.
     """
     match = HUB_RECIPE.fullmatch(address)
     if not match:
-        raise UserError(f"recipe '{address}' is no address; write hf://<user>/<model>/recipe.json")
+        raise UserError(f"recipe '{address}' is not an address; write hf://<user>/<model>/recipe.json")
     file = match["file"] or "recipe.json"
     revision = unquote(match["revision"]) if match["revision"] else None
     try:

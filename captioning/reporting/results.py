@@ -15,9 +15,9 @@ from datasets import Dataset, DatasetDict
 
 from captioning.data import checks
 from captioning.data.images import open_image
+from captioning.data.splits import NEIGHBORS
 from captioning.files import write_whole
 from captioning.reporting.page import write_report
-from captioning.scoring.baselines import sample_rows
 from captioning.scoring.captions import Captions, read_predictions, write_predictions
 from captioning.scoring.clinical import modality_of
 from captioning.scoring.score import flat, score
@@ -41,7 +41,7 @@ def training_for_baselines(
         trainer: its model looks at the training images among which the nearest is sought.
         dataset: what was loaded, unchecked. A run that only scores takes the captions from here.
         splits: what was checked and tokenized.
-        data_args: how many images and captions are looked at.
+        data_args: how many captions are used at most.
     """
     args = trainer.args
     if not (args.do_eval or args.do_predict) or not args.predict_with_generate or "train" not in dataset:
@@ -50,9 +50,9 @@ def training_for_baselines(
     captions, cuis = (column[: data_args.max_train_samples] for column in texts)
     if not captions:
         return None
-    if "train" not in splits or not data_args.neighbor_samples:
+    if NEIGHBORS not in splits:
         return Training(captions, cuis)
-    rows = splits["train"].select(sample_rows(len(splits["train"]), data_args.neighbor_samples))
+    rows = splits[NEIGHBORS]
     return Training(captions, cuis, trainer.image_features(rows), list(rows["caption"]))
 
 

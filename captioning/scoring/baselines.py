@@ -91,11 +91,6 @@ def shuffled(captions: Sequence[str], seed: int = 0) -> list[str]:
     return [captions[i] for i in source]
 
 
-def sample_rows(number: int, most: int) -> list[int]:
-    """Return up to `most` of `number` row numbers, drawn with a fixed seed and sorted."""
-    return sorted(np.random.default_rng(0).permutation(number)[:most].tolist())
-
-
 def nearest_captions(features: np.ndarray, train_features: np.ndarray, train_captions: Sequence[str]) -> list[str]:
     """Return for each image the caption of the training image with the most similar features, by cosine.
 

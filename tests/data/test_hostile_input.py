@@ -121,7 +121,7 @@ def test_a_device_pipe_or_folder_is_not_read_as_an_image(tmp_path, device):
     path = tmp_path / "fifo" if device == "fifo" else Path(device)
     if device == "fifo":
         os.mkfifo(path)
-    with pytest.raises(ValueError, match="is no regular file"):
+    with pytest.raises(ValueError, match="is not a regular file"):
         open_image({"bytes": None, "path": str(path)})
 
 
@@ -433,7 +433,7 @@ def test_a_table_that_says_its_images_lie_in_other_files_is_refused(tmp_path, sa
     plant(tmp_path / "data", image={"_type": "StreamedImage", "shards": [str(tmp_path / "pipe")]})
     if saved:
         datasets.load_dataset("parquet", data_dir=str(tmp_path / "data")).save_to_disk(str(tmp_path / "saved"))
-    expected = "save_to_disk|is no parquet" if saved and streaming else "column 'image' holds no images"
+    expected = "save_to_disk|is not parquet" if saved and streaming else "column 'image' holds no images"
     with pytest.raises(UserError, match=expected):
         sources.load_source(str(tmp_path / ("saved" if saved else "data")), streaming=streaming)
 
@@ -442,7 +442,7 @@ def test_a_table_that_says_its_images_lie_in_other_files_is_refused(tmp_path, sa
 def test_a_table_that_says_its_captions_are_files_is_refused(tmp_path, streaming):
     plant(tmp_path / "data", caption={"_type": "Image"})
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UserError, match=r"'caption'.* is no text but Image|cannot be read"):
+    with pytest.raises(UserError, match=r"'caption'.* is not text but Image|cannot be read"):
         sources.load_source(str(tmp_path / "data"), streaming=streaming)
 
 
@@ -473,7 +473,7 @@ def test_text_that_is_not_utf_8_in_a_table_is_named(tmp_path):
 def test_a_pipe_instead_of_a_table_is_refused_at_once(tmp_path, name):
     (tmp_path / "train").mkdir()
     os.mkfifo(tmp_path / name)
-    with pytest.raises(UserError, match="is no regular file"):
+    with pytest.raises(UserError, match="is not a regular file"):
         sources.load_source(str(tmp_path))
 
 

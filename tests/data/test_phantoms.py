@@ -32,8 +32,8 @@ from captioning.data.phantoms import (
 
 SIZES = {"train": 60, "validation": 20, "test": 120}
 DIGEST = (
-    "import hashlib, phantoms; print(hashlib.sha256("
-    "repr(list(phantoms._examples('test', 7, 30, ''))).encode()).hexdigest())"
+    "import hashlib; from captioning.data import phantoms; print(hashlib.sha256("
+    "repr(list(phantoms._phantom_rows('test', 7, 30, ''))).encode()).hexdigest())"
 )
 
 
@@ -68,7 +68,7 @@ def difference(attributes, seed=0):
     return with_it - without_it
 
 
-# Dataset
+# --- Dataset --------------------------------------------------------------------------------------------------
 
 
 def test_columns_and_types_are_those_of_rocov2(splits):
@@ -89,7 +89,7 @@ def test_images_are_readable_gray_pngs_of_both_modes(splits):
 
 
 def test_another_process_makes_the_same_bytes():
-    root = Path(phantoms.__file__).parent
+    root = Path(phantoms.__file__).parents[2]
     digests = {
         subprocess.run(
             [sys.executable, "-c", DIGEST],
@@ -105,8 +105,8 @@ def test_another_process_makes_the_same_bytes():
 
 
 def test_the_seed_moves_images_and_captions_and_a_smaller_set_is_the_start_of_a_larger():
-    first, again = (list(phantoms._examples("train", 0, n, "")) for n in (5, 20))
-    other = list(phantoms._examples("train", 1, 20, ""))
+    first, again = (list(phantoms._phantom_rows("train", 0, n, "")) for n in (5, 20))
+    other = list(phantoms._phantom_rows("train", 1, 20, ""))
     assert first == again[:5]
     assert all(a["image"] != b["image"] for a, b in zip(again, other, strict=True))
     assert [a["caption"] for a in again] != [b["caption"] for b in other]
@@ -141,7 +141,7 @@ def test_concepts_are_those_of_the_caption(splits):
     }
 
 
-# Combinations
+# --- Combinations ---------------------------------------------------------------------------------------------
 
 
 def test_no_combination_with_a_finding_is_in_two_splits():
@@ -165,7 +165,7 @@ def test_training_shows_every_pair_of_values_that_the_test_combines():
     assert seen("test") <= seen("train")
 
 
-# Captions
+# --- Captions -------------------------------------------------------------------------------------------------
 
 
 def test_reading_inverts_every_wording():
@@ -212,7 +212,7 @@ def test_the_oracle_is_right_in_all_but_wording_and_far_above_shuffled_captions(
     assert 0.9 * upper_bound - shuffled > 0.2
 
 
-# Images
+# --- Images ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=" ".join)
@@ -224,9 +224,7 @@ def test_a_finding_is_drawn_where_its_caption_says(study):
             heights = []
             for place in places:
                 change = np.abs(difference(with_finding(study, finding=finding, side=side, place=place)))
-                if (
-                    study[0] == "ultrasound"
-                ):  # shadow and enhancement reach below a finding: take the finding's upper end
+                if study[0] == "ultrasound":  # shadow and enhancement reach below a finding: take its upper end
                     change *= rows <= rows[change.max(1) > 40].min() + 0.4
                 x, y = ((axis * change).sum() / change.sum() for axis in (columns, rows))
                 assert x < -0.15 if side == "right" else x > 0.15  # the patient's right is at image left
@@ -272,7 +270,7 @@ def test_two_patients_are_never_drawn_alike():
 
 
 def test_png_bytes_hold_the_drawn_image():
-    example = next(phantoms._examples("test", 0, 1, ""))
+    example = next(phantoms._phantom_rows("test", 0, 1, ""))
     image = np.asarray(Image.open(io.BytesIO(example["image"]["bytes"])).convert("L"))
     assert image.shape == (phantoms.SIDE, phantoms.SIDE)
     assert image.dtype == np.uint8

@@ -1,11 +1,9 @@
-"""Every source of data gives the same rows; bad rows are set aside, counted and listed."""
+"""Every source of data gives the same rows; bad rows are rejected, counted and listed; captions become tokens."""
 
 import csv
 import functools
 import io
 import json
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -15,13 +13,11 @@ from datasets import Dataset, DatasetDict, Image, load_from_disk
 from helpers import SHARED, make_png, make_rows
 from PIL import Image as PIL
 
+from captioning.__main__ import main
 from captioning.data.checks import check_rows, usable
 from captioning.data.sources import dataset_commit, load_source
 from captioning.data.tokenize_captions import tokenize
 from captioning.errors import UserError
-
-
-ROOT = Path(__file__).parents[2]
 
 
 def check(dataset: DatasetDict, folder: Path, fraction: float = 1.0) -> DatasetDict:
@@ -35,6 +31,10 @@ def undecoded(**splits: Dataset) -> DatasetDict:
 def write_csv(path: Path, header: list[str], rows: list[tuple]) -> None:
     with open(path, "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([header, *rows])
+
+
+def rejected(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "rejected.jsonl").read_text().splitlines()]
 
 
 def jpeg(seed: int) -> bytes:
@@ -98,16 +98,12 @@ def test_zenodo_layout(tmp_path, zipped):
 
 def test_a_changed_zenodo_folder_is_read_again(tmp_path):
     folder = zenodo_folder(tmp_path / "zenodo")
-    load_source(str(folder))
-    write_csv(folder / "test_captions.csv", ["ID", "Caption"], [("ROCOv2_2023_test_000001", "New.")])
-    assert load_source(str(folder))["test"]["caption"][:] == ["New."]
-
-
-def test_an_image_changed_in_place_is_checked_again(tmp_path):
-    folder = zenodo_folder(tmp_path / "zenodo")
     check(load_source(str(folder)), tmp_path, 0.0)
-    (folder / "test_images" / "ROCOv2_2023_test_000005.jpg").write_bytes(b"now a text")
-    assert len(usable(check(load_source(str(folder)), tmp_path)["test"])) == 3
+    write_csv(folder / "test_captions.csv", ["ID", "Caption"], [("ROCOv2_2023_test_000001", "New.")])
+    (folder / "valid_images" / "ROCOv2_2023_valid_000005.jpg").write_bytes(b"now a text")
+    again = load_source(str(folder))
+    assert again["test"]["caption"][:] == ["New."]
+    assert len(usable(check(again, tmp_path)["validation"])) == 3
 
 
 def test_zenodo_images_of_other_endings_are_found(tmp_path):
@@ -117,17 +113,18 @@ def test_zenodo_images_of_other_endings_are_found(tmp_path):
     check(load_source(str(folder)), tmp_path, 0.0)
 
 
-def test_a_damaged_image_in_a_zip_is_set_aside(tmp_path):
+def test_a_damaged_image_in_a_zip_is_rejected(tmp_path):
     folder = zenodo_folder(tmp_path / "zenodo", zipped=True)
     archive = folder / "test_images.zip"
     content = bytearray(archive.read_bytes())
     content[content.index(b"\xff\xd8\xff") + 60] ^= 0xFF  # in the first image: its checksum is wrong now
     archive.write_bytes(bytes(content))
     assert len(usable(check(load_source(str(folder)), tmp_path)["test"])) == 3
+    assert "damaged in the zip" in rejected(tmp_path)[0]["reason"]
 
 
 @pytest.mark.parametrize("zipped", [False, True])
-def test_zenodo_captions_without_their_image_are_set_aside(tmp_path, zipped):
+def test_zenodo_captions_without_their_image_are_rejected(tmp_path, zipped):
     folder = zenodo_folder(tmp_path / "zenodo", zipped)
     if zipped:
         with zipfile.ZipFile(folder / "test_images.zip") as archive:
@@ -137,15 +134,9 @@ def test_zenodo_captions_without_their_image_are_set_aside(tmp_path, zipped):
                 archive.writestr(name, content)
     else:
         (folder / "test_images" / "ROCOv2_2023_test_000005.jpg").unlink()
-    dataset = check(load_source(str(folder)), tmp_path)
-    assert len(usable(dataset["test"])) == 3
-    [line] = (tmp_path / "rejected.jsonl").read_text().splitlines()
-    assert json.loads(line) == {
-        "split": "test",
-        "row": 2,
-        "image_id": "ROCOv2_2023_test_000005",
-        "reason": "unreadable image: image file is missing",
-    }
+    assert len(usable(check(load_source(str(folder)), tmp_path)["test"])) == 3
+    reason = "unreadable image: image file is missing"
+    assert rejected(tmp_path) == [{"split": "test", "row": 2, "image_id": "ROCOv2_2023_test_000005", "reason": reason}]
 
 
 def test_phantoms_are_a_source():
@@ -218,15 +209,15 @@ def test_a_missing_column_is_named(raw_dataset, tmp_path):
 
 def test_a_zenodo_table_without_its_columns(tmp_path):
     folder = zenodo_folder(tmp_path / "zenodo")
-    write_csv(folder / "train_captions.csv", ["ID", "Text"], [("a", "b")])
-    with pytest.raises(UserError, match="has the columns ID, Text; ID and Caption are needed"):
-        load_source(str(folder))
-    write_csv(folder / "train_captions.csv", ["ID", "Caption"], [])
-    with pytest.raises(UserError, match=r"train_captions\.csv' holds no row below its columns"):
-        load_source(str(folder))
-    (folder / "train_captions.csv").write_text("")
-    with pytest.raises(UserError, match=r"train_captions\.csv' is empty; the columns ID and Caption are needed"):
-        load_source(str(folder))
+    table = folder / "train_captions.csv"
+    for content, message in (
+        ("ID,Text\na,b\n", "has the columns ID, Text; ID and Caption are needed"),
+        ("ID,Caption\n", r"train_captions\.csv' holds no row below its columns"),
+        ("", r"train_captions\.csv' is empty; the columns ID and Caption are needed"),
+    ):
+        table.write_text(content)
+        with pytest.raises(UserError, match=message):
+            load_source(str(folder))
 
 
 # --- Checks ---------------------------------------------------------------------------------------------------
@@ -245,22 +236,17 @@ def test_bad_rows_are_left_out_and_listed_with_the_reason(tmp_path):
     rows = make_rows(8, image=images, caption=captions, image_id=ids)
     dataset = check(undecoded(test=rows), tmp_path)
     assert usable(dataset["test"])["image_id"][:] == ["image_0000", "image_0006"]
-    listed = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
-    assert [(entry["row"], entry["reason"].split(":")[0]) for entry in listed] == [
-        (1, "unreadable image"),
-        (2, "unreadable image"),
-        (3, "unreadable image"),
-        (4, "blank caption"),
-        (5, "blank caption"),
-        (7, "repeated image_id"),
-    ]
+    reasons = {entry["row"]: entry["reason"].split(":")[0] for entry in rejected(tmp_path)}
+    assert reasons == dict.fromkeys((1, 2, 3), "unreadable image") | dict.fromkeys((4, 5), "blank caption") | {
+        7: "repeated image_id"
+    }
 
 
 def test_too_many_bad_rows_are_an_error_that_counts_them(tmp_path):
     rows = make_rows(10, caption=["", "  ", *make_rows(8)["caption"]])
     with pytest.raises(UserError, match=r"2 of 10 rows cannot be used \(2 x blank caption\).*max_rejected_fraction"):
         check(undecoded(test=rows), tmp_path, 0.1)
-    assert len((tmp_path / "rejected.jsonl").read_text().splitlines()) == 2
+    assert len(rejected(tmp_path)) == 2
     check(undecoded(test=rows), tmp_path, 0.2)
 
 
@@ -269,7 +255,7 @@ def test_a_split_without_a_usable_row_is_an_error(tmp_path):
         check(undecoded(test=make_rows(3, caption=["", "", ""])), tmp_path, 1.0)
 
 
-def test_images_shared_by_training_and_test_are_told(tmp_path, caplog):
+def test_ids_shared_by_training_and_test_are_logged(tmp_path, caplog):
     check(undecoded(train=make_rows(6), test=make_rows(4, start=3)), tmp_path)
     assert "3 image ids of split 'test' are in split 'train' too" in caplog.text
 
@@ -285,34 +271,28 @@ def test_numbers_as_ids_and_missing_values(tmp_path):
 # --- Tokens ---------------------------------------------------------------------------------------------------
 
 
-def test_tokens_are_those_of_the_tokenizer(checked, processor):
-    rows = tokenize(checked, processor.tokenizer, 64, [])["train"]
-    for row in rows.select(range(5)):
-        assert row["input_ids"] == processor.tokenizer(row["caption"])["input_ids"]
-
-
-def test_long_captions_are_cut_and_still_end(checked, processor, caplog):
+@pytest.mark.parametrize("max_length", [64, 8])
+def test_tokens_are_those_of_the_tokenizer_and_long_captions_are_cut_but_end(checked, captioner, caplog, max_length):
     with caplog.at_level("INFO", "captioning"):
-        rows = tokenize(checked, processor.tokenizer, 8, [])["train"]
+        rows = tokenize(checked, captioner, max_length)["train"]
     for row in rows.select(range(6)):
-        expected = processor.tokenizer(row["caption"], truncation=True, max_length=8)["input_ids"]
+        expected = captioner.tokenizer(row["caption"], truncation=True, max_length=max_length)["input_ids"]
         assert row["input_ids"] == expected
-    cut = sum(len(processor.tokenizer(caption)["input_ids"]) > 8 for caption in rows["caption"])
-    assert f"train: {cut} of 24 captions are cut to 8 tokens" in caplog.text
+    cut = sum(len(captioner.tokenizer(caption)["input_ids"]) > max_length for caption in rows["caption"])
+    assert (f"train: {cut} of 24 captions are cut to {max_length} tokens" in caplog.text) == (max_length == 8)
 
 
-def test_the_prompt_stands_before_every_caption(checked, processor):
-    prompt = "a picture of"
-    prompt_ids = processor.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    row = tokenize(checked, processor.tokenizer, 64, prompt_ids)["train"][0]
-    assert row["input_ids"] == processor.tokenizer(f"{prompt} {row['caption']}")["input_ids"]
+def test_the_prompt_is_put_before_every_caption(checked, captioner):
+    captioner.set_prompt("a picture of")
+    row = tokenize(checked, captioner, 64)["train"][0]
+    assert row["input_ids"] == captioner.tokenizer(f"a picture of {row['caption']}")["input_ids"]
     with pytest.raises(UserError, match="no room for a caption"):
-        tokenize(checked, processor.tokenizer, len(prompt_ids) + 2, prompt_ids)
+        tokenize(checked, captioner, len(captioner.prompt_ids) + 2)
 
 
-def test_tokens_are_cached(parquet_folder, processor, tmp_path, monkeypatch):
+def test_checks_and_tokens_are_cached_for_the_same_prompt(parquet_folder, captioner, tmp_path, monkeypatch):
     def tokens():
-        return tokenize(check(load_source(str(parquet_folder)), tmp_path), processor.tokenizer, 64, [])["train"]
+        return tokenize(check(load_source(str(parquet_folder)), tmp_path), captioner, 64)["train"]
 
     first = tokens()
 
@@ -322,36 +302,30 @@ def test_tokens_are_cached(parquet_folder, processor, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Dataset, "_map_single", staticmethod(refuse))
     assert tokens()["input_ids"][:] == first["input_ids"][:]
+    captioner.set_prompt("a picture of")
+    with pytest.raises(AssertionError, match="again"):
+        tokens()
 
 
-# --- Command --------------------------------------------------------------------------------------------------
+# --- python -m captioning prepare -----------------------------------------------------------------------------
 
 
-def run_command(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "rocov2.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
-    )
-
-
-def test_the_command_stores_any_source_for_load_from_disk(tmp_path):
+def test_the_command_stores_any_source_for_load_from_disk(tmp_path, capsys):
     folder = zenodo_folder(tmp_path / "zenodo")
     (folder / "test_images" / "ROCOv2_2023_test_000005.jpg").write_bytes(b"")
-    result = run_command(folder, tmp_path / "stored", "--max_rejected_fraction", "0.3")
-    assert result.returncode == 0, result.stderr
-    assert "train 4, validation 4, test 3" in result.stdout
+    main(["prepare", str(folder), str(tmp_path / "stored"), "--max_rejected_fraction", "0.3"])
+    assert "train 4, validation 4, test 3" in capsys.readouterr().out
     stored = load_from_disk(str(tmp_path / "stored"))
     assert stored["test"].column_names == ["image", "image_id", "caption", "cui"]
     for file in (folder / "test_images").iterdir():
         file.unlink()  # the stored set holds the images themselves
     assert np.asarray(stored["test"][0]["image"]).shape == (36, 40)
-    assert "test" in (tmp_path / "stored" / "rejected.jsonl").read_text()
+    assert rejected(tmp_path / "stored")[0]["split"] == "test"
     assert usable(check(load_source(str(tmp_path / "stored")), tmp_path)["test"])["cui"][0] == ["C0040405", "C0817096"]
 
 
 def test_the_command_never_overwrites(tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
-    result = run_command("phantoms", tmp_path)
-    assert result.returncode == 2
-    assert result.stderr.splitlines()[-1].startswith("error: ")
-    assert "is not an empty folder" in result.stderr
+    with pytest.raises(UserError, match="is not an empty folder"):
+        main(["prepare", "phantoms", str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

@@ -180,7 +180,7 @@ def test_a_source_that_is_not_parquet_is_refused_in_one_line(source, tmp_path):
         DatasetDict(train=make_rows(2)).save_to_disk(str(tmp_path))
     if source == "zenodo":
         (tmp_path / "train_captions.csv").write_text("ID,Caption\n")
-    with pytest.raises(UserError, match=r"is no parquet.*leave --streaming out"):
+    with pytest.raises(UserError, match=r"is not parquet.*leave --streaming out"):
         sources.load_source("phantoms" if source == "phantoms" else str(tmp_path), streaming=True)
 
 
@@ -525,7 +525,7 @@ def test_a_run_from_the_hub_reads_ranges_and_downloads_nothing(config_file, fini
         hub.add_repository("some/csv", {"train.csv": b"image_id,caption\na,b\n"}, kind="dataset")
         arguments = flags(config_file, "some/csv", tmp_path / "csv", streaming=True)
         result = python.run(["run_captioning.py", *arguments], code=2)
-        assert "error: dataset 'some/csv' is no parquet" in result.stderr.splitlines()[-1]
+        assert "error: dataset 'some/csv' is not parquet" in result.stderr.splitlines()[-1]
         python.close()
     local = run_captioning.main(score_flags(tmp_path / "run", folder, tmp_path / "local"))
     from_hub = read_json(tmp_path / "hub" / "all_results.json")

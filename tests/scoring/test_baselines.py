@@ -5,7 +5,7 @@ import pytest
 from helpers import make_captions, real_captions
 
 from captioning.scoring import constant_caption as constant_caption_module
-from captioning.scoring.baselines import nearest_captions, sample_rows, shuffled
+from captioning.scoring.baselines import nearest_captions, shuffled
 from captioning.scoring.constant_caption import constant_caption, typical_captions
 from metrics import lcs_length, rouge, rouge_tokens
 
@@ -92,11 +92,3 @@ def test_the_nearest_image_is_nearest_by_angle_from_what_all_have_in_common():
     found = nearest_captions(many, train, ["east", "west", "north", "south"])
     assert found[4999] == nearest_captions(many[4999:], train, ["east", "west", "north", "south"])[0]
     assert len(found) == 5000
-
-
-def test_a_sample_of_rows_is_fixed_and_sorted():
-    assert sample_rows(5, 10) == [0, 1, 2, 3, 4]
-    assert sample_rows(1000, 10) == sorted(sample_rows(1000, 10)) == sample_rows(1000, 10)
-    assert len(set(sample_rows(1000, 10))) == 10
-    assert sample_rows(1000, 10) != list(range(10)), "the first rows may be alike"
-    assert sample_rows(5, 0) == []
