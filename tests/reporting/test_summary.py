@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image as PIL
 
-from captioning.errors import UserError
 from captioning.reporting.curves import draw_training_curve
-from captioning.reporting.summary import main, summary
+from captioning.reporting.summary import summary
 from captioning.scoring.captions import Captions, write_predictions
 
 
@@ -61,19 +60,3 @@ def test_summary_shows_the_baselines_and_the_verdict(predictions):
     assert "rougeL of other images" in text
     assert "nearest" not in text
     assert "test: ROUGE-L 0.1 does NOT beat it." in text.splitlines()
-
-
-def test_the_check_of_a_submission_names_each_fault(tmp_path, capsys):
-    submission, references = tmp_path / "submission.csv", tmp_path / "truth.csv"
-    references.write_text("ID,Caption\na,x\nb,y\n")
-    submission.write_text('ID,Caption\na,"x"\nb,"y, z"\n')
-    main(["check", str(submission), "--references", str(references)])
-    assert capsys.readouterr().out == f"'{submission}' is a valid submission\n"
-    main(["check", str(submission)])
-    assert "not checked, which needs --references" in capsys.readouterr().out
-    submission.write_text("ID,Caption\n a,x\nb,y, z\n")
-    with pytest.raises(UserError, match=r"faults found: \d"):
-        main(["check", str(submission), "--references", str(references)])
-    lines = capsys.readouterr().err.splitlines()
-    assert f"{submission}: row 2: the id ' a' has white space at its ends; remove it" in lines
-    assert any("row 3: 3 fields" in line for line in lines)
