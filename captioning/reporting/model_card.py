@@ -21,8 +21,8 @@ from captioning.files import PROJECT, write_whole
 from captioning.hub.revisions import COMMIT_HASH
 from captioning.models.captioner import Captioner, CardFacts
 from captioning.models.load import class_in_folder
+from captioning.scoring.baselines import BASELINES
 from captioning.scoring.captions import read_predictions
-from captioning.scoring.score import BASELINES, HEADINGS
 from captioning.training.decoding import decode_settings, generation_config, in_words
 
 
@@ -266,8 +266,8 @@ def _worth(all_scores: Mapping[str, Any]) -> dict[str, Any] | None:
     return {
         "split": split,
         "verdict": scores["verdict"],
-        "headings": [HEADINGS[baseline] for baseline in baselines],
-        "baselines": {HEADINGS[baseline]: BASELINES[baseline] for baseline in baselines},
+        "headings": [BASELINES[baseline].heading for baseline in baselines],
+        "baselines": {BASELINES[baseline].heading: BASELINES[baseline].description for baseline in baselines},
         "rows": rows,
         "coco": any(name.startswith("coco_") for name in scores["scores"]),
         "constant": markdown(constant["caption"]),

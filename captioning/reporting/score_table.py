@@ -4,11 +4,9 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from captioning.scoring.baselines import BASELINES
 from captioning.scoring.captions import printable
-from captioning.scoring.score import (
-    BY_MODALITY,
-    HEADINGS,
-)
+from captioning.scoring.score import BY_MODALITY
 
 
 logger = logging.getLogger(__name__)
@@ -23,7 +21,9 @@ def score_table(scores: Mapping[str, Any]) -> str:
     width = max(len(name) for name in scores["scores"]) + 2
     lines = [f"{scores['captions']:,} captions, {scores['unique_captions']:.1%} of them distinct", ""]
     lines.append(
-        " " * width + f"{'score':>8}  {'95 % interval':<17}" + "".join(f"{HEADINGS[f]:>13}" for f in baselines)
+        " " * width
+        + f"{'score':>8}  {'95 % interval':<17}"
+        + "".join(f"{BASELINES[f].heading:>13}" for f in baselines)
     )
     for name, entry in scores["scores"].items():
         row = f"{name:<{width}}{_number(entry['value']):>8}  {_number(entry['low'])} - {_number(entry['high']):<8}"
@@ -32,7 +32,7 @@ def score_table(scores: Mapping[str, Any]) -> str:
     lines.append("")
     for name, note in scores["baselines"].items():
         among = f", found among {note['found_among']}" if "found_among" in note else ""
-        lines.append(f"{HEADINGS[name]}: {note['what']}{among}")
+        lines.append(f"{BASELINES[name].heading}: {note['what']}{among}")
     lines += [f"  {printable(scores['baselines']['constant']['caption'])}", ""]
     modalities = scores["modalities"]
     lines.append(f"{'by modality':<{width}}" + "".join(f"{name:>13}" for name in modalities))

@@ -7,8 +7,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from captioning.scoring.baselines import BASELINES
 from captioning.scoring.captions import printable, read_predictions
-from captioning.scoring.score import HEADINGS, HEADLINE
+from captioning.scoring.score import HEADLINE
 from metrics import METRIC_NAMES
 
 
@@ -25,7 +26,7 @@ def summary(metrics: Mapping[str, float], output_dir: Path) -> str:
         name: prefix for name, prefix in (("validation", "eval_"), ("test", "predict_")) if f"{prefix}loss" in metrics
     }
     rows = {name: name for name in METRIC_NAMES}
-    rows |= {f"{HEADLINE}_{baseline}": f"{HEADLINE} of {heading}" for baseline, heading in HEADINGS.items()}
+    rows |= {f"{HEADLINE}_{key}": f"{HEADLINE} of {baseline.heading}" for key, baseline in BASELINES.items()}
     lines = [" " * 24 + "".join(f"{name:>12}" for name in columns)]
     for row, label in rows.items():
         values = [metrics.get(prefix + row) for prefix in columns.values()]

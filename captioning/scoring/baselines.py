@@ -5,6 +5,7 @@ constant caption reaches a ROUGE-L of .165, more than a published fine-tune.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.sparse import csr_matrix
@@ -16,6 +17,35 @@ MAX_REFERENCES = 10_000  # training captions that the constant caption is judged
 MIN_GROUP = 10  # captions of which one can be called typical
 WORD_BITS = 64  # words of a candidate whose matches fit into one integer
 CHUNK = 2048  # images whose neighbors are sought at a time
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """How a baseline is called.
+
+    Attributes:
+        name: in a legend.
+        heading: over a column of a table.
+        letter: in a picture.
+        description: in a sentence.
+    """
+
+    name: str
+    heading: str
+    letter: str
+    description: str
+
+
+# By the key that it has in scores.json; the most telling first
+BASELINES = {
+    "constant": Baseline("constant caption", "constant", "C", "the best constant caption"),
+    "typical_of_modality": Baseline(
+        "typical of modality", "modality", "M", "the most typical caption of the true modality"
+    ),
+    "nearest_image": Baseline("nearest training image", "nearest", "N", "the caption of the nearest training image"),
+    "shuffled_references": Baseline("shuffled references", "other refs", "R", "the reference of another image"),
+    "shuffled_images": Baseline("shuffled images", "other images", "I", "the model's caption of another image"),
+}
 
 
 def shuffled(captions: Sequence[str], seed: int = 0) -> list[str]:

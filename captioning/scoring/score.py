@@ -24,7 +24,7 @@ import numpy as np
 
 from captioning.errors import UserError
 from captioning.scoring import bertscore, clinical, coco
-from captioning.scoring.baselines import constant_caption, nearest_captions, shuffled, typical_captions
+from captioning.scoring.baselines import BASELINES, constant_caption, nearest_captions, shuffled, typical_captions
 from captioning.scoring.bootstrap import LEVEL, Score, compare, interval, resampled, resampling_counts
 from captioning.scoring.captions import Captions, check_ids, read_csv, split_cuis
 from captioning.scoring.concepts import ConceptExtractor, concept_f1, known_concepts
@@ -38,22 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 HEADLINE = "rougeL"
-# The most telling first
-BASELINES = {
-    "constant": "the best constant caption",
-    "typical_of_modality": "the most typical caption of the true modality",
-    "nearest_image": "the caption of the nearest training image",
-    "shuffled_references": "the reference of another image",
-    "shuffled_images": "the model's caption of another image",
-}
 METEOR_CAPTIONS = 20_000
-HEADINGS = {
-    "constant": "constant",
-    "typical_of_modality": "modality",
-    "nearest_image": "nearest",
-    "shuffled_references": "other refs",
-    "shuffled_images": "other images",
-}
 # Scores that a table by modality shows; BLEU and METEOR are of a corpus, and few captions make no corpus
 BY_MODALITY = (HEADLINE, "rouge1", "imageclef_rouge1", *(f"{name}_f1" for name in clinical.ATTRIBUTES), "concept_f1")
 
@@ -189,7 +174,7 @@ def _baselines(
     if number > 1:  # else there is no other image
         baselines["shuffled_references"] = shuffled(captions.references)
         baselines["shuffled_images"] = shuffled(captions.predictions)
-    notes = {name: {"what": BASELINES[name]} for name in baselines}
+    notes = {name: {"what": BASELINES[name].description} for name in baselines}
     notes["constant"] |= {"caption": constant, "found_among": source}
     notes["typical_of_modality"] |= {"captions": typical, "found_among": source}
     if "nearest_image" in baselines:
@@ -276,7 +261,11 @@ def _verdict(scores: Mapping[str, Mapping[str, Score]], counts: np.ndarray) -> d
         gain = compare(own, scores["shuffled_images"][HEADLINE], counts)
         between = f"{gain.low:+.4f} to {gain.high:+.4f}"
         sentences.append(f"looking at the image adds {gain.difference:+.4f} ({between})")
-    higher = [f"{BASELINES[f]} ({value:.4f})" for f, value in values.items() if value > own.value and f != "constant"]
+    higher = [
+        f"{BASELINES[f].description} ({value:.4f})"
+        for f, value in values.items()
+        if value > own.value and f != "constant"
+    ]
     if higher:
         sentences.append(f"higher than the captions is {' and '.join(higher)}")
     return {"verdict": f"{'; '.join(sentences)}.", "beats_constant": beats}

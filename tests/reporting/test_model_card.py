@@ -10,8 +10,8 @@ from huggingface_hub import ModelCard
 
 import run_captioning
 from captioning.reporting.model_card import LICENSES, markdown, render, write_model_card
+from captioning.scoring.baselines import BASELINES
 from captioning.scoring.captions import read_predictions
-from captioning.scoring.score import BASELINES
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,10 @@ from captioning.errors import UserError
 from captioning.reporting import score_table
 from captioning.reporting.score_table import table
 from captioning.scoring import score as score_module
+from captioning.scoring.baselines import BASELINES
 from captioning.scoring.bootstrap import Score
 from captioning.scoring.captions import Captions
-from captioning.scoring.score import BASELINES, Training, flat, score
+from captioning.scoring.score import Training, flat, score
 from metrics import rouge
 
 
