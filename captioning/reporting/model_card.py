@@ -7,7 +7,7 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,25 +33,8 @@ SCORE_COLUMNS = {
     "gen_len": "length",
     "unique_captions": "distinct",
 }
-# By the kind of the data
-LICENSES = {
-    "rocov2": (
-        "cc-by-nc-sa-4.0",
-        "The images and captions of ROCOv2 come from PubMed Central. Their license labels disagree between mirrors "
-        "(CC BY, CC BY-NC and CC BY-NC-SA 4.0); this card states the strictest, CC BY-NC-SA 4.0. The license of each "
-        "image is in `license_information.csv` of the data's Zenodo record, 10821435.",
-    ),
-    "phantoms": (
-        "apache-2.0",
-        "The phantoms are drawn by the recipe itself and are licensed as its code is, Apache-2.0. They show no "
-        "patients.",
-    ),
-    "other": (
-        "other",
-        "The recipe does not know the license of the training data. Whoever publishes this model must state it here "
-        "and in the metadata (`--license`).",
-    ),
-}
+# By the kind of the data; the template has the reasons
+LICENSES = {"rocov2": "cc-by-nc-sa-4.0", "phantoms": "apache-2.0", "other": "other"}
 
 
 def write_model_card(record: RunRecord, name: str | None = None) -> None:
@@ -70,14 +53,7 @@ def render_card(record: RunRecord, name: str) -> str:
     base = record.start and record.start.id
     if not base and not recipe["do_train"]:
         base = Path(recipe["config_name"]).stem  # random weights were scored as they are
-    license, license_text = LICENSES[record.data_kind]
-    if record.data_kind != "phantoms":
-        license_text = f"{license_text} {family.license_note}"
-    elif base:
-        license, license_text = (
-            "other",
-            f"{license_text} What was made from {base} is also under the license of {base}.",
-        )
+    license = "other" if record.data_kind == "phantoms" and base else LICENSES[record.data_kind]
     metadata = ModelCardData(
         language=recipe["language"],
         license=recipe["license"] or license,
@@ -90,38 +66,34 @@ def render_card(record: RunRecord, name: str) -> str:
         model_name=name.split("/")[-1],
         eval_results=_eval_results(record) or None,
     )
-    examples_split, examples = _examples(record)
     card = ModelCard.from_template(
         metadata,
         template_path=str(TEMPLATE),
+        record=record,
+        recipe=recipe,
+        results=record.results,
         name=name,
-        kind=family.kind,
+        family=family,
+        base=base,
+        data=record.data_in_words if record.data.revision else markdown(record.data_in_words),
+        parameters=_num_parameters(record),
+        stages=[(split, prefix) for split, prefix in SPLITS.items() if f"{prefix}_loss" in record.results],
+        columns=SCORE_COLUMNS,
+        scored=next(((split, record.scores[split]) for split in SPLITS if split in record.scores), None),
+        baselines=BASELINES,
+        captioned=next(
+            ((split, _chosen_examples(record.predictions(split))) for split in SPLITS if record.predictions(split)),
+            None,
+        ),
         usage=_usage(record, name if recipe["do_train"] else base),
         plain_generate=_plain_generate(record),
         autocast=_autocast(recipe),
-        package_versions=recipe["package_versions"],
-        trained=recipe["do_train"],
-        base=f"[{base}](https://huggingface.co/{base})" if base and "/" in base else base and f"`{base}`",
-        config_name=recipe["config_name"] and Path(recipe["config_name"]).name,
-        data=f"[{record.data.id}](https://huggingface.co/datasets/{record.data.id})"
-        if record.data.revision
-        else markdown(record.data_in_words),
-        data_kind=record.data_kind,
-        parameters=_num_parameters(record),
-        image_size=record.image_size,
-        scores=_score_rows(record),
-        columns=SCORE_COLUMNS,
-        decoding=record.facts(COMMIT_DIGITS)["decoding"],
-        baselines=_baseline_table(record),
-        examples=examples,
-        examples_split=examples_split,
         recipe_address=f"hf://{name}/recipe.json" if "/" in name else f"{name}/recipe.json",
         missing_flags=_missing_flags(record),
-        run_facts=_run_facts(record),
+        facts=_run_facts(record),
         has_curve=(record.folder / "training_curve.png").is_file(),
-        history=_history(record),
-        license_text=license_text,
-        citation=family.citation,
+        digits=_four_digits,
+        markdown=markdown,
     )
     return str(card)
 
@@ -166,62 +138,10 @@ def _eval_results(record: RunRecord) -> list[EvalResult]:
     ]
 
 
-def _score_rows(record: RunRecord) -> list[list[str]]:
-    results, config = record.results, record.decoding
-    return [
-        [split, str(results.get(f"{prefix}_samples", "-")), str(config.num_beams), str(config.max_new_tokens)]
-        + [_four_digits(results.get(f"{prefix}_{key}")) for key in SCORE_COLUMNS]
-        for split, prefix in SPLITS.items()
-        if f"{prefix}_loss" in results
-    ]
-
-
-def _baseline_table(record: RunRecord) -> dict[str, Any] | None:
-    """Return the scores of one split beside their intervals, baselines and upper bounds, None without any."""
-    split = next((split for split in SPLITS if split in record.scores), None)
-    if split is None:
-        return None
-    scores = record.scores[split]
-    baselines = {key: baseline for key, baseline in BASELINES.items() if key in scores["baselines"]}
-    constant = scores["baselines"]["constant"]
-    return {
-        "split": split,
-        "verdict": scores["verdict"],
-        "headings": [baseline.heading for baseline in baselines.values()],
-        "descriptions": [f"*{baseline.heading}*: {baseline.description}" for baseline in baselines.values()],
-        "rows": [
-            [
-                f"`{name}`",
-                _four_digits(entry["value"]),
-                f"{_four_digits(entry['low'])} to {_four_digits(entry['high'])}",
-                *(_four_digits(entry["baselines"].get(key)) for key in baselines),
-                _four_digits(entry.get("upper_bound")),
-            ]
-            for name, entry in scores["scores"].items()
-            if entry["value"] is not None
-        ],
-        "coco": any(name.startswith("coco_") for name in scores["scores"]),
-        "constant": markdown(constant["caption"]),
-        "found_among": constant["found_among"],
-        "missing": {name: markdown(reason) for name, reason in scores["missing"].items()},
-    }
-
-
-def _examples(record: RunRecord) -> tuple[str | None, list[list[str]]]:
-    """Return the best, the median and the worst caption of a split by ROUGE-L, and the first, which nobody chose."""
-    for split in SPLITS:
-        if rows := record.predictions(split):
-            ranked = sorted(rows, key=lambda row: -row["rougeL"])
-            chosen = {"best": ranked[0], "median": ranked[len(ranked) // 2], "first": rows[0], "worst": ranked[-1]}
-            return split, [
-                [
-                    which,
-                    *(markdown(row[key]) or "(empty)" for key in ("image_id", "reference", "prediction")),
-                    f"{row['rougeL']:.2f}",
-                ]
-                for which, row in chosen.items()
-            ]
-    return None, []
+def _chosen_examples(rows: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Return the best, the median and the worst caption by ROUGE-L, and the first, which nobody chose."""
+    ranked = sorted(rows, key=lambda row: -row["rougeL"])
+    return {"best": ranked[0], "median": ranked[len(ranked) // 2], "first": rows[0], "worst": ranked[-1]}
 
 
 def _four_digits(value: float | None) -> str:
@@ -293,19 +213,6 @@ def _run_facts(record: RunRecord) -> dict[str, Any]:
         "time": ", ".join(took) or "-",
         "packages": ", ".join(f"{name} {version}" for name, version in recipe["package_versions"].items()),
     }
-
-
-def _history(record: RunRecord) -> list[list[str]]:
-    return [
-        [
-            str(entry["step"]),
-            f"{entry['epoch']:.2f}",
-            _four_digits(entry["eval_loss"]),
-            _four_digits(entry.get("eval_rougeL")),
-        ]
-        for entry in record.log_history
-        if "eval_loss" in entry
-    ]
 
 
 def _num_parameters(record: RunRecord) -> str | None:

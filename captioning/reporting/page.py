@@ -18,10 +18,11 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
+from captioning.reporting import page_scores
 from captioning.reporting.curves import inline_curves
 from captioning.reporting.page_images import IMAGES_PER_BLOCK, image_blocks, to_base64
-from captioning.reporting.page_scores import split_tables
 from captioning.reporting.run_record import RunRecord
+from captioning.scoring.baselines import BASELINES
 
 
 TEMPLATE = "page_template.html"
@@ -53,20 +54,12 @@ def write_report(
     Raises:
         ValueError: there are more or fewer images or modalities than predictions.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_without_invalid_characters,
-    )
+    environment = _environment()
     source = environment.loader.get_source(environment, TEMPLATE)[0]
     predictions, summary = record.predictions(split), record.scores.get(split, {})
     rows = [_row(*row) for row in zip(predictions, modalities, strict=True)]
-    maps = {
-        i: _maps(attention[row["image_id"]]) for i, row in enumerate(predictions) if attention.get(row["image_id"])
-    }
+    words = {i: attention.get(row["image_id"]) for i, row in enumerate(predictions)}
+    maps = {i: _maps(found) for i, found in words.items() if found}
     payload = _script_json({"block": IMAGES_PER_BLOCK, "rows": rows, "attention": maps})
     facts = record.facts(COMMIT_DIGITS) | {"split": f"{split}, {len(rows):,} captions"}
     if summary:
@@ -79,7 +72,7 @@ def write_report(
         split=split,
         facts=facts,
         summary=summary,
-        splits=[split_tables(name, record.scores[name]) for name in sorted(record.scores, key=lambda n: n != split)],
+        splits={name: record.scores[name] for name in sorted(record.scores, key=lambda name: name != split)},
         curves=inline_curves(record.log_history),
         payload=payload,
         blocks=(_script_json(block) for block in blocks),
@@ -91,6 +84,19 @@ def write_report(
         os.replace(unfinished, record.folder / "report.html")
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_without_invalid_characters,
+    )
+    environment.globals |= {"baselines": BASELINES, "page_scores": page_scores}
+    return environment
 
 
 # --- Data for the page's script -------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
-"""The score tables of the report page: numbers as text, and the geometry of the picture beside each score."""
+"""The scores on the report page: their names and numbers as text, and the geometry of the picture beside each."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from captioning.scoring.baselines import BASELINES, Baseline
+from captioning.scoring.baselines import Baseline
 
 
 LABELS = {
@@ -28,79 +28,18 @@ Score = Mapping[str, Any]  # an entry of `scores` or `modalities` in scores.json
 Legend = Mapping[str, Baseline]
 
 
-def split_tables(split: str, scored: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tables of one split.
-
-    Args:
-        split: its name.
-        scored: what `scoring.score.score` returned for it.
-    """
-    scores, notes = scored["scores"], scored["baselines"]
-    legend = {key: baseline for key, baseline in BASELINES.items() if key in notes}
-    groups = {title: [key for key in labels if key in scores] for title, labels in LABELS.items()}
-    groups[CLINICAL] = [key for key in scores if not any(key in labels for labels in LABELS.values())]
-    return {
-        "name": split,
-        "captions": scored["captions"],
-        "legend": list(legend.values()),
-        "groups": [
-            (title, [_score_row(key, scores[key], legend) for key in keys]) for title, keys in groups.items() if keys
-        ],
-        "has_upper_bound": any(score.get("upper_bound") is not None for score in scores.values()),
-        "missing": {_label(key, full=True): reason for key, reason in scored["missing"].items()},
-        "notes": [
-            {
-                "name": baseline.name,
-                "what": notes[key]["what"],
-                "found_among": notes[key].get("found_among"),
-                "captions": {"": notes[key]["caption"]} if "caption" in notes[key] else notes[key].get("captions", {}),
-            }
-            for key, baseline in legend.items()
-        ],
-        **_modality_table(scored["modalities"]),
-    }
+# --- Tables ---------------------------------------------------------------------------------------------------
 
 
-def _score_row(key: str, score: Score, legend: Legend) -> dict[str, Any]:
-    value, low = score["value"], score["low"]
-    cells = []
-    for name, baseline in legend.items():
-        number = score["baselines"].get(name)
-        lost = None not in (number, value) and number >= value
-        within = not lost and None not in (number, low) and number >= low
-        state = "lost" if lost else "within" if within else ""
-        cells.append({"baseline": baseline, "text": _three_digits(number), "state": state})
-    return {
-        "label": _label(key),
-        "value": _three_digits(value),
-        "interval": _interval_text(score),
-        "cells": cells,
-        "upper_bound": _three_digits(score.get("upper_bound")),
-        "picture": _picture(_label(key), score, legend),
-    }
+def score_groups(keys: Collection[str]) -> dict[str, list[str]]:
+    """Return the keys of scores by the heading that says whose scores they are."""
+    groups = {heading: [key for key in labels if key in keys] for heading, labels in LABELS.items()}
+    known = {key for labels in LABELS.values() for key in labels}
+    groups[CLINICAL] = [key for key in keys if key not in known and key != "captions"]
+    return {heading: found for heading, found in groups.items() if found}
 
 
-def _modality_table(modalities: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the table of scores by modality, the largest modality first, all pictures on one scale."""
-    keys = {key for modality in modalities.values() for key in modality if key != "captions"}
-    known = [key for labels in LABELS.values() for key in labels]
-    columns = [key for key in known if key in keys] + sorted(keys.difference(known))
-    end = max((_largest(modality["rougeL"]) for modality in modalities.values()), default=0.0)
-    return {
-        "columns": [_label(key, full=True) for key in columns],
-        "modalities": [
-            {
-                "name": name,
-                "captions": modality["captions"],
-                "cells": [(_three_digits(modality[key]["value"]), _interval_text(modality[key])) for key in columns],
-                "picture": _picture(f"ROUGE-L of {name}", modality["rougeL"], {}, end),
-            }
-            for name, modality in sorted(modalities.items(), key=lambda item: -item[1]["captions"])
-        ],
-    }
-
-
-def _label(key: str, full: bool = False) -> str:
+def score_label(key: str, full: bool = False) -> str:
     """Return the name of a score; `full` where no heading says whose implementation it is."""
     for labels in LABELS.values():
         if key in labels:
@@ -109,18 +48,28 @@ def _label(key: str, full: bool = False) -> str:
     return key.removesuffix("_f1").replace("_", " ").capitalize() + (" F1" if full and key.endswith("_f1") else "")
 
 
-def _interval_text(score: Score) -> str:
-    return "" if score["low"] is None else f"{_three_digits(score['low'])} – {_three_digits(score['high'])}"
-
-
-def _three_digits(number: float | None) -> str:
+def three_digits(number: float | None) -> str:
+    """Return a number as text, a dash for None."""
     return "–" if number is None else f"{number:.3f}"
+
+
+def interval_text(score: Score) -> str:
+    """Return the confidence interval of a score as text, empty if it has none."""
+    return "" if score["low"] is None else f"{three_digits(score['low'])} – {three_digits(score['high'])}"
+
+
+def standing(baseline: float | None, score: Score) -> str:
+    """Return `lost` if the score does not exceed its baseline, `within` if the baseline is in its interval, or ``."""
+    value, low = score["value"], score["low"]
+    if None not in (baseline, value) and baseline >= value:
+        return "lost"
+    return "within" if None not in (baseline, low) and baseline >= low else ""
 
 
 # --- Pictures -------------------------------------------------------------------------------------------------
 
 
-def _picture(label: str, score: Score, legend: Legend, end: float | None = None) -> dict[str, Any] | None:
+def score_picture(label: str, score: Score, legend: Legend, end: float | None = None) -> dict[str, Any] | None:
     """Return the picture of a score: its interval as a bar, its baselines and upper bound as lines with labels.
 
     The axis starts at 0, so that lengths can be compared, and ends at a round number of at least `end`, by default of
@@ -129,24 +78,19 @@ def _picture(label: str, score: Score, legend: Legend, end: float | None = None)
     value, low = score["value"], score["low"]
     if value is None:
         return None
-    end = _round_up(end or _largest(score))
     left, right = PICTURE["margin"], PICTURE["width"] - PICTURE["margin"]
+    marks = [(score["baselines"].get(key), baseline.letter, baseline.name) for key, baseline in legend.items()]
+    marks = sorted(mark for mark in [*marks, (score.get("upper_bound"), "max", "upper bound")] if mark[0] is not None)
+    end = _round_up(end or max([largest_number([score]), *(number for number, _, _ in marks)]))
 
     def x(number: float) -> float:
         return round(left + (right - left) * min(max(number / end, 0), 1), 1)
 
-    marks = [(score["baselines"].get(key), baseline.letter, baseline.name) for key, baseline in legend.items()]
-    marks.append((score.get("upper_bound"), "max", "upper bound"))
-    marks = sorted(mark for mark in marks if mark[0] is not None)
-    said = [
-        f"{label} {_three_digits(value)}",
-        f"95 % interval {_interval_text(score)}" if low is not None else "no interval",
-    ]
-    labels = spread_labels(
-        [x(number) for number, _, _ in marks],
-        [UPPER_BOUND_WIDTH if letter == "max" else LETTER_WIDTH for _, letter, _ in marks],
-        right,
-    )
+    widths = [UPPER_BOUND_WIDTH if letter == "max" else LETTER_WIDTH for _, letter, _ in marks]
+    labels = spread_labels([x(number) for number, _, _ in marks], widths, right)
+    interval = "no interval" if low is None else f"95 % interval {interval_text(score)}"
+    alternative = [f"{label} {three_digits(value)}", interval]
+    alternative += [f"{name} {three_digits(number)}" for number, _, name in marks]
     return {
         **PICTURE,
         "y": 0 if marks else 19,  # without the band of the labels where there are none
@@ -158,7 +102,7 @@ def _picture(label: str, score: Score, legend: Legend, end: float | None = None)
             {"x": x(number), "label_x": label_x, "letter": letter, "upper_bound": letter == "max"}
             for (number, letter, _), label_x in zip(marks, labels, strict=True)
         ],
-        "said": ", ".join(said + [f"{name} {_three_digits(number)}" for number, _, name in marks]),
+        "alternative": ", ".join(alternative),
     }
 
 
@@ -174,8 +118,9 @@ def spread_labels(wanted: Sequence[float], widths: Sequence[float], right: float
     return [round(position, 1) for position in positions]
 
 
-def _largest(score: Score) -> float:
-    numbers = [score["value"], score["high"], score.get("upper_bound"), *score.get("baselines", {}).values()]
+def largest_number(scores: Iterable[Score]) -> float:
+    """Return the largest number that the pictures of these scores show, 0 if there is none."""
+    numbers = [score.get(key) for score in scores for key in ("value", "high", "upper_bound")]
     return max((number for number in numbers if number is not None), default=0.0)
 
 
