@@ -31,6 +31,7 @@ from captioning.reporting.curves import draw_training_curve
 from captioning.reporting.model_card import write_model_card
 from captioning.reporting.publish import push, push_finished_run
 from captioning.reporting.results import keep_split, training_for_baselines, write_page
+from captioning.reporting.run_record import SPLITS, RunRecord
 from captioning.reporting.summary import summary
 from captioning.scoring.training_split import Training
 from captioning.training.arguments import CaptioningArguments, DataArguments, ModelArguments
@@ -71,18 +72,19 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     metrics: dict[str, float] = {}
     if args.do_train:
         metrics |= train(trainer, checkpoint)
+    record = RunRecord(args.output_dir, type(captioner))
     training = training_for_baselines(trainer, dataset, splits, data_args)
     if args.do_eval:
-        metrics |= predict(trainer, splits["validation"], "validation", "eval", training, page=not args.do_predict)
+        metrics |= predict(trainer, record, splits["validation"], "validation", training, page=not args.do_predict)
     if args.do_predict:
-        metrics |= predict(trainer, splits["test"], "test", "predict", training, page=True)
+        metrics |= predict(trainer, record, splits["test"], "test", training, page=True)
 
     if trainer.is_world_process_zero():
-        draw_training_curve(Path(args.output_dir))
-        write_model_card(Path(args.output_dir), args.hub_model_id, type(captioner))
-        print(summary(metrics, Path(args.output_dir)))
+        draw_training_curve(record)
+        write_model_card(record, args.hub_model_id)
+        print(summary(metrics, record))
         if repository:
-            push(repository)
+            push(repository, record)
     trainer.accelerator.wait_for_everyone()  # a process that ends earlier takes the launcher, and the others, with it
     trainer.accelerator.end_training()
     return metrics
@@ -195,18 +197,19 @@ def train(trainer: CaptioningTrainer, checkpoint: str | None) -> dict[str, float
 
 
 def predict(
-    trainer: CaptioningTrainer, rows: Dataset, split: str, prefix: str, training: Training | None, page: bool
+    trainer: CaptioningTrainer, record: RunRecord, rows: Dataset, split: str, training: Training | None, page: bool
 ) -> dict[str, float]:
-    """Caption and score a split; write `<prefix>_results.json`, predictions, scores, and the page if asked for."""
+    """Caption and score a split; write its metrics, predictions and scores, and the page if asked for."""
+    prefix = SPLITS[split]
     output = trainer.predict(rows, metric_key_prefix=prefix)
     found = output.predictions
     metrics = output.metrics | {f"{prefix}_samples": len(rows)}
     if found.captions is not None:
-        scores = keep_split(trainer, rows, found, split, training)
+        scores = keep_split(trainer, record, rows, found, split, training)
         metrics |= {f"{prefix}_{name}": value for name, value in scores.items()}
     trainer.save_metrics(prefix, metrics)
     if found.captions is not None and page:
-        write_page(trainer, rows, found.tokens, split)
+        write_page(trainer, record, rows, found.tokens, split)
     return metrics
 
 

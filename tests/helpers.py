@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from captioning.data import phantoms
 from captioning.models.fast_blip.modules import use_stock_blip
+from captioning.reporting.run_record import RunRecord
 
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"  # real data of development, absent elsewhere
@@ -207,6 +208,49 @@ def outcome(folder: Path) -> dict:
         "history": [without_times(entry) for entry in state["log_history"] if "train_runtime" not in entry],
         "best": (state["best_metric"], state["best_global_step"]),
     }
+
+
+# --- Output folders and images of a report ---
+
+RECIPE = {
+    "model_name_or_path": "Salesforce/blip",
+    "model_revision": "0123456789" * 4,
+    "config_name": None,
+    "dataset_name": "/home/somebody/data/my-data",
+    "dataset_revision": None,
+    "num_beams": 3,
+    "max_new_tokens": 64,
+    "min_new_tokens": 0,
+    "no_repeat_ngram_size": 0,
+    "length_penalty": 1.0,
+}
+
+
+def make_predictions(number: int, **columns) -> list[dict]:
+    rows = {
+        "image_id": [f"image_{i}" for i in range(number)],
+        "reference": [f"reference {i}" for i in range(number)],
+        "prediction": [f"prediction {i}" for i in range(number)],
+        "rougeL": [0.5] * number,
+        "nll": [10.0] * number,
+    } | columns
+    return [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
+
+
+def make_record(folder: Path, predictions: list[dict], log_history=(), scores=None, **recipe) -> RunRecord:
+    """Write the output folder of a run that captioned its test split, and return its record."""
+    (folder / "predictions").mkdir(parents=True)
+    lines = "".join(json.dumps(row) + "\n" for row in predictions)
+    (folder / "predictions" / "test.jsonl").write_text(lines, encoding="utf-8")
+    files = {"recipe": RECIPE | recipe, "scores": scores or {}, "trainer_state": {"log_history": log_history}}
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    return RunRecord(folder)
+
+
+def make_noise(seed: int = 0, size: tuple[int, int] = (60, 40), mode: str = "RGB") -> PIL.Image:
+    shape = (size[1], size[0], 3) if mode == "RGB" else (size[1], size[0])
+    return PIL.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
 
 
 # --- Batches ---

@@ -1,34 +1,114 @@
-"""TODO."""
+"""The learning curves of a run, drawn by matplotlib: a PNG for the card, inline SVG for the page."""
 
-import json
-import os
-from pathlib import Path
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+from xml.etree import ElementTree
 
+import matplotlib
+from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from captioning.files import write_whole
+from captioning.reporting.run_record import RunRecord
 
 
-def draw_training_curve(output_dir: Path) -> None:
-    """Draw `training_curve.png` from `trainer_state.json`: losses in nats and ROUGE-L, by optimizer step.
+# The label of each plot's y-axis; the keys of the log that it shows, with their names
+PLOTS = {
+    "loss (nats per token)": {"loss": "training", "eval_loss": "validation"},
+    "ROUGE-L": {"eval_rougeL": "validation"},
+}
+STYLES = {"training": {"color": "#8a5a00", "linestyle": "--"}, "validation": {"color": "#0a5aa8", "marker": "o"}}
+# The page has a dark color scheme, so that its SVG takes the colors of the page's style sheet
+PAGE_COLORS = {"#8a5a00": "var(--second)", "#0a5aa8": "var(--accent)", "#000000": "var(--muted)"}
+LARGEST = 1e100  # of a diverged loss; matplotlib fails near the largest float
 
-    A run that did not train has none.
-    """
-    state = output_dir / "trainer_state.json"
-    if not state.is_file():
+Curves = Mapping[str, Sequence[tuple[int, float]]]
+
+
+def draw_training_curve(record: RunRecord) -> None:
+    """Draw `training_curve.png`, loss and ROUGE-L by optimizer step, unless the run did not train."""
+    plots = curves_of_log(record.log_history)
+    if not plots:
         return
-    log = json.loads(state.read_text(encoding="utf-8"))["log_history"]
-    figure = Figure(figsize=(8, 3), dpi=120, layout="constrained")  # inches; not pyplot, which keeps global state
-    losses, scores = figure.subplots(1, 2)
-    for axes, key, label in (
-        (losses, "loss", "training"),
-        (losses, "eval_loss", "validation"),
-        (scores, "eval_rougeL", "validation"),
-    ):
-        points = [(entry["step"], entry[key]) for entry in log if key in entry]
-        if points:
-            axes.plot(*zip(*points, strict=True), marker="" if key == "loss" else "o", label=label)
-            axes.legend(frameon=False)
-    losses.set(xlabel="step", ylabel="loss (nats a token)")
-    scores.set(xlabel="step", ylabel="ROUGE-L")
-    unfinished = output_dir / "training_curve.png.tmp"
-    figure.savefig(unfinished, format="png", metadata={"Software": None})
-    os.replace(unfinished, output_dir / "training_curve.png")
+    figure = Figure(figsize=(4 * len(plots), 3), dpi=120, layout="constrained")  # inches; not pyplot: global state
+    for axes, (label, curves) in zip(figure.subplots(1, len(plots), squeeze=False)[0], plots.items(), strict=True):
+        _plot(axes, label, curves)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", metadata={"Software": None})
+    write_whole(record.folder / "training_curve.png", file.getvalue())
+
+
+def inline_curves(log_history: Sequence[Mapping[str, Any]]) -> list[Markup]:
+    """Return an SVG element for each plot, the same one for the same log.
+
+    It has a text alternative, takes its colors from CSS variables, and passes a Content-Security-Policy that forbids
+    inline styles.
+    """
+    elements = []
+    for label, curves in curves_of_log(log_history).items():
+        # The ids of markers and clip paths are hashes; the salt makes those of two plots on a page differ
+        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
+            figure = Figure(figsize=(6.4, 3), layout="constrained")  # 461 units of the SVG, about as many pixels
+            _plot(figure.subplots(), label, curves)
+            file = io.StringIO()
+            figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+        elements.append(_inline(file.getvalue(), _alternative(label, curves)))
+    return elements
+
+
+def curves_of_log(log_history: Sequence[Mapping[str, Any]]) -> dict[str, Curves]:
+    """Return the curves of each plot that has any, as points of step and value; NaN and infinity are left out."""
+    plots = {}
+    for label, names in PLOTS.items():
+        curves = {
+            name: [
+                (entry["step"], entry[key])
+                for entry in log_history
+                if key in entry and math.isfinite(entry[key]) and abs(entry[key]) < LARGEST
+            ]
+            for key, name in names.items()
+        }
+        plots[label] = {name: points for name, points in curves.items() if points}
+    return {label: curves for label, curves in plots.items() if curves}
+
+
+def _plot(axes: Axes, label: str, curves: Curves) -> None:
+    for name, points in curves.items():
+        single = {"marker": "o"} if len(points) == 1 else {}  # of which no line is drawn
+        axes.plot(*zip(*points, strict=True), label=name, **STYLES[name] | single)
+    axes.legend(frameon=False)
+    axes.set(xlabel="step", ylabel=label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.spines[["top", "right"]].set_visible(False)
+    if label == "ROUGE-L":
+        axes.set_ylim(bottom=0)
+
+
+def _alternative(label: str, curves: Curves) -> str:
+    said = [
+        f"{name} from {points[0][1]:.3f} at step {points[0][0]} to {points[-1][1]:.3f} at step {points[-1][0]}"
+        for name, points in curves.items()
+    ]
+    return f"{label} by step: {'; '.join(said)}"
+
+
+def _inline(svg: str, alternative: str) -> Markup:
+    """Turn an SVG file of matplotlib into an element of a page, with presentation attributes in place of styles."""
+    root = ElementTree.fromstring(svg)
+    for element in list(root.iter()):
+        element.tag = element.tag.split("}")[-1]  # without its namespace, which HTML implies
+        attributes = {name.split("}")[-1]: value for name, value in element.attrib.items()}
+        styles = [style.split(": ", 1) for style in attributes.pop("style", "").split("; ") if style]
+        attributes |= {name: PAGE_COLORS.get(value, value) for name, value in styles if not name.startswith("font")}
+        if element.tag == "g":
+            attributes.pop("id", None)  # a name that nothing refers to and that both plots have
+        element.attrib = attributes
+        for child in [child for child in element if child.tag.endswith(("}metadata", "}style"))]:
+            element.remove(child)
+    viewbox = root.get("viewBox")
+    root.attrib = {"viewBox": viewbox, "role": "img", "aria-label": alternative, "stroke-linejoin": "round"}
+    return Markup(ElementTree.tostring(root, encoding="unicode"))

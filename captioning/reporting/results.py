@@ -1,13 +1,12 @@
 """What a run keeps of each split that it captioned: predictions, scores beside their baselines, submission, page.
 
-The Trainer's metrics of a split are made epoch after epoch and are few; these are made once, at the end.
+The Trainer's few metrics of a split are computed each epoch; these are computed once, at the end.
 """
 
 import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,8 @@ from captioning.data.images import open_image
 from captioning.data.splits import NEIGHBORS
 from captioning.files import write_whole
 from captioning.reporting.page import write_report
-from captioning.scoring.captions import Captions, read_predictions, write_predictions
+from captioning.reporting.run_record import RunRecord
+from captioning.scoring.captions import Captions, write_predictions
 from captioning.scoring.clinical import modality_of
 from captioning.scoring.score import flat, score
 from captioning.scoring.submission import write_submission
@@ -58,6 +58,7 @@ def training_for_baselines(
 
 def keep_split(
     trainer: CaptioningTrainer,
+    record: RunRecord,
     rows: Dataset,
     found: Evaluated,
     split: str,
@@ -67,6 +68,7 @@ def keep_split(
 
     Args:
         trainer: the trainer that captioned it.
+        record: of the run; it gets predictions and scores.
         rows: N rows of the tokenized split.
         found: what was generated for them.
         split: `validation` or `test`.
@@ -77,12 +79,12 @@ def keep_split(
     """
     if not trainer.is_world_process_zero():
         return {}
-    folder, args = Path(trainer.args.output_dir), trainer.args
+    folder, args = record.folder, trainer.args
     captions = Captions(list(rows["image_id"]), found.captions, list(rows["caption"]), list(rows["cui"]))
-    path = folder / "predictions" / f"{split}.jsonl"
-    write_predictions(path, captions, found.nll)
+    predictions = write_predictions(folder / "predictions" / f"{split}.jsonl", captions, found.nll)
     scores = score(captions, training, found.features, "ptb" if args.coco_metrics else None, args.bertscore_model)
-    write_scores(folder, split, scores)
+    record.keep(split, predictions, scores)
+    write_whole(folder / "scores.json", json.dumps(record.scores, indent=2, ensure_ascii=False) + "\n")
     if not scores["beats_constant"]:
         logger.warning("%s: %s", split, scores["verdict"])
     if args.write_submission and split == "test":
@@ -90,47 +92,36 @@ def keep_split(
     return flat(scores)
 
 
-def write_scores(folder: Path, split: str, scores: dict[str, Any]) -> None:
-    """Write the scores of a split into `scores.json`, beside those of the other."""
-    path = folder / "scores.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    write_whole(path, json.dumps(known | {split: scores}, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_page(trainer: CaptioningTrainer, rows: Dataset, tokens: np.ndarray, split: str) -> None:
-    """Write `report.html` of a split, with the cross-attention of some captions; a failure is told, and no more.
+def write_page(trainer: CaptioningTrainer, record: RunRecord, rows: Dataset, tokens: np.ndarray, split: str) -> None:
+    """Write `report.html` of a split, with the attention maps of some captions. A failure is logged, and no more.
 
     Args:
         trainer: the trainer that captioned it.
+        record: of the run, with the predictions and scores of the split.
         rows: N rows of the tokenized split.
         tokens: int `[N, T]`, what was generated.
-        split: whose `predictions/<split>.jsonl` is written.
+        split: `validation` or `test`.
     """
     if not trainer.is_world_process_zero():
         return
     try:
-        _write_page(trainer, rows, tokens, split)
+        predictions = record.predictions(split)
+        chosen = shown_with_attention(predictions)
+        attention = trainer.word_attention(rows.select(chosen), tokens[chosen])
+        write_report(
+            record,
+            split,
+            images=(open_image(row["image"]) for row in rows.select_columns("image")),
+            modalities=[modality_of(cui, caption) for cui, caption in zip(rows["cui"], rows["caption"], strict=True)],
+            attention={predictions[row]["image_id"]: words for row, words in zip(chosen, attention, strict=True)},
+        )
     except Exception as error:  # the page is made of what is on disk already: no reason to lose card and push
         logger.error("report.html cannot be written: %s: %s", type(error).__name__, error)
         logger.debug("The page failed here", exc_info=True)
 
 
-def _write_page(trainer: CaptioningTrainer, rows: Dataset, tokens: np.ndarray, split: str) -> None:
-    folder = Path(trainer.args.output_dir)
-    predictions = read_predictions(folder / "predictions" / f"{split}.jsonl")
-    chosen = shown_with_attention(predictions)
-    attention = trainer.word_attention(rows.select(chosen), tokens[chosen])
-    write_report(
-        folder,
-        split,
-        images=(open_image(row["image"]) for row in rows.select_columns("image")),
-        modalities=[modality_of(cui, caption) for cui, caption in zip(rows["cui"], rows["caption"], strict=True)],
-        attention={rows[row]["image_id"]: words for row, words in zip(chosen, attention, strict=True)},
-    )
-
-
 def shown_with_attention(predictions: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Return the rows that come first in each of the orders of the page: the data's, best, worst, most generic."""
+    """Return the rows that come first in each order of the page: the data's, best, worst, most frequent."""
     scores = [row["rougeL"] for row in predictions]
     uses = Counter(row["prediction"] for row in predictions)
     numbers = range(len(predictions))

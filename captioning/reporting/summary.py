@@ -1,50 +1,36 @@
-"""What a run leaves for its reader: the training curve, a summary on the terminal; and the check of a submission.
+"""The summary that a run prints at its end."""
 
-python report.py check outputs/my-run/submission.csv --references test_captions.csv
-"""
-
-import json
 from collections.abc import Mapping
-from pathlib import Path
 
 from captioning.errors import printable
+from captioning.reporting.run_record import SPLITS, RunRecord
 from captioning.reporting.score_table import CAPTION_WIDTH
 from captioning.scoring.baselines import BASELINES
-from captioning.scoring.captions import read_predictions
 from captioning.scoring.score import HEADLINE
 from metrics import METRIC_NAMES
 
 
 EXAMPLES = 3
-SHOWN_FAULTS = 20
 
 
-def summary(metrics: Mapping[str, float], output_dir: Path) -> str:
-    """Return a table of the scores with the baselines of ROUGE-L, the verdicts, and three captions of the last split.
+def summary(metrics: Mapping[str, float], record: RunRecord) -> str:
+    """Return the metrics of the run and the baselines of ROUGE-L as a table, the verdicts, and three captions.
 
-    They are the first, not the best: an example is a sample.
+    The captions are the first of the last split, not the best: they are examples.
     """
-    columns = {
-        name: prefix for name, prefix in (("validation", "eval_"), ("test", "predict_")) if f"{prefix}loss" in metrics
-    }
+    columns = {split: prefix for split, prefix in reversed(SPLITS.items()) if f"{prefix}_loss" in metrics}
     rows = {name: name for name in METRIC_NAMES}
     rows |= {f"{HEADLINE}_{key}": f"{HEADLINE} of {baseline.heading}" for key, baseline in BASELINES.items()}
-    lines = [" " * 24 + "".join(f"{name:>12}" for name in columns)]
+    lines = [" " * 24 + "".join(f"{split:>12}" for split in columns)]
     for row, label in rows.items():
-        values = [metrics.get(prefix + row) for prefix in columns.values()]
+        values = [metrics.get(f"{prefix}_{row}") for prefix in columns.values()]
         if any(value is not None for value in values):
             lines.append(f"{label:<24}" + "".join(f"{'-' if v is None else f'{v:.4f}':>12}" for v in values))
-    scores = output_dir / "scores.json"
-    verdicts = json.loads(scores.read_text(encoding="utf-8")) if scores.is_file() else {}
-    lines += [f"{name}: {verdicts[name]['verdict']}" for name in columns if name in verdicts]
-    files = [output_dir / "predictions" / f"{name}.jsonl" for name in columns]
-    for example in read_predictions(files[-1])[:EXAMPLES] if files and files[-1].is_file() else ():
-        lines += [
-            "",
-            printable(example["image_id"], CAPTION_WIDTH),
-            f"  reference   {printable(example['reference'], CAPTION_WIDTH)}",
-        ]
-        lines += [
-            f"  prediction  {printable(example['prediction'], CAPTION_WIDTH)}   (rougeL {example['rougeL']:.2f})"
-        ]
+    lines += [f"{split}: {record.scores[split]['verdict']}" for split in columns if split in record.scores]
+    for example in record.predictions(list(columns)[-1])[:EXAMPLES] if columns else ():
+        image_id, reference, prediction = (
+            printable(example[key], CAPTION_WIDTH) for key in ("image_id", "reference", "prediction")
+        )
+        lines += ["", image_id, f"  reference   {reference}"]
+        lines += [f"  prediction  {prediction}   (rougeL {example['rougeL']:.2f})"]
     return "\n".join(lines)

@@ -47,8 +47,8 @@ class Captions:
 # --- The predictions of a run ---------------------------------------------------------------------------------
 
 
-def write_predictions(path: Path, captions: Captions, nll: np.ndarray) -> None:
-    """Write one JSON object a line: `image_id`, `reference`, `prediction`, `rougeL`, `nll`, `cui`.
+def write_predictions(path: Path, captions: Captions, nll: np.ndarray) -> list[dict[str, object]]:
+    """Write one JSON object a line: `image_id`, `reference`, `prediction`, `rougeL`, `nll`, `cui`. Return these.
 
     Args:
         path: the file; it appears whole or not at all.
@@ -60,6 +60,7 @@ def write_predictions(path: Path, captions: Captions, nll: np.ndarray) -> None:
     rows = [dict(zip(PREDICTION_KEYS, row, strict=True)) for row in zip(*columns, strict=True)]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
+    return rows
 
 
 def read_predictions(path: Path) -> list[dict[str, object]]:

@@ -22,6 +22,7 @@ from captioning.errors import UserError
 from captioning.hub.privacy import without_local_paths
 from captioning.hub.revisions import pin_revision
 from captioning.reporting.model_card import write_model_card
+from captioning.reporting.run_record import RunRecord
 from captioning.training.recipe import parse_arguments
 
 
@@ -411,7 +412,7 @@ def test_the_name_of_the_repository_is_checked_before_training(home, local_run):
 
 def test_a_folder_with_an_odd_name_is_pushed_under_a_fitting_one(hub, run, finished):
     folder = finished.rename(finished.with_name('R\u00f6ntgen "x"'))
-    write_model_card(folder)
+    write_model_card(RunRecord(folder))
     run(["--push_only", folder])
     assert 'name = "tester/R-ntgen-x"' in hub.files("tester/R-ntgen-x")["README.md"].decode()
 

@@ -8,7 +8,7 @@ from helpers import flags, score_flags
 
 import run_captioning
 from captioning.errors import UserError
-from captioning.reporting import results
+from captioning.reporting import results, run_record
 from captioning.reporting.results import shown_with_attention
 from captioning.training.output_folder import remove_other_results
 
@@ -18,6 +18,16 @@ def trained(config_file, parquet_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     run_captioning.main(flags(config_file, parquet_folder, folder, num_train_epochs=1, max_train_samples=9))
     return folder
+
+
+def test_a_run_does_not_read_back_its_predictions(trained, parquet_folder, tmp_path, monkeypatch):
+    def read_back(path):
+        raise AssertionError(f"{path} is read back")
+
+    monkeypatch.setattr(run_record, "read_predictions", read_back)
+    run_captioning.main(score_flags(trained, parquet_folder, tmp_path))
+    card, page = ((tmp_path / file).read_text() for file in ("README.md", "report.html"))
+    assert "| median |" in card and "image_0203" in page
 
 
 def test_the_page_shows_attention_for_what_comes_first_in_each_of_its_orders():
@@ -62,7 +72,7 @@ def test_scores_of_another_run_do_not_stay_in_its_folder(trained, parquet_folder
     assert not (tmp_path / "predict_results.json").exists()
     assert "predict_loss" not in json.loads((tmp_path / "all_results.json").read_text())
     card = (tmp_path / "README.md").read_text()
-    assert "What the scores of the validation split are worth" in card
+    assert "The scores of the validation split" in card
     assert "| test |" not in card
     run_captioning.main(score_flags(trained, parquet_folder, tmp_path, predict_with_generate=False))
     assert not [*tmp_path.glob("scores.json"), *tmp_path.glob("report.html"), *tmp_path.glob("predictions/*")]

@@ -1,0 +1,70 @@
+"""The images of the report page: small JPEGs of nothing but pixels, all of them together within a budget."""
+
+import base64
+import io
+from collections.abc import Iterable, Iterator
+
+from PIL import Image, ImageChops
+
+
+IMAGES_PER_BLOCK = 50  # the page parses the images in such portions, as they come into view
+LEAST_SHARE = 1500  # characters: a smaller image shows nothing, so beyond 30,000 images the page exceeds its budget
+SIDES = (512, 384, 320, 256, 224, 192, 160, 128, 96, 64, 48, 32)  # longer side of a stored image, pixels
+QUALITIES = (80, 65, 50, 35)  # JPEG; below 35 blocks show, and a smaller side looks better
+BYTES_PER_PIXEL = 0.1  # what a radiograph takes at quality 80, so that most images fit at once
+GRAY_TOLERANCE = 10  # channels of a gray image that was stored as a color JPEG differ by a few levels
+
+
+def image_blocks(images: Iterable[Image.Image | None], number: int, budget: int) -> Iterator[list[str | None]]:
+    """Yield the images as base64 JPEG in portions of `IMAGES_PER_BLOCK`, all of them in `budget` characters.
+
+    Raises:
+        ValueError: there are not `number` images.
+    """
+    share = max(LEAST_SHARE, budget // max(number, 1))
+    block: list[str | None] = []
+    for index, image in zip(range(number), images, strict=True):
+        jpeg = encode_image(image, share * 3 // 4)  # four characters for three bytes
+        block.append(jpeg and to_base64(jpeg))
+        if len(block) == IMAGES_PER_BLOCK or index == number - 1:
+            yield block
+            block = []
+
+
+def encode_image(image: Image.Image | None, max_bytes: int) -> bytes | None:
+    """Return an image as a JPEG of at most `max_bytes`, gray where the image is, None where it cannot be read.
+
+    The first side to try follows from the bytes; quality is lowered before the side is. What is transparent becomes
+    white, as for the model, and nothing but pixels is kept: a comment in the file may name a patient.
+    """
+    if image is None or 0 in image.size:
+        return None
+    try:
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        small = image.convert("L" if image.mode in ("1", "L") else "RGB")
+        small.info.clear()
+    except (OSError, ValueError):  # it was opened, but its pixels are damaged
+        return None
+    for side in [side for side in SIDES if side * side * BYTES_PER_PIXEL <= max_bytes] or SIDES[-1:]:
+        small.thumbnail((side, side), Image.Resampling.LANCZOS)
+        small = small.convert("L") if _is_gray(small) else small
+        for quality in QUALITIES:
+            buffer = io.BytesIO()
+            small.save(buffer, "JPEG", quality=quality, optimize=True)
+            if buffer.tell() <= max_bytes:
+                return buffer.getvalue()
+    return None
+
+
+def to_base64(data: bytes) -> str:
+    """Return bytes as base64 text."""
+    return base64.b64encode(data).decode("ascii")
+
+
+def _is_gray(image: Image.Image) -> bool:
+    if image.mode == "L":
+        return True
+    red, green, blue = image.split()
+    differences = (ImageChops.difference(red, green), ImageChops.difference(green, blue))
+    return all(difference.getextrema()[1] <= GRAY_TOLERANCE for difference in differences)

@@ -1,0 +1,168 @@
+"""What an output folder says of its run, read once: the summary, the card and the page are all made from it."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig
+
+from captioning.hub.revisions import COMMIT_HASH
+from captioning.models.captioner import Captioner
+from captioning.models.load import class_in_folder
+from captioning.scoring.captions import read_predictions
+from captioning.training.decoding import generation_config, in_words
+
+
+ROCOV2 = "eltorio/ROCOv2-radiology"
+SPLITS = {"test": "predict", "validation": "eval"}  # with the prefix of their metrics; where one is shown, the first
+# What a recipe leaves out where it is the default, or was written before there was the key
+RECIPE_DEFAULTS = {
+    "do_train": True,
+    "language": "en",
+    "license": None,
+    "hardware": {"device": "unknown", "processor": "unknown", "threads": "unknown", "processes": 1},
+}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model or a dataset came from, without the path of any folder.
+
+    Attributes:
+        id: its id on the Hub, or the last part of its path.
+        revision: its commit on the Hub; None if it is not from there.
+    """
+
+    id: str
+    revision: str | None = None
+
+    @classmethod
+    def of(cls, given: str, revision: str | None) -> "Origin":
+        """Return the origin of what a recipe names: it holds the commit of all that came from the Hub."""
+        if revision and COMMIT_HASH.fullmatch(revision):
+            return cls(given, revision)
+        last = re.split(r"[/\\]", given.rstrip("/\\"))[-1]
+        return cls(re.sub(r"[^\w.-]+", "-", last) or "local")  # characters that an id on the Hub may have
+
+
+class RunRecord:
+    """A run by the files of its output folder, each of which is read at most once, when it is first asked for.
+
+    Ask for `results` after the last of them has been written.
+
+    Args:
+        folder: the output folder, with `recipe.json` at least.
+        captioner_class: that of the model; default: that of the model saved in the folder.
+    """
+
+    def __init__(self, folder: str | Path, captioner_class: type[Captioner] | None = None):
+        self.folder = Path(folder)
+        self._captioner_class = captioner_class
+        self._predictions: dict[str, list[dict[str, Any]]] = {}
+
+    # --- Files ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def recipe(self) -> Mapping[str, Any]:
+        """`recipe.json`, with the defaults of keys that it lacks."""
+        return RECIPE_DEFAULTS | self._read("recipe.json")
+
+    @cached_property
+    def results(self) -> Mapping[str, float]:
+        """`all_results.json`: the metrics of all stages, each with the prefix of its stage."""
+        return self._read("all_results.json")
+
+    @cached_property
+    def scores(self) -> dict[str, Any]:
+        """`scores.json`: for each split what `scoring.score.score` returns."""
+        return self._read("scores.json")
+
+    @cached_property
+    def log_history(self) -> list[dict[str, float]]:
+        """The Trainer's log, empty if the run did not train."""
+        return self._read("trainer_state.json").get("log_history", [])
+
+    @cached_property
+    def image_size(self) -> int | None:
+        """The side of the images in pixels by the saved `config.json`, None if no model was saved."""
+        return self._read("config.json").get("vision_config", {}).get("image_size")
+
+    def predictions(self, split: str) -> list[dict[str, Any]]:
+        """Return the rows of `predictions/<split>.jsonl`, none if the split was not captioned."""
+        if split not in self._predictions:
+            path = self.folder / "predictions" / f"{split}.jsonl"
+            self._predictions[split] = read_predictions(path) if path.is_file() else []
+        return self._predictions[split]
+
+    def keep(self, split: str, predictions: list[dict[str, Any]], scores: dict[str, Any]) -> None:
+        """Take over what the run has just found on a split, so that it is not read back from the files."""
+        self._predictions[split] = predictions
+        self.scores[split] = scores
+
+    def _read(self, file: str) -> dict[str, Any]:
+        path = self.folder / file
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    # --- What was run on what ---------------------------------------------------------------------------------
+
+    @cached_property
+    def captioner_class(self) -> type[Captioner]:
+        """The class of the model."""
+        return self._captioner_class or class_in_folder(self.folder)
+
+    @cached_property
+    def decoding(self) -> GenerationConfig:
+        """The decode settings of the evaluation."""
+        return generation_config(self.recipe)
+
+    @cached_property
+    def start(self) -> Origin | None:
+        """The checkpoint that was fine-tuned or scored; None for a model that was built from a config."""
+        given = self.recipe["model_name_or_path"]
+        return Origin.of(given, self.recipe["model_revision"]) if given else None
+
+    @cached_property
+    def data(self) -> Origin:
+        """The dataset. A local copy of ROCOv2 has the id of that on the Hub."""
+        given, revision = self.recipe["dataset_name"], self.recipe["dataset_revision"]
+        found = Origin("phantoms") if given == "phantoms" else Origin.of(given, revision)
+        return Origin(ROCOV2) if self.data_kind == "rocov2" and not found.revision else found
+
+    @cached_property
+    def data_kind(self) -> str:
+        """`phantoms`, `rocov2` (by the id of the dataset or of its images), or `other`."""
+        given = self.recipe["dataset_name"]
+        if given == "phantoms":
+            return given
+        first = [row["image_id"] for split in SPLITS for row in self.predictions(split)[:1]]
+        is_rocov2 = given == ROCOV2 or any(image_id.startswith("ROCOv2_") for image_id in first)
+        return "rocov2" if is_rocov2 else "other"
+
+    @cached_property
+    def data_in_words(self) -> str:
+        """The dataset as a reader knows it."""
+        if self.data.revision:
+            return self.data.id
+        return {
+            "phantoms": "phantoms, synthetic images",
+            "rocov2": "a local copy of ROCOv2",
+            "other": f"the folder {self.data.id}",
+        }[self.data_kind]
+
+    def facts(self, digits: int) -> dict[str, str]:
+        """Return the model, the data and the decode settings in words, commits with that many digits."""
+        trained, config = self.recipe["do_train"], self.recipe["config_name"]
+        if self.start:
+            model = f"{'fine-tuned from ' if trained else ''}{_with_commit(self.start.id, self.start, digits)}"
+        else:
+            model = f"{Path(config).stem}, {'trained from random weights' if trained else 'random weights'}"
+        data = _with_commit(self.data_in_words, self.data, digits)
+        return {"model": model, "data": data, "decoding": in_words(self.decoding)}
+
+
+def _with_commit(name: str, origin: Origin, digits: int) -> str:
+    return f"{name} @ {origin.revision[:digits]}" if origin.revision else name
