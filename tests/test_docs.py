@@ -36,7 +36,9 @@ def read(name: str) -> str:
 
 def commands(text: str) -> Iterator[list[str]]:
     """Yield the words of each of our commands, from its script on, in blocks and between backticks."""
-    lines = [line for block in BLOCK.findall(text) for line in re.sub(r"\\\n\s*", "", block).splitlines()]
+    text = re.sub(r"\\\n\s*", "", text)
+    lines = [line for block in BLOCK.findall(text) for line in block.splitlines()]
+    lines += re.findall(r"^ {4}(.+)$", text, re.MULTILINE)
     for line in lines + re.findall(r"`([^`]+)`", BLOCK.sub("", text)):
         command = re.split(r"\s#\s|\s[|&;]+\s", " ".join(line.split()))[0]
         if found := re.search(r"\brun_captioning\.py\s.+|-m captioning\s.+|\bbenchmarks/\w+\.py\b.*", command):
