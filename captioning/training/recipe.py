@@ -85,8 +85,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
     )
     if argv and not argv[0].startswith("-"):
         recipe = read_recipe(argv.pop(0))
-        given = _flags(argv)
-        replaced = {name for flag in given for name in REPLACED_BY_FLAG.get(flag, ())} - given
+        replaced = {name for flag in _flags(argv) for name in REPLACED_BY_FLAG.get(flag, ())}
         parser.set_defaults(**{key: value for key, value in recipe.items() if key not in replaced})
     values = _parse(parser, argv, recipe_fields())
     values["output_dir"] = values["output_dir"] or default_output_dir(values)

@@ -7,8 +7,15 @@ from captioning.training.checkpoints import last_complete_checkpoint
 
 
 def test_incomplete_checkpoints_are_skipped(tmp_path, caplog):
-    states = ('{"global_step": 10}', '{"global_step": 15}', '{"global_st', None, *['{"global_step": %d}'] * 4)
-    for step, content in zip(range(10, 50, 5), states, strict=True):
+    states = (
+        '{"global_step": 10}',
+        '{"global_step": 15}',
+        '{"global_st',
+        None,
+        *['{"global_step": %d}'] * 4,
+        '{"global_step": 9}',
+    )
+    for step, content in zip(range(10, 55, 5), states, strict=True):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         save_file({"weight": torch.ones(99)}, folder / "model.safetensors")
@@ -24,6 +31,6 @@ def test_incomplete_checkpoints_are_skipped(tmp_path, caplog):
     (tmp_path / "checkpoint-final").mkdir()
     assert last_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-15")
     reasons = ("trainer_state.json", "trainer_state.json", "model.safetensors", "optimizer.pt", "model.safetensors")
-    for step, reason in zip(range(20, 50, 5), (*reasons, "scheduler.pt"), strict=True):
+    for step, reason in zip(range(20, 55, 5), (*reasons, "scheduler.pt", "trainer_state.json"), strict=True):
         assert f"checkpoint-{step} is incomplete and is skipped: {reason} is " in caplog.text
     assert last_complete_checkpoint(str(tmp_path / "none")) is None
