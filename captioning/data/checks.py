@@ -71,9 +71,7 @@ def check_rows(
     )
     rejected = {split: _rejected(rows, split) for split, rows in checked.items()}
     if rejected_file is not None:
-        entries = _streamed_entries(rejected_file, unopened) + [
-            entry for found in rejected.values() for entry in found
-        ]
+        entries = sum(rejected.values(), start=_streamed_entries(rejected_file, unopened))
         write_whole(Path(rejected_file), "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
     for split, found in rejected.items():
         _refuse_too_many(found, split, len(checked[split]), max_rejected_fraction, rejected_file or "rejected.jsonl")
@@ -149,7 +147,7 @@ def _check_split(rows: Dataset, split: str, num_proc: int | None, open_images: b
         features=CLEAN_COLUMNS,
         desc=f"Checking {split}",
     )
-    return concatenate_datasets([rows.select_columns("image"), _mark_repeated(checked)], axis=1)
+    return concatenate_datasets([rows.select_columns("image"), _mark_repeated(checked, split)], axis=1)
 
 
 def _check_batch(batch: dict[str, list[Any]], open_images: bool) -> dict[str, list[Any]]:
@@ -198,17 +196,26 @@ def _clean_cui(cui: list[str] | str | None) -> list[str]:
     return [concept for concept in concepts if concept and concept.lower() != "nan"]
 
 
-def _mark_repeated(checked: Dataset) -> Dataset:
+def _mark_repeated(checked: Dataset, split: str) -> Dataset:
     """Mark the usable rows whose `image_id` an earlier usable row of the split has."""
-    reasons = checked["rejected"][:]
-    usable_rows = np.array([row for row, reason in enumerate(reasons) if reason is None], dtype=np.int64)
-    codes = _image_ids(checked).dictionary_encode().indices.to_numpy()[usable_rows]
+    usable_rows = np.flatnonzero(_arrow(checked, "rejected").is_null().to_numpy(zero_copy_only=False))
+    codes = _arrow(checked, "image_id").dictionary_encode().indices.to_numpy()[usable_rows]
     repeated = np.delete(usable_rows, np.unique(codes, return_index=True)[1])
-    if not len(repeated):
-        return checked
-    for row in repeated:
-        reasons[row] = "repeated image_id"
-    return checked.remove_columns("rejected").add_column("rejected", reasons, feature=CLEAN_COLUMNS["rejected"])
+    # Every row is written again, in larger batches: each batch of an open table costs kilobytes of memory
+    return checked.map(
+        _mark_batch,
+        with_indices=True,
+        batched=True,
+        batch_size=COLUMN_BATCH_SIZE,
+        fn_kwargs={"repeated": set(repeated.tolist())},
+        features=CLEAN_COLUMNS,
+        desc=f"Looking for repeated ids in {split}",
+    )
+
+
+def _mark_batch(batch: dict[str, list[Any]], rows: list[int], repeated: set[int]) -> dict[str, list[Any]]:
+    reasons = zip(rows, batch["rejected"], strict=True)
+    return {"rejected": ["repeated image_id" if row in repeated else reason for row, reason in reasons]}
 
 
 def _columns(rows: Dataset, *names: str) -> Iterator[tuple[Any, ...]]:
@@ -217,16 +224,16 @@ def _columns(rows: Dataset, *names: str) -> Iterator[tuple[Any, ...]]:
         yield from zip(*(batch[name] for name in names), strict=True)
 
 
-def _image_ids(rows: Dataset) -> pa.Array:
-    """Return the image ids as Arrow text: tens of bytes a row, where a set of strings takes over a hundred."""
-    ids = rows.with_format("arrow")["image_id"][:]
-    return ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
+def _arrow(rows: Dataset, column: str) -> pa.Array:
+    """Return a text column as Arrow data: tens of bytes a row, where a set of strings takes over a hundred."""
+    values = rows.with_format("arrow")[column][:]
+    return values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
 
 
 def _warn_of_leaks(checked: DatasetDict) -> None:
-    train = _image_ids(checked["train"]) if "train" in checked else pa.array([], pa.string())
+    train = _arrow(checked["train"], "image_id") if "train" in checked else pa.array([], pa.string())
     for split in [split for split in checked if split != "train"]:
-        shared = pc.sum(pc.is_in(_image_ids(checked[split]).unique(), value_set=train)).as_py()
+        shared = pc.sum(pc.is_in(_arrow(checked[split], "image_id").unique(), value_set=train)).as_py()
         if shared:
             logger.warning(
                 "%d image ids of split '%s' are in split 'train' too; if they are the same images, "

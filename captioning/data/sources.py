@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 SPLIT_NAMES = {"valid": "validation", "val": "validation", "dev": "validation"}
-OUTSIDE = "unreadable image: a file outside of the data set's folder"
+OUTSIDE = "unreadable image: a file outside of the dataset's folder"
 REQUIRED_COLUMNS = ("image", "image_id", "caption")
 
 

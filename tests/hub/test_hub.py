@@ -58,7 +58,7 @@ def home(served):
 
 
 @pytest.fixture
-def run(served):
+def run(hub, home, served):
     """Return a function that runs the script as a user of that Hub and asserts its exit status."""
 
     return lambda arguments, code=0, **environment: served[2].run(
@@ -217,9 +217,9 @@ def test_a_checkpoint_that_cannot_be_pushed_is_a_warning(hub, run, local_run):
     assert hub.commits("tester/model")[-1].message == "End of training"
 
 
-def test_no_network_and_no_token(hub, push, finished):
+def test_no_network_and_no_token(push, finished):
     line = push(code=2, HF_TOKEN="").stderr.splitlines()[-1]
-    assert "but not on the Hub: 401, there is no token" in line, (line, hub.requests)
+    assert "but not on the Hub: 401, there is no token" in line
     with pytest.raises(UserError, match="but not on the Hub: offline mode: HF_HUB_OFFLINE is set"):
         run_captioning.main(["--push_only", str(finished)])  # `conftest.py` sets it
     push()

@@ -74,8 +74,11 @@ class CaptionDecoder:
     def __init__(self, text_decoder: BlipTextLMHeadModel, cross_attention: CrossAttention, num_slots: int):
         self.bert = text_decoder.bert
         self.cross_attention = cross_attention
-        self.num_slots = num_slots
-        self.cache: list[tuple[torch.Tensor, torch.Tensor]] = []  # keys and values [B, H, slots, d] of each layer
+        # Keys and values [B, H, slots, d] of each layer. Not filled: on a CPU, slots never used then take no memory
+        self.cache = [
+            tuple(values.new_empty(*values.shape[:2], num_slots, values.shape[3]) for _ in range(2))
+            for _, values in cross_attention
+        ]
         self.used = 0  # slots
 
     def __call__(self, tokens: torch.Tensor, first_position: int, visible: torch.Tensor) -> torch.Tensor:
@@ -109,7 +112,7 @@ class CaptionDecoder:
             linear(hidden).unflatten(-1, heads).transpose(1, 2)
             for linear in (attention.query, attention.key, attention.value)
         )
-        keys, values = self._slots(index, key)
+        keys, values = self.cache[index]
         keys[:, :, start : self.used] = key
         values[:, :, start : self.used] = value
         context = F.scaled_dot_product_attention(
@@ -125,14 +128,6 @@ class CaptionDecoder:
         context = torch.matmul(weights, image_values)
         hidden = layer.crossattention.output(context.transpose(1, 2).flatten(2), hidden)
         return layer.feed_forward_chunk(hidden)
-
-    def _slots(self, index: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the cached keys and values of a layer."""
-        if index == len(self.cache):
-            batch, num_heads, _, size = like.shape
-            # Not filled: on a CPU, slots that are never used then take no memory
-            self.cache.append(tuple(like.new_empty(batch, num_heads, self.num_slots, size) for _ in range(2)))
-        return self.cache[index]
 
     def keep(self, done: torch.Tensor) -> torch.Tensor:
         """Drop the finished images, bool `done` `[B]`, and return the indices `[B']` of those kept, in new order.
