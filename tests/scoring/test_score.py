@@ -180,6 +180,8 @@ def test_a_bertscore_without_weights_is_missing_only_if_it_was_asked_for(caption
 
 def test_the_table_shows_what_is_said_by_modality(scores):
     lines = score_table(scores).splitlines()
+    assert "constant: the best constant caption, found among 300 training captions" in lines
+    assert f"  {scores['baselines']['constant']['caption']}" in lines and lines[-1] == scores["verdict"]
     heading = next(i for i, line in enumerate(lines) if line.startswith("by modality"))
     assert lines[heading].split()[2:] == list(scores["modalities"])
     rows = {line.split()[0]: line.split()[1:] for line in lines[heading + 1 : heading + 12] if line}
