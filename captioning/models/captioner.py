@@ -179,7 +179,7 @@ class Captioner(ABC):
 
     def num_new_tokens(self, tokens: np.ndarray) -> np.ndarray:
         """Count the new tokens of each caption, int `[N]`, the end token included; `tokens` are those of `decode`."""
-        return ((tokens >= 0) & (tokens != self.tokenizer.pad_token_id)).sum(axis=1)
+        return np.array([len(self.without_padding(row)) for row in tokens], dtype=np.int64)
 
     @property
     def end_token_id(self) -> int:

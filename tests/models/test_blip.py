@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from helpers import ROOT, SHARED, TINY_CONFIG, make_captions, make_rows, stock_copy
@@ -268,6 +269,13 @@ def test_generation_equals_stock_whatever_the_settings(captioner, fast, settings
     stock = stock_copy(captioner.model).generate(pixel_values=pixel_values, max_new_tokens=15, **settings)
     assert torch.equal(ours, stock[:, 1:])
     assert len({tuple(row) for row in ours.tolist()}) > 1, "all captions are the same: the test sees nothing"
+
+
+def test_new_tokens_are_counted_up_to_the_first_end_token(captioner):
+    """Stock beam search fills up with `[SEP]` where the padding token is 0, to the longest caption of a batch."""
+    end, pad = captioner.tokenizer.sep_token_id, captioner.tokenizer.pad_token_id
+    tokens = np.array([[7, 8, end, end, end, -100], [7, end, pad, pad, -100, -100], [7, 8, 9, 7, 8, -100], [end] * 6])
+    assert captioner.num_new_tokens(tokens).tolist() == [3, 2, 5, 1]
 
 
 @torch.no_grad()
