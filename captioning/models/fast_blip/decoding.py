@@ -296,14 +296,10 @@ class _Beams:
         self.improvable = torch.ones(batch, 1, dtype=torch.bool, device=device)
 
     def step(self, log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add a token to each beam, by stock's methods.
-
-        Args:
-            log_probs: float32 `[B * num_beams, V]`, those of the next token after the logits processors.
+        """Add a token to each beam, by stock's methods, given `log_probs` float32 `[B * num_beams, V]` of that token.
 
         Returns:
-            Int `[B, num_beams]`, the beam that each running beam continues, and bool `[B]`, the images whose captions
-            no longer change.
+            Int `[B, num_beams]`, the beam that each running beam continues, and bool `[B]`, the finished images.
         """
         model, config, num_images, length = self.model, self.config, len(self.running), self.length
         num_beams, early_stopping = config.num_beams, config.early_stopping
