@@ -46,15 +46,20 @@ def as_user_error(what: str, mend: str = "") -> Iterator[None]:
         raise UserError(f"{what}: {first_line(error).rstrip('.')}{'; ' if mend else ''}{mend}") from error
 
 
-def is_disk_full(error: BaseException | None) -> bool:
-    """Tell whether an error, or one that it was raised from, says that a disk or a quota is full."""
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, the one that it was raised from or while handling, and so on."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return True
-        if any(text in str(error) for text in DISK_FULL):
-            return True
+        yield error
         error = error.__cause__ or error.__context__
-    return False
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Tell whether an error, or one of its causes, says that a disk or a quota is full."""
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return any(
+        (isinstance(cause, OSError) and cause.errno in numbers) or any(text in str(cause) for text in DISK_FULL)
+        for cause in causes(error)
+    )
 
 
 def first_line(error: BaseException) -> str:

@@ -1,19 +1,15 @@
 """Phantoms: a small synthetic radiology dataset in ROCOv2's schema that needs no network.
 
 Every image is drawn from six attributes (modality, region, finding, side, place, size) and its caption states them in
-one of many wordings, so that a caption can be judged attribute by attribute. Test and validation hold combinations of
-attributes that training never shows: a model that scores there has learned to look, not to recall.
-
-    splits = load_phantoms(seed=0)                 # train 12,000 / validation 200 / test 400
-    attribute_accuracy(predictions, references)    # {"modality": 1.0, ..., "size": 0.97}
-    oracle_captions(references, seed=0)            # right in every attribute, in a wording picked at random
+one of many wordings, so that a caption can be judged attribute by attribute: `benchmarks/phantom_attributes.py`. Test
+and validation hold combinations of attributes that training never shows: a model that scores there has learned to
+look, not to recall.
 
 The pictures are drawings with the look of each modality, not simulations; they teach a model nothing about patients.
 """
 
 import hashlib
 import io
-import re
 from itertools import product
 from pathlib import Path
 
@@ -83,9 +79,9 @@ def combinations(split: str) -> list[dict[str, str | None]]:
     return kept
 
 
-# --- Captions: one table of words for writing and reading ------------------------------------------------------
+# --- Captions -------------------------------------------------------------------------------------------------
 
-# No wording may be part of one of another value of its attribute: `read_attributes` could not tell them apart.
+# No wording may be part of one of another value of its attribute: a reader could not tell them apart.
 WORDS = {
     "modality": {
         "CT": ("CT", "CT scan", "computed tomography"),
@@ -140,43 +136,6 @@ def reword(attributes: dict[str, str | None], rng: np.random.Generator) -> str:
         where = f"{words['place']} {words['side']} {organ}"
         caption = pick(FRAMES).format(study=study, shows=pick(SHOWS), where=where, **words)
     return caption[0].upper() + caption[1:]
-
-
-def _reader(wordings):
-    # Longest first: "CT scan" before "CT". The "lower" of "lower limbs" is not a place.
-    longest_first = sorted(wordings, key=len, reverse=True)
-    return re.compile(rf"\b(?:{'|'.join(longest_first)})\b(?! limbs)", re.IGNORECASE)
-
-
-_VALUES = {name: {w.lower(): value for value, ws in values.items() for w in ws} for name, values in WORDS.items()}
-_READERS = {name: _reader(values) for name, values in _VALUES.items()}
-
-
-def read_attributes(caption: str) -> dict[str, str | None]:
-    """Return the attributes that `caption` states, the first mention of each, else None: the inverse of `reword`."""
-    caption = re.sub(r"\s*-\s*", "-", caption)  # tokenizers decode "X-ray" to "x - ray"
-    found = {name: reader.search(caption) for name, reader in _READERS.items()}
-    return {name: _VALUES[name][match[0].lower()] if match else None for name, match in found.items()}
-
-
-def attribute_accuracy(predictions: list[str], references: list[str]) -> dict[str, float]:
-    """Return for each attribute the share, 0 to 1, of predictions that agree with a reference that states it."""
-    right = {name: [] for name in ATTRIBUTES}
-    for prediction, reference in zip(predictions, references, strict=True):
-        predicted = read_attributes(prediction)
-        for name, value in read_attributes(reference).items():
-            if value is not None:
-                right[name].append(predicted[name] == value)
-    return {name: float(np.mean(hits)) for name, hits in right.items() if hits}
-
-
-def oracle_captions(captions: list[str], seed: int = 0) -> list[str]:
-    """Return for each caption another of its attributes, in a wording picked at random.
-
-    Their score is the upper bound of a captioner that sees everything and can only guess the wording.
-    """
-    rng = np.random.default_rng(seed)
-    return [reword(read_attributes(caption), rng) for caption in captions]
 
 
 # --- Images -----------------------------------------------------------------------------------------------------

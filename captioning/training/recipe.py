@@ -23,7 +23,7 @@ from transformers import HfArgumentParser
 
 from captioning.command_line import OneLineParser
 from captioning.errors import UserError, did_you_mean
-from captioning.hub.revisions import download_recipe, is_hub_recipe
+from captioning.hub.revisions import download_recipe
 from captioning.training.arguments import (
     MAX_RECIPE,
     REPLACED_FIELDS,
@@ -143,7 +143,7 @@ def read_recipe(path: str) -> dict[str, Any]:
     Raises:
         UserError: naming the file and the key.
     """
-    from_hub = is_hub_recipe(path)
+    from_hub = path.startswith("hf://")
     recipe = _read_json_object(Path(download_recipe(path) if from_hub else path), name=path)
     known = recipe_fields()
     for key, value in recipe.items():
