@@ -10,6 +10,7 @@ The pictures are drawings with the look of each modality, not simulations; they 
 
 import hashlib
 import io
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -207,14 +208,6 @@ def _trunk(canvas, x, y, rng, fat, bone, organ, gut):
         _paint(canvas, _ellipse(x, y, side * 0.45, 1.05, 0.28, 0.2), bone)  # iliac crest
 
 
-def _ct_abdomen(canvas, x, y, rng):
-    _trunk(canvas, x, y, rng, fat=0.22, bone=0.95, organ=0.56, gut=0.46)
-
-
-def _mri_abdomen(canvas, x, y, rng):
-    _trunk(canvas, x, y, rng, fat=0.85, bone=0.3, organ=0.48, gut=0.4)
-
-
 def _xray_chest(canvas, x, y, rng):
     canvas += 0.72
     _paint(canvas, _ellipse(np.abs(x), y, 1.0, -1.0, 0.4, 0.5, 0.2), 0.05)  # air above the shoulders
@@ -272,12 +265,12 @@ def _us_pelvis(canvas, x, y, rng):
 ANATOMY = {
     ("CT", "chest"): (_ct_chest, 0.42, (-0.36, 0.0, 0.36)),
     ("CT", "head"): (_ct_head, 0.34, (-0.44, 0.0, 0.44)),
-    ("CT", "abdomen"): (_ct_abdomen, 0.38, (-0.55, 0.0, 0.55)),
+    ("CT", "abdomen"): (partial(_trunk, fat=0.22, bone=0.95, organ=0.56, gut=0.46), 0.38, (-0.55, 0.0, 0.55)),
     ("radiograph", "chest"): (_xray_chest, 0.42, (-0.45, 0.02, 0.48)),
     ("radiograph", "pelvis"): (_xray_pelvis, 0.52, (-0.42, 0.0, 0.42)),
     ("radiograph", "lower limb"): (_xray_legs, 0.42, (-0.6, 0.0, 0.6)),
     ("MRI", "head"): (_mri_head, 0.34, (-0.44, 0.0, 0.44)),
-    ("MRI", "abdomen"): (_mri_abdomen, 0.38, (-0.55, 0.0, 0.55)),
+    ("MRI", "abdomen"): (partial(_trunk, fat=0.85, bone=0.3, organ=0.48, gut=0.4), 0.38, (-0.55, 0.0, 0.55)),
     ("MRI", "lower limb"): (_mri_legs, 0.42, (-0.6, 0.0, 0.6)),
     ("ultrasound", "abdomen"): (_us_abdomen, 0.36, (-0.42, 0.06, 0.54)),
     ("ultrasound", "pelvis"): (_us_pelvis, 0.36, (-0.42, 0.06, 0.54)),
@@ -333,10 +326,9 @@ def draw(attributes: dict[str, str | None], rng: np.random.Generator) -> np.ndar
     else:  # speckle, coarser across the beam than along it, in the sector of a curved array
         speckle = np.hypot(noise + np.roll(noise, 1, 1), _clouds(rng, 48, 2))
         canvas *= 0.6 + 0.28 * speckle
-        depth = np.hypot(_AXIS[None, :], _AXIS[:, None] + 2.0)
-        canvas *= (
-            (depth > 1.1) * (depth < 2.95) * (np.abs(_AXIS[None, :]) < 0.56 * (_AXIS[:, None] + 2.0) / 1.6 + 0.02)
-        )
+        across, down = _AXIS[None, :], _AXIS[:, None] + 2.0
+        depth = np.hypot(across, down)
+        canvas *= (depth > 1.1) * (depth < 2.95) * (np.abs(across) < 0.56 * down / 1.6 + 0.02)
     return (canvas.clip(0, 1) * rng.uniform(225, 255)).astype(np.uint8)
 
 
@@ -374,14 +366,8 @@ def load_phantoms(seed: int = 0, sizes: dict[str, int] | None = None) -> Dataset
     """
     # `datasets` names its cache by these arguments; the digest makes a changed drawing a new dataset.
     edition = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
-    return DatasetDict(
-        {
-            split: Dataset.from_generator(
-                _phantom_rows,
-                features=FEATURES,
-                split=split,
-                gen_kwargs={"split": split, "seed": seed, "size": size, "edition": edition},
-            )
-            for split, size in (sizes or SPLIT_SIZES).items()
-        }
-    )
+    splits = {}
+    for split, size in (sizes or SPLIT_SIZES).items():
+        arguments = {"split": split, "seed": seed, "size": size, "edition": edition}
+        splits[split] = Dataset.from_generator(_phantom_rows, features=FEATURES, split=split, gen_kwargs=arguments)
+    return DatasetDict(splits)

@@ -30,7 +30,7 @@ def test_few_more_rows_are_checked_than_a_trial_run_uses(raw_dataset):
 
 
 def test_a_missing_split_is_named_with_the_flag_that_leaves_it_out(raw_dataset):
-    with pytest.raises(UserError, match="^dataset 'x' has no split 'validation', only train; .* --do_eval false"):
+    with pytest.raises(UserError, match=r"^dataset 'x' has no split 'validation', only train; .* --do_eval false"):
         select_splits(DatasetDict(train=raw_dataset["train"]), "x", NEEDED, ALL, False)
 
 
