@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
-MAX_NAME = 200  # compared characters of an unknown name: the time of `difflib` grows with the product of lengths
 # How libraries written in Rust and C++ say it, without an `errno`
 DISK_FULL = ("No space left on device", "Disk quota exceeded", "File too large")
 
@@ -70,5 +69,6 @@ def first_line(error: BaseException) -> str:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the most similar of the `known` names, or "" where none is similar."""
-    near = difflib.get_close_matches(name[:MAX_NAME], list(known), n=1, cutoff=0.6)
+    # Cut, since the time grows with the product of the lengths
+    near = difflib.get_close_matches(name[:200], list(known), n=1, cutoff=0.6)
     return f"; did you mean '{near[0]}'?" if near and near[0] != name else ""

@@ -50,10 +50,10 @@ def load_source(name: str, revision: str | None = None, streaming: bool = False)
     Raises:
         UserError: the source does not exist, cannot be read, cannot be streamed, or lacks a column.
     """
-    if name == "phantoms":
-        if streaming:
-            raise UserError(STORED.format("dataset 'phantoms'"))
+    if name == "phantoms" and not streaming:
         splits = load_phantoms()
+    elif name == "phantoms":
+        raise UserError(STORED.format("dataset 'phantoms'"))
     elif os.path.isdir(name):
         splits = _load_folder(Path(name), streaming)
     elif os.path.exists(name):
@@ -72,9 +72,8 @@ def load_source(name: str, revision: str | None = None, streaming: bool = False)
         raise UserError(f"dataset '{name}' has none of the splits {', '.join(SPLITS)}, but {', '.join(splits)}")
     checked = {}
     for split in [split for split in SPLITS if split in named]:
-        checked[split] = _checked_columns(named[split], f"dataset '{name}', split '{split}'", streaming, is_ours)
-        if not is_ours and not streaming:
-            checked[split] = _without_foreign_files(checked[split], name)
+        rows = _checked_columns(named[split], f"dataset '{name}', split '{split}'", streaming, is_ours)
+        checked[split] = rows if is_ours or streaming else _without_foreign_files(rows, name)
     return DatasetDict(checked)
 
 

@@ -56,13 +56,11 @@ def load_zenodo(folder: Path) -> ZenodoSplits:
         images = [folder / f"{name}_images", folder / name, folder / f"{name}_images.zip"]
         if not any(path.exists() for path in images):
             raise UserError(f"'{captions}' has no images beside it: '{images[0]}' and '{images[2]}' do not exist")
-        sources = {
-            "captions": captions,
-            "concepts": next((path for path in concepts if path.is_file()), None),
-            "images": next(path for path in images if path.exists()),
-        }
-        arguments = {key: str(path) if path else None for key, path in sources.items()}
-        arguments["state"] = _folder_state([path for path in sources.values() if path])
+        sources = {"captions": captions, "images": next(path for path in images if path.exists())}
+        if found := [path for path in concepts if path.is_file()]:
+            sources["concepts"] = found[0]
+        arguments = {"concepts": None} | {key: str(path) for key, path in sources.items()}
+        arguments["state"] = _folder_state(list(sources.values()))
         splits[split] = Dataset.from_generator(_zenodo_rows, features=FEATURES, gen_kwargs=arguments, split=split)
     return ZenodoSplits(splits)
 

@@ -89,14 +89,15 @@ class Repository:
 
     def _refuse_another_model(self, repo_id: str) -> None:
         """Raise UserError unless the repository is blank or its model has the same start and the same data."""
+        is_ours = False
         try:
             files = {file.rfilename for file in self._api.model_info(repo_id).siblings} - BLANK_FILES
-            theirs = None
             if "recipe.json" in files:  # forced: the cache may hold an older one
-                theirs = Path(self._api.hf_hub_download(repo_id, "recipe.json", force_download=True))
+                theirs = self._api.hf_hub_download(repo_id, "recipe.json", force_download=True)
+                is_ours = _origin(Path(theirs)) == _origin(self.output_dir / "recipe.json")
         except Exception as error:
             raise UserError(f"what '{repo_id}' holds cannot be read: {describe_fault(error)}") from error
-        if files and (theirs is None or _origin(theirs) != _origin(self.output_dir / "recipe.json")):
+        if files and not is_ours:
             mend = "set another --hub_model_id, or delete that repository"
             raise UserError(f"409, the name is taken: '{repo_id}' holds another model; {mend}")
 

@@ -154,7 +154,7 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
     logging_steps: float = HfArg(default=50, help="Steps between logs; below 1, a share of all.")
     # The order of the union is the Trainer's: its argument parser reads the second member
     report_to: None | str | list[str] = HfArg(default="tensorboard", help="Where logs go.")  # noqa: RUF036
-    logging_nan_inf_filter: bool = HfArg(default=False, help="Must stay false: see FIXED_FIELDS.")
+    logging_nan_inf_filter: bool = HfArg(default=False, help="Must stay false: NaN or infinity ends the run.")
     remove_unused_columns: bool = HfArg(default=False, help="Must stay false: the collator reads the images.")
 
     # Decoding
