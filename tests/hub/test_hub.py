@@ -190,7 +190,8 @@ def test_a_run_that_cannot_be_pushed_is_complete_on_disk(hub, home, run, local_r
 )
 def test_a_fault_is_one_line_with_its_reason_and_nothing_is_lost(hub, push, finished, step, status, reason):
     before = files_of(finished)
-    hub.fail(step, status, message="No license" if status == 400 else "")
+    later = {"Retry-After": "3600"} if status == 429 else None  # is not waited for
+    hub.fail(step, status, message="No license" if status == 400 else "", headers=later)
     result = push(code=2)
     assert "Traceback" not in result.stderr
     assert f"is complete in '{finished}' but not on the Hub: {reason}" in result.stderr.splitlines()[-1]
@@ -394,8 +395,8 @@ def test_a_repository_whose_contents_cannot_be_read_is_not_replaced(hub, push):
 def test_a_silent_server_does_not_hold_up_the_run(served, finished):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         code = f"""
-from captioning.hub import faults, repository
-faults.TIMEOUT = 0.5
+from captioning.hub import client, repository
+client.TIMEOUT = 0.5
 repository = repository.Repository({str(finished)!r}, "a/b")
 repository._api.endpoint = "http://127.0.0.1:{silent.getsockname()[1]}"
 repository.push(print)
