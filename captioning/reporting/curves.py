@@ -65,15 +65,12 @@ def curves_of_log(log_history: Sequence[Mapping[str, Any]]) -> dict[str, Curves]
     plots = {}
     for label, names in PLOTS.items():
         curves = {
-            name: [
-                (entry["step"], entry[key])
-                for entry in log_history
-                if key in entry and math.isfinite(entry[key]) and abs(entry[key]) < LARGEST
-            ]
+            name: [(entry["step"], entry[key]) for entry in log_history if abs(entry.get(key, math.nan)) < LARGEST]
             for key, name in names.items()
         }
-        plots[label] = {name: points for name, points in curves.items() if points}
-    return {label: curves for label, curves in plots.items() if curves}
+        if curves := {name: points for name, points in curves.items() if points}:
+            plots[label] = curves
+    return plots
 
 
 def _plot(axes: Axes, label: str, curves: Curves) -> None:
