@@ -38,11 +38,7 @@ def score_table(scores: Mapping[str, Any]) -> str:
 
 
 def comparison_table(result: Mapping[str, Any]) -> str:
-    """Return the result of `compare_captions` as text.
-
-    Args:
-        result: with `captions`, how many there are, and `systems`, the names of the two.
-    """
+    """Return the result of `compare_captions` as text; `captions` is their number, `systems` the names of the two."""
     first, second = result["systems"]
     width = max(len(name) for name in result["scores"]) + 2
     lines = [f"{result['captions']:,} captions; first: {first}; second: {second}", ""]
