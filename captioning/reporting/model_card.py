@@ -204,7 +204,7 @@ def _num_parameters(record: RunRecord) -> str | None:
         return None
     with safe_open(path, framework="pt") as weights:
         number = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
-    return f"{number / 1e6:.2f} million" if number < 1e8 else f"{number / 1e6:.0f} million"
+    return f"{number / 1e6:.{2 if number < 1e8 else 0}f} million"
 
 
 def _duration(seconds: float) -> str:

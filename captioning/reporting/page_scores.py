@@ -69,8 +69,7 @@ def standing(baseline: float | None, score: Score) -> str:
 def score_picture(label: str, score: Score, legend: Legend, end: float | None = None) -> dict[str, Any] | None:
     """Return the picture of a score: its interval as a bar, its baselines and upper bound as lines with labels.
 
-    The axis starts at 0, so that lengths can be compared, and ends at a round number of at least `end`, by default of
-    at least the largest number shown.
+    The axis starts at 0, so that lengths compare, and ends at a round number of at least `end` (default: all shown).
     """
     value, low = score["value"], score["low"]
     if value is None:

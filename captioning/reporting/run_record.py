@@ -29,12 +29,7 @@ RECIPE_DEFAULTS = {
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model or a dataset came from, without the path of any folder.
-
-    Attributes:
-        id: its id on the Hub, or the last part of its path.
-        revision: its commit on the Hub; None if it is not from there.
-    """
+    """Where a model or a dataset came from: its id and commit on the Hub, or the last part of its path and None."""
 
     id: str
     revision: str | None = None
@@ -55,11 +50,8 @@ class Origin:
 class RunRecord:
     """A run by the files of its output folder, each of which is read at most once, when it is first asked for.
 
-    Ask for `results` after the last of them has been written.
-
-    Args:
-        folder: the output folder, with `recipe.json` at least.
-        captioner_class: that of the model; default: that of the model saved in the folder.
+    The folder has `recipe.json` at least. Ask for `results` after the last of them has been written. The class of the
+    captioner is by default that of the model saved in the folder.
     """
 
     def __init__(self, folder: str | Path, captioner_class: type[Captioner] | None = None):
