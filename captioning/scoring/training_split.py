@@ -43,7 +43,7 @@ class Training:
     @cached_property
     def extractor(self) -> ConceptExtractor:
         """A reader of concepts, fitted to the pairs of the training split."""
-        return ConceptExtractor().fit(self.captions, self.cuis)
+        return ConceptExtractor(self.captions, self.cuis)
 
 
 def read_training(captions_file: str | None, concepts_file: str | None = None) -> Training | None:
