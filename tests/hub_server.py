@@ -54,7 +54,6 @@ ROUTES = (  # methods, path, step (the name that `fail` takes), method of `_Hand
     ("POST", rf"{API}/preupload/{REVISION}", "preupload", "_preupload"),
     ("POST", rf"{GIT}\.git/info/lfs/objects/batch", "batch", "_batch"),
     ("PUT", r"/storage/(?P<oid>[0-9a-f]{64})", "upload", "_upload"),
-    ("POST", rf"{GIT}\.git/info/lfs/objects/verify", "verify", "_verify"),
     ("POST", rf"{API}/commit/{REVISION}", "commit", "_commit"),
     ("GET", rf"{API}/revision/{REVISION}", "info", "_info"),
     ("GET", rf"{API}/tree/{REVISION}(?:/(?P<path>.+))?", "tree", "_tree"),
@@ -62,7 +61,7 @@ ROUTES = (  # methods, path, step (the name that `fail` takes), method of `_Hand
     ("GET", API, "info", "_info"),
     ("HEAD GET", rf"{GIT}/resolve/{REVISION}/(?P<path>.+)", "resolve", "_resolve"),
 )
-NEEDS_TOKEN = {"create", "preupload", "batch", "verify", "commit"}
+NEEDS_TOKEN = {"create", "preupload", "batch", "commit"}
 
 
 class Refusal(Exception):
@@ -301,14 +300,13 @@ class _Handler(BaseHTTPRequestHandler):
         return {"files": files, "commitOid": head.oid}
 
     def _batch(self) -> dict:
-        verify = {"href": f"{self.hub.url}/{self._repository(write=True).path}.git/info/lfs/objects/verify"}
+        self._repository(write=True)
         objects = [{"oid": item["oid"], "size": item["size"]} for item in json.loads(self.content)["objects"]]
         for item in objects:
             oid, signature = item["oid"], secrets.token_hex()
             if oid not in self.hub.objects:
                 self.hub.announced[oid] = (item["size"], signature)
-                upload = {"href": f"{self.hub.url}/storage/{oid}?signature={signature}"}
-                item["actions"] = {"upload": upload, "verify": verify}
+                item["actions"] = {"upload": {"href": f"{self.hub.url}/storage/{oid}?signature={signature}"}}
         return {"transfer": "basic", "objects": objects}
 
     def _upload(self) -> bytes:
@@ -320,13 +318,6 @@ class _Handler(BaseHTTPRequestHandler):
             raise self._violation(400, f"Upload of {oid}, {size} bytes, brought {len(self.content)} of sha256 {found}")
         self.hub.objects[oid] = self.content
         return b""
-
-    def _verify(self) -> dict:
-        self._repository(write=True)
-        item = json.loads(self.content)
-        if len(self.hub.objects.get(item["oid"], b"")) != item["size"]:
-            raise self._violation(404, f"Verification of {item}, which is not in the storage")
-        return {"success": True}
 
     def _commit(self) -> dict:
         repository = self._repository(write=True)

@@ -3,6 +3,8 @@
 import json
 import shutil
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -17,12 +19,12 @@ from helpers import (
     read_json,
     read_lines,
     run,
-    run_cold,
     score_flags,
     signal_when,
     start,
     without_times,
 )
+from processes import ROOT
 from safetensors.torch import load_file
 from transformers import BlipForConditionalGeneration, BlipProcessor, GenerationConfig
 
@@ -38,7 +40,8 @@ from metrics import rouge
 def finished(config_file, parquet_folder, tmp_path_factory):
     """The output folder, metrics and standard output of a whole run, started as a user starts it."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    result = run_cold(flags(config_file, parquet_folder, folder))
+    words = [sys.executable, "run_captioning.py", *flags(config_file, parquet_folder, folder)]
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return folder, read_json(folder / "all_results.json"), result.stdout
 
@@ -423,6 +426,10 @@ def test_a_mistake_ends_with_status_2_and_one_line(config_file, parquet_folder, 
         ({"output_dir": "/dev/null/run"}, "output folder '/dev/null/run' cannot be written"),
         ({"optim_args": "x"}, "the optimizer cannot be built: .*check --optim and --optim_args"),
         ({"lr_scheduler_kwargs": '{"foo": 1}'}, "the schedule cannot be built: .*check --lr_scheduler_type"),
+        (
+            {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": '{"power": "x"}'},
+            "the schedule cannot be built",
+        ),
         ({"tokenizer_name": "./nowhere"}, "tokenizer './nowhere' cannot be loaded"),
     ],
     ids=lambda values: next(iter(values)) if isinstance(values, dict) else "",
