@@ -67,10 +67,10 @@ NEEDS_TOKEN = {"create", "preupload", "batch", "commit"}
 class Refusal(Exception):
     """An error as an answer, in the headers and the body that the Hub uses."""
 
-    def __init__(self, status: int, message: str, code: str = "", **body):
+    def __init__(self, status: int, message: str, code: str = "", headers: dict[str, str] | None = None, **body):
         line = " ".join(message.split()).encode("latin-1", "replace").decode("latin-1")
         self.status = status
-        self.headers = {"X-Error-Message": line} | ({"X-Error-Code": code} if code else {})
+        self.headers = {"X-Error-Message": line} | ({"X-Error-Code": code} if code else {}) | (headers or {})
         # The client reads "errors" of a refused card
         self.body = {"error": message, "errors": [{"message": message}], "warnings": []} | body
 
@@ -178,11 +178,13 @@ class HubServer:
         """Return the commits, oldest first; the first of a created repository is the Hub's own: .gitattributes."""
         return list(self.repositories[kind, id].commits)
 
-    def fail(self, step: str, status: int | str, times: int | None = None, message: str = "") -> None:
+    def fail(
+        self, step: str, status: int | str, times: int | None = None, message: str = "", headers: dict | None = None
+    ) -> None:
         """Answer `status` at `step` or "any", `times` times or until `heal`; "drop" hangs up within the body."""
         assert step in {route[2] for route in ROUTES} | {"any"}, step
         text = message or (BAD_TOKEN if status == 401 else f"Fault at {step}")
-        fault = status if status == "drop" else Refusal(status, text)
+        fault = status if status == "drop" else Refusal(status, text, headers=headers)
         self.faults[step] = repeat(fault) if times is None else repeat(fault, times)
 
     def heal(self) -> None:
@@ -374,9 +376,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _resolve(self) -> tuple[bytes, dict[str, str]]:
         commit, path = self._revision(), self.args["path"]
         if path not in commit.files:
-            refusal = Refusal(404, "Entry not found", "EntryNotFound")
-            refusal.headers["X-Repo-Commit"] = commit.oid  # clients remember it by the commit
-            raise refusal
+            # Clients remember it by the commit
+            raise Refusal(404, "Entry not found", "EntryNotFound", {"X-Repo-Commit": commit.oid})
         content, etag = commit.files[path], f'"{commit.etag(path)}"'
         headers = {"X-Repo-Commit": commit.oid, "ETag": etag, "Accept-Ranges": "bytes"}
         if is_lfs(path, content, len(content)):

@@ -346,23 +346,24 @@ def test_a_table_reads_no_files_of_the_machine(tmp_path, disguise):
     assert reasons == dict.fromkeys("abcd", "unreadable image: no image")
 
 
-def plant(folder: Path, **features) -> None:
-    """Write parquet files whose metadata say what `datasets` should take the columns for."""
-    place = {"shard": pa.int32(), "row_group": pa.int32(), "row": pa.int32(), "group_bytes": pa.int64()}
-    streamed = features.get("image", {}).get("_type") == "StreamedImage"
-    text = {"_type": "Value", "dtype": "string"}
-    features = {"image": {"_type": "Image"}, "image_id": text, "caption": text} | features
+FILES = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+PLACES = pa.struct({"shard": pa.int32(), "row_group": pa.int32(), "row": pa.int32(), "group_bytes": pa.int64()})
+TEXT = pa.string(), "A nodule", {"_type": "Value", "dtype": "string"}
+PICTURE = FILES, {"bytes": make_png(1), "path": None}, {"_type": "Image"}
+
+
+def plant(folder: Path, **columns: tuple) -> None:
+    """Write a parquet file whose metadata say what `datasets` should take its columns for.
+
+    Args:
+        columns: the type, the value and the feature of each.
+    """
+    columns = {"image": PICTURE, "image_id": TEXT, "caption": TEXT} | columns
+    table = pa.table({name: pa.array([value], kind) for name, (kind, value, _) in columns.items()})
+    features = {name: feature for name, (_, _, feature) in columns.items()}
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     folder.mkdir(parents=True)
-    for split in ("train", "validation", "test"):
-        images = [{"shard": 0, "row_group": 0, "row": 0, "group_bytes": 1}] if streamed else [{"bytes": make_png(1)}]
-        images = pa.array(images, pa.struct(place if streamed else {"bytes": pa.binary(), "path": pa.string()}))
-        captions = ["A nodule"]
-        if features["caption"]["_type"] == "Image":
-            captions = [{"bytes": None, "path": str(folder.parent / "pipe")}]
-            captions = pa.array(captions, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
-        table = pa.table({"image": images, "image_id": ["a"], "caption": captions})
-        pq.write_table(table.replace_schema_metadata(metadata), folder / f"{split}-0.parquet")
+    pq.write_table(table.replace_schema_metadata(metadata), folder / "train-0.parquet")
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -370,7 +371,9 @@ def plant(folder: Path, **features) -> None:
 def test_a_table_that_says_its_images_lie_in_other_files_is_refused(tmp_path, saved, streaming):
     """As `StreamedImage`, which only we may write, does: a pipe among those files would be read forever."""
     os.mkfifo(tmp_path / "pipe")
-    plant(tmp_path / "data", image={"_type": "StreamedImage", "shards": [str(tmp_path / "pipe")]})
+    place = {"shard": 0, "row_group": 0, "row": 0, "group_bytes": 1}
+    feature = {"_type": "StreamedImage", "shards": [str(tmp_path / "pipe")]}
+    plant(tmp_path / "data", image=(PLACES, place, feature))
     if saved:
         datasets.load_dataset("parquet", data_dir=str(tmp_path / "data")).save_to_disk(str(tmp_path / "saved"))
     expected = "save_to_disk|is not parquet" if saved and streaming else "column 'image' holds no images"
@@ -380,7 +383,7 @@ def test_a_table_that_says_its_images_lie_in_other_files_is_refused(tmp_path, sa
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_table_that_says_its_captions_are_files_is_refused(tmp_path, streaming):
-    plant(tmp_path / "data", caption={"_type": "Image"})
+    plant(tmp_path / "data", caption=(FILES, {"bytes": None, "path": str(tmp_path / "pipe")}, {"_type": "Image"}))
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match=r"'caption'.* is not text but Image|cannot be read"):
         sources.load_source(str(tmp_path / "data"), streaming=streaming)

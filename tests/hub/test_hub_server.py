@@ -128,9 +128,9 @@ def test_a_card_without_readable_scores_is_refused(hub, content, error):
 def test_faults_occur_at_their_step_as_often_as_asked(hub):
     hub.add_repository("tester/model", {"config.json": b"0123456789"})
     resolve = "/tester/model/resolve/main/config.json"
-    hub.fail("resolve", 503, times=2, message="Busy")
+    hub.fail("resolve", 503, times=2, message="Busy", headers={"Retry-After": "1"})
     status, headers, _ = raw(hub, "HEAD", resolve)
-    assert (status, headers["X-Error-Message"]) == (503, "Busy")
+    assert (status, headers["X-Error-Message"], headers["Retry-After"]) == (503, "Busy", "1")
     assert raw(hub, "GET", "/api/models/tester/model")[0] == 200
     assert [raw(hub, "GET", resolve)[0] for _ in range(2)] == [503, 200]
     hub.fail("any", "drop")
