@@ -13,7 +13,7 @@ quickstart: .venv/requirements
 # Each of the two processes takes a half of the files, so that a model is trained once for the tests of its file.
 PYTEST = $(BIN)/python -m pytest -n 2 --dist worksteal
 
-# Without the long sweeps over kills, processes and faults; one of each kind is among these, too.
+# Without long sweeps, launchers and repeats; what each of them protects has a faster test among these, too.
 test: .venv/requirements-dev
 	$(PYTEST) -m "not slow"
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PIL
-from processes import Process, server
+from processes import ROOT, Process, server
 from safetensors.torch import load_file
 
 from captioning.data import phantoms
@@ -23,7 +23,7 @@ from captioning.models.fast_blip.modules import use_stock_blip
 from captioning.reporting.run_record import RunRecord
 
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"  # real data of development, absent elsewhere
+SHARED = ROOT.parent / "shared" / "data"  # real data of development, absent elsewhere
 TINY_CONFIG = {
     "text_config": {
         "hidden_size": 32,

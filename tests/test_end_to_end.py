@@ -350,6 +350,7 @@ def test_a_frozen_vision_tower_stays_as_it_was(config_file, parquet_folder, tmp_
     assert changed(freeze=False) == {"text_decoder", "vision_model"}
 
 
+@pytest.mark.slow
 def test_real_radiographs_end_with_the_whole_folder(config_file, tmp_path):
     dataset = SHARED / "chest_xrays_rocov2_schema"
     if not dataset.is_dir():

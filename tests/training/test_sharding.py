@@ -100,7 +100,7 @@ def alone(config_file, odd_folder, tmp_path_factory):
 @pytest.mark.parametrize(
     ("number", "launcher", "options"),
     [
-        (2, "torchrun", {}),
+        pytest.param(2, "torchrun", {}, marks=pytest.mark.slow),
         (3, None, {"dataloader_num_workers": 1}),
         pytest.param(2, "accelerate", {"fast_blip": False}, marks=pytest.mark.slow),
         (2, None, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3}),
