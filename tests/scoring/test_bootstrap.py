@@ -51,17 +51,17 @@ def test_a_score_that_is_no_mean_is_made_of_sums(values):
     statistics = np.column_stack([values, np.arange(len(values)) % 3])
     score = Score(statistics, ratio)
     assert score.value == pytest.approx(values.sum() / statistics[:, 1].sum())
-    assert score.of_rows(np.arange(10)) == pytest.approx(values[:10].sum() / statistics[:10, 1].sum())
+    assert score.part(np.arange(10)).value == pytest.approx(values[:10].sum() / statistics[:10, 1].sum())
     counts = resampling_counts(len(values), 5)
     expected = [(row @ values) / (row @ statistics[:, 1]) for row in counts.astype(float)]
     assert resampled(score, counts) == pytest.approx(expected, rel=1e-9)
 
 
 def test_some_of_the_captions_are_scored_by_their_own_number(values):
-    rows = np.arange(len(values)) < 40
-    found = resampled(Score.of(values), resampling_counts(len(values)), rows)
+    counts, score = resampling_counts(len(values)), Score.of(values)
+    found = resampled(score.part(slice(40)), counts[:, :40])
     assert found.mean() == pytest.approx(values[:40].mean(), abs=0.01)
-    assert found.std() > 2 * resampled(Score.of(values), resampling_counts(len(values))).std()
+    assert found.std() > 2 * resampled(score, counts).std()
 
 
 def test_a_score_without_a_value_has_no_interval_and_is_not_compared():

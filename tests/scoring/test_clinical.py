@@ -255,7 +255,7 @@ def test_agreement_by_hand():
     assert scores["laterality"].statistics.tolist() == [[0, 1, 1], [0, 0, 0], [0, 0, 1]]
     assert scores["region"].value == pytest.approx(2 * 2 / (2 + 3))
     assert scores["measurement"].value == pytest.approx(2 * 1 / (1 + 2)), "3 cm is said twice, and is one length"
-    assert scores["modality"].of_rows(np.array([0])) == 1.0
+    assert scores["modality"].part(np.array([0])).value == 1.0
 
 
 def test_lengths_match_one_to_one_within_a_tenth():
