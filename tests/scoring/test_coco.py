@@ -91,7 +91,7 @@ def values(scores, prefix="coco"):
 
 
 @needs_java
-@pytest.mark.parametrize("pairs", [built_pairs, real_pairs])
+@pytest.mark.parametrize("pairs", [built_pairs, pytest.param(real_pairs, marks=pytest.mark.slow)])
 def test_captions_and_resamples_score_as_pycocoevalcap_scores_them(pairs, library):
     predictions, references = pairs()
     other = references[::-1]
