@@ -86,10 +86,15 @@ def _f1_scores(
     predictions: Sequence[str],
     references: Sequence[str],
 ) -> np.ndarray:
-    """Return the F1 of each pair, `[N]`; `common` counts what two token lists have in common."""
+    """Return the F1 of each pair, `[N]`; `common` counts what two token lists have in common.
+
+    The operations are those of `rouge_score`, so that not even the last bit differs.
+    """
     pairs = [(tokens[text], tokens[reference]) for text, reference in zip(predictions, references, strict=True)]
-    counts = np.array([(common(a, b), len(a), len(b)) for a, b in pairs]).reshape(-1, 3)
-    return f1(*counts.T)
+    shared, predicted, stated = np.array([(common(a, b), len(a), len(b)) for a, b in pairs]).reshape(-1, 3).T
+    precision, recall = shared / np.maximum(predicted, 1), shared / np.maximum(stated, 1)
+    total = precision + recall
+    return np.divide(2 * precision * recall, total, out=np.zeros(len(total)), where=total > 0)
 
 
 def rouge_tokens(text: str) -> list[str]:
@@ -99,13 +104,7 @@ def rouge_tokens(text: str) -> list[str]:
 
 def overlap(a: Sequence, b: Sequence) -> int:
     """Return how many items the two have in common, repeated ones as often as they occur in both."""
-    counts = Counter(b)
-    common = 0
-    for item in a:
-        if counts[item] > 0:
-            counts[item] -= 1
-            common += 1
-    return common
+    return (Counter(a) & Counter(b)).total()
 
 
 def lcs_length(a: Sequence, b: Sequence) -> int:
@@ -123,13 +122,6 @@ def lcs_length(a: Sequence, b: Sequence) -> int:
             matches = state & positions[word]
             state = (state + matches | state - matches) & full
     return len(a) - state.bit_count()
-
-
-def f1(common: np.ndarray, predicted: np.ndarray, stated: np.ndarray) -> np.ndarray:
-    """Return the F1 of counts, by the same operations as `rouge_score`, so that not even the last bit differs."""
-    precision, recall = common / np.maximum(predicted, 1), common / np.maximum(stated, 1)
-    total = precision + recall
-    return np.divide(2 * precision * recall, total, out=np.zeros(len(total)), where=total > 0)
 
 
 # --- ImageCLEF ------------------------------------------------------------------------------------------------

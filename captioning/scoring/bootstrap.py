@@ -45,10 +45,9 @@ class Score:
         """The score of all captions."""
         return float(self.combine(self.statistics.sum(axis=0), len(self.statistics)))
 
-    def of_rows(self, rows: np.ndarray) -> float:
+    def part(self, rows: np.ndarray | slice) -> "Score":
         """Return the score of some of the captions, given by index or by a boolean mask."""
-        part = self.statistics[rows]
-        return float(self.combine(part.sum(axis=0), len(part)))
+        return Score(self.statistics[rows], self.combine)
 
 
 # --- Intervals ------------------------------------------------------------------------------------------------
@@ -63,19 +62,15 @@ def resampling_counts(number: int, resamples: int = RESAMPLES, seed: int = 0) ->
     return counts
 
 
-def resampled(score: Score, counts: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
-    """Return the score of each resample, float64 `[resamples]`.
+def resampled(score: Score, counts: np.ndarray) -> np.ndarray:
+    """Return the score of each resample, float64 `[resamples]`; of one without any captions it is NaN.
 
     Args:
         score: of N captions.
-        counts: `[resamples, N]`, see `resampling_counts`.
-        rows: bool `[N]`, the captions that are scored; default: all. A resample without any of them is NaN.
+        counts: `[resamples, N]`, see `resampling_counts`; of a part of the captions their columns.
     """
-    statistics = score.statistics
-    if rows is not None:
-        counts, statistics = counts[:, rows], statistics[rows]
     with np.errstate(invalid="ignore", divide="ignore"):
-        return score.combine(counts @ statistics, counts.sum(axis=1, dtype=np.float64))
+        return score.combine(counts @ score.statistics, counts.sum(axis=1, dtype=np.float64))
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:

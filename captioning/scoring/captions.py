@@ -7,7 +7,7 @@ concepts.
 import csv
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -199,13 +199,12 @@ def in_order_of(like: Captions, captions: Captions, name: str, other_name: str) 
         UserError: the two are not about the same images, or have other references.
     """
     check_ids(captions.image_ids, like.image_ids, other_name, name)
-    row = {image_id: i for i, image_id in enumerate(captions.image_ids)}
-    rows = [row[image_id] for image_id in like.image_ids]
-    ordered = Captions(*([column[i] for i in rows] for column in vars(captions).values()))
-    differ = [i for i, own in enumerate(ordered.references) if own != like.references[i]]
+    texts = dict(zip(captions.image_ids, zip(captions.predictions, captions.references, strict=True), strict=True))
+    predictions, references = map(list, zip(*(texts[image_id] for image_id in like.image_ids), strict=True))
+    differ = [i for i, own, other in zip(like.image_ids, like.references, references, strict=True) if own != other]
     if differ:
         raise UserError(
-            f"'{name}' and '{other_name}' have different references for {len(differ)} images "
-            f"({like.image_ids[differ[0]]}); both must be scored on the same data"
+            f"'{name}' and '{other_name}' have different references for {len(differ)} images ({differ[0]}); both must "
+            "be scored on the same data"
         )
-    return ordered
+    return replace(like, predictions=predictions)

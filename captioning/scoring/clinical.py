@@ -266,7 +266,6 @@ _LENGTH = re.compile(
     rf"(?<![\w.,])((?:{_NUMBER})(?: ?(?:x|\*|by|-|/|to|and) ?(?:{_NUMBER})){{0,2}})"
     r"[ -]{0,2}(mms?|cms?|millimet\w+|centimet\w+)(?![\w/^]| ?hg\b| h2o| ?2\b| ?3\b)"
 )
-_NUMBERS = re.compile(_NUMBER)
 # Words before and after lengths of the scan or of the printed figure, which are not lengths in the patient
 _TECHNIQUE = re.compile(
     r"\b(?:slices?|sections?|slab|field of view|fov|collimation|scale|bar|interval|spacing|pixel|voxel)\b"
@@ -284,7 +283,7 @@ def _measurements(text: str) -> set[str]:
         if _TECHNIQUE.search(before) or _TECHNIQUE_AFTER.match(text, match.end()):
             continue
         scale = 10 if match[2].startswith("c") else 1
-        for number in _NUMBERS.findall(match[1]):
+        for number in re.findall(_NUMBER, match[1]):
             millimeters = scale * float(number.replace(" ", "").replace(",", "."))
             lengths |= {f"{millimeters:g}"} if millimeters > 0 else set()
     return lengths

@@ -14,6 +14,7 @@
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -62,7 +63,7 @@ def score(
     baselines, notes = baseline_captions(captions, modalities, training, features)
     # The constant caption comes second, so that it has a METEOR: see `coco_scores`
     systems = {"": captions.predictions, **baselines}
-    scores, missing = scores_of_systems(systems, captions, training, tokenizer, bertscore_model, [""])
+    scores, missing = _scores_of_systems(systems, captions, training, tokenizer, bertscore_model, [""])
     counts = resampling_counts(len(captions))
     entries = {}
     for name, own in scores[""].items():
@@ -82,7 +83,7 @@ def score(
     }
 
 
-def scores_of_systems(
+def _scores_of_systems(
     systems: Mapping[str, Sequence[str]],
     captions: Captions,
     training: Training | None,
@@ -90,18 +91,15 @@ def scores_of_systems(
     bertscore_model: str | None,
     with_bertscore: Sequence[str],
 ) -> tuple[dict[str, dict[str, Score]], dict[str, str]]:
-    """Return all scores of several systems on the same images, and by name what is missing for a score.
+    """Return all scores of each system, and by name what is missing for a score.
 
-    Args:
-        systems: the N captions of each.
-        captions: the references and concepts of the images.
-        training: see `score`.
-        tokenizer: see `score`.
-        bertscore_model: see `score`.
-        with_bertscore: the systems that get BERTScore, whose model is large.
+    Only the systems `with_bertscore` get BERTScore, whose model is large.
     """
-    missing: dict[str, str] = {}
-    scores = {name: _caption_scores(texts, captions.references) for name, texts in systems.items()}
+    missing, scores = {}, {}
+    for name, texts in systems.items():
+        wording = wording_scores(tuple(texts), tuple(captions.references))
+        scores[name] = {key: Score.of(values) for key, values in wording.items()}
+        scores[name] |= {f"{key}_f1": own for key, own in agreement(texts, captions.references).items()}
     if tokenizer:
         found, missing = coco_scores(systems, captions.references, tokenizer)
         for name, own in found.items():
@@ -114,12 +112,6 @@ def scores_of_systems(
         except UserError as error:
             missing["imageclef_bertscore"] = str(error)
     return scores, missing
-
-
-def _caption_scores(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Score]:
-    wording = wording_scores(tuple(predictions), tuple(references))
-    scores = {name: Score.of(values) for name, values in wording.items()}
-    return scores | {f"{name}_f1": own for name, own in agreement(predictions, references).items()}
 
 
 def _concept_scores(
@@ -140,12 +132,12 @@ def _concept_scores(
     return {name: concept_f1([found[text] for text in own], truth) for name, own in systems.items()}
 
 
-def _entry(own: Score, counts: np.ndarray, rows: np.ndarray | None = None) -> dict[str, float | None]:
-    value = own.value if rows is None else own.of_rows(rows)
-    num_captions = len(own.statistics) if rows is None else int(rows.sum())
+def _entry(own: Score, counts: np.ndarray, rows: np.ndarray | slice = slice(None)) -> dict[str, float | None]:
+    part = own.part(rows)
     # A single caption does not show how much captions vary
-    low, high = interval(resampled(own, counts, rows)) if num_captions > 1 else (math.nan, math.nan)
-    return {"value": finite(value), "low": finite(low), "high": finite(high)}
+    several = len(part.statistics) > 1
+    low, high = interval(resampled(part, counts[:, rows])) if several else (math.nan, math.nan)
+    return {"value": finite(part.value), "low": finite(low), "high": finite(high)}
 
 
 def finite(value: float) -> float | None:
@@ -154,14 +146,11 @@ def finite(value: float) -> float | None:
 
 
 def _by_modality(scores: Mapping[str, Score], modalities: Sequence[str], counts: np.ndarray) -> dict[str, Any]:
-    of_image = np.array(modalities)
-    names, sizes = np.unique(of_image, return_counts=True)
+    of_image, sizes = np.array(modalities), Counter(modalities)
+    shown = [key for key in BY_MODALITY if key in scores]
     return {
-        str(name): {
-            "captions": int(size),
-            **{key: _entry(scores[key], counts, of_image == name) for key in BY_MODALITY if key in scores},
-        }
-        for name, size in sorted(zip(names, sizes, strict=True), key=lambda pair: (-pair[1], pair[0]))
+        name: {"captions": sizes[name], **{key: _entry(scores[key], counts, of_image == name) for key in shown}}
+        for name in sorted(sizes, key=lambda name: (-sizes[name], name))
     }
 
 
@@ -171,24 +160,24 @@ def _verdict(scores: Mapping[str, Mapping[str, Score]], counts: np.ndarray) -> d
     `beats_constant` needs the whole confidence interval of the difference above 0, and a p-value below 0.05: of few
     captions the interval is too narrow, and the randomization test is not.
     """
-    own = scores[""][HEADLINE]
-    values = {key: scores[key][HEADLINE].value for key in BASELINES if key in scores}
-    constant = compare(own, scores["constant"][HEADLINE], counts)
-    beats = constant.low > 0 and constant.p_value < 1 - LEVEL
+    headline = {name: found[HEADLINE] for name, found in scores.items()}
+    own, constant = headline.pop(""), headline["constant"]
+    difference = compare(own, constant, counts)
+    beats = difference.low > 0 and difference.p_value < 1 - LEVEL
     if beats:
         relation = "beats"
-    elif constant.difference > 0:
+    elif difference.difference > 0:
         relation = "does not significantly beat"
     else:
         relation = "does NOT beat"
-    verdict = f"ROUGE-L {own.value:.4f} {relation} the best constant caption ({values['constant']:.4f})"
-    if "shuffled_images" in scores:
-        gain = compare(own, scores["shuffled_images"][HEADLINE], counts)
+    verdict = f"ROUGE-L {own.value:.4f} {relation} the best constant caption ({constant.value:.4f})"
+    if "shuffled_images" in headline:
+        gain = compare(own, headline["shuffled_images"], counts)
         verdict += f"; looking at the image adds {gain.difference:+.4f} ({gain.low:+.4f} to {gain.high:+.4f})"
     higher = [
-        f"{BASELINES[key].description} ({value:.4f})"
-        for key, value in values.items()
-        if value > own.value and key != "constant"
+        f"{BASELINES[key].description} ({baseline.value:.4f})"
+        for key, baseline in headline.items()
+        if baseline.value > own.value and key != "constant"
     ]
     if higher:
         verdict += f". A trivial baseline scores higher: {', '.join(higher)}"
@@ -225,7 +214,7 @@ def compare_captions(
         bertscore_model: see `score`.
     """
     systems = {"first": first.predictions, "second": second.predictions}
-    scores, missing = scores_of_systems(systems, first, training, tokenizer, bertscore_model, list(systems))
+    scores, missing = _scores_of_systems(systems, first, training, tokenizer, bertscore_model, list(systems))
     counts = resampling_counts(len(first))
     rows = {}
     for name, own in scores["first"].items():

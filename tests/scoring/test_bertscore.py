@@ -85,7 +85,7 @@ def pair_by_pair(predictions, references, model):
 
 
 @needs_bert_score
-def test_bertscore_equals_bert_score_pair_by_pair(deberta, monkeypatch):
+def test_bertscore_equals_bert_score_pair_by_pair_on_normalized_captions(deberta, monkeypatch):
     official, plain = deberta
     monkeypatch.setattr(bertscore_module, "BERTSCORE_CHUNK", 5)
     predictions, references = make_captions(17)[::-1], make_captions(17)
@@ -109,13 +109,6 @@ def test_bertscore_never_runs_code_of_a_model_and_does_not_ask(deberta, tmp_path
     (folder / file).write_text("{")
     assert f"{file} cannot be read" in reason(folder)
     assert not (tmp_path / "ran").exists()
-
-
-@needs_bert_score
-def test_bertscore_normalizes_captions(deberta):
-    texts = ["A cyst (3 cm).", "an effusion"], ["a cyst number cm", "no effusion, 12"]
-    first, second = bertscore(*texts, deberta[0]).statistics[:, 0]
-    assert first == pytest.approx(1, abs=1e-5) and second < 0.999
 
 
 @needs_bert_score

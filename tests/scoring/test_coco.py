@@ -91,7 +91,7 @@ def values(scores, prefix="coco"):
 
 
 @needs_java
-@pytest.mark.parametrize("pairs", [built_pairs, real_pairs])
+@pytest.mark.parametrize("pairs", [built_pairs, pytest.param(real_pairs, marks=pytest.mark.slow)])
 def test_captions_and_resamples_score_as_pycocoevalcap_scores_them(pairs, library):
     predictions, references = pairs()
     other = references[::-1]
@@ -108,9 +108,9 @@ def test_captions_and_resamples_score_as_pycocoevalcap_scores_them(pairs, librar
     expected = library.scores(*([texts[i] for i in draws[0]] for texts in tokens))
     for name in ("bleu1", "bleu4", "rougeL", "meteor"):  # CIDEr keeps the document frequencies of all references
         score = scores["own"][f"coco_{name}"]
-        assert score.of_rows(draws[0]) == pytest.approx(expected[name], abs=1e-9), name
+        assert score.part(draws[0]).value == pytest.approx(expected[name], abs=1e-9), name
         at_once = score.combine(score.statistics[draws].sum(axis=1), number - 4)
-        assert at_once == pytest.approx([score.of_rows(rows) for rows in draws], abs=1e-12)
+        assert at_once == pytest.approx([score.part(rows).value for rows in draws], abs=1e-12)
 
 
 @needs_library

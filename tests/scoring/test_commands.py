@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT
+from processes import ROOT, server
 
 from captioning.__main__ import main
 from captioning.errors import UserError
@@ -66,7 +66,8 @@ def test_predictions_of_a_run_and_the_csv_of_any_system_score_alike(run, caption
     assert run("score", "good.jsonl", *TRAIN, "--tokenizer", "none") == f"{score_table(expected)}\n"
 
 
-def test_two_systems_are_tested_pair_by_pair(run):
+def test_two_systems_are_tested_pair_by_pair(run, monkeypatch):
+    monkeypatch.setenv("PATH", "")  # without Java there is no METEOR, which takes seconds
     pair = ("score", "good.jsonl", "--against", "poor.jsonl", *TRAIN, "--tokenizer", "whitespace")
     found = json.loads(run(*pair, "--json"))
     for name in ("rougeL", "concept_f1", "nlgeval_bleu4", "nlgeval_cider"):
@@ -77,6 +78,7 @@ def test_two_systems_are_tested_pair_by_pair(run):
     undefined = found["scores"]["measurement_f1"]
     assert undefined["difference"] is undefined["low"] is undefined["p_value"] is None
     assert run(*pair) == f"{comparison_table(found)}\n"
+    assert list(found["missing"]) == ["nlgeval_meteor"]
     swapped = run("score", "poor.jsonl", "--against", "good.jsonl", "--tokenizer", "none")
     assert f"{-found['scores']['rougeL']['difference']:+.4f}" in swapped
     assert swapped.startswith("120 captions")
@@ -91,10 +93,10 @@ def test_two_systems_are_matched_by_id_and_not_by_row(run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["good.csv"], "has no reference captions; add --references"),
+        (["good.csv"], "has no reference; add --references"),
         (["none.jsonl"], "cannot be read"),
         (["good.jsonl", "--train_concepts", "train_concepts.csv"], "--train_concepts goes with --train"),
-        (["good.jsonl", "--train", "train_concepts.csv"], "columns ['ID', 'CUIs']; they must be ['ID', 'Caption']"),
+        (["good.jsonl", "--train", "train_concepts.csv"], "columns ['ID', 'CUIs']; give a CSV of ID,Caption"),
         (["good.jsonl", "--against", "short.jsonl"], "119 ids"),
         (["good.jsonl", "--against", "other.jsonl"], "have different references for 120 images (id0)"),
         (["good.jsonl", "--tokenizer", "moses"], "invalid choice: 'moses'"),
@@ -110,11 +112,13 @@ def test_a_mistake_is_one_line(run, arguments, message):
 def test_a_valid_submission_is_said_to_be_one_and_faults_are_listed(run, files, capsys):
     assert "is a valid submission\n" in run("check", "good.csv", "--references", "references.csv")
     assert "ids and their order were not checked: give --references" in run("check", "good.csv")
-    rows = "".join(f"id{i}\n" for i in range(30))
+    rows = "".join(f" \x1b[31mid{i},x\n" for i in range(30))
     (files / "faults.csv").write_text(f"ID,Caption\n{rows}")
     with pytest.raises(UserError, match="faults found: 30; a submission must have none"):
         run("check", "faults.csv")
-    assert len(capsys.readouterr().err.splitlines()) == 20, "the first ones are enough"
+    shown = capsys.readouterr().err
+    assert len(shown.splitlines()) == 20, "the first ones are enough"
+    assert "\x1b" not in shown
 
 
 def test_without_a_command_the_help_lists_them(run):
@@ -137,16 +141,15 @@ def test_control_characters_and_unpaired_surrogates_do_not_reach_the_terminal(tm
 # --- Processes: what only they have -------------------------------------------------------------------------
 
 
-def in_a_shell(command: str) -> subprocess.CompletedProcess:
-    command = f"{sys.executable} -m captioning {command}"
-    return subprocess.run(command, cwd=ROOT, shell=True, capture_output=True, text=True)
-
-
 def test_a_mistake_ends_the_process_with_one_line_and_status_2(files):
-    result = in_a_shell(f"score {files / 'good.csv'}")
-    assert (result.returncode, result.stdout) == (2, "")
+    result = server().run(["-m", "captioning", "score", files / "good.csv"], code=2)
+    assert result.stdout == ""
     assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1
 
 
-def test_a_reader_that_closes_the_pipe_early_causes_no_traceback(files):
-    assert in_a_shell(f"score {files / 'good.jsonl'} --tokenizer none --json | true").stderr == ""
+def test_a_reader_that_closes_the_pipe_early_causes_no_traceback():
+    code = "import captioning.command_line as c; c.exit_on_user_error(lambda: print('x' * 10**6))"
+    found = subprocess.run(
+        f'{sys.executable} -c "{code}" | true', cwd=ROOT, shell=True, capture_output=True, text=True
+    )
+    assert found.stderr == ""
