@@ -165,7 +165,7 @@ def test_another_captioner_is_trained_and_scored(run_folder):
 def test_its_loss_counts_the_first_token_and_its_text_has_no_special_tokens(run_folder, raw_dataset):
     captioner, validation = load_captioner(str(run_folder)), raw_dataset["validation"]
     tokens, _ = captioner.tokenize(validation["caption"], 64)
-    expected = float(captioner.model(**captioner.collate(validation["image"], tokens)).loss)
+    expected = captioner.model(**captioner.collate(validation["image"], tokens)).loss.item()
     assert outcome(run_folder)["results"]["eval_loss"] == pytest.approx(expected, rel=1e-5)
     assert captioner.decode(np.array([[5, 6, 2, 0, -100]])) == [captioner.tokenizer.decode([5, 6])]
 

@@ -15,9 +15,6 @@ from captioning.models.fast_blip import modules
 from captioning.models.fast_blip.modules import use_fast_blip
 
 
-ATTENTIONS = (BlipAttention, BlipTextSelfAttention)
-
-
 # --- Loss and gradients ---------------------------------------------------------------------------------------
 
 
@@ -182,7 +179,7 @@ def test_attention_maps_are_not_kept_and_two_thirds_of_the_memory_suffice(build_
 def test_gradient_checkpointing_changes_no_gradient(model, fast, use_reentrant):
     batch = make_batch(model)
     expected = loss_and_gradients(model.train(), batch)
-    fast.train().gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    fast.train().activation_checkpointing_enable({"use_reentrant": use_reentrant})
     runs = []
     fast.vision_model.encoder.layers[0].self_attn.register_forward_hook(lambda *_: runs.append(1))
     assert_same(loss_and_gradients(fast, batch), expected)
@@ -191,10 +188,9 @@ def test_gradient_checkpointing_changes_no_gradient(model, fast, use_reentrant):
 
 @pytest.mark.parametrize(("frozen", "trained"), [("vision_model", "text_decoder"), ("text_decoder", "vision_model")])
 def test_a_frozen_half_gets_no_gradient_and_the_other_that_of_stock(model, fast, frozen, trained):
-    batch = make_batch(model)
     for each in (model, fast):
         getattr(each.train(), frozen).requires_grad_(False)
-    found, expected = loss_and_gradients(fast, batch), loss_and_gradients(model, batch)
+    found, expected = (loss_and_gradients(each, make_batch(model)) for each in (fast, model))
     assert_same(found, expected)
     assert {name.split(".")[0] for name in found[1]} == {trained}
 
@@ -262,27 +258,10 @@ def test_classes_that_others_gave_a_module_are_left_alone(model):
 # --- Attention dropout ----------------------------------------------------------------------------------------
 
 
-def test_attention_dropout_is_active_in_training_alone(model, fast):
-    batch = make_batch(model)
-    for module in (*model.modules(), *fast.modules()):
-        if isinstance(module, ATTENTIONS):
-            module.dropout.p = 0.3
-    assert_same(loss_and_gradients(fast.eval(), batch), loss_and_gradients(model.eval(), batch))
-    for part in (fast.vision_model, fast.text_decoder):
-        fast.eval()
-        part.train()
-        losses = []
-        for seed in (1, 2, 1):
-            torch.manual_seed(seed)
-            losses.append(float(fast(**batch).loss.detach()))
-        assert losses[0] == losses[2]
-        assert abs(losses[0] - losses[1]) > 1e-4
-
-
 @pytest.mark.parametrize("kind", ["vision", "cross"])
 @torch.no_grad()
 def test_attention_dropout_keeps_the_mean_and_has_the_spread_of_stock(model, fast, kind):
-    """Over many masks the mean of an attention's outputs is what it is without dropout, their spread stock's."""
+    """Over many masks the mean of an attention's outputs is what it is in evaluation mode, their spread stock's."""
     number, random = 4000, torch.Generator().manual_seed(0)
     hidden, image = torch.randn(1, 6, 32, generator=random), torch.randn(1, 9, 32, generator=random)
     inputs = {"hidden_states": hidden.expand(number, -1, -1)}
