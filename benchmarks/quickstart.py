@@ -17,8 +17,9 @@ from transformers import GenerationConfig
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from phantom_attributes import attribute_accuracy, oracle_captions
+
 from captioning.data.images import open_image
-from captioning.data.phantoms import attribute_accuracy, oracle_captions
 from captioning.data.sources import load_source
 from captioning.models.load import load_captioner
 from captioning.scoring.baselines import shuffled

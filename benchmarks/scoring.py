@@ -112,7 +112,7 @@ def steps(predictions: list[str], references: list[str], training: list[str]) ->
         step("BLEU, CIDEr, ROUGE-L", lambda: coco.ngram_scores({"": predictions}, references)),
         step("PTB tokens", lambda: coco.coco_tokens(predictions), rounds=1),
         step("METEOR", lambda: coco.meteor_scores({"": predictions}, references), rounds=1),
-        step(f"learn {ALL_CONCEPTS:,} concepts", lambda: ConceptExtractor().fit(training, concepts), rounds=1),
+        step(f"learn {ALL_CONCEPTS:,} concepts", lambda: ConceptExtractor(training, concepts), rounds=1),
     ]
 
 

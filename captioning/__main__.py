@@ -18,7 +18,7 @@ from datasets import DatasetDict, Image
 from captioning.command_line import OneLineParser, exit_on_user_error, set_up_logging
 from captioning.data.checks import check_rows, usable
 from captioning.data.sources import load_source
-from captioning.errors import UserError
+from captioning.errors import UserError, printable
 from captioning.reporting.score_table import comparison_table, score_table
 from captioning.scoring.captions import in_order_of, read_captions
 from captioning.scoring.coco import TOKENIZERS
@@ -158,7 +158,7 @@ def check_rules(arguments: argparse.Namespace) -> None:
     """Check an ImageCLEF submission; faults are printed, one a line, and end the command with status 2."""
     faults = check_submission(arguments.submission, arguments.references)
     for fault in faults[:SHOWN_FAULTS]:
-        print(f"{arguments.submission}: {fault}", file=sys.stderr)
+        print(printable(f"{arguments.submission}: {fault}"), file=sys.stderr)
     if faults:
         raise UserError(f"'{arguments.submission}': faults found: {len(faults)}; a submission must have none")
     unchecked = "" if arguments.references else "; ids and their order were not checked: give --references"

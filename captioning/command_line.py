@@ -89,11 +89,8 @@ def _ending(error: BaseException) -> tuple[str | None, int]:
         return f"no space left to write '{getattr(error, 'filename', None) or 'a file'}'; free some and run again", 2
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if isinstance(error, RuntimeError) and several and any(text in str(error) for text in PEER_GONE):
-        return (
-            "another process of the run has ended: its error is above, or it was killed; run again with "
-            "--resume_from_checkpoint true",
-            2,
-        )
+        reason = "another process of the run has ended: its error is above, or it was killed"
+        return f"{reason}; run again with --resume_from_checkpoint true", 2
     return None, 1
 
 
@@ -101,16 +98,11 @@ def _print_error(message: str) -> None:
     # Several processes may fail, each with its own message; that of the first is not numbered
     rank = int(os.environ.get("RANK", "0"))
     where = f"error (process {rank})" if rank else "error"
+    if len(message) > MAX_LINE:  # cut in its middle: the remedy is at its end
+        message = f"{message[: MAX_LINE // 2]} … {message[-MAX_LINE // 2 :]}"
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()  # else the message is printed at the end of a bar, and the bar again after it
-    print(f"{where}: {_shortened(message)}", file=sys.stderr, flush=True)
-
-
-def _shortened(message: str) -> str:
-    """Return the message safe to print, cut in the middle if it is long: the remedy is at its end."""
-    if len(message) > MAX_LINE:
-        message = f"{message[: MAX_LINE // 2]} … {message[-MAX_LINE // 2 :]}"
-    return printable(" ".join(message.split()))
+    print(f"{where}: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
 
 
 class OneLineParser(argparse.ArgumentParser):

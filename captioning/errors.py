@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
-MAX_NAME = 200  # compared characters of an unknown name: the time of `difflib` grows with the product of lengths
 # How libraries written in Rust and C++ say it, without an `errno`
 DISK_FULL = ("No space left on device", "Disk quota exceeded", "File too large")
 
@@ -46,15 +45,20 @@ def as_user_error(what: str, mend: str = "") -> Iterator[None]:
         raise UserError(f"{what}: {first_line(error).rstrip('.')}{'; ' if mend else ''}{mend}") from error
 
 
-def is_disk_full(error: BaseException | None) -> bool:
-    """Tell whether an error, or one that it was raised from, says that a disk or a quota is full."""
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, the one that it was raised from or while handling, and so on."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return True
-        if any(text in str(error) for text in DISK_FULL):
-            return True
+        yield error
         error = error.__cause__ or error.__context__
-    return False
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Tell whether an error, or one of its causes, says that a disk or a quota is full."""
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return any(
+        (isinstance(cause, OSError) and cause.errno in numbers) or any(text in str(cause) for text in DISK_FULL)
+        for cause in causes(error)
+    )
 
 
 def first_line(error: BaseException) -> str:
@@ -65,5 +69,6 @@ def first_line(error: BaseException) -> str:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the most similar of the `known` names, or "" where none is similar."""
-    near = difflib.get_close_matches(name[:MAX_NAME], list(known), n=1, cutoff=0.6)
+    # Cut, since the time grows with the product of the lengths
+    near = difflib.get_close_matches(name[:200], list(known), n=1, cutoff=0.6)
     return f"; did you mean '{near[0]}'?" if near and near[0] != name else ""

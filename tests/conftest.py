@@ -90,17 +90,14 @@ def splits(checked, captioner) -> DatasetDict:
     return DatasetDict({split: usable(rows) for split, rows in tokenize(checked, captioner, 64).items()})
 
 
-@pytest.fixture(params=["fast", "stock"])
-def make_trainer(request, captioner, splits, tmp_path):
-    """Return a function from training arguments to a `CaptioningTrainer` on the tiny model and data.
+@pytest.fixture
+def make_trainer(captioner, splits, tmp_path):
+    """Return a function from training arguments to a `CaptioningTrainer` on the tiny model and data."""
 
-    Each test that uses it runs twice, with fast BLIP and with stock; `stock_copy` is what it compares with.
-    """
-
-    def make(captioner=captioner, prompt=None, splits=splits, **arguments) -> CaptioningTrainer:
+    def make(captioner=captioner, prompt=None, splits=splits, fast=True, **arguments) -> CaptioningTrainer:
         defaults = {"output_dir": str(tmp_path / "run"), "report_to": "none", "max_new_tokens": 12, "use_cpu": True}
         args = CaptioningArguments(**defaults | {"disable_tqdm": True} | arguments)
-        captioner.adapt(fast=request.param == "fast")
+        captioner.adapt(fast=fast)
         captioner.set_prompt(prompt)
         return CaptioningTrainer(
             captioner=captioner,

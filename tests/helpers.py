@@ -4,10 +4,9 @@ import copy
 import csv
 import io
 import json
-import os
+import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import pytest
 import torch
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PIL
-from processes import ROOT, Process, server
+from processes import Process, server
 from safetensors.torch import load_file
 
 from captioning.data import phantoms
@@ -121,7 +120,6 @@ def stock_copy(model):
 # --- Runs of the script ---
 
 
-FEW_SCORES = ("--coco_metrics", "false")  # BLEU, CIDEr, METEOR would start Java in each run; see scoring/test_score.py
 TIMES = ("_runtime", "_per_second", "_time", "total_flos")
 
 
@@ -137,7 +135,7 @@ def flags(config_file, dataset, folder, **values) -> list[str]:
         "per_device_train_batch_size": 4,
         "use_cpu": True,
         "vocab_size": 200,
-        "coco_metrics": False,  # see `FEW_SCORES`
+        "coco_metrics": False,  # BLEU, CIDEr, METEOR would start Java in each run; see scoring/test_score.py
     } | values
     return [item for key, value in values.items() if value is not None for item in (f"--{key}", str(value))]
 
@@ -158,13 +156,25 @@ def run(arguments: list, code: int = 0) -> subprocess.CompletedProcess:
     return server().run(["run_captioning.py", *arguments], code)
 
 
-def start_ranks(number: int, words: list, **environment: str) -> list[Process]:
+def start_ranks(number: int, arguments: list, script: str = "run_captioning.py", **environment: str) -> list[Process]:
     """Start the processes that a launcher would start, with the environment that it would give them."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(number), **environment}
     ranks = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]
-    return [server().start(words, environment=rank) for rank in ranks]
+    return [server().start([script, *arguments], environment=rank) for rank in ranks]
+
+
+def run_ranks(number: int, arguments: list, code: int = 0, **options: str) -> list[str]:
+    """Run the script in several processes, assert the exit status of each, and return what it wrote as errors."""
+    ranks = start_ranks(number, arguments, **options)
+    try:
+        errors = [rank.communicate(timeout=200)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.send_signal(signal.SIGKILL)
+    assert [rank.returncode for rank in ranks] == [code] * number, errors
+    return errors
 
 
 def signal_when(condition, number: int, *processes: Process) -> None:
@@ -174,12 +184,6 @@ def signal_when(condition, number: int, *processes: Process) -> None:
         time.sleep(0.002)
     for process in processes:
         process.send_signal(number)
-
-
-def run_cold(arguments: list, **environment: str) -> subprocess.CompletedProcess:
-    """Run the script in a new Python, which takes some seconds of imports."""
-    words = [sys.executable, "run_captioning.py", *map(str, arguments)]
-    return subprocess.run(words, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=300)
 
 
 def read_json(path: Path):
@@ -198,12 +202,17 @@ def without_times(metrics: dict) -> dict:
     return {key: value for key, value in metrics.items() if not key.endswith(TIMES)}
 
 
+def losses(folder: Path) -> list[float]:
+    """Return the logged training losses of a finished run."""
+    return [entry["loss"] for entry in read_json(folder / "trainer_state.json")["log_history"] if "loss" in entry]
+
+
 def outcome(folder: Path) -> dict:
     """All that a run decides: weights, scores, predictions, the logged history; no times."""
-    state = json.loads((folder / "trainer_state.json").read_text())
+    state = read_json(folder / "trainer_state.json")
     return {
         "weights": {name: value.tolist() for name, value in load_file(folder / "model.safetensors").items()},
-        "results": without_times(json.loads((folder / "all_results.json").read_text())),
+        "results": without_times(read_json(folder / "all_results.json")),
         "predictions": {path.name: path.read_text() for path in (folder / "predictions").iterdir()},
         "history": [without_times(entry) for entry in state["log_history"] if "train_runtime" not in entry],
         "best": (state["best_metric"], state["best_global_step"]),

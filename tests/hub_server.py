@@ -6,12 +6,12 @@
 
 What a test against it proves, because the server checks it or compares bytes: a push makes the Hub's calls, and
 commits only LFS objects that were uploaded; every upload has the announced sha256 and size; the token is right, and is
-never sent to the storage; nothing is written outside the user's namespace; a private repository is hidden; the card
-has the keys and scores that the Hub reads; a load at a pinned revision gets the bytes of that commit, and an error
-where it is gone; what a client does when a step is refused or the connection breaks (`HubServer.fail`).
+never sent to the storage; nothing is written outside the user's namespace; the card has the keys and scores that the
+Hub reads; a load at a pinned revision gets the bytes of that commit, and an error where it is gone; what a client does
+when a step is refused or the connection breaks (`HubServer.fail`).
 
 What only the real Hub can prove: Xet storage and the client's upload pipeline for it, multipart uploads, redirects to
-a CDN, rate limits, git itself, dates, .gitignore rules, branches, tags, pull requests, gated repositories,
+a CDN, rate limits, git itself, dates, .gitignore rules, branches, tags, pull requests, private and gated repositories,
 organizations and token scopes, the full YAML schema of the card, its rendering, the dataset viewer.
 """
 
@@ -54,7 +54,6 @@ ROUTES = (  # methods, path, step (the name that `fail` takes), method of `_Hand
     ("POST", rf"{API}/preupload/{REVISION}", "preupload", "_preupload"),
     ("POST", rf"{GIT}\.git/info/lfs/objects/batch", "batch", "_batch"),
     ("PUT", r"/storage/(?P<oid>[0-9a-f]{64})", "upload", "_upload"),
-    ("POST", rf"{GIT}\.git/info/lfs/objects/verify", "verify", "_verify"),
     ("POST", rf"{API}/commit/{REVISION}", "commit", "_commit"),
     ("GET", rf"{API}/revision/{REVISION}", "info", "_info"),
     ("GET", rf"{API}/tree/{REVISION}(?:/(?P<path>.+))?", "tree", "_tree"),
@@ -62,7 +61,7 @@ ROUTES = (  # methods, path, step (the name that `fail` takes), method of `_Hand
     ("GET", API, "info", "_info"),
     ("HEAD GET", rf"{GIT}/resolve/{REVISION}/(?P<path>.+)", "resolve", "_resolve"),
 )
-NEEDS_TOKEN = {"create", "preupload", "batch", "verify", "commit"}
+NEEDS_TOKEN = {"create", "preupload", "batch", "commit"}
 
 
 class Refusal(Exception):
@@ -108,7 +107,7 @@ class Commit:
 class Repository:
     id: str
     kind: str
-    private: bool
+    private: bool = False
     commits: list[Commit] = field(default_factory=list)
 
     @property
@@ -159,10 +158,10 @@ class HubServer:
         ours |= dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1")
         return {name: value for name, value in os.environ.items() if not theirs.match(name)} | ours
 
-    def add_repository(self, id: str, files: dict[str, bytes], kind: str = "model", private: bool = False) -> str:
+    def add_repository(self, id: str, files: dict[str, bytes], kind: str = "model") -> str:
         """Make a repository, or a new commit of it, whose tree is exactly `files`; return the commit's hash."""
         with self.lock:
-            repository = self.repositories.setdefault((kind, id), Repository(id, kind, private))
+            repository = self.repositories.setdefault((kind, id), Repository(id, kind))
             self.objects |= {sha256(content): content for content in files.values()}
             repository.commits.append(Commit("Add files", dict(files)))
             return repository.commits[-1].oid
@@ -183,8 +182,7 @@ class HubServer:
         self, step: str, status: int | str, times: int | None = None, message: str = "", headers: dict | None = None
     ) -> None:
         """Answer `status` at `step` or "any", `times` times or until `heal`; "drop" hangs up within the body."""
-        if step not in {route[2] for route in ROUTES} | {"any"}:
-            raise ValueError(f"No such step: {step}")
+        assert step in {route[2] for route in ROUTES} | {"any"}, step
         text = message or (BAD_TOKEN if status == 401 else f"Fault at {step}")
         fault = status if status == "drop" else Refusal(status, text, headers=headers)
         self.faults[step] = repeat(fault) if times is None else repeat(fault, times)
@@ -259,10 +257,9 @@ class _Handler(BaseHTTPRequestHandler):
         return Refusal(status, message)
 
     def _repository(self, write: bool = False) -> Repository:
-        kind, id = self.args["kind"] or "model", self.args["id"]
-        repository = self.hub.repositories.get((kind, id))
-        if repository is None or (repository.private and not self.authorized):
-            # Without the token a missing repository and a private one look alike
+        id = self.args["id"]
+        repository = self.hub.repositories.get((self.args["kind"] or "model", id))
+        if repository is None:  # without the token it might be a private one
             raise Refusal(404 if self.authorized else 401, "Repository not found", "RepoNotFound")
         if write and id.split("/")[0] != self.hub.user:
             raise Refusal(403, f"{self.hub.user} may not write to {id}")
@@ -275,23 +272,21 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _create(self) -> dict:
         payload = json.loads(self.content)
-        kind, owner = payload.get("type") or "model", payload.get("organization") or self.hub.user
-        if owner != self.hub.user or kind not in ("model", "dataset"):
-            raise Refusal(403, f'You don\'t have the rights to create a {kind} under the namespace "{owner}"')
+        owner = payload.get("organization") or self.hub.user
+        if owner != self.hub.user:
+            raise Refusal(403, f'You don\'t have the rights to create a model under the namespace "{owner}"')
         private = payload.get("private") is True or payload.get("visibility") == "private"
-        repository = Repository(f"{owner}/{payload['name']}", kind, private)
+        repository = Repository(f"{owner}/{payload['name']}", "model", private)
         url = f"{self.hub.url}/{repository.path}"
-        if (kind, repository.id) in self.hub.repositories:
-            raise Refusal(409, f"You already created this {kind} repo", url=url)
+        if ("model", repository.id) in self.hub.repositories:
+            raise Refusal(409, "You already created this model repo", url=url)
         attributes = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LFS_PATTERNS)
         repository.commits.append(Commit("initial commit", {".gitattributes": attributes.encode()}))
-        self.hub.repositories[kind, repository.id] = repository
+        self.hub.repositories["model", repository.id] = repository
         return {"url": url, "name": repository.id, "id": secrets.token_hex(12), "private": private}
 
     def _validate(self) -> dict:
-        payload = json.loads(self.content)
-        keys = CARD_KEYS if payload.get("repoType", "model") == "model" else ()
-        if errors := card_errors(payload["content"], keys):
+        if errors := card_errors(json.loads(self.content)["content"]):
             raise Refusal(400, "Invalid metadata in README.md", errors=[{"message": error} for error in errors])
         return {"errors": [], "warnings": []}
 
@@ -307,14 +302,13 @@ class _Handler(BaseHTTPRequestHandler):
         return {"files": files, "commitOid": head.oid}
 
     def _batch(self) -> dict:
-        verify = {"href": f"{self.hub.url}/{self._repository(write=True).path}.git/info/lfs/objects/verify"}
+        self._repository(write=True)
         objects = [{"oid": item["oid"], "size": item["size"]} for item in json.loads(self.content)["objects"]]
         for item in objects:
             oid, signature = item["oid"], secrets.token_hex()
             if oid not in self.hub.objects:
                 self.hub.announced[oid] = (item["size"], signature)
-                upload = {"href": f"{self.hub.url}/storage/{oid}?signature={signature}"}
-                item["actions"] = {"upload": upload, "verify": verify}
+                item["actions"] = {"upload": {"href": f"{self.hub.url}/storage/{oid}?signature={signature}"}}
         return {"transfer": "basic", "objects": objects}
 
     def _upload(self) -> bytes:
@@ -327,13 +321,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.objects[oid] = self.content
         return b""
 
-    def _verify(self) -> dict:
-        self._repository(write=True)
-        item = json.loads(self.content)
-        if len(self.hub.objects.get(item["oid"], b"")) != item["size"]:
-            raise self._violation(404, f"Verification of {item}, which is not in the storage")
-        return {"success": True}
-
     def _commit(self) -> dict:
         repository = self._repository(write=True)
         head = repository.at(self.args["revision"])
@@ -344,8 +331,8 @@ class _Handler(BaseHTTPRequestHandler):
         for operation in operations:
             self._apply(operation["key"], operation["value"], files)
         card = files.get("README.md")
-        if repository.kind == "model" and card and card != head.files.get("README.md"):
-            for error in card_errors(card.decode(), CARD_KEYS):
+        if card and card != head.files.get("README.md"):
+            for error in card_errors(card.decode()):
                 raise self._violation(400, f"README.md of a commit: {error}")
         commit = Commit(header["value"]["summary"], files)
         repository.commits.append(commit)
@@ -364,23 +351,14 @@ class _Handler(BaseHTTPRequestHandler):
             if oid not in self.hub.objects or value.get("size") != len(self.hub.objects[oid]):
                 raise self._violation(400, f"Commit of {path}, whose LFS object {oid} was not uploaded")
             files[path] = self.hub.objects[oid]
-        elif key in ("deletedFile", "deletedFolder"):
-            gone = [name for name in files if name == path or name.startswith(path.rstrip("/") + "/")]
-            if not gone:
-                raise Refusal(404, "A file with this name doesn't exist", "EntryNotFound")
-            for name in gone:
-                del files[name]
         else:
             raise self._violation(400, f"Unknown operation in a commit: {key}")
 
     def _info(self) -> dict:
         repository, commit = self._repository(), self._revision()
-        card = card_data(commit.files.get("README.md", b"").decode()) or {}
-        # The Trainer's card takes its license from this tag of the base model
-        tags = [f"license:{card['license']}"] if "license" in card else []
-        info = {"_id": "0", "id": repository.id, "sha": commit.oid, "private": repository.private, "gated": False}
         siblings = [{"rfilename": path} for path in sorted(commit.files)]
-        return info | {"tags": tags, "cardData": card, "siblings": siblings}
+        info = {"_id": "0", "id": repository.id, "sha": commit.oid, "private": repository.private, "gated": False}
+        return info | {"tags": [], "siblings": siblings}
 
     def _tree(self) -> list:
         commit, folder = self._revision(), self.args["path"]
@@ -397,11 +375,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _resolve(self) -> tuple[bytes, dict[str, str]]:
         commit, path = self._revision(), self.args["path"]
-        headers = {"X-Repo-Commit": commit.oid}
         if path not in commit.files:
-            raise Refusal(404, "Entry not found", "EntryNotFound", headers)  # clients remember it by the commit
+            # Clients remember it by the commit
+            raise Refusal(404, "Entry not found", "EntryNotFound", {"X-Repo-Commit": commit.oid})
         content, etag = commit.files[path], f'"{commit.etag(path)}"'
-        headers |= {"ETag": etag, "Accept-Ranges": "bytes"}
+        headers = {"X-Repo-Commit": commit.oid, "ETag": etag, "Accept-Ranges": "bytes"}
         if is_lfs(path, content, len(content)):
             headers |= {"X-Linked-Etag": etag, "X-Linked-Size": str(len(content))}
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
@@ -409,7 +387,7 @@ class _Handler(BaseHTTPRequestHandler):
             return content, headers
         start, stop = int(asked[1]), min(int(asked[2] or len(content)) + 1, len(content))
         if start >= stop:
-            raise Refusal(416, "Range not satisfiable", headers={"Content-Range": f"bytes */{len(content)}"})
+            raise Refusal(416, "Range not satisfiable")
         return content[start:stop], headers | {"Content-Range": f"bytes {start}-{stop - 1}/{len(content)}"}
 
 
@@ -427,26 +405,19 @@ def is_lfs(path: str, sample: bytes, size: int) -> bool:
     return size > LFS_SIZE or (binary and size > 0)  # the client makes no LFS objects of empty files
 
 
-def card_data(content: str) -> dict | None:
-    """Return the YAML of a card, None where there is no mapping, or one with a Python object's tag."""
+def card_errors(content: str) -> list[str]:
+    """Return what is wrong with a card: its YAML, keys that it lacks, scores that the Hub would not read."""
     try:
         block = YAML_BLOCK.match(content)
         data = yaml.safe_load(block[1]) if block else None
-    except yaml.YAMLError:
-        return None
-    return data if isinstance(data, dict) else None
-
-
-def card_errors(content: str, required: tuple[str, ...]) -> list[str]:
-    """Return what is wrong with a card: its YAML, keys that it lacks, scores that the Hub would not read."""
-    data = card_data(content)
-    if data is None:
+    except yaml.YAMLError:  # the tag of a Python object, too
+        data = None
+    if not isinstance(data, dict):
         return ["there is no YAML block with a mapping that can be read"]
-    errors = [f'"{key}" is required' for key in required if not data.get(key)]
-    base = data.get("base_model") or []
-    for model in base if isinstance(base, list) else [base]:
-        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(model)):
-            errors.append(f'"base_model" is not a model id: {model!r}')
+    errors = [f'"{key}" is required' for key in CARD_KEYS if not data.get(key)]
+    base = data.get("base_model")
+    if base and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base):
+        errors.append(f'"base_model" is not a model id: {base!r}')
     try:
         results = model_index_to_eval_results(data["model-index"])[1] if data.get("model-index") else []
     except (KeyError, TypeError, AttributeError, ValueError) as error:

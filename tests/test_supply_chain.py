@@ -15,9 +15,8 @@ WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.y*ml"))
 
 def pins(name: str) -> dict[str, str]:
     lines = [line.split("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
-    lines = [line for line in lines if line and not line.startswith("-r ")]
-    assert all(re.fullmatch(r"[\w.-]+==[\w.+]+", line) for line in lines), lines
-    return {normal(line.split("==")[0]): line.split("==")[1] for line in lines}
+    found = [re.fullmatch(r"([\w.-]+)==([\w.+]+)", line) for line in lines if line and not line.startswith("-r ")]
+    return {normal(pin[1]): pin[2] for pin in found}
 
 
 def normal(name: str) -> str:
@@ -44,27 +43,20 @@ def test_workflows_are_pinned_and_may_only_read(path):
         assert "permissions" not in job
         assert job["timeout-minutes"]
         for step in job["steps"]:
-            if "uses" in step:
-                assert re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", step["uses"])
             if "checkout" in step.get("uses", ""):
                 assert step["with"]["persist-credentials"] is False
             assert set(re.findall(r"\bmake ([a-z-]+)", step.get("run", ""))) <= targets
             assert all((ROOT / file).is_file() for file in re.findall(r"-r (\S+)", step.get("run", "")))
-    lines = [line for line in path.read_text().splitlines() if "uses:" in line]
-    assert all(re.search(r"@[0-9a-f]{40}  # v\d+\.\d+\.\d+$", line) for line in lines), lines
+    uses = re.findall(r"uses: (.*)", path.read_text())
+    assert all(re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}  # v\d+\.\d+\.\d+", use) for use in uses), uses
 
 
-def test_each_push_is_tested_and_each_week_audited():
+def test_each_push_is_tested_each_week_audited_and_updates_are_watched():
     runs = {path.stem: path.read_text() for path in WORKFLOWS}
-    assert {"ci", "audit"} <= runs.keys()
     assert all(f"run: make {target}" in runs["ci"] for target in ("lint", "test-all"))
     assert "run: make audit" in runs["audit"]
-    assert "schedule:" in runs["audit"]
     # Runs of one workflow on one branch cancel each other: the audit would cancel the tests of a push
-    assert "schedule:" not in runs["ci"]
-
-
-def test_dependabot_watches_packages_and_actions():
+    assert "schedule:" in runs["audit"] and "schedule:" not in runs["ci"]
     updates = yaml.safe_load((ROOT / ".github" / "dependabot.yml").read_text())["updates"]
     assert {update["package-ecosystem"] for update in updates} == {"pip", "github-actions"}
 
@@ -86,12 +78,7 @@ VULNERABLE = "pillow 13.0.0 PYSEC-0 13.0.1"
         (VULNERABLE, 1, True, VULNERABLE),
         (f"No known vulnerabilities found\n{SKIPPED}", 0, True, "1 of "),
         (f"{VULNERABLE}\n{SKIPPED}", 1, True, VULNERABLE),
-        (
-            "Traceback (most recent call last):\nConnectionError: none",
-            1,
-            True,
-            "cannot be reached: ConnectionError",
-        ),
+        ("Traceback (most recent call last):\nConnectionError: x", 1, True, "cannot be reached: ConnectionError"),
     ],
 )
 def test_an_audit_without_an_answer_is_not_a_clean_audit(tmp_path, output, status, fails, shown):

@@ -46,7 +46,7 @@ def check_rows(
     num_proc: int | None = None,
     unopened: Sequence[str] = (),
 ) -> DatasetDict:
-    """Decode every image once and mark the rows that cannot be used: in the column `rejected`, with the reason.
+    """Decode every image once and mark the rows that cannot be used, with the reason.
 
     Args:
         dataset: what `load_source` returned.
@@ -59,13 +59,8 @@ def check_rows(
         The same rows with the columns `image` and those of `CLEAN_COLUMNS`.
 
     Raises:
-        UserError: a split is empty, has no usable row, or more rejected ones than `max_rejected_fraction` allows.
+        UserError: a split has no usable row, or more rejected ones than `max_rejected_fraction` allows.
     """
-    if not 0 <= max_rejected_fraction <= 1:
-        raise UserError(f"max_rejected_fraction is {max_rejected_fraction}; set it from 0 to 1")
-    for split, rows in dataset.items():
-        if not len(rows):
-            raise UserError(f"split '{split}' is empty; add rows or leave it out")
     checked = DatasetDict(
         {split: _check_split(rows, split, num_proc, split not in unopened) for split, rows in dataset.items()}
     )
@@ -95,24 +90,18 @@ def _refuse_too_many(
         return
     if len(found) == number:
         raise UserError(f"split '{split}' has no usable row out of {number}; see {listed}")
-    reasons = Counter(entry["reason"].split(":")[0] for entry in found)
-    summary = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
+    reasons = Counter(entry["reason"].split(":")[0] for entry in found).most_common(3)
+    summary = ", ".join(f"{count} x {reason}" for reason, count in reasons)
     if len(found) > max_fraction * number:
-        raise UserError(
-            f"split '{split}': {len(found)} of {number} rows cannot be used ({summary}); see {listed}, "
-            f"or raise --max_rejected_fraction above {max_fraction:g}"
-        )
+        mend = f"see {listed}, or raise --max_rejected_fraction above {max_fraction:g}"
+        raise UserError(f"split '{split}': {len(found)} of {number} rows cannot be used ({summary}); {mend}")
     logger.warning("%s: %d of %d rows left out (%s)", split, len(found), number, summary)
 
 
 def _streamed_entries(rejected_file: str | os.PathLike, unopened: Sequence[str]) -> list[dict[str, Any]]:
     """Return what an interrupted run has listed of images that it streamed: the run that resumes skips these rows."""
-    try:
-        lines = Path(rejected_file).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError):  # there is none, or it is not ours
-        return []
-    entries = []
-    for line in lines:
+    entries, path = [], Path(rejected_file)
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError, KeyError, TypeError):  # a killed run may leave half a line
             entry = json.loads(line)
             entries += [entry] if entry["split"] in unopened and "row" not in entry else []
@@ -136,14 +125,13 @@ def usable(rows: Dataset, max_samples: int | None = None) -> Dataset:
 
 
 def _check_split(rows: Dataset, split: str, num_proc: int | None, open_images: bool) -> Dataset:
-    columns = rows.column_names
     checked = rows.map(
         _check_batch,
         batched=True,
         batch_size=CHECK_BATCH_SIZE,
         fn_kwargs={"open_images": open_images},
         num_proc=num_proc,
-        remove_columns=columns,
+        remove_columns=rows.column_names,
         features=CLEAN_COLUMNS,
         desc=f"Checking {split}",
     )
@@ -231,14 +219,9 @@ def _arrow(rows: Dataset, column: str) -> pa.Array:
 
 
 def _warn_of_leaks(checked: DatasetDict) -> None:
-    train = _arrow(checked["train"], "image_id") if "train" in checked else pa.array([], pa.string())
-    for split in [split for split in checked if split != "train"]:
-        shared = pc.sum(pc.is_in(_arrow(checked[split], "image_id").unique(), value_set=train)).as_py()
-        if shared:
-            logger.warning(
-                "%d image ids of split '%s' are in split 'train' too; if they are the same images, "
-                "the scores on '%s' are too high",
-                shared,
-                split,
-                split,
-            )
+    ids = {split: _arrow(rows, "image_id").unique() for split, rows in checked.items()}
+    train = ids.pop("train", pa.array([], pa.string()))
+    for split, theirs in ids.items():
+        if shared := pc.sum(pc.is_in(theirs, value_set=train)).as_py():
+            message = "%d image ids of split '%s' are in split 'train' too; its scores are too high if the images are"
+            logger.warning(message, shared, split)

@@ -61,23 +61,21 @@ def open_image(image: dict[str, Any] | Image.Image | None) -> Image.Image:
 def _open_lazily(image: dict[str, Any] | None) -> Image.Image:
     if not image or (image.get("bytes") is None and not image.get("path")):
         raise ValueError("no image")
-    content = image.get("bytes")
+    content, path = image.get("bytes"), image.get("path")
     try:
-        if content is None and not stat.S_ISREG(os.stat(image["path"]).st_mode):
+        if content is None and not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError("is not a regular file")  # reading a pipe or a device might never end
         with warnings.catch_warnings(action="ignore"):  # of damaged EXIF, and of sizes above Pillow's own limit
-            return Image.open(image["path"] if content is None else io.BytesIO(content), formats=FORMATS)
+            return Image.open(path if content is None else io.BytesIO(content), formats=FORMATS)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError("image file is missing") from error
     except UnidentifiedImageError as error:
-        if content is None:
-            with open(image["path"], "rb") as file:
-                content = file.read(16)
-        what = f"starts with {bytes(content[:16])!r}" if content else "is empty"
-        raise ValueError(f"not an image: {what}") from error
+        with io.BytesIO(content) if content is not None else open(path, "rb") as file:
+            start = file.read(16)
+        raise ValueError(f"not an image: {f'starts with {start!r}' if start else 'is empty'}") from error
     except ValueError:
         raise
-    except Exception as error:  # as above
+    except Exception as error:  # see `open_image`
         raise ValueError(f"cannot be opened: {error}") from error
 
 

@@ -8,20 +8,20 @@ import json
 import logging
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Image, LargeList, List, Value, load_dataset, load_from_disk
 from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.constants import HF_HUB_CACHE
-from pyarrow.parquet import read_metadata
 
 from captioning.data.phantoms import load_phantoms
-from captioning.data.streaming import STORED, hub_shards, index_shards, is_streamed, refuse_bomb
+from captioning.data.streaming import STORED, hub_shards, index_shards, is_streamed, read_footer
 from captioning.data.zenodo import UNUSABLE, ZenodoSplits, is_inside, load_zenodo
 from captioning.errors import UserError, as_user_error, did_you_mean
 from captioning.hub.revisions import pin_revision
@@ -50,10 +50,10 @@ def load_source(name: str, revision: str | None = None, streaming: bool = False)
     Raises:
         UserError: the source does not exist, cannot be read, cannot be streamed, or lacks a column.
     """
-    if name == "phantoms":
-        if streaming:
-            raise UserError(STORED.format("dataset 'phantoms'"))
+    if name == "phantoms" and not streaming:
         splits = load_phantoms()
+    elif name == "phantoms":
+        raise UserError(STORED.format("dataset 'phantoms'"))
     elif os.path.isdir(name):
         splits = _load_folder(Path(name), streaming)
     elif os.path.exists(name):
@@ -62,19 +62,19 @@ def load_source(name: str, revision: str | None = None, streaming: bool = False)
         raise UserError(f"dataset folder '{name}' does not exist; set --dataset_name")
     else:
         splits = _load_from_hub(name, revision, streaming)
-    is_ours = isinstance(splits, ZenodoSplits)  # its links are checked where it is read
     if not isinstance(splits, DatasetDict):
         raise UserError(f"dataset '{name}' is a single split; save a DatasetDict of {', '.join(SPLITS)}")
-    named = Counter(SPLIT_NAMES.get(split, split) for split in splits)
-    if repeated := [split for split, count in named.items() if count > 1]:
-        raise UserError(f"dataset '{name}' has split '{repeated[0]}' under two names: {', '.join(splits)}; keep one")
-    splits = {SPLIT_NAMES.get(split, split): rows for split, rows in splits.items()}
-    if not set(splits) & set(SPLITS):
+    is_ours = isinstance(splits, ZenodoSplits)  # its links are checked where it is read
+    named = {SPLIT_NAMES.get(split, split): rows for split, rows in splits.items()}
+    if len(named) < len(splits):
+        raise UserError(f"dataset '{name}' has split 'validation' under two names: {', '.join(splits)}; keep one")
+    if not set(named) & set(SPLITS):
         raise UserError(f"dataset '{name}' has none of the splits {', '.join(SPLITS)}, but {', '.join(splits)}")
-    checked = {split: _checked_columns(splits[split], name, split, streaming) for split in SPLITS if split in splits}
-    if is_ours or streaming:
-        return DatasetDict(checked)
-    return DatasetDict({split: _without_foreign_files(rows, name) for split, rows in checked.items()})
+    checked = {}
+    for split in [split for split in SPLITS if split in named]:
+        rows = _checked_columns(named[split], f"dataset '{name}', split '{split}'", streaming, is_ours)
+        checked[split] = rows if is_ours or streaming else _without_foreign_files(rows, name)
+    return DatasetDict(checked)
 
 
 def dataset_commit(name: str, revision: str | None = None) -> str | None:
@@ -92,24 +92,20 @@ def _is_local(name: str) -> bool:
 
 def _load_folder(folder: Path, streaming: bool) -> DatasetDict | Dataset:
     _refuse_special_files(folder)
-    with as_user_error(f"dataset folder '{folder}' cannot be read"), _unwrapped():
+    with _reading(f"dataset folder '{folder}' cannot be read"):
         is_saved = (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
         files = {} if is_saved else _parquet_files(folder)
         is_zenodo = any(folder.glob("*_captions.csv"))
         if streaming and not files and (is_saved or is_zenodo):
             raise UserError(STORED.format(f"dataset folder '{folder}'"))
         if is_saved:
-            states = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("*/state.json")}
-            _refuse_empty_splits(folder, {split: len(state["_data_files"]) for split, state in states.items()})
+            for path in folder.glob("*/state.json"):
+                if not json.loads(path.read_text())["_data_files"]:
+                    raise UserError(f"dataset folder '{folder}': split '{path.parent.name}' is empty; remove it")
             return load_from_disk(str(folder))
         if files:
-            counts: Counter[str] = Counter()
-            for split, paths in files.items():
-                for path in paths:
-                    footer = read_metadata(path)
-                    refuse_bomb(path, footer)
-                    counts[split] += footer.num_rows
-            _refuse_empty_splits(folder, counts)
+            for path in chain(*files.values()):
+                read_footer(path)  # which may be that of a bomb
             return index_shards(files) if streaming else load_dataset("parquet", data_files=files)
         if is_zenodo:
             return load_zenodo(folder)
@@ -120,12 +116,13 @@ def _load_folder(folder: Path, streaming: bool) -> DatasetDict | Dataset:
 
 
 @contextmanager
-def _unwrapped() -> Iterator[None]:
-    """Raise what a generator raised instead of the error that `Dataset.from_generator` wraps it in."""
-    try:
-        yield
-    except DatasetGenerationError as error:
-        raise error.__cause__ or error from None
+def _reading(what: str, mend: str = "") -> Iterator[None]:
+    """See `as_user_error`; the message is that of the rows' generator, whose errors `datasets` wraps."""
+    with as_user_error(what, mend):
+        try:
+            yield
+        except DatasetGenerationError as error:
+            raise error.__cause__ or error from None
 
 
 def _refuse_special_files(folder: Path) -> None:
@@ -136,21 +133,10 @@ def _refuse_special_files(folder: Path) -> None:
                 raise UserError(f"dataset folder '{folder}': '{path.name}' is not a regular file; remove it")
 
 
-def _refuse_empty_splits(folder: Path, counts: dict[str, int]) -> None:
-    """Raise UserError for a split without rows: the error of `datasets` would not name it."""
-    for split, count in counts.items():
-        if not count:
-            raise UserError(f"dataset folder '{folder}': split '{split}' is empty; add rows or remove it")
-
-
 def _parquet_files(folder: Path) -> dict[str, list[str]]:
     files: dict[str, list[str]] = {}
-    for place in (folder / "data", folder):
-        for path in sorted(place.glob("*.parquet")):
-            split = re.split(r"[-.]", path.name)[0]
-            files.setdefault(split, []).append(str(path))
-        if files:
-            break
+    for path in sorted((folder / "data").glob("*.parquet")) or sorted(folder.glob("*.parquet")):
+        files.setdefault(re.split(r"[-.]", path.name)[0], []).append(str(path))
     return files
 
 
@@ -158,23 +144,17 @@ def _load_from_hub(name: str, revision: str | None, streaming: bool) -> DatasetD
     logger.info("Loading dataset '%s' from the Hub", name)
     at = f" at revision '{revision}'" if revision else ""
     hint = did_you_mean(name, ["phantoms", "eltorio/ROCOv2-radiology"]).removeprefix("; ")
-    with (
-        as_user_error(f"dataset '{name}'{at} is not a local folder and cannot be loaded from the Hub", hint),
-        _unwrapped(),
-    ):
+    with _reading(f"dataset '{name}'{at} is not a local folder and cannot be loaded from the Hub", hint):
         return index_shards(hub_shards(name, revision)) if streaming else load_dataset(name, revision=revision)
 
 
-def _checked_columns(rows: Dataset, name: str, split: str, streaming: bool) -> Dataset:
-    where = f"dataset '{name}', split '{split}'"
-    for column in REQUIRED_COLUMNS:
-        if column not in rows.column_names:
-            raise UserError(
-                f"{where}: column '{column}' is missing, it has {', '.join(rows.column_names)}; rename the column "
-                "that holds it"
-            )
+def _checked_columns(rows: Dataset, where: str, streaming: bool, is_ours: bool) -> Dataset:
+    """Return the columns of the schema, and `UNUSABLE` of a split that we wrote ourselves; no image is decoded."""
+    if missing := [column for column in REQUIRED_COLUMNS if column not in rows.column_names]:
+        there = ", ".join(rows.column_names)
+        raise UserError(f"{where}: column '{missing[0]}' is missing, it has {there}; rename the one that holds it")
     # A table itself declares what its columns are; reading one of another type than text could open any file
-    for column in ("image_id", "caption", "cui", UNUSABLE):
+    for column in ("image_id", "caption", "cui"):
         kind = rows.features.get(column, Value("string"))
         kind = kind.feature if column == "cui" and isinstance(kind, List | LargeList) else kind
         if not isinstance(kind, Value):
@@ -184,7 +164,8 @@ def _checked_columns(rows: Dataset, name: str, split: str, streaming: bool) -> D
     for column in ("image_id", "caption"):
         with as_user_error(f"{where}: column '{column}' is damaged", "write it in UTF-8"):
             rows.data.column(column).validate(full=True)
-    rows = rows.select_columns([c for c in (*REQUIRED_COLUMNS, "cui", UNUSABLE) if c in rows.column_names])
+    columns = [*REQUIRED_COLUMNS, "cui", *([UNUSABLE] if is_ours else [])]
+    rows = rows.select_columns([column for column in columns if column in rows.column_names])
     with as_user_error(f"{where}: column 'image' holds no images"):
         return rows if streaming else rows.cast_column("image", Image(decode=False))
 
@@ -194,17 +175,10 @@ def _without_foreign_files(rows: Dataset, name: str) -> Dataset:
 
     Inside are its own folder and those to which `datasets` downloads.
     """
-    if UNUSABLE in rows.column_names:
-        rows = rows.remove_columns(UNUSABLE)
     roots = [os.path.realpath(root) for root in (HF_HUB_CACHE, HF_DATASETS_CACHE, *([name] * os.path.isdir(name)))]
-    marked: dict[int, str] = {}
-    start = 0
-    for images in rows.data.column("image").chunks:
-        for row in np.flatnonzero(images.field("bytes").is_null().to_numpy(zero_copy_only=False)).tolist():
-            path = (images[row].as_py() or {}).get("path")
-            if path and not is_inside(path, roots):
-                marked[start + row] = OUTSIDE
-        start += len(images)
-    if not marked:
-        return rows
-    return rows.add_column(UNUSABLE, [marked.get(row) for row in range(len(rows))], feature=Value("string"))
+    content, paths = (pc.struct_field(rows.data.column("image"), name) for name in ("bytes", "path"))
+    reasons: list[str | None] = [None] * len(rows)
+    for row in np.flatnonzero(pc.is_null(content).to_numpy()).tolist():
+        path = paths[row].as_py()
+        reasons[row] = OUTSIDE if path and not is_inside(path, roots) else None
+    return rows.add_column(UNUSABLE, reasons, feature=Value("string")) if any(reasons) else rows

@@ -14,14 +14,17 @@ NEIGHBORS = "neighbors"  # the training images among which a baseline seeks the 
 
 
 def select_splits(
-    dataset: DatasetDict, needed: Mapping[str, bool], max_samples: Mapping[str, int | None], with_captions: bool
+    dataset: DatasetDict,
+    name: str,
+    needed: Mapping[str, bool],
+    max_samples: Mapping[str, int | None],
+    with_captions: bool,
 ) -> DatasetDict:
     """Keep the splits that the stages of a run need, and of their unchecked rows few more than it uses.
 
-    A trial run on few samples need not wait for the check of all rows: 2 % and 10 more make up for rejected ones.
-
     Args:
-        dataset: what `load_source` returned.
+        dataset: what `load_source` returned for `name`.
+        name: for the error.
         needed: whether each of `STAGES` is needed.
         max_samples: usable rows of each split; None: all.
         with_captions: also keep a training split that no stage needs; the baselines are made of its captions.
@@ -31,22 +34,21 @@ def select_splits(
     """
     for split, flag in STAGES.items():
         if needed[split] and split not in dataset:
-            raise UserError(
-                f"the data has no split '{split}', only {', '.join(dataset)}; add it or set --{flag} false"
-            )
+            there = ", ".join(dataset)
+            raise UserError(f"dataset '{name}' has no split '{split}', only {there}; add it or set --{flag} false")
     kept = [split for split in STAGES if needed[split]]
     if with_captions and "train" in dataset and "train" not in kept:
         kept.append("train")
-    return DatasetDict({split: _first(dataset[split], max_samples[split]) for split in kept})
+    return DatasetDict({split: _enough(dataset[split], max_samples[split]) for split in kept})
 
 
-def _first(rows: Dataset, max_samples: int | None) -> Dataset:
-    number = len(rows) if max_samples is None else max_samples * 51 // 50 + 10
-    return rows.select(range(min(number, len(rows))))
+def _enough(rows: Dataset, max_samples: int | None) -> Dataset:
+    """Return the first rows of a split: 2 % and 10 more than `max_samples` make up for rejected ones."""
+    return rows if max_samples is None else rows.take(max_samples * 51 // 50 + 10)
 
 
 def sample_training(dataset: DatasetDict, max_samples: int | None, neighbor_samples: int) -> DatasetDict:
-    """Cut the training split of a run that does not train down to the rows of `NEIGHBORS`, so that few are checked.
+    """Cut the unchecked training split of a run that does not train down to the rows of `NEIGHBORS`.
 
     Args:
         dataset: unchecked splits.
@@ -56,9 +58,8 @@ def sample_training(dataset: DatasetDict, max_samples: int | None, neighbor_samp
     splits = DatasetDict(dataset)
     if "train" in splits:
         train = splits.pop("train")
-        sample = sample_rows(min(len(train), max_samples or len(train)), neighbor_samples)
-        if sample:
-            splits["train"] = train.select(sample)
+        if neighbor_samples:
+            splits["train"] = train.select(sample_rows(min(len(train), max_samples or len(train)), neighbor_samples))
     return splits
 
 

@@ -66,32 +66,29 @@ def index_shards(shards: dict[str, list[str]]) -> DatasetDict:
         shards: by split, paths or addresses `hf://...`; of the latter only byte ranges are read.
 
     Raises:
-        UserError: a shard's column `image` holds no images.
+        UserError: a shard has no column `image` of bytes.
     """
     splits = {}
     for split, files in shards.items():
         schema = _footer(files[0]).schema.to_arrow_schema()
         texts = [field for field in schema if field.name in TEXT_COLUMNS]
         features = Features.from_arrow_schema(pa.schema(texts, metadata=schema.metadata))
-        has_images = "image" in schema.names  # if not, `load_source` says so
-        if has_images:
-            _refuse_other_images(schema.field("image").type, files[0])
-            features |= Features.from_arrow_schema(pa.schema({"image": StreamedImage.pa_type}))
+        if "image" not in schema.names:
+            raise UserError(f"'{files[0]}': column 'image' is missing, it has {', '.join(schema.names)}; rename it")
+        kind = schema.field("image").type
+        has_field = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+        if not has_field and not pa.types.is_binary(kind) and not pa.types.is_large_binary(kind):
+            raise UserError(f"'{files[0]}': column 'image' holds no images but {kind}")
+        features |= Features.from_arrow_schema(pa.schema({"image": StreamedImage.pa_type}))
         arguments = {"files": tuple(files), "state": tuple(_shard_state(file) for file in files)}
         rows = Dataset.from_generator(_index_rows, features=Features(features), gen_kwargs=arguments, split=split)
-        splits[split] = rows.cast_column("image", StreamedImage(list(files))) if has_images else rows
+        splits[split] = rows.cast_column("image", StreamedImage(list(files)))
     return DatasetDict(splits)
 
 
 def is_streamed(rows: Any) -> bool:
     """Tell whether the images of a split are read when they are needed."""
     return isinstance(rows, Dataset) and isinstance(rows.features.get("image"), StreamedImage)
-
-
-def _refuse_other_images(kind: pa.DataType, file: str) -> None:
-    is_bytes = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-    if not is_bytes and not (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0):
-        raise UserError(f"'{file}': column 'image' holds no images but {kind}")
 
 
 def _shard_state(file: str) -> str:
@@ -111,30 +108,38 @@ def _index_rows(files: tuple[str, ...], state: tuple[str, ...]) -> Iterator[dict
                     largest = max(largest, size)
                     for row, text in enumerate(texts.to_pylist()):
                         place = {"shard": shard, "row_group": group, "row": row, "group_bytes": size}
-                        yield text | {"image": place} if size else text
+                        yield text | {"image": place}
     if largest > CACHE_BYTES:
-        logger.warning(
-            "%s: a row group holds %d MB of images, and each worker holds one in memory; shards with row groups of "
-            "about 100 rows need less",
-            files[0],
-            largest / 1e6,
-        )
+        message = "%s: a row group holds %d MB of images, and each worker holds one; write groups of about 100 rows"
+        logger.warning(message, files[0], largest / 1e6)
 
 
-def refuse_bomb(file: str, footer: pq.FileMetaData) -> None:
-    """Raise UserError if a parquet file states that it unpacks to far more than its size."""
-    groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
-    columns = [group.column(i) for group in groups for i in range(footer.num_columns)]
-    packed = sum(column.total_compressed_size for column in columns)
-    unpacked = sum(column.total_uncompressed_size for column in columns)
+def read_footer(file: str) -> pq.FileMetaData:
+    """Read the footer of a parquet file.
+
+    Raises:
+        UserError: the file states that it unpacks to far more than its size.
+    """
+    with _open_shard(file) as source:
+        footer = pq.read_metadata(source)
+    chunks = [chunk for group in range(footer.num_row_groups) for chunk in _column_chunks(footer, group)]
+    packed = sum(chunk.total_compressed_size for chunk in chunks)
+    unpacked = sum(chunk.total_uncompressed_size for chunk in chunks)
     if unpacked > max(MAX_UNPACKED * packed, SMALL_SHARD):
         raise UserError(f"'{file}': {packed:,} bytes unpack to {unpacked:,}, which images do not; remove it")
+    return footer
+
+
+_footer = lru_cache(maxsize=1024)(read_footer)  # for a run, in which shards stay as they are
+
+
+def _column_chunks(footer: pq.FileMetaData, group: int) -> list[pq.ColumnChunkMetaData]:
+    return [footer.row_group(group).column(i) for i in range(footer.num_columns)]
 
 
 def _read_index(file: str) -> list[tuple[int, pa.Table]]:
     """Return for each row group of a shard the size of its images in bytes, and its texts."""
     footer = _footer(file)
-    refuse_bomb(file, footer)
     columns = [name for name in footer.schema.to_arrow_schema().names if name in TEXT_COLUMNS]
     with _open_shard(file) as source:
         reader = pq.ParquetFile(source, metadata=footer, pre_buffer=True)  # merges adjacent ranges
@@ -142,14 +147,8 @@ def _read_index(file: str) -> list[tuple[int, pa.Table]]:
 
 
 def _image_bytes(footer: pq.FileMetaData, group: int) -> int:
-    columns = (footer.row_group(group).column(i) for i in range(footer.num_columns))
-    return sum(c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] == "image")
-
-
-@lru_cache(maxsize=1024)
-def _footer(file: str) -> pq.FileMetaData:
-    with _open_shard(file) as source:
-        return pq.read_metadata(source)
+    chunks = (chunk for chunk in _column_chunks(footer, group) if chunk.path_in_schema.split(".")[0] == "image")
+    return sum(chunk.total_uncompressed_size for chunk in chunks)
 
 
 def _open_shard(file: str) -> Any:
@@ -165,9 +164,7 @@ def _open_shard(file: str) -> Any:
 
 @dataclass
 class StreamedImage:
-    """A feature of `datasets` that stores where an image is, and reads as `{"bytes": ..., "path": None}`.
-
-    It reads like `datasets.Image(decode=False)`.
+    """A feature of `datasets` that stores where an image is, and reads like `datasets.Image(decode=False)`.
 
     Args:
         shards: paths or addresses `hf://...` of the parquet files, in the order that the stored numbers refer to.
@@ -209,14 +206,11 @@ class RowGroups:
     """A cache of the row groups that were read last, limited by `WINDOW_GROUPS` and `CACHE_BYTES`.
 
     Sizes are those in the parquet footers, which `StreamingSampler` uses for its windows too.
-
-    Attributes:
-        reads: row groups that this process has read.
     """
 
     def __init__(self):
         self._groups: OrderedDict[tuple[str, int], tuple[int, pa.ChunkedArray]] = OrderedDict()
-        self.reads = 0
+        self.reads = 0  # row groups that this process has read
 
     def read(self, file: str, group: int, size: int) -> pa.ChunkedArray:
         """Return the column `image` of a row group, whose images take `size` bytes."""

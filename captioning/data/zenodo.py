@@ -13,7 +13,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
-from captioning.errors import UserError, first_line
+from captioning.errors import UserError, as_user_error, first_line
 
 
 UNUSABLE = "unusable row"  # a column with the reason to reject a row unread, null where there is none
@@ -56,13 +56,11 @@ def load_zenodo(folder: Path) -> ZenodoSplits:
         images = [folder / f"{name}_images", folder / name, folder / f"{name}_images.zip"]
         if not any(path.exists() for path in images):
             raise UserError(f"'{captions}' has no images beside it: '{images[0]}' and '{images[2]}' do not exist")
-        sources = {
-            "captions": captions,
-            "concepts": next((path for path in concepts if path.is_file()), None),
-            "images": next(path for path in images if path.exists()),
-        }
-        arguments = {key: str(path) if path else None for key, path in sources.items()}
-        arguments["state"] = _folder_state([path for path in sources.values() if path])
+        sources = {"captions": captions, "images": next(path for path in images if path.exists())}
+        if found := [path for path in concepts if path.is_file()]:
+            sources["concepts"] = found[0]
+        arguments = {"concepts": None} | {key: str(path) for key, path in sources.items()}
+        arguments["state"] = _folder_state(list(sources.values()))
         splits[split] = Dataset.from_generator(_zenodo_rows, features=FEATURES, gen_kwargs=arguments, split=split)
     return ZenodoSplits(splits)
 
@@ -70,22 +68,16 @@ def load_zenodo(folder: Path) -> ZenodoSplits:
 def _folder_state(paths: list[Path]) -> str:
     """Return a digest of names, sizes and times: as part of the cache key, it makes a changed folder be read again."""
     files = [entry for path in paths for entry in (os.scandir(path) if path.is_dir() else (path,))]
-    listing = sorted((file.name, (status := _status(file)).st_size, status.st_mtime_ns) for file in files)
+    # A symbolic link to nothing, or in a circle, has no status but its own
+    statuses = [(file.name, os.stat(file) if os.path.exists(file) else os.lstat(file)) for file in files]
+    listing = sorted((name, status.st_size, status.st_mtime_ns) for name, status in statuses)
     return hashlib.sha256(repr(listing).encode()).hexdigest()
-
-
-def _status(file: os.DirEntry | Path) -> os.stat_result:
-    try:
-        return file.stat()
-    except OSError:  # a symbolic link to nothing, or in a circle
-        return os.lstat(file)
 
 
 def _zenodo_rows(captions: str, concepts: str | None, images: str, state: str) -> Iterator[dict[str, Any]]:
     cuis = {row["ID"]: row["CUIs"] for row in _read_csv(concepts, "CUIs")} if concepts else {}
-    if not os.path.isdir(images) and not os.path.isfile(images):
-        raise UserError(f"'{images}' is neither a folder nor a file")
-    archive = _open_zip(images) if images.endswith(".zip") else None
+    with as_user_error(f"'{images}' cannot be read as a zip", "download it again"):
+        archive = zipfile.ZipFile(images) if images.endswith(".zip") else None
     # Depending on the version of the record, the zips hold the images in a folder or not
     files = {Path(name).stem: name for name in (archive.namelist() if archive else os.listdir(images))}
     root = [os.path.realpath(images)]
@@ -103,13 +95,12 @@ def _zenodo_rows(captions: str, concepts: str | None, images: str, state: str) -
                     reason = LINK_OUT
         if None in row:  # `csv.DictReader` found fields beyond the last column
             reason = "more fields than columns: put the caption in double quotes"
-        concept_ids = [cui.strip() for cui in (cuis.get(row["ID"]) or "").split(";") if cui.strip()]
         yield {
             "image": None if reason else image,  # so that nothing later reads what must not be read
             UNUSABLE: reason,
             "image_id": image_id,
             "caption": row["Caption"],
-            "cui": concept_ids,
+            "cui": (cuis.get(row["ID"]) or "").split(";"),  # `check_rows` leaves empty ones out
         }
     if row is None:  # the error of `datasets` would not name the file
         raise UserError(f"'{captions}' holds no row below its columns; add captions or remove it")
@@ -117,18 +108,7 @@ def _zenodo_rows(captions: str, concepts: str | None, images: str, state: str) -
 
 def is_inside(path: str, roots: list[str]) -> bool:
     """Tell whether a path, links followed, is inside one of the `roots`, which are real paths."""
-    try:
-        real = Path(os.path.realpath(path))
-    except ValueError:  # a NUL in the name
-        return False
-    return any(real.is_relative_to(root) for root in roots)
-
-
-def _open_zip(path: str) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(path)
-    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
-        raise UserError(f"'{path}' cannot be read as a zip: {error}; download it again") from error
+    return "\0" not in path and any(Path(os.path.realpath(path)).is_relative_to(root) for root in roots)
 
 
 def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> tuple[bytes | None, str | None]:

@@ -1,10 +1,11 @@
 """What a failed call to the Hub says to the user: one line with the cause and, where there is one, the fix."""
 
 import json
-from collections.abc import Iterator
 
 from huggingface_hub import get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+
+from captioning.errors import UserError, causes, first_line
 
 
 MAX_QUOTED = 300  # characters of a message that is not ours
@@ -18,10 +19,12 @@ FIXES = {
 
 def describe_fault(error: BaseException) -> str:
     """Return in one line why a call to the Hub failed, and what helps where it is known."""
+    if isinstance(error, UserError):
+        return str(error)
     text = " ".join(str(error).split())[:MAX_QUOTED]
     if text.startswith("Invalid metadata in README.md"):
         return f"400, the Hub rejects the card: {text}; correct README.md"
-    for cause in _causes(error):
+    for cause in causes(error):
         if isinstance(cause, OfflineModeIsEnabled):
             return "offline mode: HF_HUB_OFFLINE is set"
         if isinstance(cause, HfHubHTTPError):
@@ -30,7 +33,7 @@ def describe_fault(error: BaseException) -> str:
             return "the Hub's answer is not JSON: its server is down, a proxy answers, or HF_ENDPOINT is wrong"
         if isinstance(cause, HTTPError):
             return f"the Hub cannot be reached, or the connection broke ({type(cause).__name__}: {cause})"[:MAX_QUOTED]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return first_line(error)
 
 
 def _describe_status(error: HfHubHTTPError) -> str:
@@ -40,9 +43,3 @@ def _describe_status(error: HfHubHTTPError) -> str:
         what = "the token is not accepted" if get_token() else "there is no token"
         return f"401, {what}{said}: run `hf auth login` or set HF_TOKEN to a token with write access"
     return f"{status}, {FIXES.get(status, 'a fault of the Hub' if status >= 500 else 'the Hub rejects it')}{said}"
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__

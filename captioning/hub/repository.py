@@ -52,21 +52,12 @@ class Repository:
         output_dir: the output folder.
         model_id: `<user>/<name>` or `<name>`; default: the folder's name.
         private: whether a new repository is private; None: the default of the account.
-        strategy: when checkpoints are pushed, as in `TrainingArguments.hub_strategy`.
-        always_push: push a checkpoint even while the one before is still being uploaded.
 
     Raises:
         UserError: `model_id` cannot be the name of a repository.
     """
 
-    def __init__(
-        self,
-        output_dir: str | Path,
-        model_id: str | None = None,
-        private: bool | None = None,
-        strategy: str | HubStrategy = HubStrategy.EVERY_SAVE,
-        always_push: bool = False,
-    ):
+    def __init__(self, output_dir: str | Path, model_id: str | None = None, private: bool | None = None):
         self.output_dir = Path(output_dir)
         folder_name = re.sub(r"[^A-Za-z0-9._]+", "-", self.output_dir.resolve().name).strip("-.")
         self.model_id = model_id or folder_name
@@ -75,24 +66,16 @@ class Repository:
         except HFValidationError as error:
             raise UserError(f"hub_model_id '{self.model_id}': {error}; set --hub_model_id to <user>/<name>") from error
         self.private = private
-        self.strategy = HubStrategy(strategy)
-        self.always_push = always_push
         self.repo_id: str | None = None
         self._api = HfApi()
         self._uploads: list[Future] = []
-
-    @property
-    def push_command(self) -> str:
-        """The command that pushes the output folder later."""
-        command = f"python run_captioning.py --push_only {shlex.quote(str(self.output_dir))}"
-        command += f" --hub_model_id {shlex.quote(self.model_id)}"
-        return command + (f" --hub_private_repo {self.private}" if self.private is not None else "")
 
     def open(self) -> None:
         """Create the repository unless it exists.
 
         Raises:
-            UserError: it cannot be created, or holds the model of another origin; the message is the bare reason.
+            UserError: its name is taken, or it holds the model of another origin.
+            Exception: the Hub refuses, or cannot be reached.
         """
         for leftover in self.output_dir.glob(".push-*"):  # of a run that was killed
             shutil.rmtree(leftover, ignore_errors=True)
@@ -101,42 +84,38 @@ class Repository:
             repo_id = self._api.create_repo(self.model_id, private=self.private, exist_ok=True).repo_id
         except KeyError as error:  # a 409 without the address of the user's own repository of this name
             raise UserError(f"409, the name '{self.model_id}' is taken; set another --hub_model_id") from error
-        except Exception as error:
-            raise UserError(describe_fault(error)) from error
         self._refuse_another_model(repo_id)
         self.repo_id = repo_id
 
     def _refuse_another_model(self, repo_id: str) -> None:
         """Raise UserError unless the repository is blank or its model has the same start and the same data."""
+        is_ours = False
         try:
             files = {file.rfilename for file in self._api.model_info(repo_id).siblings} - BLANK_FILES
-            theirs = None
             if "recipe.json" in files:  # forced: the cache may hold an older one
-                theirs = Path(self._api.hf_hub_download(repo_id, "recipe.json", force_download=True))
+                theirs = self._api.hf_hub_download(repo_id, "recipe.json", force_download=True)
+                is_ours = _origin(Path(theirs)) == _origin(self.output_dir / "recipe.json")
         except Exception as error:
             raise UserError(f"what '{repo_id}' holds cannot be read: {describe_fault(error)}") from error
-        if files and (theirs is None or _origin(theirs) != _origin(self.output_dir / "recipe.json")):
-            raise UserError(
-                f"409, the name is taken: '{repo_id}' holds another model; set another --hub_model_id, or delete that "
-                "repository"
-            )
+        if files and not is_ours:
+            mend = "set another --hub_model_id, or delete that repository"
+            raise UserError(f"409, the name is taken: '{repo_id}' holds another model; {mend}")
 
-    def push_checkpoint(self, folder: Path) -> None:
+    def push_checkpoint(self, folder: Path, strategy: HubStrategy, always: bool) -> None:
         """Upload a checkpoint in the background; a failure is logged as a warning, and training goes on.
 
         The model goes to the root of the repository. Depending on `strategy`, all that a resume needs goes to
-        `last-checkpoint` or `checkpoint-<step>`. As in the Trainer, a checkpoint is skipped while the one before is
-        still being uploaded.
+        `last-checkpoint` or `checkpoint-<step>`. As in the Trainer, a checkpoint is skipped, unless `always`, while
+        the one before is still being uploaded.
         """
-        if self.repo_id is None or self.strategy == HubStrategy.END:
+        busy = not always and not all(upload.done() for upload in self._uploads)
+        if self.repo_id is None or strategy == HubStrategy.END or busy:
             return
-        if not self.always_push and not all(upload.done() for upload in self._uploads):
-            return
-        message = f"Training, step {folder.name.removeprefix(f'{PREFIX_CHECKPOINT_DIR}-')}"
+        message = f"Training, step {folder.name.rpartition('-')[2]}"
         model = _select(folder, (*MODEL_FILES, "trainer_state.json")) | _select(self.output_dir, ("recipe.json",))
         commits = {message: model}
-        if self.strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            place = "last-checkpoint" if self.strategy == HubStrategy.CHECKPOINT else folder.name
+        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            place = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else folder.name
             state = {path: file for path, file in _select(folder, ("**/*",)).items() if path != "training_args.bin"}
             # In a second commit: the weights are on the Hub by then and are not uploaded twice
             commits[f"{message}, checkpoint"] = {f"{place}/{path}": file for path, file in state.items()}
@@ -173,10 +152,11 @@ class Repository:
             stage = self._stage(_select(self.output_dir, MODEL_FILES + RECORD_FILES))
             return self._upload(stage, "End of training")
         except Exception as error:
-            reason = str(error) if isinstance(error, UserError) else describe_fault(error)
+            flags = {"push_only": self.output_dir, "hub_model_id": self.model_id, "hub_private_repo": self.private}
+            given = [f"--{name} {shlex.quote(str(value))}" for name, value in flags.items() if value is not None]
             raise UserError(
-                f"the model is complete in '{self.output_dir}' but not on the Hub: {reason}; push it later with: "
-                f"{self.push_command}"
+                f"the model is complete in '{self.output_dir}' but not on the Hub: {describe_fault(error)}; push it "
+                f"later with: python run_captioning.py {' '.join(given)}"
             ) from error
 
     def _stage(self, files: dict[str, Path]) -> Path:
@@ -206,13 +186,11 @@ def open_repository(args: TrainingArguments) -> Repository | None:
     wanted, args.push_to_hub = args.push_to_hub, False  # the Trainer would push by itself, see the top of this file
     if not wanted or not args.should_save:
         return None
-    repository = Repository(
-        args.output_dir, args.hub_model_id, args.hub_private_repo, args.hub_strategy, args.hub_always_push
-    )
+    repository = Repository(args.output_dir, args.hub_model_id, args.hub_private_repo)
     try:
         repository.open()
-    except UserError as error:
-        logger.warning("Nothing can be pushed now: %s. The run goes on, and the push is tried again at its end", error)
+    except Exception as error:
+        logger.warning("Nothing can be pushed now: %s. At the end of the run it is tried again", describe_fault(error))
     return repository
 
 
@@ -225,7 +203,8 @@ class PushCheckpoints(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         """Start the upload, in the main process."""
         if state.is_world_process_zero:
-            self.repository.push_checkpoint(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            self.repository.push_checkpoint(folder, args.hub_strategy, args.hub_always_push)
 
 
 def _select(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:

@@ -5,13 +5,7 @@ import os
 import re
 from urllib.parse import unquote
 
-from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import (
-    HFValidationError,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import HfApi, errors, hf_hub_download
 
 from captioning.errors import UserError
 from captioning.hub.faults import describe_fault
@@ -40,9 +34,9 @@ def pin_revision(name: str, revision: str | None, kind: str = "model") -> str | 
         if revision is None or not COMMIT_HASH.fullmatch(revision):
             return api.resolve_revision(name, repo_type=kind, revision=revision).resolved
         found = api.repo_info(name, repo_type=kind, revision=revision).sha
-    except RevisionNotFoundError as error:
+    except errors.RevisionNotFoundError as error:
         raise UserError(_moved(api, name, revision, kind)) from error
-    except (HFValidationError, RepositoryNotFoundError):
+    except (errors.HFValidationError, errors.RepositoryNotFoundError):
         return revision  # loading it will say what is wrong
     except Exception as error:  # it may still be in the cache
         logger.warning("The commit of %s '%s' cannot be checked: %s", kind, name, describe_fault(error))
@@ -54,18 +48,13 @@ def pin_revision(name: str, revision: str | None, kind: str = "model") -> str | 
 
 def _moved(api: HfApi, name: str, revision: str | None, kind: str) -> str:
     try:
-        now = f"its main branch is at {api.repo_info(name, repo_type=kind).sha}"
+        now = f"at {api.repo_info(name, repo_type=kind).sha}"
     except Exception:
-        now = "its main branch cannot be read either"
+        now = "out of reach too"
     return (
-        f"{kind} '{name}' has moved: revision {revision} is not there, {now}; "
+        f"{kind} '{name}' has moved: revision {revision} is not there, its main branch is {now}; "
         f"to use other contents, set --{kind}_revision to that commit"
     )
-
-
-def is_hub_recipe(name: str) -> bool:
-    """Tell whether the name of a recipe is an address on the Hub."""
-    return name.startswith("hf://")
 
 
 def download_recipe(address: str) -> str:
@@ -77,16 +66,15 @@ def download_recipe(address: str) -> str:
     match = HUB_RECIPE.fullmatch(address)
     if not match:
         raise UserError(f"recipe '{address}' is not an address; write hf://<user>/<model>/recipe.json")
-    file = match["file"] or "recipe.json"
-    revision = unquote(match["revision"]) if match["revision"] else None
+    file, revision = match["file"] or "recipe.json", match["revision"] and unquote(match["revision"])
     try:
         return hf_hub_download(match["repo"], file, revision=revision)
     except Exception as error:
-        if isinstance(error, RepositoryNotFoundError):
+        if isinstance(error, errors.RepositoryNotFoundError):
             reason = "there is no such repository, or it is private: `hf auth login`"
-        elif isinstance(error, RevisionNotFoundError):
+        elif isinstance(error, errors.RevisionNotFoundError):
             reason = f"there is no revision '{revision}'"
-        elif isinstance(error, RemoteEntryNotFoundError):
+        elif isinstance(error, errors.RemoteEntryNotFoundError):
             reason = f"the repository has no file '{file}'; a model of another recipe cannot be rerun"
         else:
             reason = describe_fault(error)

@@ -3,6 +3,7 @@
 It is made from the files of the run alone, so that a push can write it again under the name of the repository.
 """
 
+import html
 import json
 import math
 import re
@@ -17,6 +18,7 @@ from safetensors import safe_open
 
 from captioning.files import PROJECT, write_whole
 from captioning.reporting.run_record import SPLITS, RunRecord
+from captioning.reporting.score_table import four_digits
 from captioning.scoring.baselines import BASELINES
 from captioning.training.decoding import decode_settings
 
@@ -38,22 +40,19 @@ LICENSES = {"rocov2": "cc-by-nc-sa-4.0", "phantoms": "apache-2.0", "other": "oth
 
 
 def write_model_card(record: RunRecord, name: str | None = None) -> None:
-    """Write `README.md` into the output folder of a run.
-
-    Args:
-        record: of the run.
-        name: `<user>/<name>` of the repository that it is pushed to; default: the folder's name.
-    """
+    """Write `README.md` into the output folder of a run; `name` is as in `render_card`, by default the folder's."""
     write_whole(record.folder / "README.md", render_card(record, name or record.folder.resolve().name))
 
 
 def render_card(record: RunRecord, name: str) -> str:
-    """Return the card of a run as Markdown with YAML metadata; `name` is that of the model or its repository."""
+    """Return the card of a run as Markdown with YAML metadata; `name`: of the model, or `<user>/<name>` on the Hub."""
     recipe, family = record.recipe, record.captioner_class.card
     base = record.start and record.start.id
     if not base and not recipe["do_train"]:
         base = Path(recipe["config_name"]).stem  # random weights were scored as they are
     license = "other" if record.data_kind == "phantoms" and base else LICENSES[record.data_kind]
+    stages = [(split, prefix) for split, prefix in SPLITS.items() if f"{prefix}_loss" in record.results]
+    captioned = next((split for split in SPLITS if record.predictions(split)), None)
     metadata = ModelCardData(
         language=recipe["language"],
         license=recipe["license"] or license,
@@ -64,7 +63,7 @@ def render_card(record: RunRecord, name: str) -> str:
         metrics=["rouge"],
         tags=[*family.tags, "image-captioning", "radiology", "medical", "generated_from_trainer"],
         model_name=name.split("/")[-1],
-        eval_results=_eval_results(record) or None,
+        eval_results=[result for stage in stages[:1] for result in _eval_results(record, *stage)] or None,
     )
     card = ModelCard.from_template(
         metadata,
@@ -75,16 +74,13 @@ def render_card(record: RunRecord, name: str) -> str:
         name=name,
         family=family,
         base=base,
-        data=record.data_in_words if record.data.revision else markdown(record.data_in_words),
         parameters=_num_parameters(record),
-        stages=[(split, prefix) for split, prefix in SPLITS.items() if f"{prefix}_loss" in record.results],
+        stages=stages,
         columns=SCORE_COLUMNS,
-        scored=next(((split, record.scores[split]) for split in SPLITS if split in record.scores), None),
+        scored=next((split for split in SPLITS if split in record.scores), None),
         baselines=BASELINES,
-        captioned=next(
-            ((split, _chosen_examples(record.predictions(split))) for split in SPLITS if record.predictions(split)),
-            None,
-        ),
+        captioned=captioned,
+        examples=captioned and _chosen_examples(record.predictions(captioned)),
         usage=_usage(record, name if recipe["do_train"] else base),
         plain_generate=_plain_generate(record),
         autocast=_autocast(recipe),
@@ -92,7 +88,7 @@ def render_card(record: RunRecord, name: str) -> str:
         missing_flags=_missing_flags(record),
         facts=_run_facts(record),
         has_curve=(record.folder / "training_curve.png").is_file(),
-        digits=_four_digits,
+        digits=four_digits,
         markdown=markdown,
     )
     return str(card)
@@ -100,25 +96,19 @@ def render_card(record: RunRecord, name: str) -> str:
 
 def markdown(text: str) -> str:
     """Return text from the data so that it shows as it is in a Markdown table: on one line, no markup, no HTML."""
-    spaced = "".join(
-        " " if character.isspace() or unicodedata.category(character) in ("Cc", "Cf") else character
-        for character in text
-    )
-    short = " ".join(spaced.split())
+    visible = "".join(" " if unicodedata.category(char) in ("Cc", "Cf") else char for char in text)
+    short = " ".join(visible.split())
     if len(short) > CAPTION_WIDTH:
         short = short[: CAPTION_WIDTH - 1].rstrip() + "…"
-    escaped = short.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    escaped = re.sub(r"([\\`*_{}\[\]|~$#!@])", r"\\\1", escaped)
+    escaped = re.sub(r"([\\`*_{}\[\]|~$#!@])", r"\\\1", html.escape(short, quote=False))
     return escaped.replace("://", r"\://").replace("www.", r"www\.")  # GitHub's Markdown makes links of bare addresses
 
 
 # --- Scores ---------------------------------------------------------------------------------------------------
 
 
-def _eval_results(record: RunRecord) -> list[EvalResult]:
-    """Return the scores of one split for the `model-index`, finite ones: the Hub rejects a card with NaN."""
-    results = record.results
-    scored = [(split, prefix) for split, prefix in SPLITS.items() if f"{prefix}_loss" in results]
+def _eval_results(record: RunRecord, split: str, prefix: str) -> list[EvalResult]:
+    """Return the scores of a split for the `model-index`, finite ones: the Hub rejects a card with NaN."""
     return [
         EvalResult(
             task_type="image-to-text",
@@ -130,11 +120,10 @@ def _eval_results(record: RunRecord) -> list[EvalResult]:
             metric_type="loss" if key == "loss" else "rouge",
             metric_name="Loss" if key == "loss" else SCORE_COLUMNS[key],
             metric_config=None if key == "loss" else key,
-            metric_value=float(results[f"{prefix}_{key}"]),
+            metric_value=float(record.results[f"{prefix}_{key}"]),
         )
-        for split, prefix in scored[:1]
         for key in ("rougeL", "rouge1", "rouge2", "loss")
-        if math.isfinite(results.get(f"{prefix}_{key}", math.nan))
+        if math.isfinite(record.results.get(f"{prefix}_{key}", math.nan))
     ]
 
 
@@ -142,10 +131,6 @@ def _chosen_examples(rows: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str
     """Return the best, the median and the worst caption by ROUGE-L, and the first, which nobody chose."""
     ranked = sorted(rows, key=lambda row: -row["rougeL"])
     return {"best": ranked[0], "median": ranked[len(ranked) // 2], "first": rows[0], "worst": ranked[-1]}
-
-
-def _four_digits(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
 
 
 # --- Use and repeat -------------------------------------------------------------------------------------------
@@ -175,16 +160,14 @@ def _autocast(recipe: Mapping[str, Any]) -> str | None:
 
 def _missing_flags(record: RunRecord) -> list[str]:
     """Return the flags that a rerun elsewhere needs: what was read from the folders of this machine."""
-    recipe, flags = record.recipe, []
-    if record.data_kind != "phantoms" and not record.data.revision:
-        flags.append("`--dataset_name`")
-    if record.start and recipe["do_train"] and not record.start.revision:
-        flags.append("`--model_name_or_path` (to train again)")
-    if recipe["config_name"] and not (PROJECT / recipe["config_name"]).is_relative_to(PROJECT):
-        flags.append("`--config_name`")
-    if recipe["tokenizer_name"] and Path(recipe["tokenizer_name"]).is_absolute():
-        flags.append("`--tokenizer_name`")
-    return flags
+    recipe, start = record.recipe, record.start
+    local = {
+        "`--dataset_name`": record.data_kind != "phantoms" and not record.data.revision,
+        "`--model_name_or_path` (to train again)": start and recipe["do_train"] and not start.revision,
+        "`--config_name`": not (PROJECT / (recipe["config_name"] or "")).is_relative_to(PROJECT),
+        "`--tokenizer_name`": Path(recipe["tokenizer_name"] or "").is_absolute(),
+    }
+    return [flag for flag, is_local in local.items() if is_local]
 
 
 def _run_facts(record: RunRecord) -> dict[str, Any]:
@@ -221,7 +204,7 @@ def _num_parameters(record: RunRecord) -> str | None:
         return None
     with safe_open(path, framework="pt") as weights:
         number = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
-    return f"{number / 1e6:.2f} million" if number < 1e8 else f"{number / 1e6:.0f} million"
+    return f"{number / 1e6:.{2 if number < 1e8 else 0}f} million"
 
 
 def _duration(seconds: float) -> str:

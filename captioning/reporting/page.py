@@ -25,7 +25,7 @@ from captioning.reporting.run_record import RunRecord
 from captioning.scoring.baselines import BASELINES
 
 
-TEMPLATE = "page_template.html"
+TEMPLATE = Path(__file__).parent / "page_template.html"
 PAGE_BUDGET = 57_000_000  # bytes of the page; what the captions leave of it goes to the images
 COMMIT_DIGITS = 7
 
@@ -39,7 +39,7 @@ def write_report(
     modalities: Sequence[str],
     attention: Mapping[str, Words] = {},
 ) -> None:
-    """Write `report.html` into an output folder, whole or not at all.
+    """Write `report.html` into the output folder of a run, whole or not at all.
 
     Images are taken one at a time and go into the file at once, so that memory does not grow with their number.
 
@@ -54,18 +54,25 @@ def write_report(
     Raises:
         ValueError: there are more or fewer images or modalities than predictions.
     """
-    environment = _environment()
-    source = environment.loader.get_source(environment, TEMPLATE)[0]
     predictions, summary = record.predictions(split), record.scores.get(split, {})
     rows = [_row(*row) for row in zip(predictions, modalities, strict=True)]
-    words = {i: attention.get(row["image_id"]) for i, row in enumerate(predictions)}
-    maps = {i: _maps(found) for i, found in words.items() if found}
+    maps = {i: _maps(attention[row["id"]]) for i, row in enumerate(rows) if attention.get(row["id"])}
     payload = _script_json({"block": IMAGES_PER_BLOCK, "rows": rows, "attention": maps})
     facts = record.facts(COMMIT_DIGITS) | {"split": f"{split}, {len(rows):,} captions"}
     if summary:
         facts["distinct captions"] = f"{summary['unique_captions']:.0%}"
     blocks = image_blocks(images, len(rows), PAGE_BUDGET - len(payload.encode()))
-    page = environment.get_template(TEMPLATE).generate(
+    source = TEMPLATE.read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_without_invalid_characters,
+    )
+    page = environment.from_string(source).generate(
+        baselines=BASELINES,
+        page_scores=page_scores,
         script_hash=_policy_hash(source, "script"),
         style_hash=_policy_hash(source, "style"),
         name=record.folder.resolve().name,
@@ -75,7 +82,7 @@ def write_report(
         splits={name: record.scores[name] for name in sorted(record.scores, key=lambda name: name != split)},
         curves=inline_curves(record.log_history),
         payload=payload,
-        blocks=(_script_json(block) for block in blocks),
+        blocks=map(_script_json, blocks),
     )
     unfinished = record.folder / "report.html.tmp"  # not `write_whole`: the page is never in memory at once
     try:
@@ -86,33 +93,19 @@ def write_report(
         unfinished.unlink(missing_ok=True)
 
 
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_without_invalid_characters,
-    )
-    environment.globals |= {"baselines": BASELINES, "page_scores": page_scores}
-    return environment
-
-
 # --- Data for the page's script -------------------------------------------------------------------------------
 
 
-def _row(prediction: Mapping[str, Any], modality: str) -> dict[str, Any]:
-    texts = {"id": prediction["image_id"], "modality": modality}
-    texts |= {name: prediction[name] for name in ("reference", "prediction")}
-    return texts | {"rougeL": _finite(prediction["rougeL"], 4), "nll": _finite(prediction["nll"], 2)}
+def _row(row: Mapping[str, Any], modality: str) -> dict[str, Any]:
+    texts = {"id": row["image_id"], "modality": modality} | {key: row[key] for key in ("reference", "prediction")}
+    return texts | {"rougeL": _finite(row["rougeL"], 4), "nll": _finite(row["nll"], 2)}
 
 
 def _maps(words: Words) -> list[dict[str, Any]]:
     """Return the maps of a caption, each in 256 levels of its own maximum."""
     found = []
     for word, values in words:
-        grid = np.nan_to_num(np.asarray(values, dtype=np.float64), nan=0.0, posinf=0.0, neginf=0.0).clip(min=0)
+        grid = np.nan_to_num(np.asarray(values, dtype=np.float64), posinf=0.0, neginf=0.0).clip(min=0)
         levels = np.round(grid * (255 / max(grid.max(), 1e-12))).astype(np.uint8)
         found.append({"word": word, "columns": levels.shape[1], "levels": to_base64(levels.tobytes())})
     return found
@@ -136,10 +129,7 @@ def _without_invalid_characters(value: Any) -> Any:
 def _script_json(value: Any) -> Markup:
     """Return JSON for a script element: UTF-8, and nothing in it that HTML could take for a tag or a comment."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"), ensure_ascii=False)
-    text = re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text)  # lone surrogates: no UTF-8
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return Markup(text)
+    return Markup(re.sub("[<>&\u2028\u2029\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 def _policy_hash(source: str, element: str) -> str:

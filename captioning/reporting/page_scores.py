@@ -11,10 +11,7 @@ LABELS = {
     "Wording, rouge_score": {"rougeL": "ROUGE-L", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2"},
     "Wording, ImageCLEF's evaluator": {"imageclef_rouge1": "ROUGE-1", "imageclef_bertscore": "BERTScore"},
     "Wording, pycocoevalcap": {
-        "coco_bleu1": "BLEU-1",
-        "coco_bleu2": "BLEU-2",
-        "coco_bleu3": "BLEU-3",
-        "coco_bleu4": "BLEU-4",
+        **{f"coco_bleu{n}": f"BLEU-{n}" for n in range(1, 5)},
         "coco_cider": "CIDEr",
         "coco_meteor": "METEOR",
         "coco_rougeL": "ROUGE-L",
@@ -34,8 +31,8 @@ Legend = Mapping[str, Baseline]
 def score_groups(keys: Collection[str]) -> dict[str, list[str]]:
     """Return the keys of scores by the heading that says whose scores they are."""
     groups = {heading: [key for key in labels if key in keys] for heading, labels in LABELS.items()}
-    known = {key for labels in LABELS.values() for key in labels}
-    groups[CLINICAL] = [key for key in keys if key not in known and key != "captions"]
+    known = {"captions"}.union(*LABELS.values())
+    groups[CLINICAL] = [key for key in keys if key not in known]
     return {heading: found for heading, found in groups.items() if found}
 
 
@@ -72,8 +69,7 @@ def standing(baseline: float | None, score: Score) -> str:
 def score_picture(label: str, score: Score, legend: Legend, end: float | None = None) -> dict[str, Any] | None:
     """Return the picture of a score: its interval as a bar, its baselines and upper bound as lines with labels.
 
-    The axis starts at 0, so that lengths can be compared, and ends at a round number of at least `end`, by default of
-    at least the largest number shown.
+    The axis starts at 0, so that lengths compare, and ends at a round number of at least `end` (default: all shown).
     """
     value, low = score["value"], score["low"]
     if value is None:

@@ -37,11 +37,8 @@ def training_for_baselines(
 ) -> Training | None:
     """Return what baselines and concepts are made of, None where there is no training split or nothing is captioned.
 
-    Args:
-        trainer: its model looks at the training images among which the nearest is sought.
-        dataset: what was loaded, unchecked. A run that only scores takes the captions from here.
-        splits: what was checked and tokenized.
-        data_args: how many captions are used at most.
+    A run that only scores takes the captions from `dataset`, which is not checked. The model of `trainer` looks at the
+    training images among which the nearest is sought.
     """
     args = trainer.args
     if not (args.do_eval or args.do_predict) or not args.predict_with_generate or "train" not in dataset:
@@ -66,16 +63,8 @@ def keep_split(
 ) -> dict[str, float]:
     """Write predictions and scores of a split, and return its scores by the names of the result files.
 
-    Args:
-        trainer: the trainer that captioned it.
-        record: of the run; it gets predictions and scores.
-        rows: N rows of the tokenized split.
-        found: what was generated for them.
-        split: `validation` or `test`.
-        training: see `training_for_baselines`; None makes the baselines of the references.
-
-    Returns:
-        On the main process; an empty dict on the others.
+    `found` was generated for the N tokenized `rows`; `record` gets predictions and scores. Without `training`, see
+    `training_for_baselines`, the baselines are made of the references. Other processes than the main one return {}.
     """
     if not trainer.is_world_process_zero():
         return {}
@@ -95,25 +84,20 @@ def keep_split(
 def write_page(trainer: CaptioningTrainer, record: RunRecord, rows: Dataset, tokens: np.ndarray, split: str) -> None:
     """Write `report.html` of a split, with the attention maps of some captions. A failure is logged, and no more.
 
-    Args:
-        trainer: the trainer that captioned it.
-        record: of the run, with the predictions and scores of the split.
-        rows: N rows of the tokenized split.
-        tokens: int `[N, T]`, what was generated.
-        split: `validation` or `test`.
+    `record` has predictions and scores of the split, `tokens` int `[N, T]` were generated for its N tokenized `rows`.
     """
     if not trainer.is_world_process_zero():
         return
     try:
-        predictions = record.predictions(split)
-        chosen = shown_with_attention(predictions)
-        attention = trainer.word_attention(rows.select(chosen), tokens[chosen])
+        chosen = shown_with_attention(record.predictions(split))
+        attended = rows.select(chosen)
+        attention = trainer.word_attention(attended, tokens[chosen])
         write_report(
             record,
             split,
             images=(open_image(row["image"]) for row in rows.select_columns("image")),
             modalities=[modality_of(cui, caption) for cui, caption in zip(rows["cui"], rows["caption"], strict=True)],
-            attention={predictions[row]["image_id"]: words for row, words in zip(chosen, attention, strict=True)},
+            attention=dict(zip(attended["image_id"], attention, strict=True)),
         )
     except Exception as error:  # the page is made of what is on disk already: no reason to lose card and push
         logger.error("report.html cannot be written: %s: %s", type(error).__name__, error)
@@ -122,13 +106,8 @@ def write_page(trainer: CaptioningTrainer, record: RunRecord, rows: Dataset, tok
 
 def shown_with_attention(predictions: Sequence[Mapping[str, Any]]) -> list[int]:
     """Return the rows that come first in each order of the page: the data's, best, worst, most frequent."""
-    scores = [row["rougeL"] for row in predictions]
-    uses = Counter(row["prediction"] for row in predictions)
-    numbers = range(len(predictions))
-    orders = (
-        numbers,
-        sorted(numbers, key=lambda i: -scores[i]),
-        sorted(numbers, key=lambda i: scores[i]),
-        sorted(numbers, key=lambda i: -uses[predictions[i]["prediction"]]),
-    )
-    return list(dict.fromkeys(row for order in orders for row in order[:SHOWN_ATTENTION]))
+    scores = np.array([row["rougeL"] for row in predictions])
+    counts = Counter(row["prediction"] for row in predictions)
+    uses = np.array([counts[row["prediction"]] for row in predictions])
+    orders = [np.argsort(key, kind="stable") for key in (np.zeros(len(predictions)), -scores, scores, -uses)]
+    return list(dict.fromkeys(row for order in orders for row in order[:SHOWN_ATTENTION].tolist()))

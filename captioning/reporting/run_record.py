@@ -19,9 +19,8 @@ from captioning.training.decoding import generation_config, in_words
 
 ROCOV2 = "eltorio/ROCOv2-radiology"
 SPLITS = {"test": "predict", "validation": "eval"}  # with the prefix of their metrics; where one is shown, the first
-# What a recipe leaves out where it is the default, or was written before there was the key
 RECIPE_DEFAULTS = {
-    "do_train": True,
+    "do_train": True,  # a recipe lacks it where it is true, the others where it was written before there was the key
     "language": "en",
     "license": None,
     "hardware": {"device": "unknown", "processor": "unknown", "threads": "unknown", "processes": 1},
@@ -30,33 +29,29 @@ RECIPE_DEFAULTS = {
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model or a dataset came from, without the path of any folder.
-
-    Attributes:
-        id: its id on the Hub, or the last part of its path.
-        revision: its commit on the Hub; None if it is not from there.
-    """
+    """Where a model or a dataset came from: its id and commit on the Hub, or the last part of its path and None."""
 
     id: str
     revision: str | None = None
 
     @classmethod
     def of(cls, given: str, revision: str | None) -> "Origin":
-        """Return the origin of what a recipe names: it holds the commit of all that came from the Hub."""
+        """Return the origin of what a recipe names; the recipe holds the commit of all that came from the Hub."""
         if revision and COMMIT_HASH.fullmatch(revision):
             return cls(given, revision)
         last = re.split(r"[/\\]", given.rstrip("/\\"))[-1]
         return cls(re.sub(r"[^\w.-]+", "-", last) or "local")  # characters that an id on the Hub may have
 
+    def in_words(self, digits: int) -> str:
+        """Return the id, with that many digits of the commit."""
+        return f"{self.id} @ {self.revision[:digits]}" if self.revision else self.id
+
 
 class RunRecord:
     """A run by the files of its output folder, each of which is read at most once, when it is first asked for.
 
-    Ask for `results` after the last of them has been written.
-
-    Args:
-        folder: the output folder, with `recipe.json` at least.
-        captioner_class: that of the model; default: that of the model saved in the folder.
+    The folder has `recipe.json` at least. Ask for `results` after the last of them has been written. The class of the
+    captioner is by default that of the model saved in the folder.
     """
 
     def __init__(self, folder: str | Path, captioner_class: type[Captioner] | None = None):
@@ -128,8 +123,7 @@ class RunRecord:
     @cached_property
     def data(self) -> Origin:
         """The dataset. A local copy of ROCOv2 has the id of that on the Hub."""
-        given, revision = self.recipe["dataset_name"], self.recipe["dataset_revision"]
-        found = Origin("phantoms") if given == "phantoms" else Origin.of(given, revision)
+        found = Origin.of(self.recipe["dataset_name"], self.recipe["dataset_revision"])
         return Origin(ROCOV2) if self.data_kind == "rocov2" and not found.revision else found
 
     @cached_property
@@ -145,24 +139,15 @@ class RunRecord:
     @cached_property
     def data_in_words(self) -> str:
         """The dataset as a reader knows it."""
-        if self.data.revision:
-            return self.data.id
-        return {
-            "phantoms": "phantoms, synthetic images",
-            "rocov2": "a local copy of ROCOv2",
-            "other": f"the folder {self.data.id}",
-        }[self.data_kind]
+        local = {"phantoms": "phantoms, synthetic images", "rocov2": "a local copy of ROCOv2"}
+        return self.data.id if self.data.revision else local.get(self.data_kind, f"the folder {self.data.id}")
 
     def facts(self, digits: int) -> dict[str, str]:
         """Return the model, the data and the decode settings in words, commits with that many digits."""
-        trained, config = self.recipe["do_train"], self.recipe["config_name"]
+        trained = self.recipe["do_train"]
         if self.start:
-            model = f"{'fine-tuned from ' if trained else ''}{_with_commit(self.start.id, self.start, digits)}"
+            model = f"{'fine-tuned from ' if trained else ''}{self.start.in_words(digits)}"
         else:
-            model = f"{Path(config).stem}, {'trained from random weights' if trained else 'random weights'}"
-        data = _with_commit(self.data_in_words, self.data, digits)
+            model = f"{Path(self.recipe['config_name']).stem}, {'trained from ' if trained else ''}random weights"
+        data = self.data.in_words(digits) if self.data.revision else self.data_in_words
         return {"model": model, "data": data, "decoding": in_words(self.decoding)}
-
-
-def _with_commit(name: str, origin: Origin, digits: int) -> str:
-    return f"{name} @ {origin.revision[:digits]}" if origin.revision else name

@@ -19,10 +19,10 @@ def score_table(scores: Mapping[str, Any]) -> str:
     lines = [f"{scores['captions']:,} captions, {scores['unique_captions']:.1%} of them distinct", ""]
     lines += [f"{'':<{width}}{'score':>8}  {'95 % interval':<17}{headings}"]
     for name, entry in scores["scores"].items():
-        row = f"{name:<{width}}{_decimals(entry['value']):>8}"
-        row += f"  {_decimals(entry['low'])} - {_decimals(entry['high']):<8}"
-        row += "".join(f"{_decimals(entry['baselines'].get(key)):>13}" for key in baselines)
-        lines += [row + (f"   upper bound {_decimals(entry['upper_bound'])}" if "upper_bound" in entry else "")]
+        row = f"{name:<{width}}{four_digits(entry['value']):>8}"
+        row += f"  {four_digits(entry['low'])} - {four_digits(entry['high']):<8}"
+        row += "".join(f"{four_digits(entry['baselines'].get(key)):>13}" for key in baselines)
+        lines += [row + (f"   upper bound {four_digits(entry['upper_bound'])}" if "upper_bound" in entry else "")]
     lines += [""]
     for key, note in scores["baselines"].items():
         among = f", found among {note['found_among']}" if "found_among" in note else ""
@@ -32,31 +32,28 @@ def score_table(scores: Mapping[str, Any]) -> str:
     lines += [f"{'by modality':<{width}}" + "".join(f"{name:>13}" for name in modalities)]
     lines += [f"{'captions':<{width}}" + "".join(f"{own['captions']:>13,}" for own in modalities.values())]
     for key in (key for key in BY_MODALITY if key in scores["scores"]):
-        values = "".join(f"{_decimals(own[key]['value']):>13}" for own in modalities.values())
+        values = "".join(f"{four_digits(own[key]['value']):>13}" for own in modalities.values())
         lines += [f"{key:<{width}}{values}"]
     return "\n".join([*lines, "", *_missing(scores), scores["verdict"]])
 
 
 def comparison_table(result: Mapping[str, Any]) -> str:
-    """Return the result of `compare_captions` as text.
-
-    Args:
-        result: with `captions`, how many there are, and `systems`, the names of the two.
-    """
+    """Return the result of `compare_captions` as text; `captions` is their number, `systems` the names of the two."""
     first, second = result["systems"]
     width = max(len(name) for name in result["scores"]) + 2
     lines = [f"{result['captions']:,} captions; first: {first}; second: {second}", ""]
     lines += [f"{'':<{width}}{'first':>8}{'second':>8}{'difference':>12}  {'95 % interval':<20}{'p':>8}"]
     for name, row in result["scores"].items():
-        difference, low, high = (_decimals(row[key], sign="+") for key in ("difference", "low", "high"))
-        values = f"{_decimals(row['first']):>8}{_decimals(row['second']):>8}{difference:>12}"
-        lines += [f"{name:<{width}}{values}  {f'{low} to {high}':<20}{_decimals(row['p_value']):>8}"]
+        difference, low, high = (four_digits(row[key], sign="+") for key in ("difference", "low", "high"))
+        values = f"{four_digits(row['first']):>8}{four_digits(row['second']):>8}{difference:>12}"
+        lines += [f"{name:<{width}}{values}  {f'{low} to {high}':<20}{four_digits(row['p_value']):>8}"]
     lines += ["", *_missing(result)]
     lines += ["p: approximate randomization, two-sided; the difference is the first score minus the second."]
     return "\n".join(lines)
 
 
-def _decimals(value: float | None, sign: str = "") -> str:
+def four_digits(value: float | None, sign: str = "") -> str:
+    """Return a number as text, a dash for None."""
     return "-" if value is None else f"{value:{sign}.4f}"
 
 

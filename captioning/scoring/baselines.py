@@ -5,29 +5,19 @@ constant caption reaches a ROUGE-L of .165, more than a published fine-tune.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from captioning.scoring.captions import Captions
-from captioning.scoring.constant_caption import constant_caption, typical_captions
 from captioning.scoring.training_split import Training
 
 
 CHUNK = 2048  # images whose neighbors are sought at a time
 
 
-@dataclass(frozen=True)
-class Baseline:
-    """What a baseline is called.
-
-    Attributes:
-        name: in a legend.
-        heading: above a column of a table.
-        letter: in a picture.
-        description: in a sentence.
-    """
+class Baseline(NamedTuple):
+    """What a baseline is called: in a legend, above a column of a table, in a picture, and in a sentence."""
 
     name: str
     heading: str
@@ -58,29 +48,26 @@ def baseline_captions(
         training: the training split; without it the constant captions are found among the references.
         features: float `[N, H]` of the images, for the nearest training image.
     """
-    if training:
-        source = f"{len(training.captions):,} training captions"
-        constant, typical = training.constant, training.typical
-    else:
-        source = f"the references themselves ({len(captions):,})"
-        constant = constant_caption(captions.references, captions.references)
-        typical = typical_captions(captions.references, modalities)
+    split = training or Training(captions.references, captions.cuis)
+    constant, typical = split.constant, split.typical
+    number = f"{len(split.captions):,}"
+    source = f"{number} training captions" if training else f"the references themselves ({number})"
     found = {
         "constant": [constant] * len(captions),
         "typical_of_modality": [typical.get(modality, constant) for modality in modalities],
     }
+    notes = {
+        "constant": {"caption": constant, "found_among": source},
+        "typical_of_modality": {"captions": typical, "found_among": source},
+    }
     if training and training.features is not None and features is not None:
         neighbors = training.captions if training.neighbors is None else training.neighbors
         found["nearest_image"] = nearest_captions(features, training.features, neighbors)
+        notes["nearest_image"] = {"found_among": f"{len(neighbors):,} training images"}
     if len(captions) > 1:  # else there is no other image
         found["shuffled_references"] = shuffled(captions.references)
         found["shuffled_images"] = shuffled(captions.predictions)
-    notes = {key: {"what": BASELINES[key].description} for key in found}
-    notes["constant"] |= {"caption": constant, "found_among": source}
-    notes["typical_of_modality"] |= {"captions": typical, "found_among": source}
-    if "nearest_image" in found:
-        notes["nearest_image"]["found_among"] = f"{len(neighbors):,} training images"
-    return found, notes
+    return found, {key: {"what": BASELINES[key].description} | notes.get(key, {}) for key in found}
 
 
 def shuffled(captions: Sequence[str], seed: int = 0) -> list[str]:

@@ -7,7 +7,7 @@ import contextlib
 import io
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +23,7 @@ BERTSCORE_MODEL = "microsoft/deberta-xlarge-mnli"
 BERTSCORE_CHUNK = 512  # pairs at a time: bert-score keeps every token's embedding, 250 KB a sentence
 
 
-def bertscore(
-    predictions: Sequence[str], references: Sequence[str], model: str = BERTSCORE_MODEL
-) -> tuple[Score | None, str | None]:
+def bertscore(predictions: Sequence[str], references: Sequence[str], model: str = BERTSCORE_MODEL) -> Score:
     """Return the BERTScore F1 of N captions, from 0 to 1.
 
     As in the official evaluator, captions are normalized (`metrics.imageclef_normalize`), tokens are weighted by their
@@ -38,35 +36,32 @@ def bertscore(
         references: N captions.
         model: a model in the Hugging Face cache, or a local folder; its name tells bert-score which layer to compare.
 
-    Returns:
-        The score and None; or None and one line that says what is missing and how to get it.
-
     Raises:
+        UserError: bert-score or the model is missing, or cannot be loaded; the message says how to get it.
         ValueError: there are not as many predictions as references.
     """
     empty = np.array([not p and not r for p, r in zip(predictions, references, strict=True)])
     predictions, references = ([imageclef_normalize(text) for text in texts] for texts in (predictions, references))
-    quiet = io.StringIO()  # bert-score warns of empty captions, transformers shows a progress bar
-    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet), _no_logs():
-        try:
-            scorer = _bert_scorer(model)
-        except UserError as error:
-            return None, str(error)
+    with contextlib.ExitStack() as quiet:
+        # bert-score warns of empty captions, transformers shows a progress bar and logs that weights are not used
+        for redirect in (contextlib.redirect_stdout, contextlib.redirect_stderr):
+            quiet.enter_context(redirect(io.StringIO()))
+        quiet.callback(logging.set_verbosity, logging.get_verbosity())
+        logging.set_verbosity_error()
+        scorer = _bert_scorer(model)
         scorer.compute_idf(references)
         values = []
         for start in range(0, len(references), BERTSCORE_CHUNK):
             chunk = slice(start, start + BERTSCORE_CHUNK)
             values.append(scorer.score(predictions[chunk], references[chunk])[2].double().numpy())
-    return Score.of(np.where(empty, 1.0, np.concatenate(values))), None
+    return Score.of(np.where(empty, 1.0, np.concatenate(values)))
 
 
 def _bert_scorer(model: str):
-    """Return a `bert_score.BERTScorer` of a model on this machine, adapted to transformers 5.
-
-    Raises:
-        UserError: bert-score or the model is missing, or cannot be loaded.
-    """
-    missing, name = [], model if _is_hub_id(model) else Path(model).name  # scores are published, paths are not
+    """Return a `bert_score.BERTScorer` of a model on this machine, adapted to transformers 5."""
+    is_hub_id = not Path(model).is_dir() and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model)
+    name = model if is_hub_id else Path(model).name  # scores are published, paths are not
+    missing = []
     try:
         from bert_score import BERTScorer
         from bert_score.utils import model2layers
@@ -74,7 +69,7 @@ def _bert_scorer(model: str):
         missing.append("bert-score is not installed: `pip install bert-score`")
     folder = _model_folder(model)
     if folder is None:
-        mend = f"give a folder that has them, or `hf download {model if _is_hub_id(model) else BERTSCORE_MODEL}`"
+        mend = f"give a folder that has them, or `hf download {model if is_hub_id else BERTSCORE_MODEL}`"
         missing.append(f"the weights of {name} are not on this machine: {mend}")
     if missing:
         raise UserError("; ".join(missing))
@@ -103,10 +98,6 @@ def _bert_scorer(model: str):
     return scorer
 
 
-def _is_hub_id(model: str) -> bool:
-    return not Path(model).is_dir() and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model) is not None
-
-
 def _model_folder(model: str) -> Path | None:
     """Return the folder of a model, local or in the Hugging Face cache, or None if its weights are not there."""
     folder = Path(model)
@@ -117,14 +108,3 @@ def _model_folder(model: str) -> Path | None:
             return None
     weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
     return folder if weights else None
-
-
-@contextlib.contextmanager
-def _no_logs() -> Iterator[None]:
-    """Silence what transformers logs below an error: that BERTScore does not use the classification head."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)

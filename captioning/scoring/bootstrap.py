@@ -78,12 +78,12 @@ def resampled(score: Score, counts: np.ndarray, rows: np.ndarray | None = None) 
         return score.combine(counts @ statistics, counts.sum(axis=1, dtype=np.float64))
 
 
-def interval(values: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
-    """Return the percentile interval of resampled scores `[resamples]`; NaN and infinity are left out."""
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % percentile interval of resampled scores `[resamples]`; NaN and infinity are left out."""
     finite = values[np.isfinite(values)]
     if not len(finite):
         return float("nan"), float("nan")
-    low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(finite, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
@@ -92,7 +92,7 @@ def interval(values: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How much the first of two systems scores above the second on the same captions.
+    """How much the first of two systems scores above the second on the same captions; NaN where a score is undefined.
 
     Attributes:
         difference: the first score minus the second.
@@ -100,8 +100,6 @@ class Comparison:
         high: upper end.
         p_value: of approximate randomization, two-sided: how often a difference at least as large occurs when a coin
             decides for each caption whether the two systems swap theirs.
-
-    All are NaN where one of the scores is undefined.
     """
 
     difference: float
@@ -110,40 +108,29 @@ class Comparison:
     p_value: float
 
 
-def compare(first: Score, second: Score, counts: np.ndarray, seed: int = 0) -> Comparison:
+def compare(first: Score, second: Score, counts: np.ndarray) -> Comparison:
     """Test the scores of two systems on the same N images.
 
     Args:
         first: the score of one system.
         second: the same score of the other.
         counts: `[resamples, N]`, see `resampling_counts`: both are resampled alike.
-        seed: of the swaps.
 
     Raises:
-        ValueError: the two do not have the same number of captions or of statistics.
+        ValueError: the two do not have the same number of captions.
     """
-    if first.statistics.shape != second.statistics.shape:
-        raise ValueError(
-            f"statistics of shapes {first.statistics.shape} and {second.statistics.shape} cannot be paired"
-        )
-    difference = first.value - second.value
+    difference, exchanged = first.value - second.value, second.statistics - first.statistics
     if not np.isfinite(difference):
         return Comparison(*[float("nan")] * 4)
     low, high = interval(resampled(first, counts) - resampled(second, counts))
-    swapped = np.concatenate(list(_swapped(first, second, seed)))
-    swapped = np.abs(swapped[np.isfinite(swapped)])
-    extreme = int((swapped >= abs(difference) - 1e-12).sum())  # the order of a sum changes the last bits
-    return Comparison(difference, low, high, (1 + extreme) / (1 + len(swapped)))
-
-
-def _swapped(first: Score, second: Score, seed: int):
-    """Yield the differences of randomized pairs, chunk by chunk."""
-    rng = np.random.default_rng(seed)
-    number = len(first.statistics)
-    totals = first.statistics.sum(axis=0), second.statistics.sum(axis=0)
-    exchanged = second.statistics - first.statistics
-    chunk = max(1, CHUNK // max(number, 1))
+    rng, number, swapped = np.random.default_rng(0), len(exchanged), []
+    chunk = max(1, CHUNK // number)
     for start in range(0, RANDOMIZATIONS, chunk):
         swaps = rng.integers(2, size=(min(chunk, RANDOMIZATIONS - start), number), dtype=np.uint8)
         moved = swaps.astype(np.float64) @ exchanged
-        yield first.combine(totals[0] + moved, number) - second.combine(totals[1] - moved, number)
+        ours, theirs = first.statistics.sum(axis=0) + moved, second.statistics.sum(axis=0) - moved
+        swapped.append(np.abs(first.combine(ours, number) - second.combine(theirs, number)))
+    swapped = np.concatenate(swapped)
+    swapped = swapped[np.isfinite(swapped)]
+    extreme = int((swapped >= abs(difference) - 1e-12).sum())  # the order of a sum changes the last bits
+    return Comparison(difference, low, high, (1 + extreme) / (1 + len(swapped)))

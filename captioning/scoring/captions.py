@@ -6,21 +6,20 @@ concepts.
 
 import csv
 import json
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from captioning.errors import UserError
+from captioning.errors import UserError, as_user_error
 from captioning.files import write_whole
 from metrics import wording_scores
 
 
 PREDICTION_KEYS = ("image_id", "reference", "prediction", "rougeL", "nll", "cui")
 MAX_FIELD = 2**27  # characters of a CSV field; the default of the csv module is too small for a long caption
-SHOWN_IDS = 3  # in an error message
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Captions:
 # --- The predictions of a run ---------------------------------------------------------------------------------
 
 
-def write_predictions(path: Path, captions: Captions, nll: np.ndarray) -> list[dict[str, object]]:
+def write_predictions(path: Path, captions: Captions, nll: np.ndarray) -> list[dict[str, Any]]:
     """Write one JSON object a line: `image_id`, `reference`, `prediction`, `rougeL`, `nll`, `cui`. Return these.
 
     Args:
@@ -63,7 +62,7 @@ def write_predictions(path: Path, captions: Captions, nll: np.ndarray) -> list[d
     return rows
 
 
-def read_predictions(path: Path) -> list[dict[str, object]]:
+def read_predictions(path: Path) -> list[dict[str, Any]]:
     """Read a file of `write_predictions`."""
     with open(path, encoding="utf-8") as file:
         return [json.loads(line) for line in file]
@@ -83,84 +82,79 @@ def read_captions(path: str, references: str | None = None, concepts: str | None
     Raises:
         UserError: a file cannot be read, or its ids are not those of the references.
     """
-    if _is_csv(path):
-        if references is None:
-            raise UserError(f"'{path}' has no reference captions; add --references with a CSV of ID,Caption")
-        predictions, own_references, cuis = read_csv(path, "Caption"), {}, {}
+    if path.lower().endswith(".csv"):
+        rows = {image_id: {"prediction": text} for image_id, text in read_csv(path, "Caption").items()}
     else:
         rows = _read_json_lines(path)
-        predictions = {image_id: row["prediction"] for image_id, row in rows.items()}
-        own_references = {image_id: row["reference"] for image_id, row in rows.items() if "reference" in row}
-        cuis = {image_id: row["cui"] for image_id, row in rows.items()}
-        if references is None and len(own_references) < len(rows):
-            missing = next(image_id for image_id in rows if image_id not in own_references)
-            raise UserError(f"'{path}': '{missing}' has no reference; add --references with a CSV of ID,Caption")
-    truth = read_csv(references, "Caption") if references else own_references
-    for captions, name in ((predictions, path), (truth, references or path)):
-        if not captions:
-            raise UserError(f"'{name}' has no captions; give a file with at least one")
-    check_ids(predictions, truth, path, references or path)
+    if references:
+        truth = read_csv(references, "Caption")
+    else:
+        truth = {image_id: row["reference"] for image_id, row in rows.items() if "reference" in row}
+        if missing := [image_id for image_id in rows if image_id not in truth]:
+            raise UserError(f"'{path}': '{missing[0]}' has no reference; add --references with a CSV of ID,Caption")
+    check_ids(rows, truth, path, references or path)
+    cuis = {image_id: row.get("cui", []) for image_id, row in rows.items()}
     if concepts:
         cuis = {image_id: split_cuis(text) for image_id, text in read_csv(concepts, "CUIs").items()}
         check_ids(cuis, truth, concepts, references or path, more=True)
-    ids = list(truth)
-    return Captions(ids, [predictions[i] for i in ids], [truth[i] for i in ids], [cuis.get(i, []) for i in ids])
+    return Captions(list(truth), [rows[i]["prediction"] for i in truth], [*truth.values()], [cuis[i] for i in truth])
 
 
-def check_ids(found: Sequence[str], wanted: Sequence[str], path: str, reference: str, more: bool = False) -> None:
-    """Check that a file has the ids of another.
-
-    Args:
-        found: the ids of the file.
-        wanted: the ids of the other, all of which must be found.
-        path: the name of the file.
-        reference: the name of the other.
-        more: whether the file may have more ids.
-
-    Raises:
-        UserError: ids are missing or unknown; the message counts them and names some.
-    """
-    wanted_ids, found_ids = set(wanted), set(found)
-    missing = [image_id for image_id in wanted if image_id not in found_ids]
-    unknown = [] if more else [image_id for image_id in found if image_id not in wanted_ids]
-    for ids, what in ((missing, f"of '{reference}' are missing in"), (unknown, f"not in '{reference}' are in")):
-        if ids:
-            named = ", ".join(ids[:SHOWN_IDS])
-            raise UserError(f"{len(ids)} ids {what} '{path}' ({named}); both must be of one split, ids alike")
-
-
-def read_csv(path: str, column: str) -> dict[str, str]:
-    """Read a CSV of `ID` and `column` into a dict from id to text, in the order of the file.
+def read_csv(path: str, *columns: str) -> dict[str, str]:
+    """Read a CSV of `ID` and one of `columns` into a dict from id to text, in the order of the file.
 
     As in the official evaluator, the header may be missing; more columns than two are an error.
 
     Raises:
-        UserError: the file cannot be read, has other columns, or an id twice.
+        UserError: the file cannot be read, has other columns, an id twice, or no rows.
     """
     csv.field_size_limit(MAX_FIELD)
+    what = f"a CSV of ID,{' or ID,'.join(columns)}"
     texts: dict[str, str] = {}
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            for number, row in enumerate(reader := csv.reader(file)):
-                if not row:
-                    continue
-                if number == 0 and row[0].strip().lower() == "id":
-                    if [name.strip().lower() for name in row[1:]] != [column.lower()]:
-                        raise UserError(f"'{path}' has the columns {row}; they must be {['ID', column]}")
-                elif len(row) != 2:
-                    mend = f"give ID and {column}, the latter in double quotes where it contains a comma"
-                    if len(row) == 1 and re.search("[;\t]", row[0]):
-                        mend = "separate the fields by commas"
-                    raise UserError(f"'{path}', line {reader.line_num}: {len(row)} fields; {mend}")
-                elif row[0] in texts:
-                    raise UserError(f"'{path}', line {reader.line_num}: id '{row[0]}' occurs twice; keep one")
-                else:
-                    texts[row[0]] = row[1]
-    except UnicodeDecodeError as error:
-        raise UserError(f"'{path}' is not UTF-8 (byte {error.start}); save it as CSV in UTF-8") from error
-    except (OSError, csv.Error) as error:
-        raise UserError(f"'{path}' cannot be read as a CSV of ID,{column}: {error}") from error
+    with (
+        as_user_error(f"'{path}' cannot be read", f"give {what} in UTF-8"),
+        open(path, encoding="utf-8-sig", newline="") as file,
+    ):
+        for number, row in enumerate(reader := csv.reader(file)):
+            where = f"'{path}', line {reader.line_num}"
+            if number == 0 and row and row[0].strip().lower() == "id":
+                if [name.strip().lower() for name in row[1:]] not in [[column.lower()] for column in columns]:
+                    raise UserError(f"'{path}' has the columns {row}; give {what}")
+            elif len(row) not in (0, 2):
+                raise UserError(f"{where}: {len(row)} fields; give {what}, texts with a comma in double quotes")
+            elif row and row[0] in texts:
+                raise UserError(f"{where}: id '{row[0]}' occurs twice; keep one")
+            elif row:
+                texts[row[0]] = row[1]
+    if not texts:
+        raise UserError(f"'{path}' has no rows; give {what} with at least one")
     return texts
+
+
+def _read_json_lines(path: str) -> dict[str, dict[str, Any]]:
+    """Read `prediction`, `cui` and, where it is stated, `reference` by image id."""
+    rows: dict[str, dict[str, Any]] = {}
+    mend = "give predictions of a run, or a .csv of ID,Caption"
+    with as_user_error(f"'{path}' cannot be read", mend), open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"'{path}', line {number}"
+            with as_user_error(f"{where} is not a JSON object with image_id and prediction", mend):
+                row = json.loads(line)
+                texts = {key: row[key] for key in ("image_id", "prediction", "reference") if key in row}
+                image_id, _, cuis = row["image_id"], row["prediction"], row.get("cui") or []
+            if not all(isinstance(text, str) for text in texts.values()):
+                raise UserError(f"{where}: image_id, prediction and reference must be strings")
+            if image_id in rows:
+                raise UserError(f"{where}: id '{image_id}' occurs twice; keep one")
+            cuis = split_cuis(cuis) if isinstance(cuis, str) else cuis
+            if not (isinstance(cuis, list) and all(isinstance(cui, str) for cui in cuis)):
+                raise UserError(f"{where}: cui must be a list of concepts such as C0040405")
+            rows[well_formed(image_id)] = {key: well_formed(text) for key, text in texts.items()} | {"cui": cuis}
+    if not rows:
+        raise UserError(f"'{path}' has no captions; {mend}")
+    return rows
 
 
 def split_cuis(text: str) -> list[str]:
@@ -168,45 +162,34 @@ def split_cuis(text: str) -> list[str]:
     return [cui.strip() for cui in text.split(";") if cui.strip()]
 
 
-def _is_csv(path: str) -> bool:
-    return path.lower().endswith(".csv")
-
-
-def _read_json_lines(path: str) -> dict[str, dict[str, object]]:
-    rows: dict[str, dict[str, object]] = {}
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                    image_id, texts = row["image_id"], [row["prediction"], row.get("reference", "")]
-                except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-                    raise UserError(
-                        f"'{path}', line {number} is not a JSON object with image_id and prediction "
-                        f"({type(error).__name__}: {error}); give predictions of a run, or a .csv of ID,Caption"
-                    ) from error
-                if not all(isinstance(text, str) for text in (image_id, *texts)):
-                    raise UserError(f"'{path}', line {number}: image_id, prediction and reference must be strings")
-                if image_id in rows:
-                    raise UserError(f"'{path}', line {number}: id '{image_id}' occurs twice; keep one")
-                cuis = row.get("cui") or []
-                cuis = split_cuis(cuis) if isinstance(cuis, str) else cuis
-                if not (isinstance(cuis, list) and all(isinstance(cui, str) for cui in cuis)):
-                    raise UserError(f"'{path}', line {number}: cui must be a list of concepts such as C0040405")
-                texts = {key: well_formed(row[key]) for key in ("prediction", "reference") if key in row}
-                rows[well_formed(image_id)] = texts | {"cui": cuis}
-    except UnicodeDecodeError as error:
-        raise UserError(f"'{path}' is not UTF-8 (byte {error.start}); give predictions of a run") from error
-    except OSError as error:
-        raise UserError(f"'{path}' cannot be read: {error}") from error
-    return rows
-
-
 def well_formed(text: str) -> str:
     """Return the text with unpaired surrogates, which JSON can hold and UTF-8 cannot, replaced."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+# --- Two files of the same images -----------------------------------------------------------------------------
+
+
+def id_faults(found: Iterable[str], wanted: Iterable[str], path: str, reference: str) -> list[str]:
+    """Return a line for the ids of the file `reference` that `path` lacks, and one for those that only `path` has."""
+    faults = []
+    for ids, others, what in (
+        (wanted, set(found), f"of '{reference}' are missing in"),
+        (found, set(wanted), f"not in '{reference}' are in"),
+    ):
+        if differ := [image_id for image_id in ids if image_id not in others]:
+            faults.append(f"{len(differ)} ids {what} '{path}' ({', '.join(differ[:3])})")
+    return faults
+
+
+def check_ids(found: Iterable[str], wanted: Iterable[str], path: str, reference: str, more: bool = False) -> None:
+    """Check that the file `path` has the ids of the file `reference`; it may have `more`.
+
+    Raises:
+        UserError: ids are missing or unknown; the message counts them and names some.
+    """
+    if faults := id_faults(set(found) & set(wanted) if more else found, wanted, path, reference):
+        raise UserError(f"{faults[0]}; both must be of one split, ids alike")
 
 
 def in_order_of(like: Captions, captions: Captions, name: str, other_name: str) -> Captions:
@@ -218,8 +201,7 @@ def in_order_of(like: Captions, captions: Captions, name: str, other_name: str) 
     check_ids(captions.image_ids, like.image_ids, other_name, name)
     row = {image_id: i for i, image_id in enumerate(captions.image_ids)}
     rows = [row[image_id] for image_id in like.image_ids]
-    columns = (captions.image_ids, captions.predictions, captions.references, captions.cuis)
-    ordered = Captions(*([column[i] for i in rows] for column in columns))
+    ordered = Captions(*([column[i] for i in rows] for column in vars(captions).values()))
     differ = [i for i, own in enumerate(ordered.references) if own != like.references[i]]
     if differ:
         raise UserError(

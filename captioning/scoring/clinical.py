@@ -206,6 +206,7 @@ _NO_FINDING = re.compile(
     r"|patients?|symptoms?|changes?|difference|way|one|doubt|success|assumptions?|surgery|treatment|evidence|signs?"
 )
 _WORD = re.compile(r"[a-z][a-z0-9'/-]*|\d+|[,.;:()]")
+_CLAUSE_START = re.compile(r"[,.;:()]|\b(?:and|but|while|which|that|where|with|showing|shows?)\b")
 
 
 def _singular(word: str) -> str:
@@ -231,46 +232,30 @@ def _head(words: Sequence[str]) -> str | None:
 
 def _negated_after(text: str) -> list[str | None]:
     """Return the heads of the findings that the beginning of `text` lists: "fracture, dislocation or effusion in"."""
-    words = _WORD.findall(text[:160])
+    words = [*_WORD.findall(text[:160]), "."]
     heads, start = [], 0
-    for position in range(min(len(words), 4 * _SCOPE) + 1):
-        word = words[position] if position < len(words) else "."
-        if word in (",", "and", "or", "nor"):
-            if position > start:
-                heads.append(_head(words[start:position]))
-            following = words[position + 1 : position + 2 + _SCOPE]
-            # A comma continues the list only if an "or" closes it; "and a" and "and the" begin something else
-            closed = word != "," or following[:1] in (["or"], ["nor"], ["and"]) or _closes(following)
-            if not closed or (word in (",", "and") and following[:1] in (["a"], ["an"], ["the"], ["normal"])):
-                return heads
-            start = position + 1
-        elif _ends(word) or position - start >= _SCOPE:
-            if position > start:
-                heads.append(_head(words[start:position]))
-            return heads
+    for position, word in enumerate(words):
+        joins = word in (",", "and", "or", "nor")
+        if not joins and not _ends(word) and position - start < _SCOPE:
+            continue
+        if position > start:
+            heads.append(_head(words[start:position]))
+        following = words[position + 1 : position + 2 + _SCOPE]
+        # A comma continues the list only if an "or" closes it; "and a" and "and the" begin something else
+        end = next((other for other in following if other != "," and _ends(other)), None)
+        closed = word != "," or following[0] == "and" or end in ("or", "nor")
+        if not joins or not closed or (word in (",", "and") and following[0] in ("a", "an", "the", "normal")):
+            break
+        start = position + 1
     return heads
 
 
-def _closes(words: Sequence[str]) -> bool:
-    """Return whether an "or" or "nor" comes before anything else that ends the list."""
-    for word in words:
-        if word in ("or", "nor"):
-            return True
-        if word != "," and _ends(word):
-            return False
-    return False
-
-
-def _negated_before(text: str) -> str | None:
-    """Return the head of the clause that ends `text`: "the fistulous tract to the anorectum" [is not seen]."""
-    clause = re.split(r"[,.;:()]|\b(?:and|but|while|which|that|where|with|showing|shows?)\b", text[-100:])[-1]
-    return _head(_WORD.findall(clause))
-
-
 def _negations(text: str) -> set[str]:
-    heads = [head for match in _BEFORE.finditer(text) for head in _negated_after(text[match.end() :])]
-    heads += [_negated_before(text[: match.start()]) for match in _AFTER.finditer(text)]
-    return {head for head in heads if head}
+    heads = {head for match in _BEFORE.finditer(text) for head in _negated_after(text[match.end() :])}
+    for match in _AFTER.finditer(text):  # of a clause: "the fistulous tract to the anorectum" [is not seen]
+        clause = _CLAUSE_START.split(text[: match.start()][-100:])[-1]
+        heads.add(_head(_WORD.findall(clause)))
+    return heads - {None}
 
 
 # --- Measurement: lengths in millimeters ---------------------------------------------------------------------------
@@ -307,10 +292,8 @@ def _measurements(text: str) -> set[str]:
 
 # --- Reading a caption ---------------------------------------------------------------------------------------------
 
-
-_GLUED = re.compile(
-    r"(?<=[a-z]{2})(?=[A-Z][a-z]{2})"
-)  # published captions lack the space after a title: "scanThe mass"
+# Published captions lack the space after a title: "scanThe mass"
+_GLUED = re.compile(r"(?<=[a-z]{2})(?=[A-Z][a-z]{2})")
 
 
 def plain_text(caption: str) -> str:
@@ -326,7 +309,6 @@ def plain_text(caption: str) -> str:
 
 
 def _mentions(attribute: str, text: str) -> list[str]:
-    """Return the values of `attribute` in the order in which `text` names them."""
     pattern, values = _READERS[attribute]
     return [values[match.lastindex - 1] for match in pattern.finditer(text)]
 

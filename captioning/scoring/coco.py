@@ -6,11 +6,12 @@ in a tenth of its time. What cannot be computed is named, with one line that say
 Nothing is downloaded, and nothing that the library prints reaches the user.
 """
 
-import contextlib
 import functools
+import importlib
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
@@ -23,17 +24,13 @@ TOKENIZERS = {"ptb": "coco", "whitespace": "nlgeval"}  # and the prefix of the s
 METEOR_CAPTIONS = 20_000  # METEOR takes 0.7 ms a caption, more than all else
 
 INSTALL_JAVA = "install a Java runtime, e.g. `apt install default-jre-headless`"
-INSTALL_PYCOCOEVALCAP = "pycocoevalcap is not installed: `pip install pycocoevalcap`"
+WRONG_ANSWER = f"`java` runs, but its answer is not that of the program: {INSTALL_JAVA}"
 
 ROUGE_BETA = 1.2  # `pycocoevalcap.rouge.rouge.Rouge`; rouge_score weighs precision and recall alike
 # METEOR 1.5 for English: Denkowski and Lavie (2014), aclanthology.org/W14-3348; the jar's defaults
 ALPHA, BETA, GAMMA, DELTA = 0.85, 0.2, 0.6, 0.75
 MODULE_WEIGHTS = (1.0, 0.6, 0.8, 0.6)  # of exact, stem, synonym and paraphrase matches
 SEGMENT_STATISTICS = 23  # numbers in the jar's answer to one `SCORE` line
-
-
-class MissingError(UserError):
-    """A library or a program is not installed; the message is one line: what is missing, and how to get it."""
 
 
 def coco_scores(
@@ -44,28 +41,28 @@ def coco_scores(
     Args:
         systems: the N captions of each. The first two get METEOR, the others while these are `METEOR_CAPTIONS` in all.
         references: N captions, from which CIDEr takes its document frequencies.
-        tokenizer: see `coco_tokens`.
+        tokenizer: one of `TOKENIZERS`, see `coco_tokens`.
 
     Returns:
         By system, the scores `coco_bleu1` to `coco_bleu4`, `coco_cider` (from 0 to 10), `coco_rougeL` and
         `coco_meteor`, or with "whitespace" the same names prefixed `nlgeval_`; and by score what is missing for it.
 
     Raises:
-        ValueError: a system does not have N captions, or the tokenizer is unknown.
+        ValueError: a system does not have N captions.
     """
-    prefix = TOKENIZERS.get(tokenizer, "")
+    prefix = TOKENIZERS[tokenizer]
     try:
         reference_tokens = coco_tokens(references, tokenizer)
         tokens = {name: coco_tokens(captions, tokenizer) for name, captions in systems.items()}
         scores = ngram_scores(tokens, reference_tokens)
-    except MissingError as error:
+    except UserError as error:
         return {name: {} for name in systems}, {f"{prefix}_*": str(error)}
     missing = {}
     try:
         chosen = list(systems)[: max(2, METEOR_CAPTIONS // len(references))]
         for name, found in meteor_scores({name: tokens[name] for name in chosen}, reference_tokens).items():
             scores[name]["meteor"] = found
-    except MissingError as error:
+    except UserError as error:
         missing[f"{prefix}_meteor"] = str(error)
     return {name: {f"{prefix}_{key}": score for key, score in own.items()} for name, own in scores.items()}, missing
 
@@ -87,22 +84,17 @@ def coco_tokens(captions: Sequence[str], tokenizer: str = "ptb") -> list[str]:
             "whitespace" strips the text and leaves the rest as it is, as `nlg-eval` does.
 
     Raises:
-        MissingError: with "ptb", `pycocoevalcap` or Java is not installed.
-        ValueError: the tokenizer is unknown.
+        UserError: with "ptb", `pycocoevalcap` or Java is not installed.
     """
-    if tokenizer not in TOKENIZERS:
-        raise ValueError(f"the tokenizer is {tokenizer!r}; it can be {' or '.join(TOKENIZERS)}")
     lines = [one_line(caption) for caption in captions]
     if tokenizer == "whitespace":
         return [line.strip() for line in lines]
-    with _pycocoevalcap():
-        from pycocoevalcap.tokenizer import ptbtokenizer
-
+    ptbtokenizer = _pycocoevalcap("tokenizer.ptbtokenizer")
     # From standard input: the library writes a file into its own package folder, which can be read-only
     options = ["edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
     output = _java(ptbtokenizer, ["-cp", ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR, *options], lines)
     if len(output) != len(lines):
-        raise MissingError(_wrong_answer(f"{len(output)} lines for {len(lines)} captions"))
+        raise UserError(WRONG_ANSWER)
     removed = set(ptbtokenizer.PUNCTUATIONS)
     return [" ".join(word for word in line.rstrip().split(" ") if word not in removed) for line in output]
 
@@ -125,13 +117,10 @@ def ngram_scores(systems: Mapping[str, Sequence[str]], references: Sequence[str]
         references: N captions, from `coco_tokens`.
 
     Raises:
-        MissingError: `pycocoevalcap` is not installed.
+        UserError: `pycocoevalcap` is not installed.
         ValueError: a system does not have N captions.
     """
-    with _pycocoevalcap():
-        from pycocoevalcap.bleu import bleu_scorer
-        from pycocoevalcap.cider import cider_scorer
-
+    bleu_scorer, cider_scorer = _pycocoevalcap("bleu.bleu_scorer"), _pycocoevalcap("cider.cider_scorer")
     # Counted once for all systems, which the library's `compute_score` does not offer
     counted = [bleu_scorer.cook_refs([reference]) for reference in references]
     cider = cider_scorer.CiderScorer()
@@ -186,7 +175,7 @@ def meteor_scores(systems: Mapping[str, Sequence[str]], references: Sequence[str
         references: N captions, from `coco_tokens`.
 
     Raises:
-        MissingError: `pycocoevalcap` or Java is not installed.
+        UserError: `pycocoevalcap` or Java is not installed.
     """
     pairs = [pair for captions in systems.values() for pair in zip(captions, references, strict=True)]
     statistics = np.split(_meteor_statistics(pairs), len(systems))
@@ -203,23 +192,15 @@ def _meteor_statistics(pairs: Sequence[tuple[str, str]]) -> np.ndarray:
     Args:
         pairs: prediction and reference of N captions.
     """
-    with _pycocoevalcap():
-        from pycocoevalcap.meteor import meteor
-
     # "|||" separates the fields. The library removes it from predictions only: a reference with it would become two
-    fields = [
-        [one_line(text).replace("|||", "") for text in (reference, prediction)] for prediction, reference in pairs
-    ]
-    lines = [" ||| ".join(["SCORE", *texts]) for texts in fields]
+    texts = [[one_line(text).replace("|||", "") for text in pair] for pair in pairs]
+    lines = [f"SCORE ||| {reference} ||| {prediction}" for prediction, reference in texts]
+    meteor = _pycocoevalcap("meteor.meteor")
     options = ["-jar", "-Xmx2G", meteor.METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm"]
-    answer = _java(meteor, options, lines)
-    try:
-        table = np.array([line.split() for line in answer[:-1]], dtype=np.float64)
-    except ValueError as error:
-        raise MissingError(_wrong_answer("something else than a table of numbers")) from error
-    if table.shape != (len(pairs), SEGMENT_STATISTICS):
-        raise MissingError(_wrong_answer(f"a table of {table.shape} for {len(pairs)} captions"))
-
+    rows = [line.split() for line in _java(meteor, options, lines)[:-1]]
+    if [len(row) for row in rows] != [SEGMENT_STATISTICS] * len(pairs):
+        raise UserError(WRONG_ANSWER)
+    table = np.array(rows, float)
     lengths, function_words = table[:, 0:2], table[:, 2:4]
     matches = table[:, 4:20].reshape(-1, 4, 2, 2)  # of each module content, then function words; of both sides
     chunks, word_matches = table[:, 20], table[:, 21:23]
@@ -244,32 +225,24 @@ def _meteor(sums: np.ndarray, number: int) -> np.ndarray:
         return np.nan_to_num(f_mean * (1 - GAMMA * (chunks / words) ** BETA), nan=0.0).clip(min=0)
 
 
-@contextlib.contextmanager
-def _pycocoevalcap() -> Iterator[None]:
-    """Turn a failed import of the block into a `MissingError`."""
+# --- What may be missing --------------------------------------------------------------------------------------
+
+
+def _pycocoevalcap(module: str) -> ModuleType:
     try:
-        yield
+        return importlib.import_module(f"pycocoevalcap.{module}")
     except ImportError as error:
-        raise MissingError(INSTALL_PYCOCOEVALCAP) from error
+        raise UserError("pycocoevalcap is not installed: `pip install pycocoevalcap`") from error
 
 
-def _java(library, options: list[str], lines: list[str]) -> list[str]:
+def _java(library: ModuleType, options: list[str], lines: list[str]) -> list[str]:
     """Run a jar that lies beside the module `library`, and return the lines that it answers."""
     text = "\n".join(lines).encode("utf-8", errors="replace")  # JSON can hold an unpaired surrogate
     try:
         run = subprocess.run(["java", *options], input=text, capture_output=True, cwd=Path(library.__file__).parent)
     except OSError as error:
-        raise MissingError(_no_java(f"`java` cannot be run ({error.strerror})", library)) from error
+        raise UserError(f"`java` cannot be run ({error.strerror}): {INSTALL_JAVA}") from error
     if run.returncode:
         reason = " ".join(run.stderr.decode(errors="replace").split())[:200]
-        raise MissingError(_no_java(f"`java` failed with status {run.returncode} ({reason})", library))
+        raise UserError(f"`java` failed with status {run.returncode} ({reason}): {INSTALL_JAVA}")
     return run.stdout.decode("utf-8").split("\n")
-
-
-def _wrong_answer(what: str) -> str:
-    return f"`java` runs, but answers with {what}: {INSTALL_JAVA}"
-
-
-def _no_java(reason: str, library) -> str:
-    without = ", or use --tokenizer whitespace" if library.__name__.endswith("ptbtokenizer") else ""
-    return f"{reason}: {INSTALL_JAVA}{without}"

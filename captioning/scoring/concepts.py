@@ -1,8 +1,9 @@
 """UMLS concepts (CUIs) in captions, without a license or a download: learned from the training split.
 
-extractor = ConceptExtractor().fit(train_captions, train_cuis)
-concept_f1(extractor.predict(predictions), [known_concepts(cuis) for cuis in image_cuis]).value
-concept_f1(extractor.predict(references), ...).value    # what perfect captions would score: the upper bound
+extractor = ConceptExtractor(train_captions, train_cuis)
+truth = [known_concepts(cuis) for cuis in image_cuis]
+concept_f1(extractor.predict(predictions), truth).value
+concept_f1(extractor.predict(references), truth).value    # what perfect captions would score: the upper bound
 """
 
 import re
@@ -15,6 +16,7 @@ import scipy.sparse as sp
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import MultiLabelBinarizer
 
 from captioning.scoring.bootstrap import Score
 from captioning.scoring.clinical import plain_text
@@ -26,33 +28,77 @@ MIN_PAIRS = 30  # training captions with concepts; with fewer nothing is learned
 # N-grams that are features of a concept: as many as its images, within these bounds
 MIN_FEATURES, MAX_FEATURES = 200, 1000
 CUES = 10  # its most telling n-grams; a caption that has one of them is a candidate
-NEGATIVES, MIN_NEGATIVES = (
-    10,
-    3000,
-)  # captions without the concept that it is learned from: per one with it, and at least
+# Captions without the concept that it is learned from: per one with it, and at least
+NEGATIVES, MIN_NEGATIVES = 10, 3000
 
 
-def known_concepts(cuis: Sequence[str]) -> frozenset[str]:
-    """Return the concepts of one image; "nan" and blanks, which some mirrors have for an empty field, are left out."""
-    return frozenset(cui for cui in map(str.strip, cuis) if _CUI.fullmatch(cui))
+class ConceptExtractor:
+    """Reads UMLS concepts (CUIs) from captions, learned from the captions and concepts of the training split.
 
-
-def _surprise(both: np.ndarray, spread: np.ndarray, positives: int, number: int) -> np.ndarray:
-    """Return the chi-squared of each n-gram's 2 x 2 table with one concept, `[grams]`.
+    Most concepts of ROCOv2 were found in the captions by a tool, so a logistic regression per concept on words, pairs
+    and triples of words can recover them. Its features are only the n-grams that correlate with the concept, so that a
+    thousand concepts on 60,000 captions take about a minute of one core.
 
     Args:
-        both: `[grams]`, captions that have the n-gram and the concept.
-        spread: `[grams]`, captions that have the n-gram.
-        positives: captions that have the concept.
-        number: captions in all.
+        captions: of the training split.
+        cuis: the concepts of each image; those of fewer than `MIN_IMAGES` images are not learned.
+        seed: of the captions that are drawn as negative examples.
+
+    Attributes:
+        concepts: the learned CUIs, sorted.
+        reason: why nothing was learned, else "".
+
+    Raises:
+        ValueError: there are not as many captions as lists of CUIs.
     """
-    expected = spread * (positives / number)
-    variance = expected * (1 - spread / number) * (1 - positives / number)
-    return np.divide((both - expected) ** 2, variance, out=np.zeros(len(spread)), where=variance > 1e-9)
 
+    def __init__(self, captions: Sequence[str], cuis: Sequence[Sequence[str]], seed: int = 0):
+        pairs = [(plain_text(c), known_concepts(known)) for c, known in zip(captions, cuis, strict=True)]
+        images = Counter(cui for _, known in pairs for cui in known)
+        kept = sorted(cui for cui, number in images.items() if number >= MIN_IMAGES)
+        self.concepts, self.reason = [], ""
+        if sum(bool(known) for _, known in pairs) < MIN_PAIRS:
+            self.reason = f"fewer than {MIN_PAIRS} training captions have concepts"
+        elif not kept:
+            self.reason = f"no concept has {MIN_IMAGES} training images"
+        else:
+            self._learn([text for text, _ in pairs], [known.intersection(kept) for _, known in pairs], kept, seed)
 
-def _first(surprise: np.ndarray, number: int) -> np.ndarray:
-    return np.argsort(-surprise, kind="stable")[:number]
+    def _learn(self, texts: Sequence[str], known: Sequence[Set[str]], kept: Sequence[str], seed: int) -> None:
+        self._vectorizer = CountVectorizer(
+            binary=True, lowercase=False, ngram_range=(1, 3), min_df=2, token_pattern=r"[a-z0-9]+", dtype=np.float32
+        )
+        try:
+            grams = self._vectorizer.fit_transform(texts)
+        except ValueError:  # an empty vocabulary
+            self.reason = "the training captions have no words in common"
+            return
+        rng = np.random.default_rng(seed)
+        columns_of_grams, spread = grams.tocsc(), np.bincount(grams.indices, minlength=grams.shape[1])
+        binarizer = MultiLabelBinarizer(classes=kept, sparse_output=True)
+        truth = binarizer.fit_transform(known).astype(np.float32).tocsc()  # [captions, concepts]
+        together = (grams.T @ truth).tocsc()  # [grams, concepts], captions that have both
+        weights, self._intercepts = [], np.zeros(len(kept))
+        for c in range(len(kept)):
+            positive = truth[:, [c]].toarray()[:, 0] > 0
+            features, question = _telling(grams, together[:, [c]], spread, positive)
+            part = columns_of_grams[:, features].tocsr()
+            weight, self._intercepts[c] = _separate(part, positive, question, rng)
+            weights.append(sp.csc_matrix((weight, (features, np.zeros_like(features))), shape=(grams.shape[1], 1)))
+        self._weights = sp.hstack(weights).tocsr()
+        self._weights.eliminate_zeros()
+        self.concepts = kept
+
+    def predict(self, captions: Sequence[str]) -> list[frozenset[str]]:
+        """Return the concepts that each caption names; none if nothing was learned."""
+        if self.reason:
+            return [frozenset()] * len(captions)
+        grams = self._vectorizer.transform([plain_text(caption) for caption in captions])
+        found = []
+        for start in range(0, len(captions), 1000):  # dense scores of all captions would take a gigabyte
+            scores = (grams[start : start + 1000] @ self._weights).toarray() + self._intercepts
+            found += [frozenset(self.concepts[c] for c in np.flatnonzero(row)) for row in scores > 0]
+        return found
 
 
 def _telling(
@@ -71,14 +117,29 @@ def _telling(
     """
     half = int(np.clip(positive.sum(), MIN_FEATURES, MAX_FEATURES)) // 2
     held = together.indices
-    telling = held[_first(_surprise(together.data, spread[held], positive.sum(), len(positive)), half)]
+    telling = held[_most_surprising(together.data, spread[held], positive, half)]
     cues = np.zeros(grams.shape[1], np.float32)
     cues[telling[:CUES]] = 1
     question = np.flatnonzero(grams @ cues)
-    rows = grams[question]
-    both, seen = rows.T @ positive[question].astype(np.float32), np.bincount(rows.indices, minlength=len(cues))
-    surprise = _surprise(both, seen, positive[question].sum(), len(question))
-    return np.union1d(telling, _first(surprise, half)), question
+    rows, asked = grams[question], positive[question]
+    seen = np.bincount(rows.indices, minlength=len(cues))
+    return np.union1d(telling, _most_surprising(rows.T @ asked.astype(np.float32), seen, asked, half)), question
+
+
+def _most_surprising(both: np.ndarray, spread: np.ndarray, positive: np.ndarray, number: int) -> np.ndarray:
+    """Return the `number` n-grams whose 2 x 2 table with a concept has the highest chi-squared.
+
+    Args:
+        both: `[grams]`, captions that have the n-gram and the concept.
+        spread: `[grams]`, captions that have the n-gram.
+        positive: bool `[captions]`, which have the concept.
+        number: at most so many.
+    """
+    share = positive.sum() / len(positive)
+    expected = spread * share
+    variance = expected * (1 - spread / len(positive)) * (1 - share)
+    surprise = np.divide((both - expected) ** 2, variance, out=np.zeros(len(spread)), where=variance > 1e-9)
+    return np.argsort(-surprise, kind="stable")[:number]
 
 
 def _separate(
@@ -102,81 +163,9 @@ def _separate(
     return model.coef_[0], float(model.intercept_[0])
 
 
-class ConceptExtractor:
-    """Reads UMLS concepts (CUIs) from captions, learned from the captions and concepts of the training split.
-
-    Most concepts of ROCOv2 were found in the captions by a tool, so a logistic regression per concept on words, pairs
-    and triples of words can recover them. Its features are only the n-grams that correlate with the concept, so that a
-    thousand concepts on 60,000 captions take about a minute of one core.
-
-    Attributes:
-        concepts: the learned CUIs, sorted.
-        left_out: how many CUIs of the training split are too rare to be learned; where they are true, they are missed.
-        reason: why nothing was learned, else "".
-    """
-
-    def __init__(self, min_images: int = MIN_IMAGES, seed: int = 0):
-        self.min_images, self.seed = min_images, seed
-        self.concepts: tuple[str, ...] = ()
-        self.left_out = 0
-        self.reason = "the extractor has not been fitted"
-
-    def fit(self, captions: Sequence[str], cuis: Sequence[Sequence[str]]) -> "ConceptExtractor":
-        """Learn from pairs; if there are too few, `concepts` stays empty and `reason` says why.
-
-        Raises:
-            ValueError: there are not as many captions as lists of CUIs.
-        """
-        pairs = [(plain_text(c), known_concepts(known)) for c, known in zip(captions, cuis, strict=True)]
-        images = Counter(cui for _, known in pairs for cui in known)
-        kept = sorted(cui for cui, number in images.items() if number >= self.min_images)
-        self.concepts, self.left_out, self.reason = (), len(images) - len(kept), ""
-        if sum(bool(known) for _, known in pairs) < MIN_PAIRS:
-            self.reason = f"fewer than {MIN_PAIRS} training captions have concepts"
-        elif not kept:
-            self.reason = f"no concept has {self.min_images} training images"
-        else:
-            self._learn([text for text, _ in pairs], [known for _, known in pairs], kept)
-        return self
-
-    def _learn(self, texts: Sequence[str], known: Sequence[Set[str]], kept: Sequence[str]) -> None:
-        rng = np.random.default_rng(self.seed)
-        self._vectorizer = CountVectorizer(
-            binary=True, lowercase=False, ngram_range=(1, 3), min_df=2, token_pattern=r"[a-z0-9]+", dtype=np.float32
-        )
-        try:
-            grams = self._vectorizer.fit_transform(texts)
-        except ValueError:  # an empty vocabulary
-            self.reason = "the training captions have no words in common"
-            return
-        columns_of_grams, spread = grams.tocsc(), np.bincount(grams.indices, minlength=grams.shape[1])
-        column = {cui: i for i, cui in enumerate(kept)}
-        entries = [(row, column[cui]) for row, cuis in enumerate(known) for cui in sorted(cuis) if cui in column]
-        rows, columns = np.array(entries).T
-        truth = sp.csc_matrix((np.ones(len(rows), np.float32), (rows, columns)), shape=(len(texts), len(kept)))
-        together = (grams.T @ truth).tocsc()  # [grams, concepts], captions that have both
-        weights, self._intercepts = [], np.zeros(len(kept))
-        for c in range(len(kept)):
-            positive = np.zeros(len(texts), bool)
-            positive[truth.indices[truth.indptr[c] : truth.indptr[c + 1]]] = True
-            features, question = _telling(grams, together[:, c], spread, positive)
-            part = columns_of_grams[:, features].tocsr()
-            weight, self._intercepts[c] = _separate(part, positive, question, rng)
-            weights.append(sp.csc_matrix((weight, (features, np.zeros_like(features))), shape=(grams.shape[1], 1)))
-        self._weights = sp.hstack(weights).tocsr()
-        self._weights.eliminate_zeros()
-        self.concepts = tuple(kept)
-
-    def predict(self, captions: Sequence[str]) -> list[frozenset[str]]:
-        """Return the concepts that each caption names; none if nothing was learned."""
-        if not self.concepts:
-            return [frozenset()] * len(captions)
-        grams = self._vectorizer.transform([plain_text(caption) for caption in captions])
-        found = []
-        for start in range(0, len(captions), 1000):  # dense scores of all captions would take a gigabyte
-            scores = (grams[start : start + 1000] @ self._weights).toarray() + self._intercepts
-            found += [frozenset(self.concepts[c] for c in np.flatnonzero(row)) for row in scores > 0]
-        return found
+def known_concepts(cuis: Sequence[str]) -> frozenset[str]:
+    """Return the concepts of one image; "nan" and blanks, which some mirrors have for an empty field, are left out."""
+    return frozenset(cui for cui in map(str.strip, cuis) if _CUI.fullmatch(cui))
 
 
 def concept_f1(predicted: Sequence[Set[str]], truth: Sequence[Set[str]]) -> Score:

@@ -13,9 +13,7 @@ MIN_GROUP = 10  # captions of a group that has a typical one
 WORD_BITS = 64  # words of a candidate whose matches fit into one integer
 
 
-def typical_captions(
-    captions: Sequence[str], groups: Sequence[str], fewest: int = MIN_GROUP, seed: int = 0
-) -> dict[str, str]:
+def typical_captions(captions: Sequence[str], groups: Sequence[str], fewest: int = MIN_GROUP) -> dict[str, str]:
     """Return the best constant caption of each group, such as a modality, among its own captions.
 
     Groups of fewer than `fewest` captions are left out: the typical one of a single caption would be that caption.
@@ -23,24 +21,18 @@ def typical_captions(
     members: dict[str, list[str]] = {}
     for caption, group in zip(captions, groups, strict=True):
         members.setdefault(group, []).append(caption)
-    return {group: constant_caption(own, own, seed) for group, own in members.items() if len(own) >= fewest}
+    return {group: constant_caption(own, own) for group, own in members.items() if len(own) >= fewest}
 
 
-def constant_caption(candidates: Sequence[str], references: Sequence[str], seed: int = 0) -> str:
+def constant_caption(candidates: Sequence[str], references: Sequence[str]) -> str:
     """Return the candidate with the highest mean ROUGE-L F1 against all references, the first of equals.
 
     The search is exact. The mean ROUGE-1 of a candidate is an upper bound, since a common subsequence is not longer
     than the words in common. It is computed for all candidates at once, and the candidates are tried from the highest
-    bound down until no bound is left above the best score. Of more than `MAX_REFERENCES` references a seeded sample is
-    taken.
-
-    Raises:
-        ValueError: there is no candidate or no reference.
+    bound down until no bound is left above the best score.
     """
-    if not candidates or not references:
-        raise ValueError("a constant caption needs candidates and references")
     if len(references) > MAX_REFERENCES:
-        sample = np.random.default_rng(seed).choice(len(references), MAX_REFERENCES, replace=False)
+        sample = np.random.default_rng(0).choice(len(references), MAX_REFERENCES, replace=False)
         references = [references[i] for i in np.sort(sample)]
     texts = list(dict.fromkeys(candidates))
     words = [rouge_tokens(text) for text in texts]
@@ -73,14 +65,12 @@ class _References:
         F1 is 2 x common / (words of both). The words in common with all references of one length are a sum over the
         candidate's words, so that one product of sparse matrices replaces a loop over pairs.
         """
-        numbering: dict[tuple[str, int], int] = {}  # column of the k-th occurrence of a word in a caption
-        reference_words, rows = _occurrences(self.references, numbering)
-        lengths, by_length = np.unique(self.lengths, return_inverse=True)
-        candidate_words, candidate_rows = _occurrences(candidates, numbering)
-        shape = (len(numbering), len(lengths))
-        counts = csr_matrix((np.ones(len(rows)), (reference_words, by_length[rows])), shape)
-        shape = (len(candidates), len(numbering))
-        common = csr_matrix((np.ones(len(candidate_rows)), (candidate_rows, candidate_words)), shape) @ counts
+        numbering: dict[tuple[str, int], int] = {}
+        in_references, in_candidates = (_occurrences(texts, numbering) for texts in (self.references, candidates))
+        in_references.resize(len(self.references), len(numbering))
+        lengths, group = np.unique(self.lengths, return_inverse=True)
+        of_length = csr_matrix((np.ones(len(group)), (group, np.arange(len(group)))))  # [lengths, M]
+        common = in_candidates @ (of_length @ in_references).T
         own = np.array([len(words) for words in candidates])
         total = np.maximum(own[:, None] + lengths[None, :], 1)
         return (2 * common.toarray() / total).sum(axis=1) / len(self.references)
@@ -94,8 +84,6 @@ class _References:
         """Return `metrics.lcs_length` of the candidate and each reference, `[M]`; a step reads one word of each."""
         if len(candidate) > WORD_BITS:
             return np.array([lcs_length(candidate, words) for words in self.references])
-        if not candidate:
-            return np.zeros(len(self.references), dtype=np.int64)
         positions = np.zeros(len(self.vocabulary), dtype=np.uint64)
         for i, word in enumerate(candidate):
             if word in self.vocabulary:
@@ -119,18 +107,18 @@ class _References:
         return lengths
 
 
-def _occurrences(
-    captions: Sequence[Sequence[str]], numbering: dict[tuple[str, int], int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the column and the row of each word in a matrix `[captions, words]`.
+def _occurrences(captions: Sequence[Sequence[str]], numbering: dict[tuple[str, int], int]) -> csr_matrix:
+    """Return a matrix `[captions, words]` of ones; the second "the" of a caption has a column of its own.
 
-    The second "the" of a caption has its own column. New words are added to `numbering`.
+    Args:
+        captions: word lists.
+        numbering: the column of the k-th occurrence of a word; new ones are added.
     """
-    columns, rows = [], []
-    for row, words in enumerate(captions):
+    columns = []
+    for words in captions:
         seen: dict[str, int] = {}
         for word in words:
             seen[word] = seen.get(word, 0) + 1
             columns.append(numbering.setdefault((word, seen[word]), len(numbering)))
-            rows.append(row)
-    return np.array(columns, dtype=np.int64), np.array(rows, dtype=np.int64)
+    ends = np.cumsum([0, *map(len, captions)])
+    return csr_matrix((np.ones(len(columns)), columns, ends), (len(captions), len(numbering)))

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from captioning.errors import UserError
 from captioning.scoring.baselines import BASELINES, baseline_captions
 from captioning.scoring.bertscore import bertscore
 from captioning.scoring.bootstrap import LEVEL, Score, compare, interval, resampled, resampling_counts
@@ -108,9 +109,10 @@ def scores_of_systems(
     for name, own in _concept_scores(systems, captions, training, missing).items():
         scores[name]["concept_f1"] = own
     for name in with_bertscore if bertscore_model else ():
-        own, reason = bertscore(systems[name], captions.references, bertscore_model)
-        scores[name] |= {"imageclef_bertscore": own} if own else {}
-        missing |= {"imageclef_bertscore": reason} if reason else {}
+        try:
+            scores[name]["imageclef_bertscore"] = bertscore(systems[name], captions.references, bertscore_model)
+        except UserError as error:
+            missing["imageclef_bertscore"] = str(error)
     return scores, missing
 
 

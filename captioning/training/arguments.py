@@ -7,7 +7,6 @@ import math
 import os
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,14 +20,27 @@ from metrics import METRIC_NAMES
 
 
 MAX_RECIPE = 2**20  # bytes
-MAX_BEAMS = 256  # far more than help; without a limit, memory would run out only at the first evaluation
-MAX_LENGTH_PENALTY = 100  # exponent of a length of some hundreds, which beyond this overflows a double
-MAX_EPOCHS = 10**6
-MAX_LEARNING_RATE = 1e308  # any float but infinity; a training that explodes is reported when it does
-MAX_SEED = 2**32 - 1  # of numpy
-MAX_IMAGE_SIZE = 8192  # pixels a side
-MAX_VOCABULARY = 2**20  # entries
-MAX_WORKERS = 512  # processes; a typing error, or a recipe from a stranger, must not stop the machine
+# The lowest and the highest value of a field, both included. Upper limits are far beyond any use: a typing error, or a
+# recipe from a stranger, must not stop the machine, or fail only hours later at the first evaluation
+RANGES = {
+    "num_beams": (1, 256),
+    "length_penalty": (-100, 100),  # the exponent of a length of some hundreds, which beyond this overflows a double
+    "learning_rate": (0, 1e308),  # any float but infinity; a training that explodes is reported when it does
+    "num_train_epochs": (0, 10**6),
+    "label_smoothing": (0, 0.999),
+    "max_rejected_fraction": (0, 1),
+    "seed": (0, 2**32 - 1),  # of numpy
+    "image_size": (1, 8192),
+    "vocab_size": (100, 2**20),
+    "preprocessing_num_workers": (1, 512),
+    "dataloader_num_workers": (0, 512),
+}
+RANGES |= dict.fromkeys(("min_new_tokens", "no_repeat_ngram_size", "data_seed", "neighbor_samples"), (0, math.inf))
+RANGES |= dict.fromkeys((
+    "max_train_samples", "max_eval_samples", "max_predict_samples", "max_new_tokens", "dataloader_prefetch_factor",
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+    "eval_accumulation_steps",
+), (1, math.inf))  # fmt: skip
 
 # Fields of `Seq2SeqTrainingArguments` that would have no effect or do harm here, and what to do instead
 REPLACED_FIELDS = {
@@ -44,6 +56,7 @@ REPLACED_FIELDS = {
     "save_only_model": "a run cannot be resumed from a checkpoint without the optimizer",
     "deepspeed": "evaluation calls parts of the model one by one; see docs/distributed.md",
     "fsdp": "evaluation calls parts of the model one by one, whose weights are not gathered; see docs/distributed.md",
+    "fsdp_config": "see fsdp",
 }
 # ... that the rest relies on
 FIXED_FIELDS = {
@@ -51,7 +64,6 @@ FIXED_FIELDS = {
     "logging_nan_inf_filter": (False, "a loss that is NaN or infinite ends the run"),
     "remove_unused_columns": (False, "the collator reads the images from the rows"),
 }
-FILE_FIELDS = ("accelerator_config", "fsdp_config")  # a JSON object, or the name of a file that holds one
 
 
 @dataclass
@@ -60,25 +72,15 @@ class ModelArguments:
 
     model_name_or_path: str | None = HfArg(default=None, help="Hub id or folder of a pretrained captioning model.")
     model_revision: str = HfArg(default="main", help="Commit, branch or tag of a Hub id.")
-    config_name: str | None = HfArg(
-        default=None, help="Config (JSON file, folder or Hub id) of a model to build with random weights instead."
-    )
+    config_name: str | None = HfArg(default=None, help="Or config of a model to build: JSON file, folder or Hub id.")
     tokenizer_name: str | None = HfArg(
-        default=None,
-        help="With config_name: Hub id or folder of a tokenizer, or folder with a WordPiece vocab.txt. "
-        "Default: one is trained on the training captions.",
+        default=None, help="Its tokenizer, or the folder of a vocab.txt. Default: one trained on the captions."
     )
     vocab_size: int = HfArg(default=4096, help="Maximum number of entries of a tokenizer that is trained.")
-    image_size: int | None = HfArg(
-        default=None, help="Side of the images in pixels; position embeddings are interpolated. Default: the model's."
-    )
+    image_size: int | None = HfArg(default=None, help="Side in pixels, positions interpolated. Default: the model's.")
     freeze_vision_model: bool = HfArg(default=False, help="Train only what follows the vision model.")
-    label_smoothing: float | None = HfArg(
-        default=None, help="Weight of the uniform distribution in the training loss. Default: the model's."
-    )
-    fast_blip: bool = HfArg(
-        default=True, help="Compute the same numbers by faster code, which BLIP has. false: as transformers ships it."
-    )
+    label_smoothing: float | None = HfArg(default=None, help="Smoothing of the training loss. Default: the model's.")
+    fast_blip: bool = HfArg(default=True, help="The same numbers by faster code, for BLIP; false: stock transformers.")
 
     def __post_init__(self):
         """Check the values that can be checked alone."""
@@ -89,10 +91,7 @@ class ModelArguments:
             )
         if self.tokenizer_name and self.model_name_or_path:
             raise UserError("tokenizer_name goes with config_name only: a checkpoint has its own tokenizer")
-        _check_range(self, "vocab_size", 100, MAX_VOCABULARY)
-        _check_range(self, "image_size", 1, MAX_IMAGE_SIZE)
-        if self.label_smoothing is not None and not 0 <= self.label_smoothing < 1:
-            raise UserError(f"label_smoothing is {self.label_smoothing}; set it from 0 to below 1")
+        _check_ranges(self)
 
 
 @dataclass
@@ -100,51 +99,30 @@ class DataArguments:
     """Which images and captions."""
 
     dataset_name: str = HfArg(
-        default="eltorio/ROCOv2-radiology",
-        help="Hub id, folder (save_to_disk, parquet or Zenodo layout), or 'phantoms'.",
+        default="eltorio/ROCOv2-radiology", help="Hub id, folder (save_to_disk, parquet or Zenodo), or 'phantoms'."
     )
     dataset_revision: str | None = HfArg(default=None, help="Commit, branch or tag of a Hub id.")
-    streaming: bool = HfArg(
-        default=False, help="Read images when they are needed, from parquet files on the Hub or in a folder."
-    )
-    max_caption_length: int = HfArg(
-        default=64, help="Maximum tokens of a training caption, start, prompt and end included; the rest is cut."
-    )
-    prompt: str | None = HfArg(
-        default=None, help="Text that every caption continues: given, not learned, and not scored."
-    )
+    streaming: bool = HfArg(default=False, help="Read images when needed, from parquet on the Hub or in a folder.")
+    max_caption_length: int = HfArg(default=64, help="Tokens that a caption is cut to; start, prompt and end count.")
+    prompt: str | None = HfArg(default=None, help="Text that every caption continues: not learned, and not scored.")
     max_train_samples: int | None = HfArg(default=None, help="Use only so many rows, the first ones.")
     max_eval_samples: int | None = HfArg(default=None, help="The same for the validation split.")
     max_predict_samples: int | None = HfArg(default=None, help="The same for the test split.")
-    max_rejected_fraction: float = HfArg(
-        default=0.01, help="Share of a split's rows that may be unusable before the run stops."
-    )
+    max_rejected_fraction: float = HfArg(default=0.01, help="Share of a split's rows that may be unusable.")
     preprocessing_num_workers: int | None = HfArg(default=None, help="Processes that check the rows.")
-    neighbor_samples: int = HfArg(
-        default=10_000, help="Training images that are searched for the nearest one, for a baseline; 0: leave it out."
-    )
+    neighbor_samples: int = HfArg(default=10_000, help="Training images of the nearest-image baseline; 0: no such.")
     language: str = HfArg(default="en", help="Language of the captions (ISO 639), for the model card.")
     license: str | None = HfArg(
-        default=None,
-        help="License of the trained model (a Hub license id), for the model card. Default: that of ROCOv2 or "
-        "the phantoms where the data is one of them, else 'other'.",
+        default=None, help="License of the model (a Hub id), for its card. Default: that of known data, or 'other'."
     )
 
     def __post_init__(self):
         """Check the values that can be checked alone."""
-        for name in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
-            _check_range(self, name, 1)
-        _check_range(self, "neighbor_samples", 0)
-        _check_range(self, "preprocessing_num_workers", 1, MAX_WORKERS)
-        _check_range(self, "max_rejected_fraction", 0, 1)
+        _check_ranges(self)
 
     def max_samples(self) -> dict[str, int | None]:
         """Return by split how many rows the run uses at most, None for all."""
-        return {
-            "train": self.max_train_samples,
-            "validation": self.max_eval_samples,
-            "test": self.max_predict_samples,
-        }
+        return dict(train=self.max_train_samples, validation=self.max_eval_samples, test=self.max_predict_samples)
 
 
 @dataclass
@@ -164,66 +142,43 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
     weight_decay: float = HfArg(default=0.05, help="Weight decay of AdamW.")
     num_train_epochs: float = HfArg(default=5.0, help="Epochs.")
     warmup_steps: float = HfArg(default=0.05, help="Steps of linear warm-up; below 1, a share of all.")
-    bf16: bool | None = HfArg(
-        default=None,
-        help="bfloat16 autocast. Default: where the GPU supports it.",
-        metadata={"nargs": "?", "const": True},
-    )
+    # `--bf16` alone is `--bf16 true`: the parser does so by itself for `bool`, not for `bool | None`
+    bf16: bool | None = HfArg(default=None, help="Default: if the GPU has it.", metadata={"nargs": "?", "const": True})
 
     # Evaluation, checkpoints, logs
     eval_strategy: str = HfArg(default="epoch", help="no, steps or epoch.")
     save_strategy: str = HfArg(default="epoch", help="no, steps, epoch or best.")
     save_total_limit: int | None = HfArg(default=2, help="Checkpoints to keep, the best one included.")
     load_best_model_at_end: bool = HfArg(default=True, help="End with the best checkpoint.")
-    metric_for_best_model: str | None = HfArg(
-        default="rougeL", help="The metric that decides which checkpoint is the best."
-    )
+    metric_for_best_model: str | None = HfArg(default="rougeL", help="What decides which checkpoint is the best.")
     logging_steps: float = HfArg(default=50, help="Steps between logs; below 1, a share of all.")
     # The order of the union is the Trainer's: its argument parser reads the second member
-    report_to: None | str | list[str] = HfArg(  # noqa: RUF036
-        default="tensorboard", help="Where logs go."
-    )
-    logging_nan_inf_filter: bool = HfArg(
-        default=False, help="Must stay false: a loss that is NaN or infinite ends the run."
-    )
-    remove_unused_columns: bool = HfArg(
-        default=False, help="Must stay false: the collator reads the images from the rows."
-    )
+    report_to: None | str | list[str] = HfArg(default="tensorboard", help="Where logs go.")  # noqa: RUF036
+    logging_nan_inf_filter: bool = HfArg(default=False, help="Must stay false: NaN or infinity ends the run.")
+    remove_unused_columns: bool = HfArg(default=False, help="Must stay false: the collator reads the images.")
 
     # Decoding
-    predict_with_generate: bool = HfArg(
-        default=True, help="Whether to generate captions; false: evaluate the loss only."
-    )
+    predict_with_generate: bool = HfArg(default=True, help="Generate captions; false: evaluate the loss only.")
     num_beams: int = HfArg(default=3, help="Beams of beam search; 1: greedy search.")
     max_new_tokens: int = HfArg(default=64, help="Maximum generated tokens, the end token included.")
     min_new_tokens: int = HfArg(default=0, help="Minimum generated tokens.")
-    no_repeat_ngram_size: int = HfArg(
-        default=0, help="No n-gram of this size occurs twice in a caption; 0: no such rule."
-    )
+    no_repeat_ngram_size: int = HfArg(default=0, help="Size of n-grams that occur once in a caption at most; 0: none.")
     length_penalty: float = HfArg(default=1.0, help="A beam's score is divided by its length to this power.")
 
     # Scores
-    coco_metrics: bool = HfArg(
-        default=True, help="BLEU, CIDEr and METEOR of the final captions; they need a Java runtime."
-    )
+    coco_metrics: bool = HfArg(default=True, help="BLEU, CIDEr and METEOR of the final captions; they need Java.")
     bertscore_model: str | None = HfArg(
-        default=None,
-        help="Folder, or Hub id in the local cache, of a model for BERTScore, e.g. "
-        "microsoft/deberta-xlarge-mnli (ImageCLEF's).",
+        default=None, help="Folder or cached Hub id for BERTScore, e.g. microsoft/deberta-xlarge-mnli (ImageCLEF's)."
     )
-    write_submission: bool = HfArg(
-        default=False, help="Write submission.csv and .zip for ImageCLEF, of the test split."
-    )
+    write_submission: bool = HfArg(default=False, help="Write submission.csv and .zip for ImageCLEF (test split).")
 
     push_to_hub: bool = HfArg(default=False, help="Push checkpoints during training, and the whole run at its end.")
     package_versions: dict | None = HfArg(default=None, help="Written into recipe.json: the packages of the run.")
-    hardware: dict | None = HfArg(
-        default=None, help="Written into recipe.json: the device of the run, and its threads."
-    )
+    hardware: dict | None = HfArg(default=None, help="Written into recipe.json: device, processor and threads.")
 
     def __post_init__(self):
         """Check our values, resolve precision and stages, then let the Trainer's arguments check themselves."""
-        self._check_numbers()
+        _check_ranges(self)
         self._check_fields_of_the_trainer()
         self._check_combinations()
         if (self.resume_from_checkpoint or "").lower() in ("", "false"):
@@ -245,25 +200,6 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
         self._check_checkpointing()
         self._check_accelerator()
 
-    def _check_numbers(self) -> None:
-        _check_range(self, "num_beams", 1, MAX_BEAMS)
-        _check_range(self, "num_train_epochs", 0, MAX_EPOCHS)
-        _check_range(self, "dataloader_num_workers", 0, MAX_WORKERS)
-        _check_range(self, "seed", 0, MAX_SEED)
-        _check_range(self, "learning_rate", 0, MAX_LEARNING_RATE)
-        _check_range(self, "length_penalty", -MAX_LENGTH_PENALTY, MAX_LENGTH_PENALTY)
-        for name in ("min_new_tokens", "no_repeat_ngram_size", "data_seed"):
-            _check_range(self, name, 0)
-        for name in (
-            "max_new_tokens", "per_device_train_batch_size", "per_device_eval_batch_size",
-            "gradient_accumulation_steps", "eval_accumulation_steps", "dataloader_prefetch_factor",
-        ):  # fmt: skip
-            _check_range(self, name, 1)
-        if self.min_new_tokens > self.max_new_tokens:
-            raise UserError(
-                f"min_new_tokens {self.min_new_tokens} exceeds max_new_tokens {self.max_new_tokens}; lower the former"
-            )
-
     def _check_fields_of_the_trainer(self) -> None:
         for name, instead in REPLACED_FIELDS.items():
             if getattr(self, name):
@@ -271,17 +207,20 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
         for name, (needed, reason) in FIXED_FIELDS.items():
             if getattr(self, name) != needed:
                 raise UserError(f"{name} must stay {str(needed).lower()}: {reason}")
-        for name in FILE_FIELDS:
-            value = getattr(self, name)
-            is_name = isinstance(value, str) and value and not value.lstrip().startswith("{")
-            # The Trainer would read all of it, even a device without an end
-            if is_name and not (os.path.isfile(value) and Path(value).stat().st_size <= MAX_RECIPE):
-                raise UserError(f"{name} '{value}' is not a JSON file of at most {MAX_RECIPE:,} bytes; give one")
+        file = self.accelerator_config  # or a JSON object
+        is_name = isinstance(file, str) and file and not file.lstrip().startswith("{")
+        # The Trainer would read all of it, even a device without an end
+        if is_name and not (os.path.isfile(file) and os.path.getsize(file) <= MAX_RECIPE):
+            raise UserError(f"accelerator_config '{file}' is not a JSON file of at most {MAX_RECIPE:,} bytes")
         if self.train_sampling_strategy not in ("random", "sequential"):
             # The Trainer would sort the evaluation too, and compare predictions with references of other images
             raise UserError(f"train_sampling_strategy is '{self.train_sampling_strategy}'; set random or sequential")
 
     def _check_combinations(self) -> None:
+        if self.min_new_tokens > self.max_new_tokens:
+            raise UserError(
+                f"min_new_tokens {self.min_new_tokens} exceeds max_new_tokens {self.max_new_tokens}; lower the former"
+            )
         if self.push_to_hub and not self.do_train:
             raise UserError("push_to_hub goes with do_train; a finished run is pushed by --push_only <output folder>")
         if self.write_submission and not (self.do_predict and self.predict_with_generate):
@@ -291,9 +230,7 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
 
     def _check_accelerator(self) -> None:
         if self.accelerator_config.split_batches or self.accelerator_config.dispatch_batches:
-            raise UserError(
-                "accelerator_config: split_batches and dispatch_batches must stay off: rows are dealt here"
-            )
+            raise UserError("accelerator_config: split_batches and dispatch_batches must be off: rows are dealt here")
         if self.n_gpu > 1:
             raise UserError(
                 f"one process would use {self.n_gpu} GPUs by DataParallel, whose loss differs; start with torchrun "
@@ -333,10 +270,10 @@ class PushArguments:
     )
 
 
-def _check_range(arguments: Any, name: str, lowest: float, highest: float = math.inf) -> None:
-    """Raise a UserError for a field that is NaN or outside of its range, both ends included; None is not checked."""
-    value = getattr(arguments, name)
-    if value is None or lowest <= value <= highest:
-        return
-    limits = f"from {lowest} to {highest}" if math.isfinite(highest) else f"to {lowest} or more"
-    raise UserError(f"{name} is {value}; set --{name} {limits}")
+def _check_ranges(arguments: Any) -> None:
+    """Raise a UserError for a field that is NaN or outside of its range; None is not checked."""
+    for name, (lowest, highest) in RANGES.items():
+        value = getattr(arguments, name, None)
+        if value is not None and not lowest <= value <= highest:
+            limits = f"from {lowest} to {highest}" if math.isfinite(highest) else f"to {lowest} or more"
+            raise UserError(f"{name} is {value}; set --{name} {limits}")

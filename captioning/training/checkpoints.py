@@ -15,8 +15,8 @@ logger = logging.getLogger(__name__)
 def last_complete_checkpoint(output_dir: str) -> str | None:
     """Return the newest complete checkpoint, or None; each incomplete one is logged.
 
-    The Trainer writes `trainer_state.json` last: a run that was killed while it saved left none, or half of one. A run
-    that was killed while it removed an old checkpoint left some of its files.
+    A run that was killed while it saved left no `trainer_state.json`, which the Trainer writes last, or half of one;
+    a run that was killed while it removed an old checkpoint left some of its files.
     """
     prefix = f"{PREFIX_CHECKPOINT_DIR}-"
     paths = Path(output_dir).glob(f"{prefix}*")
@@ -42,8 +42,8 @@ def checkpoint_fault(folder: Path, step: int | None = None) -> str | None:
         return "trainer_state.json is missing or damaged"
     if step is not None and found != step:
         return f"trainer_state.json is of step {found}"
-    for name, others in (("model.safetensors", "pytorch_model_fsdp*"), ("optimizer.pt", "optimizer*")):
-        if not (folder / name).is_file() and not any(folder.glob(others)):
+    for name in ("model.safetensors", "optimizer.pt"):
+        if not (folder / name).is_file():
             return f"{name} is missing"
     for path in (*folder.glob("*.safetensors"), *folder.glob("*.pt"), *folder.glob("*.pth")):
         try:

@@ -43,9 +43,8 @@ def warn_of_other_settings(recorded: GenerationConfig, config: GenerationConfig)
     """Log each setting with which a checkpoint was evaluated, by its own record, otherwise than in this run."""
     if not recorded.num_beams:
         return
+    message = "The model's own scores are with %s %s, not %s; for them, --%s %s"
     for name, default in DEFAULTS.items():
         was, now = getattr(recorded, name) or default, getattr(config, name) or default
         if was != now:
-            logger.warning(
-                "The model's own scores are with %s %s, not %s; for them, --%s %s", name, was, now, name, was
-            )
+            logger.warning(message, name, was, now, name, was)

@@ -26,32 +26,26 @@ def prepare_output_dir(args: CaptioningArguments) -> str | None:
         UserError: the folder cannot be written, holds another run, or the checkpoint is incomplete.
     """
     folder, resume = Path(args.output_dir), args.resume_from_checkpoint
-    try:
+    with as_user_error(f"output folder '{folder}' cannot be written", "set --output_dir"):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"output folder '{folder}' cannot be written: {reason}; set --output_dir") from error
-    if not args.do_train and (folder / "model.safetensors").is_file():
-        raise UserError(
-            f"output folder '{folder}' holds a trained model, whose recipe and scores must stay together; set another "
-            "--output_dir for these scores"
-        )
-    if args.do_train and resume is None and any(folder.glob("checkpoint-*")):
-        raise UserError(
-            f"output folder '{folder}' holds checkpoints of an earlier run; continue it with "
-            "--resume_from_checkpoint true, or set another --output_dir"
-        )
-    if not args.do_train or resume is None:
+    if not args.do_train:
+        if (folder / "model.safetensors").is_file():
+            reason = "whose recipe and scores must stay together; set another --output_dir for these scores"
+            raise UserError(f"output folder '{folder}' holds a trained model, {reason}")
+        return None
+    if resume is None:
+        if any(folder.glob("checkpoint-*")):
+            mend = "continue it with --resume_from_checkpoint true, or set another --output_dir"
+            raise UserError(f"output folder '{folder}' holds checkpoints of an earlier run; {mend}")
         return None
     if resume.lower() == "true":
         checkpoint = last_complete_checkpoint(args.output_dir)
         logger.info("Resuming from %s", checkpoint or f"the start: '{folder}' holds no complete checkpoint")
         return checkpoint
     if fault := checkpoint_fault(Path(resume)):
-        raise UserError(
-            f"resume_from_checkpoint '{resume}' is not a complete checkpoint ({fault}); set 'true' for the last one"
-        )
+        mend = "set 'true' for the last one"
+        raise UserError(f"resume_from_checkpoint '{resume}' is not a complete checkpoint ({fault}); {mend}")
     return resume
 
 
@@ -66,7 +60,8 @@ def write_recipe(model_args: ModelArguments, data_args: DataArguments, args: Cap
     recipe = resolved_recipe(model_args, data_args, args)
     _log_differences("package", args.package_versions, recipe["package_versions"])
     _log_differences("hardware", args.hardware, recipe["hardware"])
-    path = Path(args.output_dir) / "recipe.json"
+    folder = Path(args.output_dir)
+    path = folder / "recipe.json"
     resumes = args.do_train and args.resume_from_checkpoint
     if args.should_save and not resumes:
         remove_other_results(path, recipe)
@@ -75,10 +70,8 @@ def write_recipe(model_args: ModelArguments, data_args: DataArguments, args: Cap
             before = json.loads(path.read_text(encoding="utf-8"))
         for key in sorted(key for key in recipe.keys() | before.keys() if recipe.get(key) != before.get(key)):
             if hasattr(model_args, key) and key != "label_smoothing":
-                raise UserError(
-                    f"cannot resume in '{args.output_dir}': {key} was {before.get(key)}, is {recipe.get(key)}; "
-                    "set it back, or another --output_dir"
-                )
+                change = f"{key} was {before.get(key)}, is {recipe.get(key)}"
+                raise UserError(f"cannot resume in '{folder}': {change}; set it back, or another --output_dir")
             logger.warning("Resuming with another recipe: %s was %s, is %s", key, before.get(key), recipe.get(key))
     if args.should_save:
         write_whole(path, json.dumps(recipe, indent=2) + "\n")
@@ -106,9 +99,7 @@ def remove_other_results(path: Path, recipe: dict[str, object]) -> None:
 
 def _log_differences(kind: str, given: dict[str, object] | None, here: dict[str, object]) -> None:
     """Log where the given recipe was run otherwise than here: only the same machine repeats a run bit for bit."""
+    message = "The recipe ran with %s %s '%s', here is '%s': the numbers may differ"
     for name, wanted in (given or {}).items():
-        found = here.get(name, "none")
-        if found != wanted:
-            logger.warning(
-                "The recipe ran with %s %s '%s', here is '%s': the numbers may differ", kind, name, wanted, found
-            )
+        if here.get(name, "none") != wanted:
+            logger.warning(message, kind, name, wanted, here.get(name, "none"))

@@ -6,6 +6,7 @@ Flags win over the recipe, the recipe over the defaults.
 import json
 import os
 import platform
+import re
 import sys
 import types
 import typing
@@ -22,8 +23,8 @@ import torch
 from transformers import HfArgumentParser
 
 from captioning.command_line import OneLineParser
-from captioning.errors import UserError, did_you_mean
-from captioning.hub.revisions import download_recipe, is_hub_recipe
+from captioning.errors import UserError, as_user_error, did_you_mean
+from captioning.hub.revisions import download_recipe
 from captioning.training.arguments import (
     MAX_RECIPE,
     REPLACED_FIELDS,
@@ -88,12 +89,10 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
         replaced = {name for flag in _flags(argv) for name in REPLACED_BY_FLAG.get(flag, ())}
         parser.set_defaults(**{key: value for key, value in recipe.items() if key not in replaced})
     values = _parse(parser, argv, recipe_fields())
-    values["output_dir"] = values["output_dir"] or default_output_dir(values)
+    values["output_dir"] = values["output_dir"] or _default_output_dir(values)
     try:
         return parser.parse_dict(values)
-    except UserError:
-        raise
-    except (ValueError, TypeError, ImportError) as error:  # from the checks of the Trainer's arguments
+    except (ValueError, TypeError, ImportError) as error:  # from the Trainer's checks of its arguments, and from ours
         raise UserError(" ".join(str(error).split())) from error
 
 
@@ -124,8 +123,7 @@ def _flags(argv: list[str]) -> set[str]:
     return {item.split("=")[0].removeprefix("--").replace("-", "_") for item in argv if item.startswith("--")}
 
 
-def default_output_dir(values: dict[str, Any]) -> str:
-    """Return `outputs/<model>-<dataset>`."""
+def _default_output_dir(values: dict[str, Any]) -> str:
     model = Path(values["model_name_or_path"] or values["config_name"] or "model")
     name = model.stem if model.suffix == ".json" else model.name
     return os.path.join("outputs", f"{name}-{Path(values['dataset_name']).name}")
@@ -143,7 +141,7 @@ def read_recipe(path: str) -> dict[str, Any]:
     Raises:
         UserError: naming the file and the key.
     """
-    from_hub = is_hub_recipe(path)
+    from_hub = path.startswith("hf://")
     recipe = _read_json_object(Path(download_recipe(path) if from_hub else path), name=path)
     known = recipe_fields()
     for key, value in recipe.items():
@@ -160,24 +158,13 @@ def read_recipe(path: str) -> dict[str, Any]:
 
 
 def _read_json_object(file: Path, name: str) -> dict[str, Any]:
-    try:
-        if file.exists() and not file.is_file():
-            raise UserError(f"recipe '{name}' is not a file; recipes are in recipes/")
-        if (size := file.stat().st_size) > MAX_RECIPE:
-            raise UserError(f"recipe '{name}' has {size:,} bytes, more than any recipe; recipes are in recipes/")
+    with as_user_error(f"recipe '{name}' cannot be read", "recipes are in recipes/"):
+        if file.exists() and (not file.is_file() or file.stat().st_size > MAX_RECIPE):
+            raise UserError(f"recipe '{name}' is not a file of at most {MAX_RECIPE:,} bytes; recipes are in recipes/")
         text = file.read_text(encoding="utf-8-sig")
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(f"recipe '{name}' cannot be read: {reason}; recipes are in recipes/") from error
-    try:
+    with as_user_error(f"recipe '{name}' is not valid JSON"):
         content = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
-        json.dumps(content, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"recipe '{name}' holds half of a surrogate pair; write the whole character") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"recipe '{name}' is not valid JSON: {error}") from error
+        json.dumps(content, ensure_ascii=False).encode()  # fails for half of a surrogate pair
     if not isinstance(content, dict):
         raise UserError(f"recipe '{name}' must be one JSON object of names and values")
     return content
@@ -188,9 +175,8 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    for key, count in Counter(key for key, _ in pairs).items():
-        if count > 1:
-            raise ValueError(f"key '{key}' occurs twice")
+    if repeated := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
+        raise ValueError(f"key '{repeated[0]}' occurs twice")
     return dict(pairs)
 
 
@@ -239,36 +225,22 @@ def resolved_recipe(model_args: ModelArguments, data_args: DataArguments, args: 
     recipe = asdict(model_args) | asdict(data_args)
     # On the same device as `args`: for another one, their checks would end the process group
     defaults = CaptioningArguments(output_dir=args.output_dir, use_cpu=args.use_cpu, ddp_backend=args.ddp_backend)
-    for item in fields(args):
-        value = getattr(args, item.name)
-        wanted = item.name in ALWAYS_WRITTEN_FIELDS or value != getattr(defaults, item.name)
-        if wanted and item.init and item.name not in UNWRITTEN_FIELDS:
-            recipe[item.name] = _plain(value)
+    values, default = args.to_dict(), defaults.to_dict()
+    wanted = (ALWAYS_WRITTEN_FIELDS | {name for name in values if values[name] != default[name]}) - UNWRITTEN_FIELDS
+    recipe |= {name: value for name, value in values.items() if name in wanted}
     return recipe | {"package_versions": {name: version(name) for name in PACKAGES}, "hardware": _hardware(args)}
 
 
 def _hardware(args: CaptioningArguments) -> dict[str, Any]:
     """Return the properties of this machine that the last digits of a run depend on."""
-    gpu = args.device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(args.device) if gpu else args.device.type,
-        "processor": _processor_name(),
-        "processes": args.world_size,
-        "threads": torch.get_num_threads(),
-    }
+    kind = args.device.type
+    device = torch.cuda.get_device_name(args.device) if kind == "cuda" else kind
+    threads = torch.get_num_threads()
+    return {"device": device, "processor": _processor_name(), "processes": args.world_size, "threads": threads}
 
 
 def _processor_name() -> str:
     with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+        if found := re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return found[1].strip()
     return platform.processor() or platform.machine()
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value.to_dict() if hasattr(value, "to_dict") else value

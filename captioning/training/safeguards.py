@@ -10,19 +10,18 @@ import multiprocessing
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
 
-from captioning.command_line import on_sigterm
-from captioning.errors import Stopped, UserError, is_disk_full
+from captioning.errors import UserError, causes, is_disk_full
+from captioning.training.checkpoints import last_complete_checkpoint
 
 
 logger = logging.getLogger(__name__)
 
-SHOWN_IDS = 8  # of the batch whose loss is NaN or infinite
 FEW_UNREADABLE = 20  # images that may be unreadable whatever their share: the first batches are too small a sample
 TORCH_CANNOT_WRITE = ("PytorchStreamWriter failed", "unexpected pos")  # torch does not say why
 MEMORY_FULL = ("can't allocate memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "No executable batch size")
@@ -33,37 +32,12 @@ SMALLER_BATCH = {
 }
 
 
-# --- NaN and infinity -----------------------------------------------------------------------------------------
-
-
-def loss_not_finite(loss: float, step: int, image_ids: list[str], last_checkpoint: str | None) -> UserError:
-    """Return the error for a loss that is NaN or infinite.
-
-    Args:
-        loss: of a micro-batch.
-        step: the current optimizer step, from 1.
-        image_ids: of the micro-batch.
-        last_checkpoint: from which the run can be resumed.
-    """
-    ids = ", ".join(image_ids[:SHOWN_IDS]) + (", ..." if len(image_ids) > SHOWN_IDS else "")
-    return UserError(
-        f"the loss of step {step} is {loss}, at the images {ids or 'unknown'}; {_resume(last_checkpoint)}, with a "
-        "lower --learning_rate or --max_grad_norm, or --bf16 instead of --fp16"
-    )
-
-
-def weights_not_finite(step: int, last_checkpoint: str | None) -> UserError:
-    """Return the error for weights that are NaN or infinite after an optimizer step, from 1."""
-    return UserError(
-        f"step {step} made weights NaN or infinite, and no checkpoint is saved; {_resume(last_checkpoint)}, with a "
-        "lower --learning_rate or --max_grad_norm"
-    )
-
-
-def _resume(last_checkpoint: str | None) -> str:
-    if last_checkpoint is None:
-        return "there is no checkpoint yet: start again"
-    return f"the last good checkpoint is {last_checkpoint}: go on from it with --resume_from_checkpoint true"
+def not_finite(what: str, output_dir: str) -> UserError:
+    """Return the error for a loss or weights that are NaN or infinite: `what`, and how to go on."""
+    last = last_complete_checkpoint(output_dir)
+    resume = f"the last good checkpoint is {last}: go on from it with --resume_from_checkpoint true"
+    go_on = resume if last else "there is no checkpoint yet: start again"
+    return UserError(f"{what}; {go_on}, with a lower --learning_rate or --max_grad_norm, or --bf16 instead of --fp16")
 
 
 # --- Memory and disk ------------------------------------------------------------------------------------------
@@ -71,15 +45,12 @@ def _resume(last_checkpoint: str | None) -> str:
 
 @contextmanager
 def full_is_user_error(output_dir: str, batch_size: int, what: str) -> Iterator[None]:
-    """Turn a full memory or disk into a `UserError`.
+    """Turn a full memory or disk into a `UserError`; other errors pass.
 
     Args:
         output_dir: where the block writes.
         batch_size: of this process, in the block.
         what: `train` or `eval`, as in the flag for the batch size.
-
-    Raises:
-        UserError: memory or disk is full. Other errors pass.
     """
     try:
         yield
@@ -92,20 +63,16 @@ def full_is_user_error(output_dir: str, batch_size: int, what: str) -> Iterator[
                 f"no space left to write '{path}'; free some, or set a lower --save_total_limit, and run again with "
                 "--resume_from_checkpoint true: complete checkpoints are kept"
             ) from error
-        # Of a GPU, or of the machine
-        out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)  # of a GPU, or of the machine
         if out_of_memory or any(text in str(error) for text in MEMORY_FULL):
-            raise UserError(
-                f"out of memory with per_device_{what}_batch_size {batch_size}; set {SMALLER_BATCH[what]}"
-            ) from error
+            size = f"per_device_{what}_batch_size {batch_size}"
+            raise UserError(f"out of memory with {size}; set {SMALLER_BATCH[what]}") from error
         raise
 
 
-def _torch_found_disk_full(error: BaseException | None, folder: str) -> bool:
+def _torch_found_disk_full(error: Exception, folder: str) -> bool:
     """Tell whether torch failed to write, and a megabyte cannot be written either: nothing else shows a quota."""
-    while error is not None and not any(text in str(error) for text in TORCH_CANNOT_WRITE):
-        error = error.__cause__ or error.__context__
-    if error is None:
+    if not any(text in str(cause) for cause in causes(error) for text in TORCH_CANNOT_WRITE):
         return False
     with suppress(OSError), tempfile.TemporaryFile(dir=folder, buffering=0) as probe:
         return probe.write(bytes(2**20)) < 2**20
@@ -116,20 +83,14 @@ def _torch_found_disk_full(error: BaseException | None, folder: str) -> bool:
 
 
 class StopOnSigterm(TrainerCallback):
-    """On SIGTERM, finish the current step, save a checkpoint and stop; it is enough if one of the processes gets it.
-
-    The training runs in the context `listen()`.
-    """
+    """On SIGTERM, finish the current step, save a checkpoint and stop; it is enough if one process gets it."""
 
     def __init__(self):
         self.received = False  # by this process; after `agree`, by any process
         self.stopping = False  # the training was told to end
 
-    def listen(self) -> AbstractContextManager[None]:
-        """Return a context in which SIGTERM is received; in another thread than the main one it is not."""
-        return on_sigterm(self._receive)
-
-    def _receive(self) -> None:
+    def receive(self) -> None:
+        """Handle the signal, for `on_sigterm`."""
         self.received = True
         # Not by `logging`, whose lock the interrupted code may hold
         os.write(
@@ -154,14 +115,6 @@ class StopOnSigterm(TrainerCallback):
         """Ask for a checkpoint of the finished epoch."""
         control.should_save |= self.stopping
 
-    def stopped(self, checkpoint: str | None, step: int, max_steps: int) -> Stopped:
-        """Return the exception that ends the run and names the checkpoint to resume from."""
-        place = f", from {checkpoint}" if checkpoint else ""
-        return Stopped(
-            f"stopped by SIGTERM after step {step} of {max_steps}; go on with the same command and "
-            f"--resume_from_checkpoint true{place}"
-        )
-
 
 # --- Unreadable images ----------------------------------------------------------------------------------------
 
@@ -185,9 +138,8 @@ class UnreadableImages(TrainerCallback):
     def add(self, image_id: str, reason: str) -> None:
         """Log and list an image; called in the process that collates it."""
         logger.warning("Training image '%s' is left out: %s", image_id, reason)
-        line = json.dumps(
-            {"split": "train", "image_id": image_id, "reason": f"unreadable image: {reason}"}, ensure_ascii=False
-        )
+        entry = {"split": "train", "image_id": image_id, "reason": f"unreadable image: {reason}"}
+        line = json.dumps(entry, ensure_ascii=False)
         with self._count.get_lock():
             self._count.value += 1
             known = self.rejected_file.read_text(encoding="utf-8") if self.rejected_file.exists() else ""

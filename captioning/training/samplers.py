@@ -22,13 +22,9 @@ from captioning.data.streaming import CACHE_BYTES, WINDOW_GROUPS
 
 
 class PaddedRows:
-    """The N rows of a tokenized split; every index from N up is a blank row.
+    """The N `rows` of a tokenized split; every index from N up is a blank row.
 
-    A blank row has a black image and no caption, so that all its labels are -100.
-
-    Args:
-        rows: N rows.
-        prompt_row: the tokens of a row without a caption.
+    A blank row has a black image and the tokens `prompt_row`, without a caption, so that all its labels are -100.
     """
 
     def __init__(self, rows: Dataset, prompt_row: list[int]):
@@ -39,10 +35,6 @@ class PaddedRows:
     def __len__(self) -> int:
         """Return N; blank rows are not counted."""
         return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return a row."""
-        return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         """Return the rows of a batch, those of the split in one read."""
@@ -64,9 +56,7 @@ class PaddedSampler(Sampler[int]):
     def __init__(self, sampler: Sampler[int], num_rows: int, multiple: int, data_seed: int | None = None):
         if isinstance(sampler, RandomSampler):
             sampler = SeedableRandomSampler(sampler.data_source, generator=sampler.generator, data_seed=data_seed)
-        self.sampler = sampler
-        self.num_rows = num_rows
-        self.multiple = multiple
+        self.sampler, self.num_rows, self.multiple = sampler, num_rows, multiple
 
     def __len__(self) -> int:
         """Return the number of indices, those of blank rows included."""

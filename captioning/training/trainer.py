@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,18 +15,17 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, GenerationConfig, Seq2SeqTrainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
+from captioning.command_line import on_sigterm
 from captioning.data.streaming import is_streamed
 from captioning.errors import Stopped, UserError, as_user_error
 from captioning.files import write_whole
 from captioning.models.captioner import Captioner
 from captioning.training.checkpoints import last_complete_checkpoint
-from captioning.training.safeguards import (
-    StopOnSigterm,
-    full_is_user_error,
-    loss_not_finite,
-    weights_not_finite,
-)
+from captioning.training.safeguards import StopOnSigterm, full_is_user_error, not_finite
 from captioning.training.samplers import PaddedRows, PaddedSampler, SetEpoch, StreamingSampler
+
+
+SHOWN_IDS = 8  # of the batch whose loss is NaN or infinite
 
 
 @dataclass(frozen=True)
@@ -73,16 +73,10 @@ class CaptioningTrainer(Seq2SeqTrainer):
         publish: Callable[[], None] | None = None,
         **kwargs,
     ):
-        super().__init__(
-            model=captioner.model,
-            processing_class=captioner.processor,
-            compute_metrics=self._compute_metrics,
-            **kwargs,
-        )
-        self.captioner = captioner
-        self.generation_config = generation_config
-        self._metrics_of_texts = compute_metrics
-        self._publish = publish
+        stock = {"model": captioner.model, "processing_class": captioner.processor}
+        super().__init__(compute_metrics=self._compute_metrics, **stock, **kwargs)
+        self.captioner, self.generation_config = captioner, generation_config
+        self._metrics_of_texts, self._publish = compute_metrics, publish
         # `compute_loss` normalizes over the accumulated batch: the Trainer shall count the labels of that batch and
         # not divide by the accumulation steps again
         self.model_accepts_loss_kwargs = True
@@ -119,20 +113,19 @@ class CaptioningTrainer(Seq2SeqTrainer):
         num_tokens = self.captioner.num_targets(inputs["labels"]).sum()
         if num_items_in_batch is None:
             num_items_in_batch = num_tokens
-        if not num_tokens:
-            # No labels: return a zero loss that keeps the graph, so that DDP's all-reduce still runs
-            loss = outputs.logits.sum() * 0
-            return (loss, outputs) if return_outputs else loss
-        loss = outputs.loss * num_tokens / torch.as_tensor(num_items_in_batch, device=num_tokens.device).flatten()[0]
-        if self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # the count is over all processes, which average gradients
+        if num_tokens:
+            total = torch.as_tensor(num_items_in_batch, device=num_tokens.device).flatten()[0]
+            loss = outputs.loss * num_tokens / total
+            if self.args.average_tokens_across_devices:
+                loss = loss * self.accelerator.num_processes  # `total` is over all processes, which average gradients
+        else:
+            loss = outputs.logits.sum() * 0  # keeps the graph, so that DDP's all-reduce still runs
         return (loss, outputs) if return_outputs else loss
 
     def _get_train_sampler(self, train_dataset=None):
-        rows = self.train_dataset if train_dataset is None else train_dataset
-        if not is_streamed(rows) or self.args.train_sampling_strategy == "sequential":
+        args, rows = self.args, self.train_dataset if train_dataset is None else train_dataset
+        if not is_streamed(rows) or args.train_sampling_strategy == "sequential":
             return super()._get_train_sampler(train_dataset)
-        args = self.args
         slots = args.world_size * max(1, args.dataloader_num_workers)
         seed = args.seed if args.data_seed is None else args.data_seed
         sampler = StreamingSampler(rows, self._train_batch_size, slots, seed)
@@ -159,8 +152,9 @@ class CaptioningTrainer(Seq2SeqTrainer):
         image_ids = inputs.pop("image_id", [])
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
-            last = last_complete_checkpoint(self.args.output_dir)
-            raise loss_not_finite(loss.item(), self.state.global_step + 1, image_ids, last)
+            ids = ", ".join(image_ids[:SHOWN_IDS]) + (", ..." if len(image_ids) > SHOWN_IDS else "")
+            what = f"the loss of step {self.state.global_step + 1} is {loss.item()}, at the images {ids or 'unknown'}"
+            raise not_finite(what, self.args.output_dir)
         return loss
 
     def train(self, *args, **kwargs) -> TrainOutput:
@@ -170,9 +164,9 @@ class CaptioningTrainer(Seq2SeqTrainer):
             UserError: the loss is NaN or infinity, or memory or disk are full.
             Stopped: SIGTERM came; a checkpoint is saved.
         """
-        folder = self.args.output_dir
         stop = self.stop_on_sigterm
-        with stop.listen(), full_is_user_error(folder, self._train_batch_size, "train"):
+        full = full_is_user_error(self.args.output_dir, self._train_batch_size, "train")
+        with on_sigterm(stop.receive), full:
             output = super().train(*args, **kwargs)
             if stop.stopping:
                 raise self._stopped()
@@ -209,7 +203,8 @@ class CaptioningTrainer(Seq2SeqTrainer):
             Stopped: SIGTERM came.
         """
         if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
-            raise weights_not_finite(self.state.global_step, last_complete_checkpoint(self.args.output_dir))
+            what = f"step {self.state.global_step} made weights NaN or infinite, and no checkpoint is saved"
+            raise not_finite(what, self.args.output_dir)
         super()._save_checkpoint(model, trial)
         if self.stop_on_sigterm.stopping:
             raise self._stopped()
@@ -222,7 +217,10 @@ class CaptioningTrainer(Seq2SeqTrainer):
     def _stopped(self) -> Stopped:
         self.accelerator.wait_for_everyone()
         last = last_complete_checkpoint(self.args.output_dir)
-        return self.stop_on_sigterm.stopped(last, self.state.global_step, self.state.max_steps)
+        return Stopped(
+            f"stopped by SIGTERM after step {self.state.global_step} of {self.state.max_steps}; go on with the same "
+            f"command and --resume_from_checkpoint true{f', from {last}' if last else ''}"
+        )
 
     def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
         """Write `<split>_results.json`, and into `all_results.json`, each whole or not at all."""
@@ -232,10 +230,9 @@ class CaptioningTrainer(Seq2SeqTrainer):
         write_whole(folder / f"{split}_results.json", json.dumps(metrics, indent=4, sort_keys=True))
         if combined:
             path = folder / "all_results.json"
-            try:
+            known = {}
+            with suppress(OSError, ValueError):  # missing or damaged: no reason to lose the new metrics
                 known = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError):  # missing or damaged: no reason to lose the new metrics
-                known = {}
             write_whole(path, json.dumps(known | metrics, indent=4, sort_keys=True))
 
     def save_state(self) -> None:
@@ -251,12 +248,11 @@ class CaptioningTrainer(Seq2SeqTrainer):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Load it likewise."""
         with as_user_error(f"'{checkpoint}' cannot be resumed", "resume from another checkpoint"):
             super()._load_rng_state(checkpoint)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Save the state of each process; when all are saved the first goes on to write `trainer_state.json`."""
+        """Wait until each process has saved its state: then the first writes `trainer_state.json`."""
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()
 
@@ -339,20 +335,14 @@ class CaptioningTrainer(Seq2SeqTrainer):
         found = []
         for row, generated in zip(rows, tokens, strict=True):
             kept = torch.from_numpy(self.captioner.without_padding(generated)).to(self.args.device)
-            words = None
-            if len(kept):
-                with torch.no_grad(), self.accelerator.autocast():
-                    encoded = self.captioner.encode_images(self._prepare_inputs(self.data_collator([row])))
-                    words = self.captioner.word_attention(encoded, kept)
-            found.append(words or [])
+            with torch.no_grad(), self.accelerator.autocast():
+                encoded = self.captioner.encode_images(self._prepare_inputs(self.data_collator([row])))
+                found.append((self.captioner.word_attention(encoded, kept) if len(kept) else None) or [])
         return found
 
 
 class LogBeforeCheckpoint(TrainerCallback):
-    """Log the running mean of the loss before each checkpoint, which does not hold it.
-
-    Otherwise a resumed run would log another loss than one that was never interrupted.
-    """
+    """Log the running mean of the loss before each checkpoint, which does not hold it: a resumed run logs the same."""
 
     def on_step_end(self, args, state, control, **kwargs):
         """Ask for a log when the step ends in a checkpoint."""

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from rouge_score.rouge_scorer import RougeScorer
 
+from benchmarks.phantom_attributes import attribute_accuracy, oracle_captions, read_attributes
 from captioning.data import phantoms
 from captioning.data.phantoms import (
     ATTRIBUTES,
@@ -20,12 +21,9 @@ from captioning.data.phantoms import (
     DARK,
     FEATURES,
     STUDIES,
-    attribute_accuracy,
     combinations,
     draw,
     load_phantoms,
-    oracle_captions,
-    read_attributes,
     reword,
 )
 

@@ -18,20 +18,20 @@ def lengths(splits: DatasetDict) -> dict[str, int]:
 
 
 def test_only_the_splits_that_are_needed_are_kept(raw_dataset):
-    assert lengths(select_splits(raw_dataset, NEEDED, ALL, with_captions=True)) == {"train": 24, "validation": 10}
+    assert lengths(select_splits(raw_dataset, "x", NEEDED, ALL, with_captions=True)) == {"train": 24, "validation": 10}
     scores = {"train": False, "validation": False, "test": True}
-    assert lengths(select_splits(raw_dataset, scores, ALL, with_captions=True)) == {"test": 7, "train": 24}
-    assert lengths(select_splits(raw_dataset, scores, ALL, with_captions=False)) == {"test": 7}
+    assert lengths(select_splits(raw_dataset, "x", scores, ALL, with_captions=True)) == {"test": 7, "train": 24}
+    assert lengths(select_splits(raw_dataset, "x", scores, ALL, with_captions=False)) == {"test": 7}
 
 
 def test_few_more_rows_are_checked_than_a_trial_run_uses(raw_dataset):
     limits = ALL | {"train": 5, "validation": 1000}
-    assert lengths(select_splits(raw_dataset, NEEDED, limits, False)) == {"train": 15, "validation": 10}
+    assert lengths(select_splits(raw_dataset, "x", NEEDED, limits, False)) == {"train": 15, "validation": 10}
 
 
 def test_a_missing_split_is_named_with_the_flag_that_leaves_it_out(raw_dataset):
-    with pytest.raises(UserError, match="no split 'validation', only train; add it or set --do_eval false"):
-        select_splits(DatasetDict(train=raw_dataset["train"]), NEEDED, ALL, False)
+    with pytest.raises(UserError, match=r"^dataset 'x' has no split 'validation', only train; .* --do_eval false"):
+        select_splits(DatasetDict(train=raw_dataset["train"]), "x", NEEDED, ALL, False)
 
 
 def test_the_sample_is_drawn_from_the_usable_rows_that_are_trained_on(tmp_path):

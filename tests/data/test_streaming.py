@@ -3,8 +3,8 @@
 import itertools
 import json
 import os
+import re
 import shutil
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,15 +17,14 @@ from accelerate import skip_first_batches
 from datasets import DatasetDict, Image
 from helpers import (
     flags,
+    losses,
     make_png,
     make_rows,
-    outcome,
     read_json,
     read_lines,
     run,
-    save_captioner,
+    run_ranks,
     score_flags,
-    start_ranks,
     without_times,
 )
 from hub_server import HubServer
@@ -86,25 +85,29 @@ def nothing_kept():
     ROW_GROUPS.reads = 0
 
 
+def group_of(row: int) -> tuple[int, int]:
+    """Return the shard and the row group of a row."""
+    return row // SHARD, row % SHARD // GROUP
+
+
 @pytest.fixture
 def reads(monkeypatch, tmp_path):
-    """Return a function that lists (process, shard, row group) of each read, in workers too."""
+    """Return a function that lists (process, (shard, row group)) of each read, in workers too."""
     log = tmp_path / "reads"
-    log.touch()
     read = streaming._read_images
 
     def logged(file, group):
         with open(log, "a") as opened:
-            opened.write(f"{os.getpid()} {file} {group}\n")
+            opened.write(f"{os.getpid()} {re.search(r'-([0-9]+)', Path(file).name)[1]} {group}\n")
         return read(file, group)
 
-    monkeypatch.setattr(streaming, "_read_images", logged)
-
-    def listed() -> list[tuple[str, str]]:
-        found = [line.split(" ", 1) for line in log.read_text().splitlines()]
+    def listed() -> list[tuple[int, tuple[int, int]]]:
+        found = [map(int, line.split()) for line in log.read_text().splitlines()]
         log.write_text("")
-        return [(process, group) for process, group in found]
+        return [(process, (shard, group)) for process, shard, group in found]
 
+    log.touch()
+    monkeypatch.setattr(streaming, "_read_images", logged)
     return listed
 
 
@@ -184,36 +187,28 @@ def test_a_source_that_is_not_parquet_is_refused_in_one_line(source, tmp_path):
         sources.load_source("phantoms" if source == "phantoms" else str(tmp_path), streaming=True)
 
 
-def test_a_column_without_images_and_a_missing_shard_are_named(tmp_path):
+def test_a_column_without_images_is_named(tmp_path):
     (tmp_path / "data").mkdir()
-    path = tmp_path / "data" / "test-0.parquet"
-    pq.write_table(pa.table({"image": [1], "image_id": ["a"], "caption": ["b"]}), path)
+    table = pa.table({"image": [1], "image_id": ["a"], "caption": ["b"]})
+    pq.write_table(table, tmp_path / "data" / "test-0.parquet")
     with pytest.raises(UserError, match="column 'image' holds no images but int64"):
         sources.load_source(str(tmp_path), streaming=True)
-    streaming._footer.cache_clear()
-    make_rows(2).to_parquet(str(path))
-    rows = sources.load_source(str(tmp_path), streaming=True)["test"]
-    path.unlink()
-    with pytest.raises(UserError, match=r"test-0.parquet' can no longer be read: FileNotFoundError.*--resume_from"):
-        rows[0]
 
 
-def test_a_missing_shard_is_one_line_in_a_worker_too(tmp_path, capfd):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_missing_shard_is_one_line(tmp_path, capfd, workers):
     write_shards(make_rows(4), tmp_path / "data", "test")
     rows = sources.load_source(str(tmp_path), streaming=True)["test"]
     shutil.rmtree(tmp_path / "data")
     capfd.readouterr()
     with pytest.raises(SystemExit, match="2"):
-        exit_on_user_error(lambda: list(DataLoader(rows, num_workers=1)))
+        exit_on_user_error(lambda: list(DataLoader(rows, num_workers=workers)))
     error = capfd.readouterr().err
-    assert error.startswith("error: '") and error.count("\n") == 1 and "Traceback" not in error
+    assert re.match(r"error: '.*\.parquet' can no longer be read: FileNotFoundError.*--resume_from", error)
+    assert error.count("\n") == 1
 
 
 # --- Order ----------------------------------------------------------------------------------------------------
-
-
-def pairs_read(reads) -> Counter:
-    return Counter(group for _, group in reads)
 
 
 @pytest.mark.parametrize(("batch_size", "slots"), [(1, 1), (4, 1), (4, 3), (8, 4), (16, 4), (64, 2)])
@@ -230,16 +225,11 @@ def test_each_row_comes_once_an_epoch_in_another_order_each_time(rows, batch_siz
     assert list(StreamingSampler(rows, batch_size, slots, seed=1)) != orders[0]
 
 
-def test_rows_of_several_row_groups_are_mixed(rows):
-    order = list(StreamingSampler(rows, 4, 1, seed=0))
-    shards_and_groups = [(row // SHARD, row % SHARD // GROUP) for row in order]
-    assert np.mean([len(set(shards_and_groups[i : i + 4])) for i in range(0, 48, 4)]) > 2.5
-
-
-def test_a_window_fits_in_the_memory_of_a_worker(rows, monkeypatch):
+def test_rows_of_several_row_groups_are_mixed_within_the_memory_of_a_worker(rows, monkeypatch):
+    groups = [group_of(row) for row in StreamingSampler(rows, 4, 1, seed=0)]
+    assert np.mean([len(set(groups[i : i + 4])) for i in range(0, 48, 4)]) > 2.5
     monkeypatch.setattr(samplers, "CACHE_BYTES", 1)
-    order = list(StreamingSampler(rows, 4, 1, seed=0))
-    groups = [(row // SHARD, row % SHARD // GROUP) for row in order]
+    groups = [group_of(row) for row in StreamingSampler(rows, 4, 1, seed=0)]
     assert sum(a != b for a, b in itertools.pairwise(groups)) == len(set(groups)) - 1, "one after the other"
 
 
@@ -258,9 +248,8 @@ def test_a_row_group_is_read_by_one_worker_of_one_process(rows, reads, workers, 
         seen += [row["image_id"] for batch in loader for row in batch]
         found += reads()
     assert sorted(seen) == sorted(rows["image_id"])
-    times = pairs_read(found)
-    assert len(times) == 10, "row groups in all"
-    assert sum(times.values()) <= 10 + slots - 1
+    assert len({group for _, group in found}) == 10, "row groups in all"
+    assert len(found) <= 10 + slots - 1
     if workers:
         assert len({process for process, _ in found}) == slots
 
@@ -269,23 +258,16 @@ def test_a_row_group_is_read_by_one_worker_of_one_process(rows, reads, workers, 
 def test_skipped_rows_are_not_read(rows, reads, workers, monkeypatch):
     for module in (samplers, streaming):
         monkeypatch.setattr(module, "WINDOW_GROUPS", 2)
-    group_of = {}
-    for file in rows.features["image"].shards:
-        for group in range(pq.read_metadata(file).num_row_groups):
-            ids = pq.ParquetFile(file).read_row_group(group, ["image_id"])["image_id"].to_pylist()
-            group_of |= dict.fromkeys(ids, f"{file} {group}")
 
-    def loader():
-        sampler = StreamingSampler(rows, 4, max(1, workers), seed=0)
-        return DataLoader(rows, batch_size=4, sampler=sampler, num_workers=workers, collate_fn=lambda batch: batch)
-
-    whole = [[row["image_id"] for row in batch] for batch in loader()]
-    assert len(reads()) >= 10
+    sampler = StreamingSampler(rows, 4, max(1, workers), seed=0)
+    loader = DataLoader(rows, 4, sampler=sampler, num_workers=workers, collate_fn=lambda batch: batch)
+    whole = [row["image_id"] for batch in loader for row in batch]
+    assert len({group for _, group in reads()}) == 10
     ROW_GROUPS._groups.clear()
-    rest = [[row["image_id"] for row in batch] for batch in skip_first_batches(loader(), 10)]
-    assert rest == whole[10:] and len(rest) == 3
-    wanted = {group_of[row] for batch in rest for row in batch}
-    assert set(pairs_read(reads())) == wanted and len(wanted) < len(set(group_of.values())) / 2
+    rest = [row["image_id"] for batch in skip_first_batches(loader, 10) for row in batch]
+    assert rest == whole[40:] and len(rest) == 12
+    wanted = {group_of(int(image_id.removeprefix("image_"))) for image_id in rest}
+    assert {group for _, group in reads()} == wanted and len(wanted) < 5
 
 
 # --- Runs -----------------------------------------------------------------------------------------------------
@@ -300,7 +282,7 @@ def finished(config_file, sharded, tmp_path_factory):
 
 def test_the_output_folder_is_whole(finished):
     for name in ("model.safetensors", "report.html", "scores.json", "README.md", "predictions/test.jsonl"):
-        assert (finished / name).exists(), name
+        assert (finished / name).is_file(), name
     assert read_json(finished / "recipe.json")["streaming"] is True
     metrics = read_json(finished / "all_results.json")
     assert metrics["train_samples"] == 52 and metrics["predict_samples"] == 22
@@ -313,92 +295,51 @@ def test_a_model_has_the_scores_that_it_has_on_stored_data(finished, sharded, tm
     for value in (False, True):
         folder = tmp_path / str(value)
         metrics = run_captioning.main(score_flags(finished, sharded, folder, streaming=value, max_eval_samples=20))
-        page = (folder / "report.html").read_text().partition("const ")[2].replace(str(folder), "")
-        results.append((without_times(metrics), (folder / "predictions" / "test.jsonl").read_text(), len(page)))
-    assert results[0][:2] == results[1][:2]
+        results.append((without_times(metrics), (folder / "predictions" / "test.jsonl").read_text()))
+    assert results[0] == results[1]
     assert results[0][0]["eval_samples"] == 20
 
 
-def test_a_run_is_repeated_by_its_recipe(finished, tmp_path):
-    run([finished / "recipe.json", "--output_dir", tmp_path / "again", "--use_cpu", "true"])
-    assert outcome(tmp_path / "again") == outcome(finished)
+STEPS = {
+    "per_device_train_batch_size": 2,
+    "do_eval": False,
+    "do_predict": False,
+    "streaming": True,
+    "logging_steps": 1,
+}
+STEPS |= {"save_strategy": "steps", "save_steps": 5, "save_total_limit": 9}
 
 
-@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
-def test_a_run_that_is_killed_in_an_epoch_goes_on_as_if_nothing_had_happened(config_file, sharded, tmp_path, workers):
-    """13 steps an epoch, checkpoints each 5 steps: it goes on in the middle of the second epoch."""
-    whole, half = tmp_path / "whole", tmp_path / "half"
-    options = {"streaming": True, "dataloader_num_workers": workers, "logging_steps": 5, "save_strategy": "steps"}
-    options |= {"save_steps": 5, "save_total_limit": 9, "do_eval": False, "do_predict": False}
-    run(flags(config_file, sharded, whole, **options))
+@pytest.fixture(scope="module")
+def alone(config_file, sharded, tmp_path_factory) -> Path:
+    """A run in one process, of two workers and 13 steps an epoch."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    options = STEPS | {"dataloader_num_workers": 2, "gradient_accumulation_steps": 2}
+    run(flags(config_file, sharded, folder, **options))
+    return folder
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_that_is_killed_in_an_epoch_goes_on_as_if_nothing_had_happened(
+    config_file, sharded, alone, tmp_path, processes
+):
+    """It goes on in the middle of the second epoch. Two processes of a worker each see what two workers see."""
+    options = STEPS | {"dataloader_num_workers": 2 // processes, "gradient_accumulation_steps": 2 // processes}
+
+    def train(folder: Path, **more) -> None:
+        run_ranks(processes, flags(config_file, sharded, folder, **options | more))
+
+    whole, half = alone, tmp_path / "half"
+    if processes == 2:
+        train(whole := tmp_path / "whole")
+        np.testing.assert_allclose(losses(whole), losses(alone), rtol=1e-5)
     shutil.copytree(whole, half)
-    for path in half.iterdir():
-        if path.name in ("checkpoint-20", "checkpoint-25", "checkpoint-26", "model.safetensors"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    run([*flags(config_file, sharded, half, **options), "--resume_from_checkpoint", "true"])
-    assert_same_weights(whole, half)
-
-
-def assert_same_weights(*folders: Path) -> None:
-    weights = [load_file(folder / "model.safetensors") for folder in folders]
+    for name in ("checkpoint-20", "checkpoint-25", "checkpoint-26"):
+        shutil.rmtree(half / name)
+    (half / "model.safetensors").unlink()
+    train(half, resume_from_checkpoint=True)
+    weights = [load_file(folder / "model.safetensors") for folder in (whole, half)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-
-
-PROCESSES = """
-import json, os, sys
-from captioning.data import checks, sources
-from captioning.data.tokenize_captions import tokenize
-from captioning.models.load import load_captioner
-from captioning.training.arguments import CaptioningArguments
-from captioning.training.trainer import CaptioningTrainer
-from collator import CaptioningCollator
-folder, data, name = sys.argv[1:]
-captioner = load_captioner(folder + "/model")
-args = CaptioningArguments(
-    output_dir=folder + "/run", report_to="none", use_cpu=True, do_eval=False, num_train_epochs=2,
-    per_device_train_batch_size=2, dataloader_num_workers=2, save_strategy="steps", save_steps=7, disable_tqdm=True,
-)
-class Logging(CaptioningCollator):
-    def __call__(self, examples):
-        with open(f"{folder}/rows-{os.environ['RANK']}-{name}", "a") as file:
-            file.write(json.dumps([os.getpid(), *(row["image_id"] for row in examples)]) + "\\n")
-        return super().__call__(examples)
-with args.main_process_first():
-    checked = checks.check_rows(sources.load_source(data, streaming=True), 0.0, os.devnull, unopened=["train"])
-    rows = tokenize(checked, captioner, 64)["train"].select(range(48))
-trainer = CaptioningTrainer(
-    captioner=captioner, args=args, data_collator=Logging(captioner), train_dataset=rows,
-    generation_config=args.decoding(),
-)
-trainer.train(resume_from_checkpoint=folder + "/run/checkpoint-21" if name == "resume" else None)
-if trainer.is_world_process_zero():
-    trainer.save_model(folder + "/out-" + name)
-"""
-
-
-def test_two_processes_see_each_row_once_and_a_resume_in_the_second_epoch_is_exact(captioner, sharded, tmp_path):
-    """12 steps an epoch, 24 in all, resumed after 21."""
-    save_captioner(captioner, tmp_path / "model")
-    for name in ("whole", "resume"):
-        for rank in start_ranks(2, ["-c", PROCESSES, tmp_path, sharded, name]):
-            errors = rank.communicate(timeout=200)[1]
-            assert rank.returncode == 0, errors[-3000:]
-
-    def logged(rank: int, name: str) -> list[list[str]]:
-        """Return the ids of each batch by worker, in order: workers write at the same time."""
-        lines = read_lines(tmp_path / f"rows-{rank}-{name}")
-        workers = {line[0]: [other[1:] for other in lines if other[0] == line[0]] for line in lines}
-        return list(workers.values())
-
-    whole = [logged(rank, "whole") for rank in range(2)]
-    seen = Counter(row for rank in whole for worker in rank for batch in worker for row in batch)
-    assert set(seen.values()) == {2} and len(seen) == 48, "two epochs"
-    for rank in range(2):
-        last_epoch = whole[rank][2:]  # workers are started anew in each epoch
-        rest = [batch for worker in logged(rank, "resume") for batch in worker]
-        assert len(rest) == 3
-        assert all(any(batch in worker[-2:] for worker in last_epoch) for batch in rest)
-    assert_same_weights(tmp_path / "out-whole", tmp_path / "out-resume")
 
 
 # --- Unreadable images ----------------------------------------------------------------------------------------
@@ -409,10 +350,11 @@ def with_damage(sharded, tmp_path):
     """Return a function that makes a copy of the rows whose training images are partly unreadable."""
 
     def make(number: int, damaged) -> Path:
-        shutil.copytree(sharded / "data", tmp_path / "set" / "data", ignore=shutil.ignore_patterns("train*"))
+        data = tmp_path / "set" / "data"
+        shutil.copytree(sharded / "data", data, ignore=shutil.ignore_patterns("train*"))
         rows = make_rows(number, caption=[f"a caption {i}" for i in range(number)])
-        write_shards(damage(rows, *damaged), tmp_path / "set" / "data", "train")
-        return tmp_path / "set"
+        write_shards(damage(rows, *damaged), data, "train")
+        return data.parent
 
     return make
 
@@ -425,10 +367,9 @@ def test_an_unreadable_training_image_is_masked_from_the_loss_and_listed_once(co
     lines = read_lines(tmp_path / "run" / "rejected.jsonl")
     assert sorted(line["image_id"] for line in lines) == ["image_0002", "image_0017"]
     assert all(line["split"] == "train" and "unreadable image: not an image" in line["reason"] for line in lines)
-    history = read_json(tmp_path / "run" / "trainer_state.json")["log_history"]
-    losses = [entry["loss"] for entry in history if "loss" in entry]
-    assert losses.count(0.0) == 4, "batches of one image, two epochs"
-    assert all(np.isfinite(losses))
+    found = losses(tmp_path / "run")
+    assert found.count(0.0) == 4, "batches of one image, two epochs"
+    assert all(np.isfinite(found))
     weights = load_file(tmp_path / "run" / "model.safetensors")
     assert all(torch.isfinite(value).all() for value in weights.values())
     # All epochs are done, and there are no baselines to be made: no image is read again
@@ -453,14 +394,13 @@ def test_what_another_run_has_rejected_is_not_listed_in_a_new_one(sharded, tmp_p
         assert read_lines(rejected) == kept
 
 
-def test_a_batch_of_unreadable_images_has_no_loss_and_no_gradient(make_trainer, splits):
-    trainer = make_trainer()
-    found = []
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_batch_of_unreadable_images_has_no_loss_and_no_gradient(make_trainer, splits, fast):
+    trainer, found = make_trainer(fast=fast), []
     trainer.data_collator.unreadable = lambda image_id, reason: found.append(image_id)
-    batch = trainer.data_collator(
-        [row | {"image": {"bytes": b"", "path": None}} for row in splits["train"].select([3, 5])]
-    )
-    assert found == splits["train"]["image_id"][3:6:2]
+    rows = splits["train"].select([3, 5])
+    batch = trainer.data_collator([row | {"image": {"bytes": b"", "path": None}} for row in rows])
+    assert found == rows["image_id"][:]
     for number in (None, torch.tensor(0), torch.tensor(7)):
         loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=number)
         assert loss == 0

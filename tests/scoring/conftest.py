@@ -3,7 +3,7 @@
 import pytest
 from helpers import phantom_rows
 
-from captioning.data import phantoms
+from benchmarks.phantom_attributes import oracle_captions
 from captioning.scoring.captions import Captions
 from captioning.scoring.training_split import Training
 
@@ -36,4 +36,4 @@ def rows():
 def captions(rows):
     """A good system: the oracle, which knows every attribute and picks a wording at random."""
     references, cuis, _ = rows
-    return Captions([f"id{i}" for i in range(120)], phantoms.oracle_captions(references, seed=5), references, cuis)
+    return Captions([f"id{i}" for i in range(120)], oracle_captions(references, seed=5), references, cuis)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from helpers import make_captions, real_captions
 
+from captioning.scoring import baselines
 from captioning.scoring import constant_caption as constant_caption_module
 from captioning.scoring.baselines import nearest_captions, shuffled
 from captioning.scoring.constant_caption import constant_caption, typical_captions
@@ -25,14 +26,11 @@ def test_no_caption_stays_in_its_place():
 
 
 def test_the_constant_caption_is_that_of_a_naive_search():
-    captions = real_captions(150)
-    scores = [mean_rouge_l(caption, captions) for caption in captions]
-    found = constant_caption(captions, captions)
-    assert mean_rouge_l(found, captions) == pytest.approx(max(scores), abs=1e-12)
-    assert found == captions[int(np.argmax(scores))]
-    others = real_captions(400)[150:]
-    found = constant_caption(captions, others)
-    assert found == captions[int(np.argmax([mean_rouge_l(caption, others) for caption in captions]))]
+    captions = real_captions(200)
+    for references in (captions[:80], captions[80:]):
+        scores = [mean_rouge_l(caption, references) for caption in captions[:80]]
+        assert constant_caption(captions[:80], references) == captions[int(np.argmax(scores))]
+    assert constant_caption(["?"], ["!"]) == "?"
 
 
 def test_the_bound_is_the_mean_rouge1_and_the_score_the_mean_rouge_l():
@@ -62,33 +60,19 @@ def test_of_many_references_a_sample_is_taken(monkeypatch):
     assert constant_caption(captions, captions) == constant_caption(captions, captions)
 
 
-def test_a_constant_caption_needs_captions():
-    with pytest.raises(ValueError, match="needs candidates"):
-        constant_caption([], ["a"])
-    assert constant_caption(["?"], ["!"]) == "?"
-
-
 def test_each_group_has_its_own_typical_caption():
-    captions = [
-        "CT of the chest",
-        "CT of the abdomen",
-        "CT of the chest shows",
-        "MRI knee",
-        "MRI of the knee",
-        "MRI knee",
-    ]
+    captions = ["CT of the chest", "CT of the abdomen", "CT of the chest shows"]
+    captions += ["MRI knee", "MRI of the knee", "MRI knee"]
     found = typical_captions(captions, ["CT"] * 3 + ["MRI"] * 3, fewest=3)
     assert found == {"CT": "CT of the chest", "MRI": "MRI knee"}
     assert typical_captions(captions, ["CT"] * 4 + ["MRI"] * 2, fewest=3).keys() == {"CT"}
     assert typical_captions(captions, ["CT"] * 6) == {}, "too few to call one typical"
 
 
-def test_the_nearest_image_is_nearest_by_angle_from_what_all_have_in_common():
-    common = np.array([100.0, 50.0])
+def test_the_nearest_image_is_nearest_by_angle_from_what_all_have_in_common(monkeypatch):
+    names, common = ["east", "west", "north", "south"], np.array([100.0, 50.0])
     train = np.array([[1, 0], [-1, 0], [0, 9], [0, -9]]) + common
     features = np.array([[5, 0.5], [-0.01, 0.002], [1, 3], [0.9, -1]]) + common
-    assert nearest_captions(features, train, ["east", "west", "north", "south"]) == ["east", "west", "north", "south"]
-    many = np.random.default_rng(0).normal(size=(5000, 2)) + common
-    found = nearest_captions(many, train, ["east", "west", "north", "south"])
-    assert found[4999] == nearest_captions(many[4999:], train, ["east", "west", "north", "south"])[0]
-    assert len(found) == 5000
+    assert nearest_captions(features, train, names) == names
+    monkeypatch.setattr(baselines, "CHUNK", 3)
+    assert nearest_captions(features, train, names) == names

@@ -34,35 +34,29 @@ def references_of(path, number=8) -> str:
 
 
 def test_a_submission_passes_the_rules_of_the_official_checker(submission):
-    content = submission.read_bytes()
-    lines = content.decode("utf-8").splitlines()
+    lines = submission.read_bytes().decode("utf-8").splitlines()
     assert lines[0] == "ID,Caption"
     assert len(lines) == 1 + len(HARD_CAPTIONS), "the official checker counts lines as str.splitlines does"
     assert all(line.startswith(f'id_{i},"') and line.endswith('"') for i, line in enumerate(lines[1:]))
     assert check_submission(str(submission), references_of(submission)) == []
     with open(submission, encoding="utf-8", newline="") as file:
-        rows = list(csv.reader(file))
-    assert rows[1] == ["id_0", 'a "quoted" finding, and a comma']
-    assert rows[2] == ["id_1", "a line break and another one"]
-    assert rows[3] == ["id_2", "white space at both ends"]
-    assert rows[4:7] == [["id_3", ""], ["id_4", '"'], ["id_5", "nul in it"]]
+        texts = [row[1] for row in csv.reader(file)][1:]
+    assert texts[:3] == [HARD_CAPTIONS[0], "a line break and another one", "white space at both ends"]
+    assert texts[3:6] == ["", '"', "nul in it"]
 
 
-def test_the_zip_contains_only_the_submission_and_is_the_same_each_time(submission, tmp_path):
+def test_the_zip_contains_only_the_submission_and_is_the_same_each_time(submission):
     archive = submission.with_name("submission.zip")
     with zipfile.ZipFile(archive) as opened:
         assert opened.infolist()[0].date_time == (1980, 1, 1, 0, 0, 0), "the time of writing is not part of the zip"
         assert opened.namelist() == ["submission.csv"]
         assert opened.read("submission.csv") == submission.read_bytes()
     assert check_submission(str(archive), references_of(submission)) == []
-    before = archive.read_bytes()
-    write_submission(tmp_path, [f"id_{i}" for i in range(len(HARD_CAPTIONS))], HARD_CAPTIONS)
-    assert archive.read_bytes() == before
 
 
 @pytest.mark.parametrize("image_id", ["a,b", 'a"b', " a", "a\n", "", "a\u2028b"])
 def test_an_id_that_would_break_the_submission_is_rejected(tmp_path, image_id):
-    with pytest.raises(UserError, match="cannot be written in a submission"):
+    with pytest.raises(UserError, match="cannot be in a submission"):
         write_submission(tmp_path, [image_id], ["x"])
 
 
@@ -77,14 +71,13 @@ def test_an_id_that_would_break_the_submission_is_rejected(tmp_path, image_id):
         ("", "the header is ''"),
         ("ID,Caption\n", "there are no rows"),
         ("ID,Caption\nid_0," + "x" * 200_000 + "\n", "field larger than field limit (131072); shorten it"),
-        ("ID,Caption\nid_0,x\nid_0,y\n", "row 3: id 'id_0' occurs twice"),
+        ("ID,Caption\nid_0,x\nid_0,y\n", "id 'id_0' occurs 2 times"),
         ("ID,Caption\nid_1,y\nid_0,x\n", "row 2: id 'id_1' where 'id_0' is expected"),
-        ("ID,Caption\nid_0,x\n", "1 ids are missing; add them (id_1)"),
-        ("ID,Caption\nid_0,x\nid_1,y\nid_2,z\n", "1 ids are not among the official ones; remove them (id_2)"),
+        ("ID,Caption\nid_0,x\n", ".csv' (id_1)"),
+        ("ID,Caption\nid_0,x\nid_1,y\nid_2,z\n", "1 ids not in '"),
         ("ID,Caption\nid_0,x, z\nid_1,y\n", "row 2: 3 fields"),
         ('ID,Caption\nid_0,"x, z" \nid_1,y\n', "row 2: the caption has a comma"),
         ("ID,Caption\n id_0,x\nid_1,y\n", "row 2: the id ' id_0' starts or ends with white space"),
-        (b"ID,Caption\nid_0,\xff\nid_1,y\n", "not UTF-8 (byte 16)"),
         ("ID,CUIs\nid_0,C0040405;\nid_1,\n", "row 2: '' is not a concept"),
         ("ID,CUIs\nid_0,CT\nid_1,\n", "row 2: 'CT' is not a concept"),
         ("ID,CUIs\nid_0,C1;C1\nid_1,\n", "row 2: a concept occurs twice"),
@@ -108,18 +101,23 @@ def test_a_submission_has_each_image_once(tmp_path):
 
 
 def test_submissions_of_concepts_and_without_references_are_checked(write):
-    assert check_submission(write("submission.csv", "ID,CUIs\na,C0040405;C1\nb,\n")) == []
+    concepts = write("submission.csv", "ID,CUIs\na,C0040405;C1\nb,\n")
+    assert check_submission(concepts) == check_submission(concepts, concepts) == []
     assert check_submission(write("submission.csv", "ID,Caption\nb,x\na,y\n")) == []
 
 
-def test_a_zip_with_another_file_is_a_fault_and_a_broken_zip_is_a_mistake(tmp_path, write):
+def test_a_submission_that_cannot_be_read_is_a_mistake(tmp_path, write):
     with zipfile.ZipFile(tmp_path / "two.zip", "w") as archive:
         archive.writestr("submission.csv", "ID,Caption\n")
         archive.writestr("notes.txt", "")
-    assert "must contain submission.csv only" in check_submission(str(tmp_path / "two.zip"))[0]
-    with pytest.raises(UserError, match="cannot be read"):
-        check_submission(write("broken.zip", "no zip"))
-    with pytest.raises(UserError, match="cannot be read"):
-        check_submission(str(tmp_path / "none.csv"))
-    with pytest.raises(UserError, match="has no ids"):
+    broken, wrong = write("broken.zip", "no zip"), write("submission.csv", b"ID,Caption\nid_0,\xff\n")
+    for path, message in (
+        (tmp_path / "two.zip", "must contain submission.csv only"),
+        (broken, "cannot be read"),
+        (tmp_path / "none.csv", "cannot be read"),
+        (wrong, "cannot be read: .* position 16"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_submission(str(path))
+    with pytest.raises(UserError, match="has no rows"):
         check_submission(write("submission.csv", "ID,Caption\na,x\n"), write("truth.csv", "ID,Caption\n"))

@@ -19,6 +19,7 @@ from captioning.training.recipe import parse_arguments, read_recipe, resolved_re
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.json"))
 MODEL = ["--model_name_or_path", "some/model"]
+CHECKPOINTING = "--gradient_checkpointing_kwargs"
 
 
 @pytest.fixture
@@ -44,9 +45,8 @@ def test_every_recipe_parses(path):
 
 
 def test_the_table_of_recipes_has_them_all():
-    assert set(re.findall(r"\]\((\w+\.json)\)", (ROOT / "recipes" / "README.md").read_text())) == {
-        path.name for path in RECIPES
-    }
+    table = (ROOT / "recipes" / "README.md").read_text()
+    assert set(re.findall(r"\]\((\w+\.json)\)", table)) == {path.name for path in RECIPES}
 
 
 def test_the_rocov2_recipes_differ_as_their_names_say():
@@ -59,11 +59,8 @@ def test_the_rocov2_recipes_differ_as_their_names_say():
         return {key: other.get(key) for key in base.keys() | other.keys() if other.get(key) != base.get(key)}
 
     assert changes("rocov2_blip_base_frozen_vision") == {"freeze_vision_model": True}
-    assert changes("rocov2_blip_base_long") == {
-        "max_caption_length": 128,
-        "max_new_tokens": 128,
-        "no_repeat_ngram_size": 3,
-    }
+    longer = {"max_caption_length": 128, "max_new_tokens": 128, "no_repeat_ngram_size": 3}
+    assert changes("rocov2_blip_base_long") == longer
     assert changes("rocov2_blip_large")["model_name_or_path"].endswith("large")
     assert changes("rocov2_blip_large_4gpu").keys() <= changes("rocov2_blip_large").keys()
     for name, processes in (("rocov2_blip_base", 1), ("rocov2_blip_large", 1), ("rocov2_blip_large_4gpu", 4)):
@@ -106,11 +103,9 @@ def test_decode_settings_that_do_nothing_are_left_out():
     args = parse_arguments([*MODEL, "--num_beams", "1", "--length_penalty", "2"])[2]
     settings = {"num_beams": 1, "max_new_tokens": 64, "do_sample": False}
     assert args.decoding() == GenerationConfig(**settings)
-    changed = {"length_penalty": 2.0, "no_repeat_ngram_size": 3, "min_new_tokens": 4}
-    args = parse_arguments([*MODEL, *(word for name, value in changed.items() for word in (f"--{name}", str(value)))])[
-        2
-    ]
-    assert args.decoding() == GenerationConfig(**settings | changed | {"num_beams": 3})
+    flags = ["--length_penalty", "2", "--no_repeat_ngram_size", "3", "--min_new_tokens", "4"]
+    changed = {"num_beams": 3, "length_penalty": 2.0, "no_repeat_ngram_size": 3, "min_new_tokens": 4}
+    assert parse_arguments([*MODEL, *flags])[2].decoding() == GenerationConfig(**settings | changed)
 
 
 # --- Mistakes -------------------------------------------------------------------------------------------------
@@ -146,7 +141,7 @@ def test_a_bad_recipe_is_named_with_its_key(recipe, content, message):
 
 
 def test_a_missing_recipe_is_named():
-    with pytest.raises(UserError, match=r"recipe 'recipes/nowhere\.json' cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"recipe 'recipes/nowhere\.json' cannot be read: .*No such file"):
         parse_arguments(["recipes/nowhere.json"])
 
 
@@ -178,15 +173,9 @@ def test_a_missing_recipe_is_named():
         ([*MODEL, "--train_sampling_strategy", "group_by_length"], "set random or sequential"),
         ([*MODEL, "--dataloader_drop_last", "true"], "drop rows of the evaluation"),
         ([*MODEL, "--remove_unused_columns", "true"], "remove_unused_columns must stay false"),
-        (
-            [*MODEL, "--gradient_checkpointing_kwargs", '{"use_reentrance": false}'],
-            "Unexpected keyword.*use_reentrance",
-        ),
-        (
-            [*MODEL, "--gradient_checkpointing_kwargs", '{"context_fn": 1}'],
-            "gradient_checkpointing_kwargs: .*context_fn",
-        ),
-        ([*MODEL, "--gradient_checkpointing_kwargs", "yes"], "gradient_checkpointing_kwargs: .* must be a mapping"),
+        ([*MODEL, CHECKPOINTING, '{"use_reentrance": false}'], "Unexpected keyword.*use_reentrance"),
+        ([*MODEL, CHECKPOINTING, '{"context_fn": 1}'], "gradient_checkpointing_kwargs: .*context_fn"),
+        ([*MODEL, CHECKPOINTING, "yes"], "gradient_checkpointing_kwargs: .* must be a mapping"),
         ([*MODEL, "--length_penalty", "1e308"], "length_penalty is 1e\\+308; set --length_penalty from -100 to 100"),
         ([*MODEL, "--dataloader_persistent_workers", "true"], "dataloader_persistent_workers needs workers"),
     ],
@@ -223,9 +212,7 @@ def test_the_resolved_recipe_is_a_recipe_of_the_same_run(recipe, tmp_path):
     written = resolved_recipe(*first)
     again = parse_arguments([recipe(written), "--output_dir", str(tmp_path)])
     assert resolved_recipe(*again) == written
-    assert written["num_beams"] == 4
-    assert written["dataloader_num_workers"] == 2
-    assert written["seed"] == 42
+    assert {"num_beams": 4, "dataloader_num_workers": 2, "seed": 42}.items() <= written.items()
     assert written["package_versions"]["transformers"]
 
 
@@ -237,9 +224,8 @@ def test_the_resolved_recipe_holds_no_place_and_no_secret():
 
 def test_a_flag_makes_void_what_it_replaces(recipe):
     """Also with dashes, which the parser takes: the revision of one model means nothing for another."""
-    path = recipe(
-        {"model_name_or_path": "a/b", "model_revision": "0" * 40, "dataset_name": "c/d", "dataset_revision": "v1"}
-    )
+    model = {"model_name_or_path": "a/b", "model_revision": "0" * 40}
+    path = recipe(model | {"dataset_name": "c/d", "dataset_revision": "v1"})
     for flag in ("--model_name_or_path", "--model-name-or-path"):
         model_args, data_args, _ = parse_arguments([path, flag, "e/f"])
         assert (model_args.model_name_or_path, model_args.model_revision) == ("e/f", "main")

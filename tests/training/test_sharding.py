@@ -1,5 +1,6 @@
 """Several processes see the batches that one process sees, each row once, and end with the same losses and scores."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -12,11 +13,13 @@ import torch
 from helpers import (
     ROOT,
     flags,
+    losses,
     make_rows,
     outcome,
     read_json,
     read_lines,
     run,
+    run_ranks,
     score_flags,
     signal_when,
     start_ranks,
@@ -34,15 +37,11 @@ LAUNCHERS = {
 }  # fmt: skip
 
 
-def launch(number: int, arguments: list[str], script="run_captioning.py", **environment) -> tuple[list, list[str]]:
-    """Run the script in several processes; return the exit status and the standard error of each."""
-    ranks = start_ranks(number, [script, *arguments], **environment)
-    try:
-        errors = [rank.communicate(timeout=200)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.send_signal(signal.SIGKILL)
-    return [rank.returncode for rank in ranks], errors
+def launch(launcher: str, number: int, arguments: list, script="run_captioning.py", **environment: str):
+    """Run a script by one of the commands that start several processes."""
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], str(number), script, *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -98,11 +97,6 @@ def alone(config_file, odd_folder, tmp_path_factory):
     return folder
 
 
-def losses(folder: Path) -> list[float]:
-    return [entry["loss"] for entry in read_json(folder / "trainer_state.json")["log_history"][:-1]
-            if "loss" in entry]  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("number", "launcher", "options"),
     [
@@ -120,12 +114,10 @@ def test_training_in_several_processes_is_that_of_one(
     folder = tmp_path / "run"
     arguments = flags(config_file, odd_folder, folder, **TRAINING | sizes | options)
     if launcher:
-        words = [sys.executable, "-m", *LAUNCHERS[launcher], str(number), "run_captioning.py", *arguments]
-        result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        result = launch(launcher, number, arguments)
         assert result.returncode == 0, result.stderr
     else:
-        statuses, errors = launch(number, arguments)
-        assert not any(statuses), errors
+        run_ranks(number, arguments)
     found, expected = losses(folder), losses(alone)
     assert len(found) == len(expected) == 8
     np.testing.assert_allclose(found, expected, rtol=1e-5)
@@ -141,14 +133,13 @@ def test_training_in_several_processes_is_that_of_one(
     assert read_json(folder / "recipe.json")["hardware"]["processes"] == number
 
 
-@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize("number", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_scores_of_a_model_are_the_same_in_every_digit(odd_folder, alone, tmp_path, number):
     one, several = tmp_path / "one", tmp_path / "several"
     options = {"num_beams": 2, "neighbor_samples": 6}
     sized = {"per_device_eval_batch_size": 6}, {"per_device_eval_batch_size": 6 // number}
     run(score_flags(alone, odd_folder, one, **options | sized[0]))
-    statuses, errors = launch(number, score_flags(alone, odd_folder, several, **options | sized[1]))
-    assert not any(statuses), errors
+    run_ranks(number, score_flags(alone, odd_folder, several, **options | sized[1]))
     for name in ("scores.json", "predictions/validation.jsonl", "predictions/test.jsonl"):
         assert (one / name).read_text() == (several / name).read_text(), name
     found, expected = (read_json(path / "all_results.json") for path in (several, one))
@@ -157,15 +148,14 @@ def test_scores_of_a_model_are_the_same_in_every_digit(odd_folder, alone, tmp_pa
 
 def test_a_run_of_two_processes_resumes_to_the_same_weights(config_file, odd_folder, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    options = TRAINING | {"per_device_train_batch_size": 3, "num_beams": 1, "report_to": "none"}
-    assert launch(2, flags(config_file, odd_folder, whole, **options))[0] == [0, 0]
+    options = TRAINING | {"per_device_train_batch_size": 3, "num_beams": 1}
+    run_ranks(2, flags(config_file, odd_folder, whole, **options))
     arguments = flags(config_file, odd_folder, killed, **options)
-    ranks = start_ranks(2, ["run_captioning.py", *arguments])
+    ranks = start_ranks(2, arguments)
     signal_when(lambda: any(killed.glob("checkpoint-*/trainer_state.json")), signal.SIGKILL, *ranks)
     assert [rank.wait() for rank in ranks] == [-signal.SIGKILL] * 2
     assert not (killed / "all_results.json").exists(), "the run ended before it could be killed"
-    statuses, errors = launch(2, [*arguments, "--resume_from_checkpoint", "true"])
-    assert statuses == [0, 0], errors
+    errors = run_ranks(2, [*arguments, "--resume_from_checkpoint", "true"])
     assert "Resuming from" in errors[0]
     assert outcome(killed) == outcome(whole)
 
@@ -173,34 +163,45 @@ def test_a_run_of_two_processes_resumes_to_the_same_weights(config_file, odd_fol
 # --- Failures -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fails", [0, 1])
-def test_no_process_hangs_when_another_fails(config_file, odd_folder, tmp_path, fails):
+@pytest.fixture
+def failing(config_file, odd_folder, tmp_path) -> list:
+    """The words of a run in which the process whose rank is `FAILS` fails in the second step."""
     script = tmp_path / "fails.py"
-    script.write_text(
-        "import os, sys, run_captioning\n"
-        "from captioning.command_line import exit_on_user_error\n"
-        "from captioning.errors import UserError\n"
-        "from captioning.training.trainer import CaptioningTrainer\n"
-        "step = CaptioningTrainer.training_step\n"
-        "def fail(self, *arguments):\n"
-        "    if self.state.global_step == 1 and os.environ['RANK'] == os.environ['FAILS']:\n"
-        "        raise UserError('this one fails')\n"
-        "    return step(self, *arguments)\n"
-        "CaptioningTrainer.training_step = fail\n"
-        "exit_on_user_error(run_captioning.main)\n"
-    )
-    began = time.monotonic()
-    arguments = flags(config_file, odd_folder, tmp_path / "run", **TRAINING)
-    statuses, errors = launch(2, arguments, script=str(script), FAILS=str(fails))
-    assert statuses == [2, 2]
+    script.write_text("""
+import os, run_captioning
+from captioning.command_line import exit_on_user_error
+from captioning.errors import UserError
+from captioning.training.trainer import CaptioningTrainer
+step = CaptioningTrainer.training_step
+def fail(self, *arguments):
+    if self.state.global_step == 1 and os.environ["RANK"] == os.environ["FAILS"]:
+        raise UserError("this one fails")
+    return step(self, *arguments)
+CaptioningTrainer.training_step = fail
+exit_on_user_error(run_captioning.main)
+""")
+    return [str(script), *flags(config_file, odd_folder, tmp_path / "run", **TRAINING)]
+
+
+@pytest.mark.parametrize("fails", [0, 1])
+def test_no_process_hangs_when_another_fails(failing, fails):
+    (script, *arguments), began = failing, time.monotonic()
+    errors = run_ranks(2, arguments, code=2, script=script, FAILS=str(fails))
     assert time.monotonic() - began < 120
     assert "error: this one fails" in errors[0] if fails == 0 else "error (process 1): this one fails" in errors[1]
     assert "another process of the run has ended: its error is above" in errors[1 - fails]
 
 
+@pytest.mark.slow
+def test_torchrun_ends_when_one_of_its_processes_fails(failing):
+    script, *arguments = failing
+    result = launch("torchrun", 2, arguments, script, FAILS="1")
+    assert result.returncode == 1
+    assert "error (process 1): this one fails" in result.stderr
+
+
 def test_the_first_process_alone_reports_a_mistake(config_file, tmp_path):
-    statuses, errors = launch(2, flags(config_file, tmp_path / "nothing", tmp_path / "run"))
-    assert statuses == [2, 2]
+    errors = run_ranks(2, flags(config_file, tmp_path / "nothing", tmp_path / "run"), code=2)
     lines = [line for text in errors for line in text.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert "does not exist" in lines[0]
