@@ -63,10 +63,47 @@ class EndsLikeRealCaptions(LogitsProcessor):
 
 def main(arguments) -> bool:
     captioner = build_captioner(arguments)
-    model = captioner.model
     decoding = DECODING if not arguments.quick else DECODING | {"max_new_tokens": 16}
     batch_size = arguments.batch_size or (16 if arguments.device == "cpu" else 64)
-    batch = make_batch(model, batch_size)
+    batch = make_batch(captioner.model, batch_size)
+    ours = make_trainer(captioner, decoding, batch_size, arguments)
+    rates = [matrix_rate(arguments)]
+    seconds, same = against_stock(ours, decoding, batch, arguments)
+    rates.append(matrix_rate(arguments))
+    flops, rate = count_flops(ours, batch), max(rates)
+    parts = time_parts(captioner, batch, ours.generation_config, arguments)
+    ending, ending_same = captions_that_end(captioner, batch, ours.generation_config, arguments)
+    captioner.adapt(fast=True)
+    split = time_split(ours, split_of(batch, 2 * batch_size), arguments)
+    sizes = (2, 4) if arguments.quick else (4, 8, 16, 32)
+    linear = {number: time_and_memory(ours, captioner.model, number, arguments) for number in sizes}
+
+    ratio = {"ratio": seconds["stock"] / seconds["ours"], "target": TARGET}
+    rows = [
+        {"what": f"ours, {batch_size} images, seconds", "value": f"{seconds['ours']:.2f}"},
+        {"what": "stock Seq2SeqTrainer", "value": f"{seconds['stock']:.2f}"} | ratio,
+        {"what": f"the limit: matrix products at {rate / 1e9:.0f} GFLOP/s", "value": f"{flops / rate:.2f}"},
+        {"what": "  at the limit, stock would be slower by", "value": f"{seconds['stock'] * rate / flops:.2f}x"},
+        {"what": "tokens are those of stock", "value": str(same)},
+        *({"what": f"ours: {name}", "value": f"{value:.2f}"} for name, value in parts.items()),
+        {"what": "decoding of captions that end, ours", "value": f"{ending['ours']:.2f}"},
+        {"what": "  stock", "value": f"{ending['stock']:.2f}"},
+        {"what": "  stock is slower by", "value": f"{ending['stock'] / ending['ours']:.2f}x"},
+        {"what": "  tokens are those of stock", "value": str(ending_same)},
+        {"what": "split and its image features, now", "value": f"{split['now']:.2f}"},
+        {"what": "  with its images encoded again", "value": f"{split['again']:.2f}"},
+        {"what": "  that is slower by", "value": f"{split['again'] / split['now']:.2f}x"},
+    ]
+    rows += [
+        {"what": f"ours, {number:>2} images: seconds an image; MiB held after it", "value": f"{each:.3f} {kept:.0f}"}
+        for number, (each, kept) in linear.items()
+    ]
+    figures = {"seconds": seconds, "parts": parts, "split": split, "matrix_rate": rate, "flops": flops}
+    return report(arguments, "Evaluation", rows, **figures) and same and ending_same
+
+
+def make_trainer(captioner, decoding: dict[str, int], batch_size: int, arguments) -> CaptioningTrainer:
+    """Return our trainer, which is not trained."""
     with tempfile.TemporaryDirectory() as folder:
         args = CaptioningArguments(
             output_dir=folder,
@@ -81,75 +118,31 @@ def main(arguments) -> bool:
             disable_tqdm=True,
             **decoding,
         )
-    ours = CaptioningTrainer(
-        captioner=captioner,
-        args=args,
-        generation_config=args.decoding(),
-        data_collator=CaptioningCollator(captioner),
-    )
-    stock = StockTrainer(model=model, args=args, processing_class=captioner.tokenizer)
+    collate = CaptioningCollator(captioner)
+    return CaptioningTrainer(captioner=captioner, args=args, generation_config=args.decoding(), data_collator=collate)
+
+
+def against_stock(ours, decoding: dict[str, int], batch, arguments) -> tuple[dict[str, float], bool]:
+    """Return the seconds of an evaluation of the batch by ours and stock, and whether their tokens agree."""
+    stock = StockTrainer(model=ours.model, args=ours.args, processing_class=ours.captioner.tokenizer)
     found = {}
 
     def evaluate(trainer, fast, **settings) -> None:
-        captioner.adapt(fast=fast)
-        _, outputs, _ = trainer.prediction_step(model, dict(batch), False, **settings)
-        found[trainer] = outputs
+        ours.captioner.adapt(fast=fast)
+        _, found[trainer], _ = trainer.prediction_step(ours.model, dict(batch), False, **settings)
 
-    rate = matrix_rate(arguments)
-    seconds = alternate(
-        {
-            "ours": lambda: evaluate(ours, fast=True),
-            "stock": lambda: evaluate(stock, fast=False, **decoding),
-        },
-        1 if arguments.quick else arguments.rounds,
-        arguments.device,
-    )
-    rate = max(rate, matrix_rate(arguments))
+    steps = {"ours": lambda: evaluate(ours, True), "stock": lambda: evaluate(stock, False, **decoding)}
+    seconds = alternate(steps, 1 if arguments.quick else arguments.rounds, arguments.device)
     tokens = torch.nn.functional.pad(found[ours][2], (1, 0), value=START)
-    same = torch.equal(tokens, found[stock])
-    captioner.adapt(fast=True)
-    with plain_weights(), FlopCounterMode(display=False) as counter:
-        ours.prediction_step(model, dict(batch), False)
-    flops = counter.get_total_flops() + attention_flops(model, batch_size)
+    return seconds, torch.equal(tokens, found[stock])
 
-    rows = [
-        {"what": f"ours, {batch_size} images, seconds", "value": f"{seconds['ours']:.2f}"},
-        {
-            "what": "stock Seq2SeqTrainer",
-            "value": f"{seconds['stock']:.2f}",
-            "ratio": seconds["stock"] / seconds["ours"],
-            "target": TARGET,
-        },
-        {"what": f"the limit: matrix products at {rate / 1e9:.0f} GFLOP/s", "value": f"{flops / rate:.2f}"},
-        {"what": "  at the limit, stock would be slower by", "value": f"{seconds['stock'] * rate / flops:.2f}x"},
-        {"what": "tokens are those of stock", "value": str(same)},
-    ]
-    parts = time_parts(captioner, batch, args.decoding(), arguments)
-    rows += [{"what": f"ours: {name}", "value": f"{value:.2f}"} for name, value in parts.items()]
-    ending, ending_same = captions_that_end(captioner, batch, args.decoding(), arguments)
-    rows += [
-        {"what": "decoding of captions that end, ours", "value": f"{ending['ours']:.2f}"},
-        {"what": "  stock", "value": f"{ending['stock']:.2f}"},
-        {"what": "  stock is slower by", "value": f"{ending['stock'] / ending['ours']:.2f}x"},
-        {"what": "  tokens are those of stock", "value": str(ending_same)},
-    ]
-    captioner.adapt(fast=True)
-    split = time_split(ours, split_of(batch, 2 * batch_size), arguments)
-    rows += [
-        {"what": "split and its image features, now", "value": f"{split['now']:.2f}"},
-        {"what": "  with its images encoded again", "value": f"{split['again']:.2f}"},
-        {"what": "  that is slower by", "value": f"{split['again'] / split['now']:.2f}x"},
-    ]
-    sizes = (2, 4) if arguments.quick else (4, 8, 16, 32)
-    linear = {number: time_and_memory(ours, model, number, arguments) for number in sizes}
-    rows += [
-        {"what": f"ours, {number:>2} images: seconds an image; MiB held after it", "value": f"{each:.3f} {kept:.0f}"}
-        for number, (each, kept) in linear.items()
-    ]
-    reached = report(
-        arguments, "Evaluation", rows, seconds=seconds, parts=parts, split=split, matrix_rate=rate, flops=flops
-    )
-    return reached and same and ending_same
+
+def count_flops(ours, batch) -> int:
+    """Return the products of our evaluation of the batch."""
+    ours.captioner.adapt(fast=True)
+    with plain_weights(), FlopCounterMode(display=False) as counter:
+        ours.prediction_step(ours.model, dict(batch), False)
+    return counter.get_total_flops() + attention_flops(ours.model, len(batch["labels"]))
 
 
 def time_parts(captioner, batch, config: GenerationConfig, arguments) -> dict[str, float]:

@@ -14,7 +14,7 @@ import torch
 from measure import alternate, autocast, build_model, make_batch, matrix_rate, parser, report
 from torch.utils.flop_counter import FlopCounterMode
 
-from captioning.models.fast_blip.modules import use_fast_blip, use_stock_blip
+from captioning.models.fast_blip.modules import use_fast_blip
 
 
 TARGETS = {  # the matrix rate: a share of the best measured
@@ -30,8 +30,8 @@ def main(arguments) -> bool:
     batches = {"dynamic": make_batch(model, batch_size), "padded": make_batch(model, batch_size, PADDED_TO)}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
 
-    def step(switch, batch) -> None:
-        switch(model)
+    def step(fast, batch) -> None:
+        use_fast_blip(model, fast)
         with autocast(arguments):
             loss = model(**batches[batch], use_cache=False).loss
         loss.backward()
@@ -40,14 +40,14 @@ def main(arguments) -> bool:
         optimizer.zero_grad()
 
     with FlopCounterMode(display=False) as counter:
-        step(use_fast_blip, "dynamic")
+        step(True, "dynamic")
     flops = counter.get_total_flops() + attention_flops(model, batch_size, arguments)
     rates = [matrix_rate(arguments)]
     seconds = alternate(
         {
-            "ours": lambda: step(use_fast_blip, "dynamic"),
-            "stock": lambda: step(use_stock_blip, "dynamic"),
-            "padded": lambda: step(use_stock_blip, "padded"),
+            "ours": lambda: step(True, "dynamic"),
+            "stock": lambda: step(False, "dynamic"),
+            "padded": lambda: step(False, "padded"),
         },
         1 if arguments.quick else arguments.rounds,
         arguments.device,

@@ -19,7 +19,7 @@ from processes import ROOT, Process, server
 from safetensors.torch import load_file
 
 from captioning.data import phantoms
-from captioning.models.fast_blip.modules import use_stock_blip
+from captioning.models.fast_blip.modules import use_fast_blip
 from captioning.reporting.run_record import RunRecord
 
 
@@ -114,7 +114,7 @@ def phantom_rows(number: int, seed: int, split: str = "train") -> tuple[list[str
 
 def stock_copy(model):
     """Return a copy of `model` that computes as transformers ships it."""
-    return use_stock_blip(copy.deepcopy(model))
+    return use_fast_blip(copy.deepcopy(model), fast=False)
 
 
 # --- Runs of the script ---

@@ -32,13 +32,9 @@ def gradient(levels: int, dtype) -> np.ndarray:
 def test_batch_has_the_shapes_and_types_of_the_contract(collator, splits):
     rows = [splits["train"][i] for i in range(5)]
     batch = collator(rows)
-    longest = max(len(row["input_ids"]) for row in rows)
-    assert set(batch) == {"pixel_values", "input_ids", "attention_mask", "labels"}
-    assert batch["pixel_values"].shape == (5, 3, 32, 32)
-    assert batch["pixel_values"].dtype == torch.float32
-    for key in ("input_ids", "attention_mask", "labels"):
-        assert batch[key].shape == (5, longest)
-        assert batch[key].dtype == torch.int64
+    text = ((5, max(len(row["input_ids"]) for row in rows)), torch.int64)
+    expected = {"pixel_values": ((5, 3, 32, 32), torch.float32), "input_ids": text, "attention_mask": text}
+    assert {name: (tuple(t.shape), t.dtype) for name, t in batch.items()} == expected | {"labels": text}
 
 
 def test_captions_start_with_dec_and_neither_start_nor_prompt_nor_padding_are_targets(collator, captioner, splits):
@@ -86,18 +82,11 @@ def test_a_worker_gets_a_collator_without_weights_that_makes_the_same_batch(coll
         assert all(torch.equal(batch[name], expected[name]) for name in expected)
 
 
-def test_images_are_never_flipped(make_trainer, splits):
+def test_images_are_never_flipped(collator, splits):
     """T14: the COCO recipe flips; here left and right matter. Forty draws of a left-bright image stay left-bright."""
-    pixels = np.zeros((32, 32), np.uint8)
-    pixels[:, :12] = 255
-    image = encode(Image.fromarray(pixels), "PNG")
-    rows = splits["train"].remove_columns("image").select(range(10))
-    rows = rows.add_column("image", [image] * 10)
-    trainer = make_trainer(splits=splits | {"train": rows})
-    for _ in range(4):
-        for batch in trainer.get_train_dataloader():
-            halves = batch["pixel_values"].mean(dim=(1, 2))
-            assert (halves[:, :12].mean(1) > halves[:, 12:].mean(1) + 1).all()
+    image = encode(Image.fromarray(gradient(255, np.uint8)[:, ::-1].copy()), "PNG")
+    columns = collator([splits["train"][0] | {"image": image}] * 40)["pixel_values"].mean(dim=(1, 2))
+    assert (columns[:, :12].mean(1) > columns[:, 12:].mean(1) + 1).all()
 
 
 def test_an_image_that_breaks_after_the_check_is_named(collator, splits):
@@ -109,7 +98,7 @@ def test_an_image_that_breaks_after_the_check_is_named(collator, splits):
 # --- Images ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", [8, 10, 12, 16])
+@pytest.mark.parametrize("bits", [8, 10, 16])
 def test_sixteen_bit_images_keep_their_gray_values(bits):
     """T12: `convert("RGB")` clips mode I;16 to white. Scanners use 10 to 16 of the 16 bits."""
     file = encode(Image.fromarray(gradient(2**bits - 1, np.uint16)), "PNG")

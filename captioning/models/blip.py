@@ -16,26 +16,20 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    BlipConfig,
-    BlipForConditionalGeneration,
-    BlipProcessor,
-    GenerationConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import BlipConfig, BlipForConditionalGeneration, BlipProcessor, GenerationConfig
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from captioning.errors import UserError, as_user_error
 from captioning.models.captioner import IGNORE_INDEX, Batch, Captioner, CardFacts, sum_nll
 from captioning.models.fast_blip.decoding import (
+    CaptionDecoder,
     CrossAttention,
     can_decode,
-    caption_hidden_states,
     decode_captions,
     project_images,
 )
-from captioning.models.fast_blip.modules import has_shipped_layers, use_fast_blip, use_stock_blip
-from captioning.models.fast_blip.packed_weights import caption_layers, packed_weights
+from captioning.models.fast_blip.modules import has_shipped_layers, use_fast_blip
+from captioning.models.fast_blip.packed_weights import packed_weights
 from captioning.models.fast_blip.pixel_values import fast_pixel_values
 from captioning.models.tokenizer import add_blip_tokens, load_tokenizer, match_special_tokens, train_tokenizer
 
@@ -119,7 +113,7 @@ class BlipCaptioner(Captioner):
 
     @classmethod
     def from_pretrained(cls, name: str, revision: str | None = None) -> "BlipCaptioner":
-        """Load a captioning checkpoint and its processor, in float32: see `Captioner.from_pretrained`.
+        """See `Captioner.from_pretrained`.
 
         The image processor is the PIL one whatever is installed: torchvision resizes to other pixels, which gives
         other scores (T11).
@@ -131,11 +125,11 @@ class BlipCaptioner(Captioner):
                 name, revision=revision, dtype=torch.float32, output_loading_info=True
             )
             image_processor = BlipImageProcessorPil.from_pretrained(name, revision=revision)
-        side = model.config.vision_config.image_size
-        if image_processor.size != {"height": side, "width": side}:
+        side, of_processor = model.config.vision_config.image_size, image_processor.size
+        if of_processor != {"height": side, "width": side}:
             # The position embedding decides: the model cannot take images of another size
             logger.warning(
-                "The processor of '%s' is for %s; images are resized to %d pixels", name, image_processor.size, side
+                "The processor of '%s' is for %s; images are resized to %d pixels", name, of_processor, side
             )
             image_processor.size = {"height": side, "width": side}
         tokenizer = load_tokenizer(name, revision)
@@ -156,16 +150,9 @@ class BlipCaptioner(Captioner):
     def from_config(
         cls, name: str, seed: int, tokenizer_name: str | None, captions: Iterable[str], vocab_size: int
     ) -> "BlipCaptioner":
-        """Build a BLIP with random weights from a `BlipConfig`: see `Captioner.from_config`.
-
-        Vocabulary size and special tokens come from the tokenizer.
-        """
+        """See `Captioner.from_config`; vocabulary size and special tokens come from the tokenizer."""
         tokenizer = load_tokenizer(tokenizer_name) if tokenizer_name else train_tokenizer(captions, vocab_size)
-        return cls.from_tokenizer(name, seed, add_blip_tokens(tokenizer))
-
-    @classmethod
-    def from_tokenizer(cls, name: str, seed: int, tokenizer: PreTrainedTokenizerBase) -> "BlipCaptioner":
-        """Build the same with a tokenizer at hand, which must hold `[DEC]` as its `bos_token`."""
+        add_blip_tokens(tokenizer)
         with as_user_error(f"config '{name}' cannot be loaded", "recipes/configs/ has examples"):
             if not BlipConfig.get_config_dict(name)[0].keys() & {"text_config", "vision_config"}:
                 # Stock would build what its defaults say
@@ -176,10 +163,9 @@ class BlipCaptioner(Captioner):
             # The default of BlipVisionConfig is 1e-10: harmless when weights are loaded, a dead encoder when not
             config.vision_config.initializer_range = config.initializer_range
         text = config.text_config
-        text.vocab_size = len(tokenizer)
-        text.bos_token_id = tokenizer.bos_token_id
-        text.pad_token_id = tokenizer.pad_token_id
-        text.sep_token_id = text.eos_token_id = tokenizer.sep_token_id
+        text.vocab_size, text.pad_token_id = len(tokenizer), tokenizer.pad_token_id
+        text.bos_token_id, text.sep_token_id = tokenizer.bos_token_id, tokenizer.sep_token_id
+        text.eos_token_id = text.sep_token_id
         torch.manual_seed(seed)
         with as_user_error(f"config '{name}' builds no model", "recipes/configs/ has examples"):
             model = BlipForConditionalGeneration(config).eval()  # as `from_pretrained` leaves it
@@ -195,7 +181,7 @@ class BlipCaptioner(Captioner):
         freeze_vision_model: bool = False,
         fast: bool = True,
     ) -> None:
-        """Adapt the model to a run, in place: see `Captioner.adapt`."""
+        """See `Captioner.adapt`."""
         if image_size:
             self._resize_images(image_size)
         if label_smoothing is not None:
@@ -204,7 +190,7 @@ class BlipCaptioner(Captioner):
         if freeze_vision_model:
             self.model.vision_model.requires_grad_(False)
         self.fast = fast
-        (use_fast_blip if fast else use_stock_blip)(self.model)
+        use_fast_blip(self.model, fast)
 
     def _resize_images(self, image_size: int) -> None:
         """Make model and processor take square images of another side in pixels.
@@ -220,34 +206,30 @@ class BlipCaptioner(Captioner):
             )
         embeddings = self.model.vision_model.embeddings
         num_patches = (image_size // vision.patch_size) ** 2
-        if num_patches != embeddings.num_patches:
-            tokens = torch.empty(1, 1 + num_patches, embeddings.embed_dim)  # only its shape is read
-            with torch.no_grad():
-                positions = embeddings.interpolate_pos_encoding(tokens, image_size, image_size)
-            embeddings.position_embedding = nn.Parameter(positions.detach().clone())
-            embeddings.num_patches, embeddings.num_positions = num_patches, 1 + num_patches
+        tokens = torch.empty(1, 1 + num_patches, embeddings.embed_dim)  # only its shape is read
+        with torch.no_grad():
+            positions = embeddings.interpolate_pos_encoding(tokens, image_size, image_size)
+        embeddings.position_embedding = nn.Parameter(positions)
+        embeddings.num_patches, embeddings.num_positions = num_patches, 1 + num_patches
         embeddings.image_size = vision.image_size = image_size
         self.processor.image_processor.size = {"height": image_size, "width": image_size}
 
     def check_lengths(self, max_caption_length: int, max_new_tokens: int) -> None:
-        """Check that captions fit into the position embeddings of the text decoder; raise UserError if not."""
-        positions = self.config.text_config.max_position_embeddings
+        """See `Captioner.check_lengths`."""
+        positions, start = self.config.text_config.max_position_embeddings, len(self.prompt_row)
         if max_caption_length > positions:
             raise UserError(
                 f"max_caption_length {max_caption_length} exceeds the model's {positions} text positions; "
                 f"set --max_caption_length to {positions} or less"
             )
-        prompt_length = len(self.prompt_row)
-        if prompt_length + max_new_tokens > positions:
-            room = positions - prompt_length
-            mend = f"set --max_new_tokens to {room} or less" if room > 0 else "shorten --prompt"
+        if start + max_new_tokens > positions:
             raise UserError(
-                f"max_new_tokens {max_new_tokens} after {prompt_length} start and prompt tokens exceeds the model's "
-                f"{positions} text positions; {mend}"
+                f"max_new_tokens {max_new_tokens} after {start} start and prompt tokens exceeds the model's "
+                f"{positions} text positions; set --max_new_tokens to {positions - start} or less or shorten --prompt"
             )
 
     def set_generation_config(self, config: GenerationConfig) -> None:
-        """Write the decode settings into `generation_config.json`, and into the text config as far as possible.
+        """See `Captioner.set_generation_config`: they go into the text config as far as possible.
 
         Stock BLIP generates by its text decoder, whose own settings are made from the text config when the model is
         loaded (T7). Loading drops `num_beams` and other old generation parameters from a config (transformers 5.23.0,
@@ -266,7 +248,7 @@ class BlipCaptioner(Captioner):
 
     @classmethod
     def plain_generate_suffices(cls, config: GenerationConfig) -> bool:
-        """Tell whether `set_generation_config` makes plain `generate` of the saved model decode by these settings."""
+        """See `Captioner.plain_generate_suffices` and `set_generation_config`."""
         return config.num_beams == 1 and not config.no_repeat_ngram_size
 
     def _with_special_tokens(self, config: GenerationConfig) -> GenerationConfig:
@@ -291,7 +273,7 @@ class BlipCaptioner(Captioner):
         return self.tokenizer.sep_token_id
 
     def tokenize(self, captions: Sequence[str], max_length: int) -> tuple[list[list[int]], list[bool]]:
-        """Turn captions into rows: `prompt_row`, the caption, `[SEP]`; see `Captioner.tokenize`."""
+        """See `Captioner.tokenize`; the end token is `[SEP]`."""
         start = self.prompt_row
         room = max_length - len(start) - 1
         if room < 1:
@@ -311,15 +293,11 @@ class BlipCaptioner(Captioner):
         """
         tokens = [torch.tensor(row) for row in rows]
         input_ids = pad_sequence(tokens, batch_first=True, padding_value=self.tokenizer.pad_token_id)
-        attention_mask = pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True)
-        labels = input_ids.masked_fill(attention_mask == 0, IGNORE_INDEX)
+        labels = pad_sequence(tokens, batch_first=True, padding_value=IGNORE_INDEX)
+        attention_mask = (labels != IGNORE_INDEX).long()
         labels[:, : len(self.prompt_row)] = IGNORE_INDEX
-        return {
-            "pixel_values": self.pixel_values(images),
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "labels": labels,
-        }
+        texts = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        return {"pixel_values": self.pixel_values(images)} | texts
 
     def pixel_values(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Resize and normalize images into float32 `[B, 3, H, W]`: the values of the image processor."""
@@ -330,8 +308,8 @@ class BlipCaptioner(Captioner):
     # --- Evaluation -------------------------------------------------------------------------------------------
 
     def evaluation(self) -> AbstractContextManager[None]:
-        """Lay out the weights that the tokens of captions pass, on a CPU, once for scoring and generation."""
-        return packed_weights(caption_layers(self.model.text_decoder)) if self._decodes_fast else nullcontext()
+        """Lay out the weights that captions pass, on a CPU, once for scoring and generation."""
+        return packed_weights(self.model.text_decoder) if self._decodes_fast else nullcontext()
 
     @property
     def _decodes_fast(self) -> bool:
@@ -350,11 +328,10 @@ class BlipCaptioner(Captioner):
         pixel_values = batch["pixel_values"]
         in_parts = self.fast and pixel_values.is_cpu and not torch.is_grad_enabled()
         parts = pixel_values.split(CPU_IMAGES if in_parts else len(pixel_values))
-        embeds = [self.model.vision_model(pixel_values=part).last_hidden_state for part in parts]
-        return EncodedImages(torch.cat(embeds) if len(embeds) > 1 else embeds[0])
+        return EncodedImages(torch.cat([self.model.vision_model(pixel_values=p).last_hidden_state for p in parts]))
 
     def caption_nll(self, encoded: EncodedImages, batch: Batch) -> torch.Tensor:
-        """Return the negative log-likelihood of each caption, float64 `[B]`, in nats; padding is on the right.
+        """See `Captioner.caption_nll`; padding is on the right.
 
         The fast path on a CPU takes one caption at a time, without padding. That is as fast, and then the loss of a
         caption does not depend, in any digit, on the others in its batch: on the batch size or number of processes.
@@ -366,15 +343,15 @@ class BlipCaptioner(Captioner):
             inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
             logits = decoder(**inputs, encoder_hidden_states=encoded.image_embeds, use_cache=False).logits
             logits = logits[:, :-1][predicts]
-        elif not input_ids.is_cpu:
-            logits = decoder.cls(caption_hidden_states(decoder, cross_attention, input_ids)[:, :-1][predicts])
         else:
-            parts = []
-            for row, length in enumerate(batch["attention_mask"].sum(dim=1).clamp(min=1).tolist()):
-                image = [(keys[row : row + 1], values[row : row + 1]) for keys, values in cross_attention]
-                hidden = caption_hidden_states(decoder, image, input_ids[row : row + 1, :length])
-                parts.append(decoder.cls(hidden[0, :-1][predicts[row, : length - 1]]))
-            logits = torch.cat(parts)
+            logits, step = [], 1 if labels.is_cpu else len(labels)
+            for row in range(0, len(labels), step):
+                rows = slice(row, row + step)
+                length = int(batch["attention_mask"][rows].sum(dim=1).max())
+                images = [(keys[rows], values[rows]) for keys, values in cross_attention]
+                hidden = CaptionDecoder(decoder, images, length).read(input_ids[rows, :length])
+                logits.append(decoder.cls(hidden[:, :-1][predicts[rows, : length - 1]]))
+            logits = torch.cat(logits)
         return sum_nll(logits, labels, F.pad(predicts, (1, 0)))
 
     @torch.no_grad()
@@ -395,10 +372,9 @@ class BlipCaptioner(Captioner):
         else:
             mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
             images = {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
-        generated = self.model.text_decoder.generate(
-            input_ids=input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config, **images
-        )
-        return generated[:, len(self.prompt_row) :]
+        start = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+        generated = self.model.text_decoder.generate(**start, **images, generation_config=config)
+        return generated[:, input_ids.shape[1] :]
 
     def image_features(self, encoded: EncodedImages) -> torch.Tensor:
         """Return the mean of the patch embeddings of each image, float32 `[B, D]`.
@@ -428,14 +404,9 @@ class BlipCaptioner(Captioner):
         """
         start = torch.tensor(self.prompt_row, device=tokens.device)
         input_ids = torch.cat([start, tokens])[None, :-1]
-        outputs = self.model.text_decoder(
-            input_ids=input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            encoder_hidden_states=encoded.image_embeds,
-            use_cache=False,
-            output_attentions=True,
-        )
-        attention = torch.stack(outputs.cross_attentions).float().mean(dim=(0, 2))[0]
+        inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "use_cache": False}
+        inputs |= {"encoder_hidden_states": encoded.image_embeds, "output_attentions": True}
+        attention = torch.stack(self.model.text_decoder(**inputs).cross_attentions).float().mean(dim=(0, 2))[0]
         side = math.isqrt(attention.shape[-1] - 1)
         # The position before a token is the one that wrote it
         return attention[len(start) - 1 :, 1:].unflatten(-1, (side, side))
@@ -443,11 +414,11 @@ class BlipCaptioner(Captioner):
 
 def _check_size(config: BlipConfig, name: str) -> None:
     """Raise UserError if a config describes more than `MAX_PARAMETERS`, before any of them is allocated."""
-    for part in (config.text_config, config.vision_config):
+    text, vision = config.text_config, config.vision_config
+    words, patches = text.vocab_size + text.max_position_embeddings, (vision.image_size // vision.patch_size) ** 2
+    for part, num_embeddings in ((text, words), (vision, patches)):
         layers, width, inner = int(part.num_hidden_layers), int(part.hidden_size), int(part.intermediate_size)
-        words = getattr(part, "vocab_size", 0) + getattr(part, "max_position_embeddings", 0)
-        patches = (getattr(part, "image_size", 0) // max(getattr(part, "patch_size", 1), 1)) ** 2
-        num_parameters = layers * width * (4 * width + 2 * inner) + width * (words + patches)
+        num_parameters = width * (layers * (4 * width + 2 * inner) + num_embeddings)
         if layers > MAX_LAYERS or num_parameters > MAX_PARAMETERS:
             raise UserError(
                 f"config of '{name}': {layers:,} layers of {width:,} are more than {MAX_LAYERS:,} layers or "

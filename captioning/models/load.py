@@ -12,30 +12,19 @@ from captioning.models.blip import BlipCaptioner
 from captioning.models.captioner import Captioner
 
 
-EXAMPLE_CHECKPOINT = "Salesforce/blip-image-captioning-base"
 CAPTIONERS: dict[str, type[Captioner]] = {"blip": BlipCaptioner}
 
 
 def captioner_class(model_type: str | None, name: str) -> type[Captioner]:
-    """Return the class for a `model_type`.
-
-    Raises:
-        UserError: there is none; the line names the model or config `name`.
-    """
+    """Return the class for the `model_type` of `name`; raise UserError if there is none."""
     if model_type not in CAPTIONERS:
-        known = ", ".join(CAPTIONERS)
-        raise UserError(
-            f"'{name}' is of model type {model_type}; supported: {known}; give one such as {EXAMPLE_CHECKPOINT}"
-        )
+        mend = f"supported: {', '.join(CAPTIONERS)}; give one such as Salesforce/blip-image-captioning-base"
+        raise UserError(f"'{name}' is of model type {model_type}; {mend}")
     return CAPTIONERS[model_type]
 
 
 def load_captioner(name: str, revision: str | None = None) -> Captioner:
-    """Load a checkpoint from the Hub or a folder, in float32.
-
-    Raises:
-        UserError: there is no such checkpoint, or its type is not supported.
-    """
+    """See `Captioner.from_pretrained`; an unsupported type is a `UserError`, too."""
     with as_user_error(f"model '{name}' cannot be loaded", "give the folder of a saved model or a Hub id"):
         model_type = PreTrainedConfig.get_config_dict(name, revision=revision)[0].get("model_type")
     return captioner_class(model_type, name).from_pretrained(name, revision)
@@ -44,15 +33,7 @@ def load_captioner(name: str, revision: str | None = None) -> Captioner:
 def build_captioner(
     config_name: str, seed: int, tokenizer_name: str | None, captions: Iterable[str], vocab_size: int
 ) -> Captioner:
-    """Build a model with random weights, in evaluation mode; see `Captioner.from_config`.
-
-    Args:
-        config_name: a JSON file, also relative to this project; a folder; or a Hub id.
-        seed: of the weights.
-        tokenizer_name: Hub id or folder; None trains one.
-        captions: what it is trained on.
-        vocab_size: entries that it has at most.
-    """
+    """See `Captioner.from_config`; `config_name` may also be a path relative to this project."""
     inside = PROJECT / config_name
     path = str(inside) if inside.exists() and not os.path.exists(config_name) else config_name
     with as_user_error(f"config '{config_name}' cannot be loaded", "recipes/configs/ has examples"):

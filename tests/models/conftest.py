@@ -9,9 +9,11 @@ from captioning.models.fast_blip.modules import use_fast_blip
 
 
 @pytest.fixture(scope="session")
-def build_model(tiny_captioner, config_file):
+def build_model(tiny_captioner, config_file, tmp_path_factory):
     """Return a function from a seed to a stock BLIP with random weights."""
-    return lambda seed: BlipCaptioner.from_tokenizer(str(config_file), seed, tiny_captioner.tokenizer).model
+    folder = str(tmp_path_factory.mktemp("tokenizer"))
+    tiny_captioner.tokenizer.save_pretrained(folder)
+    return lambda seed=0, config=config_file: BlipCaptioner.from_config(str(config), seed, folder, (), 0).model
 
 
 @pytest.fixture

@@ -40,22 +40,15 @@ def stock(images: list[Image.Image], processor: BlipImageProcessorPil) -> torch.
     return processor(images, return_tensors="pt")["pixel_values"]
 
 
-def outcome(function, *arguments) -> torch.Tensor | type[Exception]:
-    try:
-        return function(*arguments)
-    except Exception as error:
-        return type(error)
-
-
 def assert_same(images: list[Image.Image], processor: BlipImageProcessorPil) -> None:
     """The same values, or where stock raises the same class of error."""
-    expected, found = outcome(stock, images, processor), outcome(fast_pixel_values, images, processor)
-    if isinstance(expected, type):
-        assert found is expected
+    try:
+        expected = stock(images, processor)
+    except Exception as error:
+        with pytest.raises(type(error)):
+            fast_pixel_values(images, processor)
         return
-    assert found.shape == expected.shape
-    assert found.dtype == expected.dtype == torch.float32
-    assert torch.equal(found, expected), f"differ by up to {(found - expected).abs().max()}"
+    torch.testing.assert_close(fast_pixel_values(images, processor), expected, rtol=0, atol=0)
 
 
 @pytest.fixture
@@ -82,7 +75,7 @@ def test_values_are_those_of_stock_in_every_mode_and_size(mode):
     assert_same([random_image(seed, mode, size) for seed, size in enumerate(SIZES)], processor)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", [*range(8), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(8, 40))])
 def test_values_are_those_of_stock_for_any_size_and_setting(seed):
     rng = np.random.default_rng(seed)
     width, height, out_width, out_height = (int(side) for side in np.exp(rng.uniform(0, 6, 4)).astype(int) + 1)
@@ -113,8 +106,7 @@ def test_transparent_colors_are_laid_on_white_as_stock_does(mode, transparency):
     assert not torch.equal(fast_pixel_values([image], processor), fast_pixel_values([opaque], processor))
 
 
-@pytest.mark.parametrize("channel", range(3))
-@pytest.mark.parametrize("place", [(0, 0), (320, 259), (639, 518), (17, 500)])
+@pytest.mark.parametrize(("channel", "place"), [(0, (0, 0)), (1, (320, 259)), (2, (639, 518)), (0, (17, 500))])
 def test_one_colored_pixel_makes_a_color_image(channel, place, resized_modes):
     image = random_image(0, "L", (640, 519)).convert("RGB")
     pixel = list(image.getpixel(place))
@@ -155,7 +147,6 @@ def test_the_channels_of_gray_images_are_resized_once(resized_modes):
 )
 def test_other_settings_are_left_to_stock(settings):
     processor = BlipImageProcessorPil(**{"size": SMALL} | settings)
-    assert not pixel_values._does_the_same(processor)
     assert_same([random_image(seed, "RGB", (40, 30)) for seed in range(2)], processor)
 
 
@@ -184,20 +175,9 @@ def test_settings_are_read_at_each_call():
         assert before.shape != after.shape or not torch.equal(before, after)
 
 
-def test_what_is_not_a_list_of_pil_images_is_left_to_stock():
-    processor = BlipImageProcessorPil(size=SMALL)
-    assert_same([np.asarray(random_image(0, "RGB", (40, 30)))], processor)
-    assert_same([], processor)
-
-
-# --- Use ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "CMYK"])
 def test_images_are_not_changed(mode):
     image = random_image(0, mode, (40, 30))
     before = (image.tobytes(), image.mode, image.size, dict(image.info))
-    first = fast_pixel_values([image], BlipImageProcessorPil(size=SMALL))
+    fast_pixel_values([image], BlipImageProcessorPil(size=SMALL))
     assert (image.tobytes(), image.mode, image.size, dict(image.info)) == before
-    first.fill_(7)  # what a caller does to a batch is not seen in the next
-    assert_same([image], BlipImageProcessorPil(size=SMALL))

@@ -12,6 +12,8 @@ Tokens are chosen by stock's own code: its logits processors, its stopping crite
 ranked and finished. So a setting means the same in both.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch.nn import functional as F
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
@@ -49,17 +51,6 @@ def project_images(text_decoder: BlipTextLMHeadModel, image_embeds: torch.Tensor
     return projected
 
 
-def caption_hidden_states(
-    text_decoder: BlipTextLMHeadModel, cross_attention: CrossAttention, input_ids: torch.Tensor
-) -> torch.Tensor:
-    """Return the last hidden states `[B, L, D]` of captions `[B, L]`, padded on the right.
-
-    Padding needs no mask: attention is causal, so no token attends to what follows it.
-    """
-    visible = torch.ones(input_ids.shape[1], input_ids.shape[1], dtype=torch.bool, device=input_ids.device).tril()
-    return CaptionDecoder(text_decoder, cross_attention, input_ids.shape[1])(input_ids, 0, visible[None])
-
-
 class CaptionDecoder:
     """The text decoder with a cache of the keys and values of all tokens so far.
 
@@ -72,8 +63,7 @@ class CaptionDecoder:
     """
 
     def __init__(self, text_decoder: BlipTextLMHeadModel, cross_attention: CrossAttention, num_slots: int):
-        self.bert = text_decoder.bert
-        self.cross_attention = cross_attention
+        self.model, self.cross_attention = text_decoder, cross_attention
         # Keys and values [B, H, slots, d] of each layer. Not filled: on a CPU, slots never used then take no memory
         self.cache = [
             tuple(values.new_empty(*values.shape[:2], num_slots, values.shape[3]) for _ in range(2))
@@ -81,25 +71,30 @@ class CaptionDecoder:
         ]
         self.used = 0  # slots
 
-    def __call__(self, tokens: torch.Tensor, first_position: int, visible: torch.Tensor) -> torch.Tensor:
+    def read(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the last hidden states `[B, N, D]` of captions or prompts `[B, N]`, padded on the right.
+
+        Padding needs no mask: attention is causal, so no token attends to what follows it.
+        """
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        return self(tokens, positions, (positions <= positions[:, None])[None])
+
+    def __call__(self, tokens: torch.Tensor, positions: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         """Decode N more tokens of each image, which take the next N slots of the cache.
 
         Args:
             tokens: `[B, N]`: a prompt of N tokens, or the last token of each of N beams.
-            first_position: the position in its caption of the first token. A token that attends to the one before it
-                has the next position (prompt); tokens that do not see each other (beams) have the same.
+            positions: `[N]`, or one for all N, in their captions.
             visible: bool `[B or 1, N, slots]`, the slots that each token attends to, its own among them.
 
         Returns:
             The last hidden states `[B, N, D]`.
         """
         start, self.used = self.used, self.used + tokens.shape[1]
-        own = visible[0, :, start:]
-        positions = first_position + own.sum(dim=1) - 1
-        hidden = self.bert.embeddings(input_ids=tokens, position_ids=positions[None])
+        hidden = self.model.bert.embeddings(input_ids=tokens, position_ids=positions[None])
         mask = torch.zeros(visible.shape, dtype=hidden.dtype, device=hidden.device)
         mask = mask.masked_fill_(~visible, float("-inf"))[:, None]
-        for index, layer in enumerate(self.bert.encoder.layer):
+        for index, layer in enumerate(self.model.bert.encoder.layer):
             hidden = self._layer(layer, index, hidden, start, mask)
         return hidden
 
@@ -112,12 +107,9 @@ class CaptionDecoder:
             linear(hidden).unflatten(-1, heads).transpose(1, 2)
             for linear in (attention.query, attention.key, attention.value)
         )
-        keys, values = self.cache[index]
-        keys[:, :, start : self.used] = key
-        values[:, :, start : self.used] = value
-        context = F.scaled_dot_product_attention(
-            query, keys[:, :, : self.used], values[:, :, : self.used], attn_mask=mask
-        )
+        keys, values = (tensor[:, :, : self.used] for tensor in self.cache[index])
+        keys[:, :, start:], values[:, :, start:] = key, value
+        context = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
         hidden = layer.attention.output(context.transpose(1, 2).flatten(2), hidden)
 
         # One product for all beams of an image; for so few rows a fused kernel is not faster
@@ -156,93 +148,71 @@ def decode_captions(
     cross_attention: CrossAttention,
     **model_kwargs,
 ) -> torch.Tensor:
-    """Decode B images: the `custom_generate` of a call of `generate`, which has checked and completed the settings.
+    """Decode B images: the `custom_generate` of a call of `generate`, whose settings `can_decode` must accept.
 
-    Args:
-        model: the text decoder.
-        input_ids: `[B * num_beams, T]`, start and prompt tokens, the same in all rows of an image.
-        logits_processor: made by `generate`.
-        stopping_criteria: made by `generate`.
-        generation_config: settings that `can_decode` accepts.
-        cross_attention: from `project_images`; it is emptied, since its tensors are overwritten.
-        model_kwargs: not used.
+    `input_ids` `[B * num_beams, T]` are start and prompt tokens, the same in all rows of an image. `cross_attention`,
+    from `project_images`, is emptied, since its tensors are overwritten.
 
     Returns:
         int64 `[B * num_return_sequences, T + new tokens]`, as `generate` returns them.
-
-    Raises:
-        ValueError: `cross_attention` does not have as many images as `input_ids`.
     """
-    prompt = input_ids[:: generation_config.num_beams]
-    num_images = cross_attention[0][0].shape[0] if cross_attention else 0
-    if num_images != len(prompt):
-        raise ValueError(f"{len(prompt)} prompts for {num_images} images; call project_images before each call")
-    layers = list(cross_attention)
+    num_beams = generation_config.num_beams
+    prompt, layers = input_ids[::num_beams], list(cross_attention)
     cross_attention.clear()
-    new_tokens = generation_config.max_length - prompt.shape[1]
-    decoder = CaptionDecoder(model, layers, prompt.shape[1] + new_tokens * generation_config.num_beams)
-    search = _greedy_search if generation_config.num_beams == 1 else _beam_search
-    return search(model, decoder, prompt, logits_processor, stopping_criteria, generation_config)
-
-
-def _read_prompt(model: BlipTextLMHeadModel, decoder: CaptionDecoder, prompt: torch.Tensor) -> torch.Tensor:
-    """Return the logits `[B, V]` of the token after the prompt `[B, T]`, whose keys all beams share."""
     length = prompt.shape[1]
-    visible = torch.ones(1, length, length, dtype=torch.bool, device=prompt.device).tril()
-    return model.cls(decoder(prompt, 0, visible)[:, -1])
+    decoder = CaptionDecoder(model, layers, length + (generation_config.max_length - length) * num_beams)
+    logits = model.cls(decoder.read(prompt)[:, -1])
+    search = _greedy_search if num_beams == 1 else _beam_search
+    return search(decoder, prompt, logits, _Rules(logits_processor, stopping_criteria, generation_config))
 
 
-def _greedy_search(
-    model: BlipTextLMHeadModel,
-    decoder: CaptionDecoder,
-    prompt: torch.Tensor,
-    logits_processor: LogitsProcessorList,
-    stopping_criteria: StoppingCriteriaList,
-    config: GenerationConfig,
-) -> torch.Tensor:
-    """Take the most probable token each time, as `GenerationMixin._sample` does without sampling (5.23)."""
-    batch, length = prompt.shape
+class _Rules(NamedTuple):
+    """What `generate` made of its settings, and the settings."""
+
+    process: LogitsProcessorList
+    stop: StoppingCriteriaList
+    config: GenerationConfig
+
+
+def _greedy_search(decoder: CaptionDecoder, prompt: torch.Tensor, logits: torch.Tensor, rules: _Rules) -> torch.Tensor:
+    """Take the most probable token each time, as `GenerationMixin._sample` does without sampling (5.23).
+
+    `logits` `[B, V]` are those of the token after the prompt `[B, T]`.
+    """
+    (batch, length), config = prompt.shape, rules.config
     padding = config._pad_token_tensor if config._pad_token_tensor is not None else 0
     results = torch.full((batch, config.max_length), int(padding), device=prompt.device)
     results[:, :length] = prompt
     rows = torch.arange(batch, device=prompt.device)  # of `results` that are still decoded
-    logits = _read_prompt(model, decoder, prompt)
     visible = torch.ones(1, 1, length, dtype=torch.bool, device=prompt.device)
     while True:
-        sequences = results[rows, :length]
-        tokens = logits_processor(sequences, logits.float()).argmax(dim=-1)
+        tokens = rules.process(results[rows, :length], logits.float()).argmax(dim=-1)
         results[rows, length] = tokens
         length += 1
-        done = stopping_criteria(results[rows, :length], None)
+        done = rules.stop(results[rows, :length], None)
         if done.all():
             return results[:, :length]
         if done.any():
             index = decoder.keep(done)
             rows, tokens = rows[index], tokens[index]
         visible = F.pad(visible, (0, 1), value=True)
-        logits = model.cls(decoder(tokens[:, None], length - 1, visible)[:, 0])
+        position = torch.full((1,), length - 1, device=prompt.device)
+        logits = decoder.model.cls(decoder(tokens[:, None], position, visible)[:, 0])
 
 
-def _beam_search(
-    model: BlipTextLMHeadModel,
-    decoder: CaptionDecoder,
-    prompt: torch.Tensor,
-    logits_processor: LogitsProcessorList,
-    stopping_criteria: StoppingCriteriaList,
-    config: GenerationConfig,
-) -> torch.Tensor:
-    """Decode as `GenerationMixin._beam_search` does (transformers 5.23)."""
-    (batch, start), num_beams, num_results = prompt.shape, config.num_beams, config.num_return_sequences
-    beams = _Beams(model, prompt, stopping_criteria, config)
+def _beam_search(decoder: CaptionDecoder, prompt: torch.Tensor, logits: torch.Tensor, rules: _Rules) -> torch.Tensor:
+    """Decode as `GenerationMixin._beam_search` does (5.23); arguments as for `_greedy_search`."""
+    (batch, start), num_beams, num_results = prompt.shape, rules.config.num_beams, rules.config.num_return_sequences
+    beams = _Beams(decoder.model, prompt, rules)
     results = beams.finished[:, :num_results].clone()
     lengths = torch.zeros(batch, num_results, dtype=torch.int64, device=prompt.device)
     rows = torch.arange(batch, device=prompt.device)  # of `results` that are still decoded
     itself = torch.eye(num_beams, dtype=torch.bool, device=prompt.device)
     visible = torch.ones(batch, num_beams, start, dtype=torch.bool, device=prompt.device)
-    logits = _read_prompt(model, decoder, prompt)[:, None].expand(-1, num_beams, -1)
+    logits = logits[:, None].expand(-1, num_beams, -1)
     while True:
         log_probs = F.log_softmax(logits.flatten(0, 1).float(), dim=-1)
-        log_probs = logits_processor(beams.running[:, :, : beams.length].flatten(0, 1), log_probs)
+        log_probs = rules.process(beams.running[:, :, : beams.length].flatten(0, 1), log_probs)
         parent, done = beams.step(log_probs)
         if done.any():
             results[rows[done]] = beams.finished[done, :num_results]
@@ -254,7 +224,8 @@ def _beam_search(
             rows, parent, visible = rows[index], parent[index], visible[index]
         ancestors = visible.gather(1, parent[:, :, None].long().expand(-1, -1, visible.shape[2]))
         visible = torch.cat([ancestors, itself.expand(len(rows), -1, -1)], dim=2)
-        logits = model.cls(decoder(beams.running[:, :, beams.length - 1], beams.length - 1, visible))
+        position = torch.full((1,), beams.length - 1, device=prompt.device)
+        logits = decoder.model.cls(decoder(beams.running[:, :, beams.length - 1], position, visible))
 
 
 class _Beams:
@@ -269,14 +240,8 @@ class _Beams:
         length: tokens of the running beams.
     """
 
-    def __init__(
-        self,
-        model: BlipTextLMHeadModel,
-        prompt: torch.Tensor,
-        stopping_criteria: StoppingCriteriaList,
-        config: GenerationConfig,
-    ):
-        self.model, self.stopping_criteria, self.config = model, stopping_criteria, config
+    def __init__(self, model: BlipTextLMHeadModel, prompt: torch.Tensor, rules: _Rules):
+        self.model, self.rules, config = model, rules, rules.config
         (batch, self.start), num_beams, device = prompt.shape, config.num_beams, prompt.device
         self.length = self.start
         end_tokens = 0 if config._eos_token_tensor is None else len(config._eos_token_tensor)
@@ -301,7 +266,7 @@ class _Beams:
         Returns:
             Int `[B, num_beams]`, the beam that each running beam continues, and bool `[B]`, the finished images.
         """
-        model, config, num_images, length = self.model, self.config, len(self.running), self.length
+        model, config, num_images, length = self.model, self.rules.config, len(self.running), self.length
         num_beams, early_stopping = config.num_beams, config.early_stopping
         log_probs = log_probs.view(num_images, num_beams, -1) + self.scores[:, :, None]
         scores, sequences, parents = model._get_top_k_continuations(
@@ -315,7 +280,7 @@ class _Beams:
             num_beams=num_beams,
             batch_size=num_images,
         )
-        ends = self.stopping_criteria(sequences[:, :, : length + 1].flatten(0, 1), None).view(num_images, -1)
+        ends = self.rules.stop(sequences[:, :, : length + 1].flatten(0, 1), None).view(num_images, -1)
         candidates = {
             "topk_log_probs": scores,
             "topk_running_sequences": sequences,
@@ -324,7 +289,7 @@ class _Beams:
             "num_beams": num_beams,
         }
         self.running, self.scores, self.parents = model._get_running_beams_for_next_iteration(**candidates)
-        rules = {
+        settings = {
             "decoder_prompt_len": self.start,
             "length_penalty": config.length_penalty,
             "early_stopping": early_stopping,
@@ -338,7 +303,7 @@ class _Beams:
             top_num_beam_mask=torch.arange(self.num_candidates, device=ends.device) < num_beams,
             cur_len=length,
             **candidates,
-            **rules,
+            **settings,
         )
         parent = self.parents[:, :, length - self.start] % num_beams  # stock counts beams through the batch
         self.length += 1
@@ -348,7 +313,7 @@ class _Beams:
             is_sent_finished=self.is_finished,
             cur_len=self.length,
             max_length=config.max_length,
-            **rules,
+            **settings,
         )
         # Stock goes on until this holds for all images, but no longer changes those for which it does
         done = ~self.improvable[:, 0]

@@ -14,33 +14,18 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BlipForConditionalGeneration
 from transformers.activations import GELUActivation
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
+from transformers.models.blip import modeling_blip_text as blip_text
 from transformers.models.blip.modeling_blip import BlipAttention, BlipMLP
-from transformers.models.blip.modeling_blip_text import (
-    BlipTextAttention,
-    BlipTextEncoder,
-    BlipTextLayer,
-    BlipTextLMHeadModel,
-    BlipTextModel,
-    BlipTextSelfAttention,
-)
+from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel, BlipTextSelfAttention
 from transformers.utils import output_capturing
 
 from captioning.models.captioner import IGNORE_INDEX
 
 
-def use_fast_blip(model: BlipForConditionalGeneration) -> BlipForConditionalGeneration:
-    """Switch `model` to the fast classes, in place, and return it; `use_stock_blip` undoes it."""
-    return _swap_classes(model, {stock: fast for fast, stock in STOCK_CLASSES.items()})
-
-
-def use_stock_blip(model: BlipForConditionalGeneration) -> BlipForConditionalGeneration:
-    """Switch `model` back to the classes of transformers, in place, and return it."""
-    return _swap_classes(model, STOCK_CLASSES)
-
-
-def _swap_classes(model: nn.Module, classes: dict[type, type]) -> nn.Module:
-    # Only the code changes: hooks, devices and parameters stay. Classes that others gave a module (adapters, FSDP) are
-    # left alone
+def use_fast_blip(model: BlipForConditionalGeneration, fast: bool = True) -> BlipForConditionalGeneration:
+    """Switch `model` to the fast classes, or back to those of transformers, in place, and return it."""
+    classes = {stock: ours for ours, stock in STOCK_CLASSES.items()} if fast else STOCK_CLASSES
+    # Only the code changes: hooks, devices and parameters stay. Classes that others gave a module are left alone
     for module in model.modules():
         module.__class__ = classes.get(type(module), type(module))
     return model
@@ -74,8 +59,7 @@ class FastTextAttention(BlipTextSelfAttention):
         self, hidden_states: torch.Tensor, *args, encoder_hidden_states: torch.Tensor | None = None, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return what stock does for `hidden_states` `[B, L, D]`."""
-        masked_or_cached = any(kwargs.get(name) is not None for name in ("encoder_attention_mask", "past_key_values"))
-        if encoder_hidden_states is None or masked_or_cached or _weights_are_recorded():
+        if encoder_hidden_states is None or kwargs.get("past_key_values") is not None or _weights_are_recorded():
             return super().forward(hidden_states, *args, encoder_hidden_states=encoder_hidden_states, **kwargs)
         linears = {self.query: hidden_states, self.key: encoder_hidden_states, self.value: encoder_hidden_states}
         query, key, value = (
@@ -150,17 +134,10 @@ class FastTextDecoder(BlipTextLMHeadModel):
 def _asks_for_mean_loss(kwargs: dict[str, Any]) -> bool:
     """Tell whether a call of the text decoder asks for the mean loss of its `labels`, and for nothing unusual."""
     given = {name: value for name, value in kwargs.items() if value is not None}
-    usual = {"reduction": "mean", "logits_to_keep": 0}
-    tensors = {"input_ids", "attention_mask", "encoder_hidden_states", "labels"}
-    return (
-        {"input_ids", "labels"} <= given.keys() <= tensors | usual.keys() | {"use_cache"}
-        and given["input_ids"].shape == given["labels"].shape
-        and all(
-            isinstance(given[name], type(value)) and given[name] == value
-            for name, value in usual.items()
-            if name in given
-        )
-    )
+    logits_to_keep, reduction = given.pop("logits_to_keep", 0), given.pop("reduction", "mean")
+    usual = {"input_ids", "attention_mask", "encoder_hidden_states", "labels", "use_cache"}
+    everything = isinstance(logits_to_keep, int) and logits_to_keep == 0
+    return {"input_ids", "labels"} <= given.keys() <= usual and reduction == "mean" and everything
 
 
 STOCK_CLASSES = {
@@ -181,13 +158,13 @@ def has_shipped_layers(text_decoder: BlipTextLMHeadModel) -> bool:
     """
     bert = text_decoder.bert
     return (
-        _is(bert, BlipTextModel)
-        and _is(bert.encoder, BlipTextEncoder)
+        _is(bert, blip_text.BlipTextModel)
+        and _is(bert.encoder, blip_text.BlipTextEncoder)
         and all(
-            _is(layer, BlipTextLayer)
-            and _is(layer.attention, BlipTextAttention)
+            _is(layer, blip_text.BlipTextLayer)
+            and _is(layer.attention, blip_text.BlipTextAttention)
             and _is(layer.attention.self, FastTextAttention)
-            and _is(layer.crossattention, BlipTextAttention)
+            and _is(layer.crossattention, blip_text.BlipTextAttention)
             and _is(layer.crossattention.self, FastTextAttention)
             for layer in bert.encoder.layer
         )
