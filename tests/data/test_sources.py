@@ -14,6 +14,7 @@ from helpers import SHARED, make_png, make_rows
 from PIL import Image as PIL
 
 from captioning.__main__ import main
+from captioning.data import phantoms
 from captioning.data.checks import check_rows, usable
 from captioning.data.sources import dataset_commit, load_source
 from captioning.data.tokenize_captions import tokenize
@@ -139,7 +140,8 @@ def test_zenodo_captions_without_their_image_are_rejected(tmp_path, zipped):
     assert rejected(tmp_path) == [{"split": "test", "row": 2, "image_id": "ROCOv2_2023_test_000005", "reason": reason}]
 
 
-def test_phantoms_are_a_source():
+def test_phantoms_are_a_source(monkeypatch):
+    monkeypatch.setattr(phantoms, "SPLIT_SIZES", dict.fromkeys(phantoms.SPLIT_SIZES, 2))
     assert list(load_source("phantoms")) == ["train", "validation", "test"]
 
 
@@ -277,7 +279,7 @@ def test_tokens_are_those_of_the_tokenizer_and_long_captions_are_cut_but_end(che
         rows = tokenize(checked, captioner, max_length)["train"]
     for row in rows.select(range(6)):
         expected = captioner.tokenizer(row["caption"], truncation=True, max_length=max_length)["input_ids"]
-        assert row["input_ids"] == expected
+        assert row["input_ids"] == [captioner.tokenizer.bos_token_id, *expected[1:]]
     cut = sum(len(captioner.tokenizer(caption)["input_ids"]) > max_length for caption in rows["caption"])
     assert (f"train: {cut} of 24 captions are cut to {max_length} tokens" in caplog.text) == (max_length == 8)
 
@@ -285,7 +287,8 @@ def test_tokens_are_those_of_the_tokenizer_and_long_captions_are_cut_but_end(che
 def test_the_prompt_is_put_before_every_caption(checked, captioner):
     captioner.set_prompt("a picture of")
     row = tokenize(checked, captioner, 64)["train"][0]
-    assert row["input_ids"] == captioner.tokenizer(f"a picture of {row['caption']}")["input_ids"]
+    expected = captioner.tokenizer(f"a picture of {row['caption']}")["input_ids"]
+    assert row["input_ids"] == [captioner.tokenizer.bos_token_id, *expected[1:]]
     with pytest.raises(UserError, match="no room for a caption"):
         tokenize(checked, captioner, len(captioner.prompt_ids) + 2)
 
