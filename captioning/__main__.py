@@ -86,6 +86,8 @@ def _add_prepare(commands) -> None:
 def prepare(arguments: argparse.Namespace) -> None:
     """Load any source, leave out the rows that cannot be used and store the rest with `save_to_disk`."""
     folder = Path(arguments.folder)
+    if not 0 <= arguments.max_rejected_fraction <= 1:
+        raise UserError(f"max_rejected_fraction is {arguments.max_rejected_fraction}; set it from 0 to 1")
     if arguments.num_proc is not None and arguments.num_proc < 1:
         raise UserError(f"num_proc is {arguments.num_proc}; set --num_proc to 1 or more")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
