@@ -38,12 +38,9 @@ def test_an_origin_has_no_folder_of_the_machine(given, revision, origin):
     ],
 )
 def test_the_model_in_words(tmp_path, recipe, model):
+    decoding = "3 beams, at most 64 new tokens, length penalty 1"
     facts = make_record(tmp_path, [], **recipe).facts(4)
-    assert facts == {
-        "model": model,
-        "data": "the folder my-data",
-        "decoding": "3 beams, at most 64 new tokens, length penalty 1",
-    }
+    assert facts == {"model": model, "data": "the folder my-data", "decoding": decoding}
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,8 @@ METRICS = {"eval_loss": 1.5, "eval_rougeL": 0.25, "predict_loss": 1.25, "predict
 def test_both_splits_and_three_examples(tmp_path):
     references = ["Left lung — clear.", "A\nbreak\x1b[2J", "no", "fourth"]
     text = summary(METRICS, make_record(tmp_path, make_predictions(4, reference=references)))
-    lines = text.splitlines()
-    assert lines[0].split() == ["validation", "test"]
-    assert "rougeL                        0.2500      0.1250" in lines
+    assert text.split("\n")[0].split() == ["validation", "test"]
+    assert "rougeL                        0.2500      0.1250\n" in text
     assert text.count("reference ") == 3
     assert "Left lung — clear." in text and "A break [2J" in text
     assert "fourth" not in text
