@@ -53,6 +53,7 @@ class FastTextAttention(BlipTextSelfAttention):
     """Attention of the text decoder; its cross-attention over all patches of an image is fused likewise.
 
     Self-attention stays stock's: where a mask hides all that a token could see, fused kernels give other gradients.
+    So does cross-attention with a cache, in which stock keeps the projected images.
     """
 
     def forward(
@@ -115,7 +116,7 @@ class FastTextDecoder(BlipTextLMHeadModel):
 
         With a vocabulary of 30,524 the head and its loss cost as much as three layers; padding needs neither.
         """
-        if args or not _asks_for_mean_loss(kwargs):
+        if not _asks_for_mean_loss(kwargs):
             return super().forward(*args, **kwargs)
         targets = kwargs["labels"][:, 1:]
         is_target = targets != IGNORE_INDEX
