@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, SHARED, TINY_CONFIG, make_captions, make_rows, save_captioner, stock_copy
+from helpers import SHARED, TINY_CONFIG, make_captions, make_rows, save_captioner, stock_copy
+from processes import ROOT
 from transformers import (
     BlipConfig,
     BlipForConditionalGeneration,
