@@ -236,9 +236,10 @@ def test_an_image_is_projected_once_for_scoring_and_all_beams(captioner):
             linear.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape[:2]))
     config = GenerationConfig(num_beams=5, max_new_tokens=6)
     encoded = captioner.encode_images(batch)
-    captioner.caption_nll(encoded, batch)
+    nll = captioner.caption_nll(encoded, batch)
     captions = captioner.generate(encoded, config)
     assert shapes == [(3, 17)] * 2 * len(layers)
+    assert torch.equal(captioner.caption_nll(encoded, batch), nll)
     assert torch.equal(captioner.generate(encoded, config), captions), "the first call has changed the encoded images"
 
 
