@@ -1,7 +1,7 @@
 """Captions that were not written for the image: the baselines beside which a model's scores are read.
 
-A baseline is a system like any other: it gives one caption for each image, and is scored as the model is. On ROCOv2 a
-constant caption reaches a ROUGE-L of .165, more than a published fine-tune.
+A baseline is a system like any other: it gives one caption for each image, and is scored as the model is. On 10,437
+published captions a constant one reaches a ROUGE-L of .165, more than a fine-tune reports on ROCOv2.
 """
 
 from collections.abc import Sequence
