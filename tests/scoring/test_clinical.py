@@ -66,6 +66,7 @@ READ = {
         "kidney": "absence of the left kidney",
         "pneumothorax": "negative for pneumothorax.",
         "dislocation effusion fracture": "no fracture, dislocation, or joint effusion in the knee",
+        "effusion fracture": "no fracture, and effusion in the joint",
         "leakage stricture": "neither ureteral stricture nor a leakage",
         "tract": "The fistulous tract to the anorectum is not seen",
         "duct": "cystic duct could not be visualized",
