@@ -27,6 +27,7 @@ from captioning.hub.repository import PushCheckpoints, Repository, open_reposito
 from captioning.hub.revisions import pin_revision
 from captioning.models.captioner import Captioner
 from captioning.models.load import build_captioner, load_captioner
+from captioning.reporting.card_images import write_card_images
 from captioning.reporting.curves import draw_training_curve
 from captioning.reporting.model_card import write_model_card
 from captioning.reporting.publish import push, push_finished_run
@@ -81,6 +82,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     if trainer.is_world_process_zero():
         draw_training_curve(record)
+        write_card_images(trainer, record, splits.get(record.captioned))
         write_model_card(record, args.hub_model_id)
         print(summary(metrics, record))
         if repository:

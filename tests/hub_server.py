@@ -39,7 +39,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 LFS_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.png", "*.parquet", "*tfevents*")
 LFS_SIZE = 10_000_000  # bytes; the Hub takes no larger regular file
-CARD_KEYS = ("language", "license", "library_name", "pipeline_tag", "datasets", "metrics", "tags", "model-index")
+CARD_KEYS = ("language", "license", "library_name", "pipeline_tag", "metrics", "tags", "model-index")
 YAML_BLOCK = re.compile(r"^\s*---\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", re.DOTALL)
 # By this text the client distinguishes a bad token from a missing repository
 BAD_TOKEN = "Invalid credentials in Authorization header"

@@ -38,7 +38,7 @@ MODEL_FILES = (
 # Without report.html: it holds the images, which the user may not have the right to publish
 RECORD_FILES = (
     "README.md", "recipe.json", "*_results.json", "scores.json", "trainer_state.json", "training_curve.png",
-    "predictions/*.jsonl", "submission.csv", "submission.zip",
+    "predictions/*.jsonl", "sample.*", "examples/*.jpg", "submission.csv", "submission.zip",
 )  # fmt: skip
 REWRITTEN_FILES = ("recipe.json", "trainer_state.json")  # hold paths of this machine
 BLANK_FILES = {".gitattributes", "README.md", "LICENSE"}  # what the Hub's web page creates in a new repository

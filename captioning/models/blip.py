@@ -49,6 +49,7 @@ MAX_LAYERS = 1000
 CARD = CardFacts(
     kind="BLIP model",
     tags=("blip",),
+    transformers="5.4",
     license_note="BLIP's own weights are BSD-3-Clause.",
     citation="""@inproceedings{li2022blip,
   title     = {{BLIP}: Bootstrapping Language-Image Pre-training for Unified Vision-Language Understanding
@@ -58,22 +59,24 @@ CARD = CardFacts(
   year      = {2022}
 }""",
     usage="""{% if autocast %}import torch
+{% endif %}{% if on_hub %}from huggingface_hub import hf_hub_download
 {% endif %}from PIL import Image
-from transformers import BlipForConditionalGeneration, BlipImageProcessorPil, BlipProcessor, GenerationConfig
+from transformers import BlipForConditionalGeneration, BlipImageProcessorPil, BlipProcessor
 
 name = {{ name }}
 model = BlipForConditionalGeneration.from_pretrained(name)
 processor = BlipProcessor.from_pretrained(name)
 processor.image_processor = BlipImageProcessorPil.from_pretrained(name)  # torchvision would resize to other pixels
-settings = {{ settings }}
+settings = dict({{ settings }})
 
-inputs = processor(images=Image.open("image.png"){% if prompt %}, text={{ prompt }}{% endif %}, return_tensors="pt")
+image = Image.open({{ image }})
+inputs = processor(images=image{% if prompt %}, text={{ prompt }}{% endif %}, return_tensors="pt")
 {% if autocast -%}
 device = "cuda" if torch.cuda.is_available() else "cpu"
 with torch.autocast(device, torch.{{ autocast }}, enabled=device == "cuda"):  # as in the evaluation
-    tokens = model.to(device).generate(**inputs.to(device), generation_config=settings)
+    tokens = model.to(device).generate(**inputs.to(device), **settings)
 {% else -%}
-tokens = model.generate(**inputs, generation_config=settings)
+tokens = model.generate(**inputs, **settings)
 {% endif -%}
 {% if prompt -%}
 tokens = tokens[:, inputs["input_ids"].shape[1] - 1 :]  # without [DEC] and the prompt

@@ -33,16 +33,19 @@ class CardFacts:
     Attributes:
         kind: fills "A ... that writes a caption for a radiology image".
         tags: of the card's metadata.
+        transformers: the first version in which the code of `usage` runs.
         license_note: a sentence on the license of the pretrained weights.
         citation: BibTeX of the family's paper.
         usage: Jinja template of Python code that repeats the predictions. It is given `name` (quoted), `settings`
-            (Python code of a `GenerationConfig`), `prompt` (quoted, or None) and `autocast` (a torch type, or None).
+            (keyword arguments of `generate`, as Python code), `image` (Python code of a file), `on_hub` (whether that
+            code calls `hf_hub_download`), `prompt` (quoted, or None) and `autocast` (a torch type, or None).
         plain_generate: Jinja template of what to say of a call of `generate` without settings. It is given `prompt`
             and `suffices`, whether that call repeats the predictions too.
     """
 
     kind: str
     tags: tuple[str, ...]
+    transformers: str
     license_note: str
     citation: str
     usage: str

@@ -8,7 +8,7 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,30 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
 from captioning.files import PROJECT, write_whole
+from captioning.reporting.card_images import chosen_examples
 from captioning.reporting.run_record import SPLITS, RunRecord
 from captioning.reporting.score_table import four_digits
 from captioning.scoring.baselines import BASELINES
+from captioning.scoring.bootstrap import num_decimals
 from captioning.training.decoding import decode_settings
 
 
 TEMPLATE = Path(__file__).parent / "model_card_template.md"
 CAPTION_WIDTH = 300  # characters of a caption in the table of examples
 COMMIT_DIGITS = 40
+# The scores of the `model-index`: type of the metric, and name
+INDEXED_SCORES = {
+    "rougeL": ("rouge", "ROUGE-L"),
+    "rouge1": ("rouge", "ROUGE-1"),
+    "rouge2": ("rouge", "ROUGE-2"),
+    "imageclef_rouge1": ("rouge", "ImageCLEF ROUGE-1"),
+    "coco_cider": ("cider", "CIDEr"),
+    "coco_bleu4": ("bleu", "BLEU-4"),
+    "coco_meteor": ("meteor", "METEOR"),
+    "concept_f1": ("f1", "Concept F1"),
+    "loss": ("loss", "Loss"),
+}
+MAIN_SCORES = ("rougeL", "imageclef_rouge1", "coco_cider", "concept_f1")
 SCORE_COLUMNS = {
     "rougeL": "ROUGE-L",
     "rouge1": "ROUGE-1",
@@ -50,16 +65,17 @@ def render_card(record: RunRecord, name: str) -> str:
     base = record.start and record.start.id
     if not base and not recipe["do_train"]:
         base = Path(recipe["config_name"]).stem  # random weights were scored as they are
+    base_on_hub = bool(record.start and record.start.revision)
     license = "other" if record.data_kind == "phantoms" and base else LICENSES[record.data_kind]
     stages = [(split, prefix) for split, prefix in SPLITS.items() if f"{prefix}_loss" in record.results]
-    captioned = next((split for split in SPLITS if record.predictions(split)), None)
+    scored = next((split for split in SPLITS if split in record.scores), None)
     metadata = ModelCardData(
         language=recipe["language"],
         license=recipe["license"] or license,
         library_name="transformers",
         pipeline_tag="image-to-text",
-        base_model=base,
-        datasets=[record.data.id],
+        base_model=base if base_on_hub else None,
+        datasets=[record.data.id] if record.data.revision else None,
         metrics=["rouge"],
         tags=[*family.tags, "image-captioning", "radiology", "medical", "generated_from_trainer"],
         model_name=name.split("/")[-1],
@@ -74,21 +90,23 @@ def render_card(record: RunRecord, name: str) -> str:
         name=name,
         family=family,
         base=base,
-        parameters=_num_parameters(record),
+        base_on_hub=base_on_hub,
         stages=stages,
         columns=SCORE_COLUMNS,
-        scored=next((split for split in SPLITS if split in record.scores), None),
+        scored=scored,
+        main_scores=scored and _main_scores(record.scores[scored]),
         baselines=BASELINES,
-        captioned=captioned,
-        examples=captioned and _chosen_examples(record.predictions(captioned)),
-        usage=_usage(record, name if recipe["do_train"] else base),
+        examples=record.captioned and _examples(record),
+        usage=_usage(record, name),
         plain_generate=_plain_generate(record),
         autocast=_autocast(recipe),
         recipe_address=f"hf://{name}/recipe.json" if "/" in name else f"{name}/recipe.json",
         missing_flags=_missing_flags(record),
         facts=_run_facts(record),
+        sizes=_sizes(record),
         has_curve=(record.folder / "training_curve.png").is_file(),
         digits=four_digits,
+        in_digits=_in_digits,
         markdown=markdown,
     )
     return str(card)
@@ -109,6 +127,7 @@ def markdown(text: str) -> str:
 
 def _eval_results(record: RunRecord, split: str, prefix: str) -> list[EvalResult]:
     """Return the scores of a split for the `model-index`, finite ones: the Hub rejects a card with NaN."""
+    values = {key: record.results.get(f"{prefix}_{key}") for key in INDEXED_SCORES}
     return [
         EvalResult(
             task_type="image-to-text",
@@ -117,35 +136,78 @@ def _eval_results(record: RunRecord, split: str, prefix: str) -> list[EvalResult
             dataset_name=record.data.id.split("/")[-1],
             dataset_split=split,
             dataset_revision=record.data.revision,
-            metric_type="loss" if key == "loss" else "rouge",
-            metric_name="Loss" if key == "loss" else SCORE_COLUMNS[key],
+            metric_type=INDEXED_SCORES[key][0],
+            metric_name=INDEXED_SCORES[key][1],
             metric_config=None if key == "loss" else key,
-            metric_value=float(record.results[f"{prefix}_{key}"]),
+            metric_value=round(float(value), 4),
         )
-        for key in ("rougeL", "rouge1", "rouge2", "loss")
-        if math.isfinite(record.results.get(f"{prefix}_{key}", math.nan))
+        for key, value in values.items()
+        if value is not None and math.isfinite(value)
     ]
 
 
-def _chosen_examples(rows: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """Return the best, the median and the worst caption by ROUGE-L, and the first, which nobody chose."""
-    ranked = sorted(rows, key=lambda row: -row["rougeL"])
-    return {"best": ranked[0], "median": ranked[len(ranked) // 2], "first": rows[0], "worst": ranked[-1]}
+def _main_scores(scores: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return the rows of the small table: a score, its interval, and the highest of its baselines."""
+    rows = []
+    for key in MAIN_SCORES:
+        entry = scores["scores"].get(key)
+        if not entry or entry["value"] is None:
+            continue
+        show = _in_digits(entry)
+        known = {name: value for name, value in entry["baselines"].items() if value is not None}
+        best = max(known, key=known.get, default=None)
+        rows.append({
+            "title": INDEXED_SCORES[key][1],
+            "value": show(entry["value"]),
+            "interval": f"{show(entry['low'])} to {show(entry['high'])}",
+            "baseline": f"{show(known[best])} ({BASELINES[best].name})" if best else "-",
+        })  # fmt: skip
+    return rows
+
+
+def _in_digits(entry: Mapping[str, Any]) -> Callable[[float | None], str]:
+    """Return a function that shows a score with the decimals that the interval of `entry` deserves."""
+    digits = num_decimals(entry["low"], entry["high"])
+    return lambda value: "-" if value is None else f"{value:.{digits}f}"
+
+
+def _examples(record: RunRecord) -> dict[str, dict[str, Any]]:
+    """Return the chosen captions, each with the address of its image where that is published."""
+    rows, found = record.predictions(record.captioned), {}
+    for which, index in chosen_examples(rows).items():
+        picture = f"examples/{which}.jpg"
+        found[which] = rows[index] | {"picture": picture if (record.folder / picture).is_file() else None}
+    return found
+
+
+def _sizes(record: RunRecord) -> list[str]:
+    """Return the number of rows of each split that the run used."""
+    stages = {"training": "train", "validation": "eval", "test": "predict"}
+    numbers = {split: record.results.get(f"{prefix}_samples") for split, prefix in stages.items()}
+    return [f"{split} {number:,}" for split, number in numbers.items() if number]
 
 
 # --- Use and repeat -------------------------------------------------------------------------------------------
 
 
 def _usage(record: RunRecord, name: str) -> str:
-    """Return code that repeats the predictions. A model that was only scored may have other settings of its own."""
+    """Return code that captions the sample as the run would."""
     recipe = record.recipe
     settings = ", ".join(f"{key}={value!r}" for key, value in decode_settings(recipe).items())
+    model = name if recipe["do_train"] or not record.start else record.start.id
+    on_hub, file = "/" in name, _python_string(f"{name}/sample.png")
     return jinja2.Template(record.captioner_class.card.usage).render(
-        name=json.dumps(name, ensure_ascii=False),
-        settings="GenerationConfig.from_pretrained(name)" if recipe["do_train"] else f"GenerationConfig({settings})",
+        name=_python_string(model),
+        settings=settings,
+        image=f'hf_hub_download({_python_string(name)}, "sample.png")' if on_hub else file,
+        on_hub=on_hub,
         prompt=recipe["prompt"] and repr(recipe["prompt"]),
         autocast=_autocast(recipe),
     )
+
+
+def _python_string(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _plain_generate(record: RunRecord) -> str:
@@ -176,10 +238,10 @@ def _run_facts(record: RunRecord) -> dict[str, Any]:
     batch_size = recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] * hardware["processes"]
     schedule = f"learning rate {recipe['learning_rate']:g}, {recipe['lr_scheduler_type']}"
     facts: dict[str, Any] = {key: markdown(value) for key, value in record.facts(COMMIT_DIGITS).items()}
+    facts |= {"parameters": _num_parameters(record) or "-", "image size": record.image_size or "-"}
     if recipe["do_train"]:
         smoothing = recipe["label_smoothing"]
         facts |= {
-            "training captions": results.get("train_samples", "-"),
             "epochs": f"{recipe['num_train_epochs']:g}",
             "captions per step": batch_size,
             "optimizer": f"{recipe['optim']}, {schedule}",

@@ -23,6 +23,7 @@ RECIPE_DEFAULTS = {
     "do_train": True,  # a recipe lacks it where it is true, the others where it was written before there was the key
     "language": "en",
     "license": None,
+    "publish_images": False,
     "hardware": {"device": "unknown", "processor": "unknown", "threads": "unknown", "processes": 1},
 }
 
@@ -82,6 +83,11 @@ class RunRecord:
         return self._read("trainer_state.json").get("log_history", [])
 
     @cached_property
+    def sample(self) -> dict[str, str]:
+        """`sample.json`: an `image` of the folder that may be redistributed, and the `caption` that it gets."""
+        return self._read("sample.json")
+
+    @cached_property
     def image_size(self) -> int | None:
         """The side of the images in pixels by the saved `config.json`, None if no model was saved."""
         return self._read("config.json").get("vision_config", {}).get("image_size")
@@ -135,6 +141,16 @@ class RunRecord:
         first = [row["image_id"] for split in SPLITS for row in self.predictions(split)[:1]]
         is_rocov2 = given == ROCOV2 or any(image_id.startswith("ROCOv2_") for image_id in first)
         return "rocov2" if is_rocov2 else "other"
+
+    @property
+    def may_publish_images(self) -> bool:
+        """Whether images of the dataset may go into the card: those that the recipe draws, or by the user's word."""
+        return self.data_kind == "phantoms" or self.recipe["publish_images"]
+
+    @cached_property
+    def captioned(self) -> str | None:
+        """The split that is shown: test if it was captioned, else validation, else None."""
+        return next((split for split in SPLITS if self.predictions(split)), None)
 
     @cached_property
     def data_in_words(self) -> str:

@@ -5,6 +5,7 @@ bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter
 randomization (Noreen, Computer-Intensive Methods for Testing Hypotheses, 1989).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -80,6 +81,16 @@ def interval(values: np.ndarray) -> tuple[float, float]:
         return float("nan"), float("nan")
     low, high = np.quantile(finite, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
+
+
+def num_decimals(low: float | None, high: float | None) -> int:
+    """Return how many decimals of a score are worth showing, 2 or 3: one beyond the first that its interval moves.
+
+    `low` and `high` are the ends of the interval; None where there is none.
+    """
+    if low is None or high is None or high <= low:
+        return 3
+    return min(3, max(2, 1 + math.ceil(-math.log10((high - low) / 2))))
 
 
 # --- Two systems ----------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ import numpy as np
 from captioning.errors import UserError
 from captioning.scoring.baselines import BASELINES, baseline_captions
 from captioning.scoring.bertscore import bertscore
-from captioning.scoring.bootstrap import LEVEL, Score, compare, interval, resampled, resampling_counts
+from captioning.scoring.bootstrap import LEVEL, Score, compare, interval, num_decimals, resampled, resampling_counts
 from captioning.scoring.captions import Captions
 from captioning.scoring.clinical import ATTRIBUTES, agreement, modality_of
 from captioning.scoring.coco import coco_scores
@@ -33,6 +33,9 @@ from metrics import wording_scores
 
 
 HEADLINE = "rougeL"
+HOW_MANY = {1: "A baseline scores"} | {
+    number: f"{word} baselines score" for number, word in enumerate(("Two", "Three", "Four", "Five"), start=2)
+}
 # Scores that a table by modality shows; BLEU and METEOR need more captions than a modality may have
 BY_MODALITY = (HEADLINE, "rouge1", "imageclef_rouge1", *(f"{name}_f1" for name in ATTRIBUTES), "concept_f1")
 
@@ -75,7 +78,7 @@ def score(
     return {
         "captions": len(captions),
         "unique_captions": len(set(captions.predictions)) / len(captions),
-        **_verdict(scores, counts),
+        **_verdict(scores, entries[HEADLINE], counts),
         "scores": entries,
         "baselines": notes,
         "modalities": _by_modality(scores[""], modalities, counts),
@@ -154,34 +157,35 @@ def _by_modality(scores: Mapping[str, Score], modalities: Sequence[str], counts:
     }
 
 
-def _verdict(scores: Mapping[str, Mapping[str, Score]], counts: np.ndarray) -> dict[str, Any]:
-    """Say whether the captions beat the constant one, what looking at the image adds, and which baselines are higher.
+def _verdict(
+    scores: Mapping[str, Mapping[str, Score]], entry: Mapping[str, Any], counts: np.ndarray
+) -> dict[str, Any]:
+    """Say whether the captions beat the constant one, which baselines are higher, and what looking at the image adds.
 
     `beats_constant` needs the whole confidence interval of the difference above 0, and a p-value below 0.05: of few
     captions the interval is too narrow, and the randomization test is not.
     """
     headline = {name: found[HEADLINE] for name, found in scores.items()}
     own, constant = headline.pop(""), headline["constant"]
+    digits = num_decimals(entry["low"], entry["high"])
+    shown, shown_constant = f"ROUGE-L {own.value:.{digits}f}", f"{constant.value:.{digits}f}"
     difference = compare(own, constant, counts)
     beats = difference.low > 0 and difference.p_value < 1 - LEVEL
-    if beats:
-        relation = "beats"
-    elif difference.difference > 0:
-        relation = "does not significantly beat"
-    else:
-        relation = "does NOT beat"
-    verdict = f"ROUGE-L {own.value:.4f} {relation} the best constant caption ({constant.value:.4f})"
+    if difference.difference > 0:
+        shown += f" {'beats' if beats else 'does not significantly beat'} the best constant caption ({shown_constant})"
+    sentences = [shown]
+    higher = {key: baseline.value for key, baseline in headline.items() if baseline.value > own.value}
+    if higher:
+        ranked = sorted(higher, key=lambda key: -higher[key])
+        named = ", ".join(f"{BASELINES[key].name} {higher[key]:.{digits}f}" for key in ranked)
+        sentences += [f"{HOW_MANY[len(ranked)]} higher: {named}"]
+    elif difference.difference <= 0:
+        sentences += [f"The constant caption scores the same: {shown_constant}"]
     if "shuffled_images" in headline:
         gain = compare(own, headline["shuffled_images"], counts)
-        verdict += f"; looking at the image adds {gain.difference:+.4f} ({gain.low:+.4f} to {gain.high:+.4f})"
-    higher = [
-        f"{BASELINES[key].description} ({baseline.value:.4f})"
-        for key, baseline in headline.items()
-        if baseline.value > own.value and key != "constant"
-    ]
-    if higher:
-        verdict += f". A trivial baseline scores higher: {', '.join(higher)}"
-    return {"verdict": f"{verdict}.", "beats_constant": beats}
+        low, high = (f"{value:+.{digits}f}" for value in (gain.low, gain.high))
+        sentences += [f"Looking at the image adds {gain.difference:+.{digits}f} ({low} to {high})"]
+    return {"verdict": f"{'. '.join(sentences)}.", "beats_constant": beats}
 
 
 def flat(scores: Mapping[str, Any]) -> dict[str, float]:

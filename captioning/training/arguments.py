@@ -115,6 +115,9 @@ class DataArguments:
     license: str | None = HfArg(
         default=None, help="License of the model (a Hub id), for its card. Default: that of known data, or 'other'."
     )
+    publish_images: bool = HfArg(
+        default=False, help="Show test images in the card: only where their license allows it. Phantoms always are."
+    )
 
     def __post_init__(self):
         """Check the values that can be checked alone."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
+from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, GenerationConfig, Seq2SeqTrainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
@@ -319,6 +320,15 @@ class CaptioningTrainer(Seq2SeqTrainer):
                 found = self.captioner.image_features(self.captioner.encode_images(self._prepare_inputs(inputs)))
             features.append(self.accelerator.gather_for_metrics(found).cpu().numpy())
         return np.concatenate(features)
+
+    def caption(self, image: Image.Image) -> str:
+        """Return the caption of one image, decoded as in evaluation."""
+        self.model.eval()
+        row = {"image": image, "image_id": "", "input_ids": self.captioner.prompt_row}
+        inputs = self._prepare_inputs(self.data_collator([row]))
+        with torch.no_grad(), self.accelerator.autocast(), self.captioner.evaluation():
+            tokens = self.captioner.generate(self.captioner.encode_images(inputs), self.generation_config)
+        return self.captioner.decode(tokens.cpu().numpy())[0]
 
     def word_attention(self, rows: Dataset, tokens: np.ndarray) -> list[list[tuple[str, np.ndarray]]]:
         """Return the words of each caption with their attention maps.

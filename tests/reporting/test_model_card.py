@@ -3,15 +3,18 @@
 import json
 import re
 import shutil
+import warnings
 
 import pytest
 from helpers import flags, read_json, score_flags
 from huggingface_hub import ModelCard
+from PIL import Image
 
 import run_captioning
 from captioning.reporting.model_card import markdown, render_card, write_model_card
 from captioning.reporting.run_record import RunRecord
 from captioning.scoring.baselines import BASELINES
+from captioning.scoring.bootstrap import num_decimals
 from captioning.scoring.captions import read_predictions
 
 
@@ -40,12 +43,16 @@ def metadata(folder):
     return ModelCard(render(folder)).data
 
 
+def code_of(card):
+    return re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+
+
 @pytest.fixture
 def code_repeats(raw_dataset, capsys):
     """Return a function that runs the code of a card, and checks that it prints the captions of a file."""
 
     def check(card, predictions):
-        code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+        code = re.sub(r"Image\.open\(.*\)", 'Image.open("image.png")', code_of(card))
         rows = read_predictions(predictions)
         assert len({row["prediction"] for row in rows}) > 1, "all captions are the same: the test sees nothing"
         for row, example in zip(rows, raw_dataset["test"], strict=True):
@@ -68,6 +75,29 @@ def test_the_code_of_the_card_repeats_the_predictions(folder, monkeypatch, code_
     assert ("autocast" in code) == bool(precision)
 
 
+@pytest.mark.parametrize("with_images", [False, True])
+def test_the_code_runs_as_pasted_and_prints_the_caption_that_the_card_states(
+    folder, raw_dataset, config_file, parquet_folder, monkeypatch, capsys, with_images
+):
+    """On a drawing; or, where images may be published, on the first one that was captioned."""
+    if with_images:
+        shutil.rmtree(folder)
+        run_captioning.main(flags(config_file, parquet_folder, folder, publish_images=True, max_steps=4))
+    card, caption = (folder / "README.md").read_text(), read_json(folder / "sample.json")["caption"]
+    monkeypatch.chdir(folder.parent)
+    capsys.readouterr()
+    with warnings.catch_warnings(action="error"):
+        exec(compile(code_of(card), "card", "exec"), {})
+    printed = capsys.readouterr()
+    assert printed.out == caption + "\n" and f'"{markdown(caption)}"' in card
+    assert "deprecated" not in printed.err
+    sample, first = Image.open(folder / "sample.png"), raw_dataset["test"][0]["image"]
+    assert (sample.size == first.size and sample.tobytes() == first.tobytes()) == with_images
+    pictures = {path.stem for path in folder.glob("examples/*.jpg")}
+    assert pictures == ({"best", "median", "first", "worst"} if with_images else set())
+    assert ("![worst](examples/worst.jpg)" in card) == with_images
+
+
 def test_the_card_says_whether_plain_generate_suffices(folder):
     assert "`model.generate(pixel_values=...)` alone does not" in render(folder)
     change(folder, num_beams=1)
@@ -81,7 +111,8 @@ def test_the_card_says_whether_plain_generate_suffices(folder):
 def test_data_and_license(folder, parquet_folder):
     """The strictest label of ROCOv2, and no guess where the data is the user's own."""
     data = metadata(folder)
-    assert (data.license, data.datasets, data.base_model) == ("other", [parquet_folder.name], None)
+    assert (data.license, data.datasets, data.base_model) == ("other", None, None)
+    assert data.eval_results[0].dataset_type == parquet_folder.name
     assert "does not know the license" in render(folder)
     commit = "0123456789abcdef0123456789abcdef01234567"
     change(folder, dataset_name="eltorio/ROCOv2-radiology", dataset_revision=commit)
@@ -107,22 +138,29 @@ def test_paths_of_the_machine_are_not_in_the_card(folder):
     change(folder, model_name_or_path="/home/me/start", config_name=None)
     card, data = render(folder), metadata(folder)
     assert "/home/me" not in card
-    assert (data.datasets, data.base_model) == (["my-data"], "start")
+    assert (data.datasets, data.base_model) == (None, None), "they are not of the Hub"
+    assert "the folder my-data" in card and "fine-tuned from `start`" in card
     assert "local folders: `--dataset_name`, `--model_name_or_path` (to train again)" in card
 
 
 def test_scores_stand_beside_split_beams_and_number_of_captions(folder):
     results = read_json(folder / "all_results.json")
-    row = f"| test | 7 | 3 | 12 | {results['predict_rougeL']:.4f} | {results['predict_rouge1']:.4f} |"
+    row = f"| test | 7 | {results['predict_rougeL']:.4f} | {results['predict_rouge1']:.4f} |"
     assert row in render(folder)
     names = {"ROUGE-L": "rougeL", "ROUGE-1": "rouge1", "ROUGE-2": "rouge2", "Loss": "loss"}
+    names |= {"ImageCLEF ROUGE-1": "imageclef_rouge1"}
     found = {result.metric_name: result.metric_value for result in metadata(folder).eval_results}
-    assert found == {name: results[f"predict_{key}"] for name, key in names.items()}
+    assert found == {name: round(results[f"predict_{key}"], 4) for name, key in names.items()}
+    more = {"coco_cider": 0.5, "coco_bleu4": 0.1, "coco_meteor": 0.2, "concept_f1": 0.3}
+    change(folder, "all_results.json", **{f"predict_{key}": value for key, value in more.items()})
+    found = {result.metric_type: result.metric_value for result in metadata(folder).eval_results}
+    assert {"cider": 0.5, "bleu": 0.1, "meteor": 0.2, "f1": 0.3}.items() <= found.items()
     validation = {key: value for key, value in results.items() if not key.startswith("predict_")}
     (folder / "all_results.json").write_text(json.dumps(validation | {"eval_loss": float("nan")}))
     found = {(result.dataset_split, result.metric_name) for result in metadata(folder).eval_results}
-    assert found == {("validation", "ROUGE-L"), ("validation", "ROUGE-1"), ("validation", "ROUGE-2")}
+    assert found == {("validation", name) for name in names if name != "Loss"}
     (folder / "all_results.json").write_text("{}")
+    (folder / "scores.json").unlink()
     assert metadata(folder).eval_results is None
     assert "This run was not scored." in render(folder)
 
@@ -133,8 +171,13 @@ def test_scores_stand_beside_their_intervals_and_baselines(folder):
     row = scores["scores"]["rougeL"]
     numbers = (row["value"], *(row["baselines"][baseline] for baseline in BASELINES))
     cells = next(line for line in card.splitlines() if line.startswith("| `rougeL`")).split(" | ")
-    assert [cells[1], *cells[3:8]] == [f"{number:.4f}" for number in numbers]
-    assert cells[2] == f"{row['low']:.4f} to {row['high']:.4f}"
+    digits = num_decimals(row["low"], row["high"])
+    assert [cells[1], *cells[3:8]] == [f"{number:.{digits}f}" for number in numbers]
+    assert cells[2] == f"{row['low']:.{digits}f} to {row['high']:.{digits}f}"
+    best = max(row["baselines"], key=row["baselines"].get)
+    small = next(line for line in card.splitlines() if line.startswith("| ROUGE-L |")).split(" | ")
+    highest = f"{row['baselines'][best]:.{digits}f} ({BASELINES[best].name}) |"
+    assert small[1:] == [f"**{cells[1]}**", cells[2], highest]
     assert markdown(scores["baselines"]["constant"]["caption"]) in card
     assert f"Not computed: `concept_f1`: {scores['missing']['concept_f1']}" in card
     (folder / "scores.json").unlink()
@@ -147,11 +190,12 @@ def test_a_run_that_only_scored_has_its_own_settings(finished, parquet_folder, t
     settings = {"num_beams": 2, "max_new_tokens": 7, "no_repeat_ngram_size": 2}
     run_captioning.main(score_flags(finished, parquet_folder, check, **settings))
     card = (check / "README.md").read_text()
-    assert "`run`, scored on" in card and "| epochs |" not in card and "alone does not" in card
+    assert "`run`, scored on" in card and "alone does not" in card
+    assert "| epochs |" not in card and "## Training" not in card
     monkeypatch.chdir(finished.parent)  # where the card's "run" is
     code_repeats(card, check / "predictions" / "test.jsonl")
     change(check, model_name_or_path="user/model", model_revision="0" * 40)
-    assert 'name = "user/model"' in render(check)
+    assert 'name = "user/model"' in render(check) and 'hf_hub_download("user/model", "sample.png")' in render(check)
     change(check, num_beams=1, no_repeat_ngram_size=0)
     assert "alone does not" in render(check), "its config was not written by this run"
 

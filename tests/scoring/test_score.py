@@ -65,9 +65,8 @@ def test_baselines_are_ordered_by_what_they_know(scores):
 def test_a_system_that_looks_beats_its_baselines(scores):
     assert scores["beats_constant"]
     assert "beats the best constant caption" in scores["verdict"]
-    assert "NOT" not in scores["verdict"]
     gain = scores["scores"]["rougeL"]["value"] - scores["scores"]["rougeL"]["baselines"]["shuffled_images"]
-    assert f"looking at the image adds {gain:+.4f}" in scores["verdict"]
+    assert f"Looking at the image adds {gain:+.3f}" in scores["verdict"]
     assert scores["scores"]["concept_f1"]["value"] > 0.95
     assert scores["scores"]["concept_f1"]["upper_bound"] > 0.95
 
@@ -75,9 +74,9 @@ def test_a_system_that_looks_beats_its_baselines(scores):
 def test_the_verdict_says_that_a_system_that_does_not_look_does_not_beat_a_constant(captions, training):
     poor = score(replace(captions, predictions=["An axial image."] * 120), training, None, tokenizer=None)
     assert not poor["beats_constant"]
-    assert "does NOT beat the best constant caption" in poor["verdict"]
-    assert "looking at the image adds +0.0000" in poor["verdict"]
-    assert "A trivial baseline scores higher: the most typical caption of the true modality (" in poor["verdict"]
+    assert "baselines score higher: typical of modality 0." in poor["verdict"], "the highest first"
+    assert ", constant caption 0." in poor["verdict"] and "best" not in poor["verdict"]
+    assert "Looking at the image adds +0.00" in poor["verdict"]
     assert poor["unique_captions"] == pytest.approx(1 / 120)
 
 
@@ -130,7 +129,7 @@ def test_the_verdict_of_a_few_captions_never_says_that_they_beat_a_constant(numb
     assert found["scores"]["rougeL"]["value"] == 1 > found["scores"]["rougeL"]["baselines"]["constant"]
     assert not found["beats_constant"]
     assert "does not significantly beat" in found["verdict"]
-    assert ("looking at the image" in found["verdict"]) == (number > 1)
+    assert ("Looking at the image" in found["verdict"]) == (number > 1)
 
 
 def test_the_names_of_the_result_files(scores):
