@@ -2,8 +2,10 @@
 
 import copy
 import csv
+import importlib.util
 import io
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -43,6 +45,10 @@ TINY_CONFIG = {
         "initializer_range": 0.3,
     },
 }
+HAS_LIBRARY = importlib.util.find_spec("pycocoevalcap") is not None
+needs_java = pytest.mark.skipif(
+    not HAS_LIBRARY or shutil.which("java") is None, reason="pycocoevalcap or a Java runtime is not installed"
+)
 SUBJECTS = ("chest radiograph", "axial CT of the abdomen", "sagittal MRI of the lumbar spine", "renal ultrasound")
 FINDINGS = (
     "a small nodule in the right upper lobe",

@@ -19,7 +19,7 @@ LABELS = {
 }
 CLINICAL = "Content, F1"  # the group of all other scores
 PICTURE = {"width": 320, "height": 52, "margin": 8}  # units of the SVG, as are the widths below
-LETTER_WIDTH, UPPER_BOUND_WIDTH = 13, 26  # of the label over the line of a baseline, and over that of an upper bound
+LETTER_WIDTH, REFERENCES_WIDTH = 13, 26  # of the label over the line of a baseline, and over that of the references
 
 Score = Mapping[str, Any]  # an entry of `scores` or `modalities` in scores.json
 Legend = Mapping[str, Baseline]
@@ -56,18 +56,21 @@ def interval_text(score: Score) -> str:
 
 
 def standing(baseline: float | None, score: Score) -> str:
-    """Return `lost` if the score does not exceed its baseline, `within` if the baseline is in its interval, or ``."""
+    """Return `lost` if a baseline is above the score, `within` if it is in the score's interval, or ``.
+
+    A tie is no loss: nothing is above a perfect score.
+    """
     value, low = score["value"], score["low"]
-    if None not in (baseline, value) and baseline >= value:
+    if None not in (baseline, value) and baseline > value:
         return "lost"
-    return "within" if None not in (baseline, low) and baseline >= low else ""
+    return "within" if None not in (baseline, low) and low <= baseline < value else ""
 
 
 # --- Pictures -------------------------------------------------------------------------------------------------
 
 
 def score_picture(label: str, score: Score, legend: Legend, end: float | None = None) -> dict[str, Any] | None:
-    """Return the picture of a score: its interval as a bar, its baselines and upper bound as lines with labels.
+    """Return the picture of a score: its interval as a bar, its baselines and the references as lines with labels.
 
     The axis starts at 0, so that lengths compare, and ends at a round number of at least `end` (default: all shown).
     """
@@ -76,13 +79,13 @@ def score_picture(label: str, score: Score, legend: Legend, end: float | None = 
         return None
     left, right = PICTURE["margin"], PICTURE["width"] - PICTURE["margin"]
     marks = [(score["baselines"].get(key), baseline.letter, baseline.name) for key, baseline in legend.items()]
-    marks = sorted(mark for mark in [*marks, (score.get("upper_bound"), "max", "upper bound")] if mark[0] is not None)
+    marks = sorted(mark for mark in [*marks, (score.get("references"), "ref", "references")] if mark[0] is not None)
     end = _round_up(end or max([largest_number([score]), *(number for number, _, _ in marks)]))
 
     def x(number: float) -> float:
         return round(left + (right - left) * min(max(number / end, 0), 1), 1)
 
-    widths = [UPPER_BOUND_WIDTH if letter == "max" else LETTER_WIDTH for _, letter, _ in marks]
+    widths = [REFERENCES_WIDTH if letter == "ref" else LETTER_WIDTH for _, letter, _ in marks]
     labels = spread_labels([x(number) for number, _, _ in marks], widths, right)
     interval = "no interval" if low is None else f"95 % interval {interval_text(score)}"
     alternative = [f"{label} {three_digits(value)}", interval]
@@ -95,7 +98,7 @@ def score_picture(label: str, score: Score, legend: Legend, end: float | None = 
         "point": x(value),
         "interval": None if low is None else (x(low), max(round(x(score["high"]) - x(low), 1), 1.0)),
         "marks": [
-            {"x": x(number), "label_x": label_x, "letter": letter, "upper_bound": letter == "max"}
+            {"x": x(number), "label_x": label_x, "letter": letter, "references": letter == "ref"}
             for (number, letter, _), label_x in zip(marks, labels, strict=True)
         ],
         "alternative": ", ".join(alternative),
@@ -116,7 +119,7 @@ def spread_labels(wanted: Sequence[float], widths: Sequence[float], right: float
 
 def largest_number(scores: Iterable[Score]) -> float:
     """Return the largest number that the pictures of these scores show, 0 if there is none."""
-    numbers = [score.get(key) for score in scores for key in ("value", "high", "upper_bound")]
+    numbers = [score.get(key) for score in scores for key in ("value", "high", "references")]
     return max((number for number in numbers if number is not None), default=0.0)
 
 

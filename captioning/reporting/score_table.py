@@ -22,7 +22,7 @@ def score_table(scores: Mapping[str, Any]) -> str:
         row = f"{name:<{width}}{four_digits(entry['value']):>8}"
         row += f"  {four_digits(entry['low'])} - {four_digits(entry['high']):<8}"
         row += "".join(f"{four_digits(entry['baselines'].get(key)):>13}" for key in baselines)
-        lines += [row + (f"   upper bound {four_digits(entry['upper_bound'])}" if "upper_bound" in entry else "")]
+        lines += [row + (f"   references {four_digits(entry['references'])}" if "references" in entry else "")]
     lines += [""]
     for key, note in scores["baselines"].items():
         among = f", found among {note['found_among']}" if "found_among" in note else ""

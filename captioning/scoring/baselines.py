@@ -27,7 +27,7 @@ class Baseline(NamedTuple):
 
 # By their keys in scores.json, the most telling first
 BASELINES = {
-    "constant": Baseline("constant caption", "constant", "C", "the best constant caption"),
+    "constant": Baseline("constant caption", "constant", "C", "the constant that is best for the score"),
     "typical_of_modality": Baseline(
         "typical of modality", "modality", "M", "the most typical caption of the true modality"
     ),
@@ -38,36 +38,28 @@ BASELINES = {
 
 
 def baseline_captions(
-    captions: Captions, modalities: Sequence[str], training: Training | None, features: np.ndarray | None
+    captions: Captions, modalities: Sequence[str], split: Training, features: np.ndarray | None, constant: str
 ) -> tuple[dict[str, list[str]], dict[str, Any]]:
-    """Return the N captions of each baseline, by the keys of `BASELINES`, and what `scores.json` says of it.
+    """Return the N captions of each baseline but the constant, by the keys of `BASELINES`, and notes on them.
 
     Args:
         captions: of N images.
         modalities: of these images.
-        training: the training split; without it the constant captions are found among the references.
+        split: the training split, or the references in its place.
         features: float `[N, H]` of the images, for the nearest training image.
+        constant: the caption of an image whose modality has no typical one.
     """
-    split = training or Training(captions.references, captions.cuis)
-    constant, typical = split.constant, split.typical
-    number = f"{len(split.captions):,}"
-    source = f"{number} training captions" if training else f"the references themselves ({number})"
-    found = {
-        "constant": [constant] * len(captions),
-        "typical_of_modality": [typical.get(modality, constant) for modality in modalities],
-    }
-    notes = {
-        "constant": {"caption": constant, "found_among": source},
-        "typical_of_modality": {"captions": typical, "found_among": source},
-    }
-    if training and training.features is not None and features is not None:
-        neighbors = training.captions if training.neighbors is None else training.neighbors
-        found["nearest_image"] = nearest_captions(features, training.features, neighbors)
+    typical = split.typical
+    found = {"typical_of_modality": [typical.get(modality, constant) for modality in modalities]}
+    notes = {"typical_of_modality": {"captions": typical, "found_among": split.source}}
+    if split.features is not None and features is not None:
+        neighbors = split.captions if split.neighbors is None else split.neighbors
+        found["nearest_image"] = nearest_captions(features, split.features, neighbors)
         notes["nearest_image"] = {"found_among": f"{len(neighbors):,} training images"}
     if len(captions) > 1:  # else there is no other image
         found["shuffled_references"] = shuffled(captions.references)
         found["shuffled_images"] = shuffled(captions.predictions)
-    return found, {key: {"what": BASELINES[key].description} | notes.get(key, {}) for key in found}
+    return found, notes
 
 
 def shuffled(captions: Sequence[str], seed: int = 0) -> list[str]:

@@ -354,21 +354,30 @@ def _same_lengths(predicted: Set[str], stated: Set[str]) -> int:
 
 
 def agreement(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Score]:
-    """Return the micro F1 of the (caption, value) items of each attribute, from 0 to 1.
-
-    The statistics of a score are `[N, 3]`: how many items both captions state, the prediction, the reference. Its
-    value is NaN where neither side ever states any, which is neither agreement nor a lack of it.
+    """Return the micro F1 of the (caption, value) items of each attribute, see `item_agreement`.
 
     Raises:
         ValueError: there are not as many predictions as references.
     """
-    counts = {name: [] for name in ATTRIBUTES}
-    for prediction, reference in zip(predictions, references, strict=True):
-        said, stated = stated_attributes(prediction), stated_attributes(reference)
-        for name, rows in counts.items():
-            both = _same_lengths if name == "measurement" else lambda a, b: len(a & b)
-            rows.append((both(said[name], stated[name]), len(said[name]), len(stated[name])))
-    return {name: Score(np.array(rows, float).reshape(-1, 3), micro_f1) for name, rows in counts.items()}
+    said, stated = ([stated_attributes(text) for text in texts] for texts in (predictions, references))
+    return {
+        name: item_agreement(name, [items[name] for items in said], [items[name] for items in stated])
+        for name in ATTRIBUTES
+    }
+
+
+def item_agreement(attribute: str, predicted: Sequence[Set[str]], stated: Sequence[Set[str]]) -> Score:
+    """Return the micro F1 of the items of an attribute in N captions, from 0 to 1.
+
+    Its statistics are `[N, 3]`: how many items both captions state, the prediction, the reference. Its value is NaN
+    where neither side ever states any, which is neither agreement nor a lack of it.
+
+    Raises:
+        ValueError: there are not as many predictions as references.
+    """
+    both = _same_lengths if attribute == "measurement" else lambda a, b: len(a & b)
+    rows = [(both(ours, theirs), len(ours), len(theirs)) for ours, theirs in zip(predicted, stated, strict=True)]
+    return Score(np.array(rows, float).reshape(-1, 3), micro_f1)
 
 
 # --- The modality of an image --------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 extractor = ConceptExtractor(train_captions, train_cuis)
 truth = [known_concepts(cuis) for cuis in image_cuis]
 concept_f1(extractor.predict(predictions), truth).value
-concept_f1(extractor.predict(references), truth).value    # what perfect captions would score: the upper bound
+concept_f1(extractor.predict(references), truth).value    # what the references themselves score
 """
 
 import re

@@ -7,7 +7,7 @@
 `scores.json` the dict stands under the name of its split:
 
     captions, unique_captions, verdict, beats_constant
-    scores      name -> value, low and high (95 % confidence interval), baselines (key -> value), upper_bound
+    scores      name -> value, low and high (95 % confidence interval), baselines (key -> value), references
     baselines   key -> what it is, its caption or captions, among what it was found
     modalities  name -> captions, and scores as above
     missing     name -> what a score that was not computed needs
@@ -26,8 +26,9 @@ from captioning.scoring.bertscore import bertscore
 from captioning.scoring.bootstrap import LEVEL, Score, compare, interval, num_decimals, resampled, resampling_counts
 from captioning.scoring.captions import Captions
 from captioning.scoring.clinical import ATTRIBUTES, agreement, modality_of
-from captioning.scoring.coco import coco_scores
+from captioning.scoring.coco import TOKENIZERS, coco_scores
 from captioning.scoring.concepts import concept_f1, known_concepts
+from captioning.scoring.constants import constant_values
 from captioning.scoring.training_split import Training
 from metrics import wording_scores
 
@@ -63,27 +64,47 @@ def score(
         The dict described at the top of this file; an undefined value is None.
     """
     modalities = [modality_of(cuis, text) for cuis, text in zip(captions.cuis, captions.references, strict=True)]
-    baselines, notes = baseline_captions(captions, modalities, training, features)
-    # The constant caption comes second, so that it has a METEOR: see `coco_scores`
+    split = training or Training(captions.references, captions.cuis, is_scored=True)
+    constants = split.constants(tokenizer)
+    constant = constants.captions[HEADLINE]
+    baselines, notes = baseline_captions(captions, modalities, split, features, constant)
     systems = {"": captions.predictions, **baselines}
-    scores, missing = _scores_of_systems(systems, captions, training, tokenizer, bertscore_model, [""])
+    scores, missing, reference_tokens = _scores_of_systems(
+        systems, captions, training, tokenizer, constants.captions, bertscore_model, [""]
+    )
+    of_constants = constant_values(constants, captions, reference_tokens, tokenizer)
+    of_constants |= {name: own.value for name, own in scores.pop("constant", {}).items()}
     counts = resampling_counts(len(captions))
     entries = {}
     for name, own in scores[""].items():
         entries[name] = _entry(own, counts)
-        entries[name]["baselines"] = {key: finite(scores[key][name].value) for key in baselines if name in scores[key]}
+        others = {"constant": finite(of_constants[name])} if name in of_constants else {}
+        others |= {key: finite(scores[key][name].value) for key in baselines if name in scores[key]}
+        entries[name]["baselines"] = others
     if "concept_f1" in entries:
-        upper_bound = _concept_scores({"": captions.references}, captions, training, {})[""]
-        entries["concept_f1"]["upper_bound"] = finite(upper_bound.value)
+        references = _concept_scores({"": captions.references}, captions, training, {})[""]
+        entries["concept_f1"]["references"] = finite(references.value)
+    notes["constant"] = {
+        "caption": constant,
+        "found_among": split.source,
+        "captions": constants.captions,
+        "items": constants.items,
+    }
+    known = [key for key in BASELINES if key == "constant" or key in baselines]
     return {
         "captions": len(captions),
         "unique_captions": len(set(captions.predictions)) / len(captions),
-        **_verdict(scores, entries[HEADLINE], counts),
+        **_verdict(scores, _constant_score(constant, captions), split, entries[HEADLINE], counts),
         "scores": entries,
-        "baselines": notes,
+        "baselines": {key: {"what": BASELINES[key].description} | notes.get(key, {}) for key in known},
         "modalities": _by_modality(scores[""], modalities, counts),
         "missing": missing,
     }
+
+
+def _constant_score(constant: str, captions: Captions) -> Score:
+    wording = wording_scores((constant,) * len(captions), tuple(captions.references))
+    return Score.of(wording[HEADLINE])
 
 
 def _scores_of_systems(
@@ -91,22 +112,25 @@ def _scores_of_systems(
     captions: Captions,
     training: Training | None,
     tokenizer: str | None,
+    constants: Mapping[str, str],
     bertscore_model: str | None,
     with_bertscore: Sequence[str],
-) -> tuple[dict[str, dict[str, Score]], dict[str, str]]:
-    """Return all scores of each system, and by name what is missing for a score.
+) -> tuple[dict[str, dict[str, Score]], dict[str, str], list[str] | None]:
+    """Return all scores of each system, by name what is missing for a score, and the references' COCO tokens.
 
-    Only the systems `with_bertscore` get BERTScore, whose model is large.
+    Only the systems `with_bertscore` get BERTScore, whose model is large. The best constant for METEOR is scored along
+    with them, since its program takes seconds to start.
     """
-    missing, scores = {}, {}
+    missing, scores, reference_tokens = {}, {}, None
     for name, texts in systems.items():
         wording = wording_scores(tuple(texts), tuple(captions.references))
         scores[name] = {key: Score.of(values) for key, values in wording.items()}
         scores[name] |= {f"{key}_f1": own for key, own in agreement(texts, captions.references).items()}
     if tokenizer:
-        found, missing = coco_scores(systems, captions.references, tokenizer)
+        constant = constants.get(f"{TOKENIZERS[tokenizer]}_meteor")
+        found, missing, reference_tokens = coco_scores(systems, captions.references, tokenizer, constant)
         for name, own in found.items():
-            scores[name] |= own
+            scores.setdefault(name, {}).update(own)
     for name, own in _concept_scores(systems, captions, training, missing).items():
         scores[name]["concept_f1"] = own
     for name in with_bertscore if bertscore_model else ():
@@ -114,7 +138,7 @@ def _scores_of_systems(
             scores[name]["imageclef_bertscore"] = bertscore(systems[name], captions.references, bertscore_model)
         except UserError as error:
             missing["imageclef_bertscore"] = str(error)
-    return scores, missing
+    return scores, missing, reference_tokens
 
 
 def _concept_scores(
@@ -158,27 +182,34 @@ def _by_modality(scores: Mapping[str, Score], modalities: Sequence[str], counts:
 
 
 def _verdict(
-    scores: Mapping[str, Mapping[str, Score]], entry: Mapping[str, Any], counts: np.ndarray
+    scores: Mapping[str, Mapping[str, Score]],
+    constant: Score,
+    split: Training,
+    entry: Mapping[str, Any],
+    counts: np.ndarray,
 ) -> dict[str, Any]:
     """Say whether the captions beat the constant one, which baselines are higher, and what looking at the image adds.
 
     `beats_constant` needs the whole confidence interval of the difference above 0, and a p-value below 0.05: of few
     captions the interval is too narrow, and the randomization test is not.
     """
-    headline = {name: found[HEADLINE] for name, found in scores.items()}
-    own, constant = headline.pop(""), headline["constant"]
+    headline = {"constant": constant} | {name: found[HEADLINE] for name, found in scores.items()}
+    own = headline.pop("")
     digits = num_decimals(entry["low"], entry["high"])
     shown, shown_constant = f"ROUGE-L {own.value:.{digits}f}", f"{constant.value:.{digits}f}"
     difference = compare(own, constant, counts)
     beats = difference.low > 0 and difference.p_value < 1 - LEVEL
     if difference.difference > 0:
-        shown += f" {'beats' if beats else 'does not significantly beat'} the best constant caption ({shown_constant})"
+        among = " among the references themselves" if split.is_scored else ""
+        relation = "beats" if beats else "does not significantly beat"
+        shown += f" {relation} the best constant caption{among} ({shown_constant})"
     sentences = [shown]
     higher = {key: baseline.value for key, baseline in headline.items() if baseline.value > own.value}
     if higher:
         ranked = sorted(higher, key=lambda key: -higher[key])
-        named = ", ".join(f"{BASELINES[key].name} {higher[key]:.{digits}f}" for key in ranked)
-        sentences += [f"{HOW_MANY[len(ranked)]} higher: {named}"]
+        names = [f"{BASELINES[key].name} {higher[key]:.{digits}f}" for key in ranked]
+        among = " (found among the references themselves)" if split.is_scored and "constant" in higher else ""
+        sentences += [f"{HOW_MANY[len(ranked)]} higher: {', '.join(names)}{among}"]
     elif difference.difference <= 0:
         sentences += [f"The constant caption scores the same: {shown_constant}"]
     if "shuffled_images" in headline:
@@ -218,7 +249,8 @@ def compare_captions(
         bertscore_model: see `score`.
     """
     systems = {"first": first.predictions, "second": second.predictions}
-    scores, missing = _scores_of_systems(systems, first, training, tokenizer, bertscore_model, list(systems))
+    found = _scores_of_systems(systems, first, training, tokenizer, {}, bertscore_model, list(systems))
+    scores, missing, _ = found
     counts = resampling_counts(len(first))
     rows = {}
     for name, own in scores["first"].items():

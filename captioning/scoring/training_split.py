@@ -10,7 +10,8 @@ from captioning.errors import UserError
 from captioning.scoring.captions import check_ids, read_csv, split_cuis
 from captioning.scoring.clinical import modality_of
 from captioning.scoring.concepts import ConceptExtractor
-from captioning.scoring.constant_caption import constant_caption, typical_captions
+from captioning.scoring.constant_caption import typical_captions
+from captioning.scoring.constants import Constants, find_constants
 
 
 @dataclass(frozen=True)
@@ -22,21 +23,34 @@ class Training:
         cuis: the concepts of each image, empty where none are known.
         features: float `[K, H]` of the images whose captions are `neighbors`; None without a model.
         neighbors: the captions of these images; None if they are all M.
+        is_scored: these are the references that are scored: there is no training split.
     """
 
     captions: Sequence[str]
     cuis: Sequence[Sequence[str]]
     features: np.ndarray | None = None
     neighbors: Sequence[str] | None = None
+    is_scored: bool = False
+
+    @property
+    def source(self) -> str:
+        """What constant captions are found among, in words."""
+        number = f"{len(self.captions):,}"
+        return f"the references themselves ({number})" if self.is_scored else f"{number} training captions"
 
     @cached_property
-    def constant(self) -> str:
-        """The training caption that agrees best with all training captions."""
-        return constant_caption(self.captions, self.captions)
+    def _constants(self) -> dict[str | None, Constants]:
+        return {}
+
+    def constants(self, tokenizer: str | None) -> Constants:
+        """Return the best constant for each score, see `find_constants`; they are searched once."""
+        if tokenizer not in self._constants:
+            self._constants[tokenizer] = find_constants(self.captions, self.cuis, tokenizer)
+        return self._constants[tokenizer]
 
     @cached_property
     def typical(self) -> dict[str, str]:
-        """The same for each modality, among its own captions."""
+        """The best constant caption of each modality for ROUGE-L, among its own captions."""
         modalities = [modality_of(cuis, caption) for cuis, caption in zip(self.cuis, self.captions, strict=True)]
         return typical_captions(self.captions, modalities)
 

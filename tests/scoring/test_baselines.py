@@ -7,7 +7,8 @@ from helpers import make_captions, real_captions
 from captioning.scoring import baselines
 from captioning.scoring import constant_caption as constant_caption_module
 from captioning.scoring.baselines import nearest_captions, shuffled
-from captioning.scoring.constant_caption import constant_caption, typical_captions
+from captioning.scoring.coco import ROUGE_BETA, ngram_scores
+from captioning.scoring.constant_caption import CandidateScores, constant_caption, typical_captions
 from metrics import lcs_length, rouge, rouge_tokens
 
 
@@ -33,24 +34,35 @@ def test_the_constant_caption_is_that_of_a_naive_search():
     assert constant_caption(["?"], ["!"]) == "?"
 
 
-def test_the_bound_is_the_mean_rouge1_and_the_score_the_mean_rouge_l():
-    captions = [*real_captions(80), "", "?!", "the the the the", "word " * 90]
+def test_all_candidates_are_scored_at_once_as_one_by_one():
+    captions = [*real_captions(60), "", "?!", "the the the the", "word " * 90]
     words = [rouge_tokens(caption) for caption in captions]
-    against = constant_caption_module._References(words)
-    bounds = against.mean_rouge1(words)
-    for caption, own, bound in zip(captions, words, bounds, strict=True):
+    found = CandidateScores(words, words)
+    for i, caption in enumerate(captions):
         scores = rouge([caption] * len(captions), captions)
-        assert bound == pytest.approx(scores["rouge1"].mean(), abs=1e-12)
-        assert against.mean_rouge_l(own) == pytest.approx(scores["rougeL"].mean(), abs=1e-12)
+        own = {"rouge1": found.rouge_n(1)[i], "rouge2": found.rouge_n(2)[i], "rougeL": found.rouge_l(i)}
+        assert own == pytest.approx({name: values.mean() for name, values in scores.items()}, abs=1e-12)
+
+
+def test_candidates_have_the_coco_scores_of_a_system_that_repeats_them():
+    references = [*(" ".join(text.lower().split()) for text in real_captions(60)), "a", "", "the the the the the"]
+    candidates = [*references[:12], "a", "the the the", "a a", "of " * 69 + "of"]
+    found = CandidateScores([text.split() for text in candidates], [text.split() for text in references])
+    bleu, cider = found.bleu(), found.cider()
+    for i, text in enumerate(candidates):
+        own = {f"bleu{n}": bleu[i, n - 1] for n in range(1, 5)} | {"cider": cider[i]}
+        own["rougeL"] = found.rouge_l(i, ROUGE_BETA)
+        expected = ngram_scores({"": [text] * len(references)}, references)[""]
+        assert own == pytest.approx({name: score.value for name, score in expected.items()}, abs=1e-12)
 
 
 def test_all_references_are_compared_at_once_as_one_by_one():
     rng = np.random.default_rng(0)
     references = [list(rng.choice(list("abcdefg"), size=rng.integers(0, 30))) for _ in range(60)]
-    against = constant_caption_module._References(references)
-    for length in (0, 1, 5, 63, 64, 65, 100):
-        candidate = list(rng.choice(list("abcdefgh"), size=length))
-        assert against._lcs_lengths(candidate).tolist() == [lcs_length(candidate, words) for words in references]
+    candidates = [list(rng.choice(list("abcdefgh"), size=length)) for length in (0, 1, 5, 63, 64, 65, 100)]
+    against = CandidateScores(candidates, references)
+    for i, candidate in enumerate(candidates):
+        assert against.lcs_lengths(i).tolist() == [lcs_length(candidate, words) for words in references]
 
 
 def test_of_many_references_a_sample_is_taken(monkeypatch):
