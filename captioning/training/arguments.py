@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, Seq2SeqTrainingArguments
 from transformers.hf_argparser import HfArg
 
+from captioning.data.own_data import Layout
 from captioning.errors import UserError, as_user_error, did_you_mean
 from captioning.training.decoding import generation_config
 from metrics import METRIC_NAMES
@@ -95,11 +96,12 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
-    """Which images and captions."""
+class DataArguments(Layout):
+    """Which images and captions; the fields of `Layout` say which columns and splits."""
 
     dataset_name: str = HfArg(
-        default="eltorio/ROCOv2-radiology", help="Hub id, folder (save_to_disk, parquet or Zenodo), or 'phantoms'."
+        default="eltorio/ROCOv2-radiology",
+        help="Hub id, folder, table of paths and captions, or 'phantoms': docs/data.md.",
     )
     dataset_revision: str | None = HfArg(default=None, help="Commit, branch or tag of a Hub id.")
     streaming: bool = HfArg(default=False, help="Read images when needed, from parquet on the Hub or in a folder.")
@@ -118,6 +120,7 @@ class DataArguments:
 
     def __post_init__(self):
         """Check the values that can be checked alone."""
+        super().__post_init__()
         _check_ranges(self)
 
     def max_samples(self) -> dict[str, int | None]:
