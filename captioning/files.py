@@ -1,7 +1,6 @@
-"""Files that appear whole or not at all, what separates the fields of a CSV, and where this project lies."""
+"""Files that appear whole or not at all, and where this project lies."""
 
 import os
-import re
 from pathlib import Path
 
 
@@ -13,8 +12,3 @@ def write_whole(path: Path, content: str | bytes) -> None:
     unfinished = path.with_name(f"{path.name}.tmp")
     unfinished.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
     os.replace(unfinished, path)
-
-
-def csv_delimiter(header: str) -> str:
-    """Return what separates the fields of a CSV by its first line: a comma, a semicolon (as Excel writes) or a tab."""
-    return max((",", ";", "\t"), key=re.sub('"[^"]*"', "", header).count)

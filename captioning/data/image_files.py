@@ -115,8 +115,8 @@ def with_ids(splits: Mapping[str, Dataset]) -> dict[str, Dataset]:
         if "image_id" not in rows.column_names:
             ids[split] = _names_of_files(rows, first)
             made |= set(ids[split])
-        elif pc.any(pc.match_substring_regex(_texts(rows, "image_id"), LOCAL_PATH)).as_py():
-            ids[split] = _texts(rows, "image_id").to_pylist()
+        elif pc.any(pc.match_substring_regex(_as_text(rows, "image_id"), LOCAL_PATH)).as_py():
+            ids[split] = _as_text(rows, "image_id").to_pylist()
         first += len(rows)
     texts = {text for own in ids.values() for text in own if text}
     paths = {text for text in texts if text in made or re.match(LOCAL_PATH, text)}
@@ -130,7 +130,7 @@ def with_ids(splits: Mapping[str, Dataset]) -> dict[str, Dataset]:
 def _names_of_files(rows: Dataset, first: int) -> list[str]:
     """Return the name of each row's file, numbered where it is repeated; without one, the number of the row."""
     has_file = FILE in rows.column_names
-    names = _texts(rows, FILE) if has_file else pc.struct_field(rows.data.column("image"), "path")
+    names = _as_text(rows, FILE) if has_file else pc.struct_field(rows.data.column("image"), "path")
     seen: Counter[str | None] = Counter()
     ids = []
     for number, name in enumerate(names.to_pylist(), start=first):
@@ -150,5 +150,5 @@ def short_names(paths: Iterable[str], taken: Iterable[str] = ()) -> dict[str, st
     return short
 
 
-def _texts(rows: Dataset, name: str) -> pa.ChunkedArray:
+def _as_text(rows: Dataset, name: str) -> pa.ChunkedArray:
     return rows.data.column(name).cast(pa.string())

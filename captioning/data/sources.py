@@ -202,8 +202,8 @@ def _refuse_half_written(folder: Path) -> None:
     listed = folder / "dataset_dict.json"
     splits = json.loads(listed.read_text(encoding="utf-8"))["splits"] if listed.is_file() else []
     if (folder / UNFINISHED).exists() or not all((folder / split / "state.json").is_file() for split in splits):
-        mend = "delete it and run `python -m captioning prepare` again"
-        raise UserError(f"dataset folder '{folder}' is half written, the command that wrote it was stopped; {mend}")
+        mend = "delete it and run that command again"
+        raise UserError(f"dataset folder '{folder}' is half written: the command that wrote it was stopped; {mend}")
 
 
 def _parquet_files(folder: Path) -> dict[str, list[str]]:

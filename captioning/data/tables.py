@@ -3,13 +3,13 @@
 import csv
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from captioning.errors import UserError, as_user_error
-from captioning.files import csv_delimiter
 
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,8 @@ def read_csv_rows(path: str, needed: Sequence[str] = ()) -> Iterator[dict[str | 
         rows = csv.DictReader(())
         wanted = " and ".join(needed)
         try:
-            delimiter = csv_delimiter(file.readline(MAX_FIELD))
+            header = re.sub('"[^"]*"', "", file.readline(MAX_FIELD))
+            delimiter = max((",", ";", "\t"), key=header.count)  # Excel writes semicolons in many countries
             file.seek(0)
             rows = csv.DictReader((lines.append(line) or line for line in file), delimiter=delimiter)
             if rows.fieldnames is None:

@@ -59,6 +59,36 @@ REPLACED_FIELDS = {
     "fsdp": "evaluation calls parts of the model one by one, whose weights are not gathered; see docs/distributed.md",
     "fsdp_config": "see fsdp",
 }
+# What other programs call a field, without dashes and underscores
+OTHER_NAMES = {
+    "per_device_train_batch_size": ("batchsize", "bs", "b", "trainbatchsize", "batch"),
+    "per_device_eval_batch_size": ("evalbatchsize", "testbatchsize", "valbatchsize"),
+    "learning_rate": ("lr",),
+    "num_train_epochs": ("epochs", "epoch", "numepochs", "maxepochs", "trainepochs", "e"),
+    "max_steps": ("steps", "numsteps", "trainsteps", "maxtrainsteps"),
+    "warmup_steps": ("warmup", "warmupratio"),
+    "weight_decay": ("wd",),
+    "output_dir": ("output", "out", "o", "outputfolder", "outputpath", "savedir", "outdir"),
+    "model_name_or_path": ("model", "modelname", "modelpath", "m", "modelid", "pretrainedmodel", "basemodel"),
+    "config_name": ("config",),
+    "tokenizer_name": ("tokenizer",),
+    "dataset_name": ("dataset", "data", "d", "datadir", "datapath", "datafolder", "datasetpath", "datasetdir",
+                     "trainfile", "traindir"),
+    "caption_column": ("textcolumn", "captioncol", "captionfield"),
+    "image_folder": ("imagedir", "images", "imagesdir", "imageroot", "imagepath"),
+    "validation_fraction": ("valfraction", "valsplit", "validationsplit", "valratio", "validationsplitpercentage"),
+    "test_fraction": ("testsplit", "testratio", "testsize"),
+    "max_caption_length": ("maxlength", "maxseqlength", "maxtargetlength"),
+    "num_beams": ("beams", "beam", "beamsize"),
+    "dataloader_num_workers": ("workers", "numworkers"),
+    "gradient_accumulation_steps": ("gradaccum", "accumulation", "gradientaccumulation", "accumulationsteps"),
+    "eval_strategy": ("evaluationstrategy",),
+    "resume_from_checkpoint": ("resume", "checkpoint", "resumefrom"),
+    "hub_model_id": ("hubid", "repo", "repoid", "pushtohubmodelid", "hubname"),
+    "push_to_hub": ("push",),
+    "hub_private_repo": ("private",),
+    "use_cpu": ("cpu", "nocuda"),
+}  # fmt: skip
 # ... that the rest relies on
 FIXED_FIELDS = {
     "eval_do_concat_batches": (True, "scores are computed over the whole split"),
@@ -145,8 +175,7 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
     weight_decay: float = HfArg(default=0.05, help="Weight decay of AdamW.")
     num_train_epochs: float = HfArg(default=5.0, help="Epochs.")
     warmup_steps: float = HfArg(default=0.05, help="Steps of linear warm-up; below 1, a share of all.")
-    # `--bf16` alone is `--bf16 true`: the parser does so by itself for `bool`, not for `bool | None`
-    bf16: bool | None = HfArg(default=None, help="Default: if the GPU has it.", metadata={"nargs": "?", "const": True})
+    bf16: bool | None = HfArg(default=None, help="Default: if the GPU has it.")
 
     # Evaluation, checkpoints, logs
     eval_strategy: str = HfArg(default="epoch", help="no, steps or epoch.")
@@ -205,7 +234,7 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
 
     def _check_fields_of_the_trainer(self) -> None:
         for name, instead in REPLACED_FIELDS.items():
-            if getattr(self, name):
+            if getattr(self, name) != self.__dataclass_fields__[name].default:
                 raise UserError(f"{name} is not used here; {instead}")
         for name, (needed, reason) in FIXED_FIELDS.items():
             if getattr(self, name) != needed:
@@ -268,9 +297,7 @@ class PushArguments:
 
     push_only: str = HfArg(help="Output folder of a finished run; nothing is run, it is only pushed.")
     hub_model_id: str | None = HfArg(default=None, help="<user>/<name>; default: the folder's name.")
-    hub_private_repo: bool | None = HfArg(
-        default=None, help="Whether a new repository is private.", metadata={"nargs": "?", "const": True}
-    )
+    hub_private_repo: bool | None = HfArg(default=None, help="Whether a new repository is private.")
 
 
 def _check_ranges(arguments: Any) -> None:
