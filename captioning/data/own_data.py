@@ -206,6 +206,8 @@ def log_once(name: str, said: Iterable[str]) -> None:
 
 def use_columns(rows: Dataset, columns: Mapping[str, str]) -> Dataset:
     """Return the chosen columns under our names; nothing is copied."""
+    if all(ours == theirs for ours, theirs in columns.items()):
+        return rows.select_columns(list(columns))
     chosen = [rows.select_columns(theirs) for theirs in columns.values()]
     renamed = [
         part if ours == theirs else part.rename_column(theirs, ours)

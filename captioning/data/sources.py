@@ -168,6 +168,8 @@ def _load_folder(folder: Path, streaming: bool, layout: Layout) -> DatasetDict |
                 read_footer(path)  # which may be that of a bomb
             return index_shards(files) if streaming else load_dataset("parquet", data_files=files)
         if is_zenodo:
+            if wrong := [name for name in layout.given() if name.endswith(("_column", "_folder"))]:
+                raise UserError(f"--{wrong[0]} does not go with the layout of Zenodo in '{folder}'; leave it out")
             return load_zenodo(folder)
         if tables:
             return load_tables(str(folder), tables, layout)

@@ -134,12 +134,10 @@ def with_splits(splits: Mapping[str, Dataset], name: str, layout: Layout, is_who
 def _keys(rows: Dataset) -> list[str]:
     """Return for each row what must not be in two splits: its group, else its file, else its id."""
     columns = [rows[column][:] for column in (GROUP, FILE, "image_id") if column in rows.column_names]
-    if GROUP in rows.column_names and (blank := sum(not str(group or "").strip() for group in columns[0])):
+    texts = [["" if value is None else str(value).strip() for value in column] for column in columns]
+    if GROUP in rows.column_names and (blank := texts[0].count("")):
         logger.warning("%d rows have no group: each image of them is a group of its own", blank)
-    return [
-        next((f"{i} {key}" for i, key in enumerate(own) if str(key or "").strip()), "")
-        for own in zip(*columns, strict=True)
-    ]
+    return [next((f"{kind} {text}" for kind, text in enumerate(row) if text), "") for row in zip(*texts, strict=True)]
 
 
 def draw_splits(keys: Sequence[str], fractions: Mapping[str, float], seed: int, where: str) -> dict[str, list[int]]:

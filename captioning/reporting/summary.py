@@ -14,7 +14,7 @@ EXAMPLES = 3
 
 
 def summary(metrics: Mapping[str, float], record: RunRecord) -> str:
-    """Return the metrics of the run and the baselines of ROUGE-L as a table, verdicts, what is missing, three captions.
+    """Return the metrics of the run and the baselines of ROUGE-L as a table, verdicts, what is missing, 3 captions.
 
     The captions are the first of the last split, not the best: they are examples.
     """

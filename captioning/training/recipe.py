@@ -25,6 +25,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from captioning.command_line import OneLineParser
+from captioning.data.tables import TABLE_ENDINGS
 from captioning.errors import UserError, as_user_error, did_you_mean
 from captioning.hub.revisions import download_recipe
 from captioning.training.arguments import (
@@ -149,7 +150,8 @@ def _flags(argv: list[str]) -> set[str]:
 def _default_output_dir(values: dict[str, Any]) -> str:
     model = Path(values["model_name_or_path"] or values["config_name"] or "model")
     name = model.stem if model.suffix == ".json" else model.name
-    return os.path.join("outputs", f"{name}-{Path(values['dataset_name']).name}")
+    data = Path(values["dataset_name"])
+    return os.path.join("outputs", f"{name}-{data.stem if data.suffix in TABLE_ENDINGS else data.name}")
 
 
 # --- Read a recipe --------------------------------------------------------------------------------------------

@@ -4,11 +4,14 @@ import csv
 import io
 import json
 import os
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict, Image
-from helpers import flags, make_png, make_rows, read_json, read_lines, run
+from helpers import flags, make_png, make_rows, read_json, read_lines, run, signal_when
+from processes import server
 
 from captioning.__main__ import main
 from captioning.data.checks import check_rows, usable
@@ -263,6 +266,15 @@ def test_rows_are_split_by_the_column_of_patients(tmp_path):
         load(tmp_path / "data" / "x.csv", group_column="ward")
 
 
+def test_groups_may_be_numbers_and_rows_without_one_are_said(tmp_path, caplog):
+    rows = make_rows(9).add_column("subject_id", [0, 0, 0, 1, 1, 1, None, 2, 2])
+    rows.to_parquet(str(tmp_path / "data.parquet"))
+    dataset = load(tmp_path, validation_fraction=0.0, test_fraction=0.3)
+    assert "1 rows have no group" in caplog.text
+    of_split = {split: {rows["subject_id"][int(name[-4:])] for name in own} for split, own in ids(dataset).items()}
+    assert not of_split["train"] & of_split["test"]
+
+
 def test_the_split_of_a_run_does_not_follow_its_seed(tmp_path):
     table = patients(tmp_path)
     whole = ids(load(table))
@@ -334,6 +346,9 @@ def test_flags_of_columns_that_are_not_there_and_tables_in_the_way(tmp_path):
         load_source(str(table), streaming=True, layout=Layout(caption_column="text"))
     with pytest.raises(UserError, match="is not parquet"):
         load_source(str(table), streaming=True)
+    write_table(tmp_path / "zenodo" / "train_captions.csv", {"ID": "a", "Caption": "A cyst"})
+    with pytest.raises(UserError, match="--id_column does not go with the layout of Zenodo"):
+        load(tmp_path / "zenodo", id_column="ID")
     os.mkfifo(table.parent / "pipe.csv")
     with pytest.raises(UserError, match="is no table"):
         load(table.parent / "pipe.csv")
@@ -388,24 +403,23 @@ def test_prepare_takes_the_same_flags_and_its_folder_is_a_source(tmp_path, capsy
     assert not (tmp_path / "stored" / UNFINISHED).exists()
 
 
-def test_a_folder_that_prepare_did_not_finish_names_itself(tmp_path, monkeypatch):
-    folder = tmp_path / "stored"
-
-    def stop(self, *args, **kwargs):
-        folder.joinpath("dataset_dict.json").write_text('{"splits": ["train"]}')
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(DatasetDict, "save_to_disk", stop)
-    with pytest.raises(KeyboardInterrupt):
-        main(["prepare", str(patients(tmp_path)), str(folder)])
-    monkeypatch.undo()
+def test_a_folder_that_prepare_did_not_finish_names_itself(tmp_path, capsys):
+    table, folder = patients(tmp_path), tmp_path / "stored"
+    process = server().start(["-m", "captioning", "prepare", table, folder])
+    signal_when((folder / UNFINISHED).exists, signal.SIGKILL, process)
+    process.wait(60)
     with pytest.raises(UserError, match="is half written: the command that wrote it was stopped; delete it"):
         load(folder)
+    words = ["prepare", str(table), str(folder)]
+    (folder / "dataset_dict.json").write_text('{"splits": ["train"]}')
     with pytest.raises(UserError, match=r"is half written: .*delete it and run again"):
-        main(["prepare", "phantoms", str(folder)])
-    (folder / UNFINISHED).unlink()  # as of an earlier version, or of `save_to_disk` alone
+        main(words)
+    (folder / UNFINISHED).unlink()  # as an earlier version, or `save_to_disk` alone, would leave it
     with pytest.raises(UserError, match="is half written"):
         load(folder)
+    shutil.rmtree(folder)
+    main(words)
+    assert set(load(folder)) == {"train", "validation", "test"}
 
 
 def test_prepare_goes_on_in_a_folder_that_holds_rejected_rows_only(tmp_path):

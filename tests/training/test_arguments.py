@@ -83,6 +83,7 @@ def test_the_defaults_are_the_contract():
     assert (args.do_train, args.do_eval, args.do_predict, args.predict_with_generate) == (True,) * 4
     assert (args.num_beams, args.max_new_tokens) == (3, 64)
     assert args.output_dir == "outputs/blip-image-captioning-base-ROCOv2-radiology"
+    assert parse_arguments([*MODEL, "--dataset_name", "a/labels.csv"])[2].output_dir == "outputs/model-labels"
     assert args.lr_scheduler_type == "linear"
     assert 0 < args.warmup_steps < 1
     assert args.optim.startswith("adamw")
