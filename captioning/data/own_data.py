@@ -109,17 +109,18 @@ def load_tables(name: str, tables: Mapping[str, Path], layout: Layout) -> Marked
     Raises:
         UserError: a table cannot be read, has no rows, or no columns of images and captions.
     """
-    splits, said = {}, []
+    splits, chosen = {}, []
     for split, table in tables.items():
         rows = list(read_table(table))
         if not rows:
             raise UserError(f"'{table}' holds no row; add captions or remove it")
         there = list(dict.fromkeys(key for row in rows for key in row if key is not None))
         columns = choose_columns(there, layout, f"'{table}'", ids_name_images=True)
-        said.append(describe(columns))
+        chosen.append(columns)
         of_row = [split] * len(rows)
         if split == WHOLE:
-            named = [str(row.get("split") or row.get(columns["image"])).split("/")[0].lower() for row in rows]
+            key = next((key for key in there if key.strip().lower() == "split"), "")
+            named = [str(row.get(key) or row.get(columns["image"])).split("/")[0].strip().lower() for row in rows]
             of_row = [SPLIT_NAMES[part] for part in named] if set(named) <= set(SPLIT_NAMES) else of_row
         for part in dict.fromkeys(of_row):
             own = [_texts(row, columns) for row, its in zip(rows, of_row, strict=True) if its == part]
@@ -127,7 +128,7 @@ def load_tables(name: str, tables: Mapping[str, Path], layout: Layout) -> Marked
             splits[part] = Dataset.from_generator(
                 lambda own=own: iter(own), features=features, fingerprint=Hasher.hash((part, repr(own))), split=part
             )
-    log_once(name, said)
+    log_columns(name, chosen)
     return MarkedSplits(splits)
 
 
@@ -169,11 +170,11 @@ def choose_columns(
         UserError: the column of a flag is not there, or there is none of images or captions.
     """
     known = {re.sub(r"[\s-]+", "_", name.strip().lower()): name for name in reversed(there)}
-    columns: dict[str, str] = {}
+    names, columns = ", ".join(there[:8])[:300], {}
     for ours, usual in USUAL_NAMES.items():
         given = getattr(layout, FLAGS.get(ours, ""), None)
         if given is not None and given not in there:
-            hint = did_you_mean(given, there) or f"; there are {_names(there)}"
+            hint = did_you_mean(given, there) or f"; there are {names}"
             raise UserError(f"{where}: --{FLAGS[ours]} '{given}' is not a column{hint}")
         others = images if ours == "image" else ()
         if found := given or next((known[name] for name in usual if name in known), next(iter(others), None)):
@@ -183,34 +184,22 @@ def choose_columns(
     for ours in ("image", "caption"):
         if ours not in columns:
             mend = f"name the one that holds it by --{FLAGS[ours]}"
-            raise UserError(f"{where}: column '{ours}' is missing, it has {_names(there)}; {mend}")
+            raise UserError(f"{where}: column '{ours}' is missing, it has {names}; {mend}")
     return columns
 
 
-def _names(columns: Sequence[str]) -> str:
-    return ", ".join(columns[:8])[:300]
-
-
-def describe(columns: Mapping[str, str]) -> str:
-    """Return in words which columns are used under another name, "" if none is."""
-    named = [f"{ours} from '{theirs}'" for ours, theirs in columns.items() if ours != theirs]
-    return ", ".join(named + ["image_id made of file names or numbers"] * ("image_id" not in columns))
-
-
-def log_once(name: str, said: Iterable[str]) -> None:
-    """Log what `describe` says of the splits of a data set, once if they are alike."""
-    for text in dict.fromkeys(said):
-        if text:
-            logger.info("dataset '%s': %s", name, text)
+def log_columns(name: str, chosen: Iterable[Mapping[str, str]]) -> None:
+    """Log which columns the splits of a data set are read from, once if they are alike; the schema's own are not."""
+    made = "image_id made of file names or numbers"
+    for columns in {tuple(columns.items()): columns for columns in chosen}.values():
+        named = [f"{ours} from '{theirs}'" for ours, theirs in columns.items() if ours != theirs]
+        if named := named + [made] * ("image_id" not in columns):
+            logger.info("dataset '%s': %s", name, ", ".join(named))
 
 
 def use_columns(rows: Dataset, columns: Mapping[str, str]) -> Dataset:
     """Return the chosen columns under our names; nothing is copied."""
     if all(ours == theirs for ours, theirs in columns.items()):
         return rows.select_columns(list(columns))
-    chosen = [rows.select_columns(theirs) for theirs in columns.values()]
-    renamed = [
-        part if ours == theirs else part.rename_column(theirs, ours)
-        for part, (ours, theirs) in zip(chosen, columns.items(), strict=True)
-    ]
-    return concatenate_datasets(renamed, axis=1)
+    parts = {ours: rows.select_columns(theirs) for ours, theirs in columns.items()}
+    return concatenate_datasets([part.rename_columns({columns[ours]: ours}) for ours, part in parts.items()], axis=1)

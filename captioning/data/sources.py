@@ -28,10 +28,9 @@ from captioning.data.own_data import (
     WHOLE,
     Layout,
     choose_columns,
-    describe,
     find_tables,
     load_tables,
-    log_once,
+    log_columns,
     use_columns,
 )
 from captioning.data.phantoms import load_phantoms
@@ -79,26 +78,24 @@ def load_source(
         raise UserError(f"dataset '{name}' has split 'validation' under two names: {', '.join(splits)}; keep one")
     if not set(names) & set(SPLITS):
         raise UserError(f"dataset '{name}' has none of the splits {', '.join(SPLITS)}, but {', '.join(splits)}")
-    checked, said = {}, []
+    checked, chosen = {}, []
     for split in [split for split in SPLITS if split in names]:
         rows, where = splits[names[split]], f"dataset '{name}', split '{split}'"
         if not streaming and not isinstance(splits, MarkedSplits):
             images = [column for column, kind in rows.features.items() if isinstance(kind, Image)]
             columns = choose_columns(rows.column_names, layout, where, images)
             rows = use_columns(rows, columns)
-            said.append(describe(columns))
+            chosen.append(columns)
         rows = _checked_columns(rows, where, streaming, isinstance(splits, MarkedSplits))
         if isinstance(rows.features["image"], Value):
             rows = with_files(rows, _image_files(name, names[split], layout, where), where)
         elif not streaming and not isinstance(splits, MarkedSplits):
             rows = _without_foreign_files(rows, [name, layout.image_folder])
         checked[split] = rows
-    log_once(name, said)
+    log_columns(name, chosen)
     complete = with_splits(with_ids(checked), name, layout, is_whole)
-    internal = {GROUP, FILE}
-    return DatasetDict(
-        {split: rows.remove_columns(list(internal & set(rows.column_names))) for split, rows in complete.items()}
-    )
+    ours = {split: [name for name in (GROUP, FILE) if name in rows.column_names] for split, rows in complete.items()}
+    return DatasetDict({split: rows.remove_columns(ours[split]) for split, rows in complete.items()})
 
 
 def _load(name: str, revision: str | None, streaming: bool, layout: Layout) -> DatasetDict | Dataset:

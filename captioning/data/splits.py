@@ -113,9 +113,8 @@ def with_splits(splits: Mapping[str, Dataset], name: str, layout: Layout, is_who
     Raises:
         UserError: such a split is there already, or rows are too few.
     """
-    default = DEFAULT_FRACTION if is_whole else 0
     given = {"test": layout.test_fraction, "validation": layout.validation_fraction}
-    fractions = {split: default if share is None else share for split, share in given.items() if share != 0}
+    fractions = {split: DEFAULT_FRACTION * is_whole if share is None else share for split, share in given.items()}
     fractions = {split: share for split, share in fractions.items() if share}
     if not fractions:
         return dict(splits)
@@ -126,8 +125,9 @@ def with_splits(splits: Mapping[str, Dataset], name: str, layout: Layout, is_who
     drawn = draw_splits(_keys(rows), fractions, layout.split_seed, f"dataset '{name}'")
     parts = dict(splits) | {split: rows.select(numbers) for split, numbers in drawn.items()}
     parts = {split: parts[split] for split in SPLITS if split in parts}
-    how = f"drawn by {'group' if GROUP in rows.column_names else 'image'}, see --validation_fraction, --group_column"
-    logger.info("dataset '%s': %s rows, %s", name, ", ".join(f"{key} {len(part)}" for key, part in parts.items()), how)
+    sizes = ", ".join(f"{split} {len(part)}" for split, part in parts.items())
+    by = "group" if GROUP in rows.column_names else "image"
+    logger.info("dataset '%s': %s rows, drawn by %s; see --validation_fraction, --group_column", name, sizes, by)
     return parts
 
 

@@ -134,7 +134,7 @@ def _parse(parser: RecipeParser, argv: list[str], known: Iterable[str]) -> dict[
 
 def _meant(name: str, known: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the field that other programs call `name`, or a similar one, else ""."""
-    fields_of = {other: field for field, others in OTHER_NAMES.items() for other in (*others, _plain(field))}
+    fields_of = {other: field for field, others in OTHER_NAMES.items() for other in (*others.split(), _plain(field))}
     field = fields_of.get(_plain(name))
     return f"; did you mean '{field}'?" if field in known else did_you_mean(name, known)
 

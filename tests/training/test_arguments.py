@@ -250,7 +250,7 @@ def test_names_of_other_programs_lead_to_the_field(recipe, name, field):
 
 def test_the_names_of_other_programs_are_no_fields_and_lead_to_one():
     known = recipe_fields()
-    others = [other for others in OTHER_NAMES.values() for other in others]
+    others = [other for others in OTHER_NAMES.values() for other in others.split()]
     assert len(set(others)) == len(others)
     assert set(OTHER_NAMES) <= known.keys()
     assert not set(others) & {re.sub("[-_]", "", name) for name in known}
