@@ -103,7 +103,7 @@ def load_data(model_args: ModelArguments, data_args: DataArguments, args: Captio
     trains_tokenizer = model_args.config_name is not None and model_args.tokenizer_name is None
     needed = {"train": args.do_train or trains_tokenizer, "validation": args.do_eval, "test": args.do_predict}
     data_args.dataset_revision = dataset_commit(data_args.dataset_name, data_args.dataset_revision)
-    dataset = load_source(data_args.dataset_name, data_args.dataset_revision, data_args.streaming)
+    dataset = load_source(data_args.dataset_name, data_args.dataset_revision, data_args.streaming, data_args)
     limits = data_args.max_samples()
     return select_splits(dataset, data_args.dataset_name, needed, limits, with_captions=args.predict_with_generate)
 

@@ -1,6 +1,6 @@
 """The commands beside `run_captioning.py`.
 
-    python -m captioning prepare path/to/zenodo data/rocov2
+    python -m captioning prepare labels.csv data/mine --group_column patient_id
     python -m captioning score outputs/my-run/predictions/test.jsonl
     python -m captioning check outputs/my-run/submission.csv --references test_captions.csv
 
@@ -11,13 +11,15 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 from datasets import DatasetDict, Image
 
 from captioning.command_line import OneLineParser, exit_on_user_error, set_up_logging
 from captioning.data.checks import check_rows, usable
-from captioning.data.sources import load_source
+from captioning.data.own_data import Layout
+from captioning.data.sources import UNFINISHED, load_source
 from captioning.errors import UserError, printable
 from captioning.reporting.score_table import comparison_table, score_table
 from captioning.scoring.captions import in_order_of, read_captions
@@ -28,6 +30,7 @@ from captioning.scoring.training_split import read_training
 
 
 SHOWN_FAULTS = 20
+BEFORE_STORING = {UNFINISHED, "rejected.jsonl"}  # in a folder that `prepare` has made, until it stores rows
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -71,7 +74,7 @@ def _command(commands, run: Callable, name: str, description: str, example: str)
 def _add_prepare(commands) -> None:
     description = "Check the rows of any source, and store them in a folder that --dataset_name takes."
     parser = _command(commands, prepare, "prepare", description, "eltorio/ROCOv2-radiology data/rocov2")
-    parser.add_argument("source", help="Hub id, folder (save_to_disk, parquet, Zenodo) or 'phantoms'")
+    parser.add_argument("source", help="Hub id, folder, table of paths and captions, or 'phantoms'; see docs/data.md")
     parser.add_argument("folder", help="new folder to write; its rejected.jsonl lists the rows that were left out")
     parser.add_argument("--revision", help="commit, branch or tag of a Hub id")
     parser.add_argument(
@@ -81,6 +84,9 @@ def _add_prepare(commands) -> None:
         help="more rows left out than this fraction of a split are an error; default: 0.01",
     )
     parser.add_argument("--num_proc", type=int, help="number of processes that check the rows")
+    for item in fields(Layout):
+        kind = next(kind for kind in (int, float, str) if kind.__name__ in str(item.type))
+        parser.add_argument(f"--{item.name}", type=kind, default=item.default, help=item.metadata["help"])
 
 
 def prepare(arguments: argparse.Namespace) -> None:
@@ -90,14 +96,20 @@ def prepare(arguments: argparse.Namespace) -> None:
         raise UserError(f"max_rejected_fraction is {arguments.max_rejected_fraction}; set it from 0 to 1")
     if arguments.num_proc is not None and arguments.num_proc < 1:
         raise UserError(f"num_proc is {arguments.num_proc}; set --num_proc to 1 or more")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if UNFINISHED in there and there - BEFORE_STORING:
+        raise UserError(f"'{folder}' is half written: an earlier `prepare` was stopped; delete it and run again")
+    if there - BEFORE_STORING or (folder.exists() and not folder.is_dir()):
         raise UserError(f"'{folder}' exists and is not an empty folder; name a new one")
-    dataset = load_source(arguments.source, arguments.revision)
+    layout = Layout(**{item.name: getattr(arguments, item.name) for item in fields(Layout)})
+    dataset = load_source(arguments.source, arguments.revision, layout=layout)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / UNFINISHED).touch()
         checked = check_rows(dataset, arguments.max_rejected_fraction, folder / "rejected.jsonl", arguments.num_proc)
         stored = DatasetDict({split: usable(rows).cast_column("image", Image()) for split, rows in checked.items()})
         stored.save_to_disk(str(folder), num_proc=arguments.num_proc)
+        (folder / UNFINISHED).unlink()
     except OSError as error:
         raise UserError(f"folder '{folder}' cannot be written: {error}") from error
     print(f"{folder}: " + ", ".join(f"{split} {len(rows):,}" for split, rows in stored.items()))

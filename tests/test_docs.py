@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from transformers import HfArgumentParser
 
 from captioning.__main__ import main
 from captioning.training.arguments import CaptioningArguments, DataArguments, ModelArguments, PushArguments
+from captioning.training.recipe import RecipeParser
 
 
 ROOT = Path(__file__).parent.parent
@@ -25,8 +25,8 @@ CURRENT = [name for name in DOCUMENTS if name != "CHANGELOG.md"]  # it names wha
 OURS = [path for pattern in ("*.py", "[bct]*/**/*.py") for path in ROOT.glob(pattern)]
 FLAG = r"--[a-z]\w+"
 BLOCK = re.compile(r"^```\w*\n(.*?)^```", re.DOTALL | re.MULTILINE)
-RUN = HfArgumentParser((ModelArguments, DataArguments, CaptioningArguments), allow_abbrev=False)
-PUSH = HfArgumentParser(PushArguments, allow_abbrev=False)
+RUN = RecipeParser((ModelArguments, DataArguments, CaptioningArguments), allow_abbrev=False)
+PUSH = RecipeParser(PushArguments, allow_abbrev=False)
 FOREIGN = {"--signal"}  # of sbatch
 
 

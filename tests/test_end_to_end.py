@@ -418,7 +418,7 @@ def test_a_mistake_ends_with_status_2_and_one_line(config_file, parquet_folder, 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"dataset_name": "./nowhere"}, "dataset folder './nowhere' does not exist"),
+        ({"dataset_name": "./nowhere"}, "dataset './nowhere' does not exist"),
         ({"config_name": "nowhere.json"}, "config 'nowhere.json' cannot be loaded"),
         ({"max_caption_length": 65}, "max_caption_length 65 exceeds the model's 64 text positions"),
         ({"max_new_tokens": 64}, "set --max_new_tokens to 63 or less"),

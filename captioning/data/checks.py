@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets
 
-from captioning.data.images import open_image
+from captioning.data.images import MISSING, open_image
 from captioning.data.zenodo import UNUSABLE
 from captioning.errors import UserError
 from captioning.files import write_whole
@@ -88,10 +88,10 @@ def _refuse_too_many(
     """Log the rejected rows of a split, or raise UserError if they are more than `max_fraction` of `number`."""
     if not found:
         return
-    if len(found) == number:
-        raise UserError(f"split '{split}' has no usable row out of {number}; see {listed}")
     reasons = Counter(entry["reason"].split(":")[0] for entry in found).most_common(3)
     summary = ", ".join(f"{count} x {reason}" for reason, count in reasons)
+    if len(found) == number:
+        raise UserError(f"split '{split}' has no usable row out of {number} ({summary}); see {listed}")
     if len(found) > max_fraction * number:
         mend = f"see {listed}, or raise --max_rejected_fraction above {max_fraction:g}"
         raise UserError(f"split '{split}': {len(found)} of {number} rows cannot be used ({summary}); {mend}")
@@ -168,7 +168,7 @@ def _reason_to_reject(
         if open_images:
             open_image(image)
     except ValueError as error:
-        return f"unreadable image: {error}"
+        return MISSING if str(error) == MISSING else f"unreadable image: {error}"
     return None
 
 

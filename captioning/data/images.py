@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 
+MISSING = "missing image file"
 MIN_IMAGE_SIDE = 8  # pixels; a smaller one is a tracking pixel or a stripe
 # Of one image; mammograms, the largest in radiology, have 20 million. Rescaling 16 bits takes some 32 bytes a pixel,
 # as floats: with 22 million it stays below 1 GB
@@ -68,7 +69,7 @@ def _open_lazily(image: dict[str, Any] | None) -> Image.Image:
         with warnings.catch_warnings(action="ignore"):  # of damaged EXIF, and of sizes above Pillow's own limit
             return Image.open(path if content is None else io.BytesIO(content), formats=FORMATS)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise ValueError("image file is missing") from error
+        raise ValueError(MISSING) from error
     except UnidentifiedImageError as error:
         with io.BytesIO(content) if content is not None else open(path, "rb") as file:
             start = file.read(16)

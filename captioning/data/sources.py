@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -20,29 +20,46 @@ from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from captioning.data.image_files import FILE, OUTSIDE, ImageFiles, with_files, with_ids
+from captioning.data.own_data import (
+    GROUP,
+    SPLIT_NAMES,
+    SPLITS,
+    WHOLE,
+    Layout,
+    choose_columns,
+    find_tables,
+    load_tables,
+    log_columns,
+    use_columns,
+)
 from captioning.data.phantoms import load_phantoms
+from captioning.data.splits import with_splits
 from captioning.data.streaming import STORED, hub_shards, index_shards, is_streamed, read_footer
-from captioning.data.zenodo import UNUSABLE, ZenodoSplits, is_inside, load_zenodo
+from captioning.data.tables import TABLE_ENDINGS
+from captioning.data.zenodo import UNUSABLE, MarkedSplits, is_inside, load_zenodo
 from captioning.errors import UserError, as_user_error, did_you_mean
 from captioning.hub.revisions import pin_revision
 
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("train", "validation", "test")
-SPLIT_NAMES = {"valid": "validation", "val": "validation", "dev": "validation"}
-OUTSIDE = "unreadable image: a file outside of the dataset's folder"
-REQUIRED_COLUMNS = ("image", "image_id", "caption")
+UNFINISHED = "prepare.unfinished"  # a file in the folder that `prepare` writes, until it is complete
+REQUIRED_COLUMNS = ("image", "image_id", "caption")  # of streamed parquet; elsewhere columns are chosen
 
 
-def load_source(name: str, revision: str | None = None, streaming: bool = False) -> DatasetDict:
+def load_source(
+    name: str, revision: str | None = None, streaming: bool = False, layout: Layout | None = None
+) -> DatasetDict:
     """Load the splits `train`, `validation`, `test` of a source, as far as it has them, with unchecked rows.
 
     Args:
         name: a Hub id; a folder made by `save_to_disk`; a folder of parquet files named by split; a folder in
-            the layout of Zenodo record 10821435, its zips extracted or not; or `phantoms`.
+            the layout of Zenodo record 10821435, its zips extracted or not; a folder of images with tables of
+            captions, see `find_tables`; such a table; or `phantoms`.
         revision: commit, branch or tag of a Hub id.
         streaming: read images from parquet shards, in a folder or on the Hub, when they are needed.
+        layout: which columns and files are used, and how data without splits is split; default: what is usual.
 
     Returns:
         Splits with at least the columns `image` (decoded by the collator only), `image_id` and `caption`.
@@ -50,31 +67,63 @@ def load_source(name: str, revision: str | None = None, streaming: bool = False)
     Raises:
         UserError: the source does not exist, cannot be read, cannot be streamed, or lacks a column.
     """
-    if name == "phantoms" and not streaming:
-        splits = load_phantoms()
-    elif name == "phantoms":
-        raise UserError(STORED.format("dataset 'phantoms'"))
-    elif os.path.isdir(name):
-        splits = _load_folder(Path(name), streaming)
-    elif os.path.exists(name):
-        raise UserError(f"dataset '{name}' is a file; give the folder that holds it")
-    elif _is_local(name):
-        raise UserError(f"dataset folder '{name}' does not exist; set --dataset_name")
-    else:
-        splits = _load_from_hub(name, revision, streaming)
-    if not isinstance(splits, DatasetDict):
-        raise UserError(f"dataset '{name}' is a single split; save a DatasetDict of {', '.join(SPLITS)}")
-    is_ours = isinstance(splits, ZenodoSplits)  # its links are checked where it is read
-    named = {SPLIT_NAMES.get(split, split): rows for split, rows in splits.items()}
-    if len(named) < len(splits):
+    layout = layout or Layout()
+    if streaming and layout.given():
+        raise UserError(f"--{layout.given()[0]} does not go with --streaming; leave one of them out")
+    splits = _load(name, revision, streaming, layout)
+    splits = DatasetDict({WHOLE: splits}) if isinstance(splits, Dataset) else splits
+    is_whole = len(splits) == 1 and next(iter(splits)).lower() not in SPLIT_NAMES and not streaming
+    names = {"train" if is_whole else SPLIT_NAMES.get(split.lower(), split): split for split in splits}
+    if len(names) < len(splits):
         raise UserError(f"dataset '{name}' has split 'validation' under two names: {', '.join(splits)}; keep one")
-    if not set(named) & set(SPLITS):
+    if not set(names) & set(SPLITS):
         raise UserError(f"dataset '{name}' has none of the splits {', '.join(SPLITS)}, but {', '.join(splits)}")
-    checked = {}
-    for split in [split for split in SPLITS if split in named]:
-        rows = _checked_columns(named[split], f"dataset '{name}', split '{split}'", streaming, is_ours)
-        checked[split] = rows if is_ours or streaming else _without_foreign_files(rows, name)
-    return DatasetDict(checked)
+    checked, chosen = {}, []
+    for split in [split for split in SPLITS if split in names]:
+        rows, where = splits[names[split]], f"dataset '{name}', split '{split}'"
+        if not streaming and not isinstance(splits, MarkedSplits):
+            images = [column for column, kind in rows.features.items() if isinstance(kind, Image)]
+            columns = choose_columns(rows.column_names, layout, where, images)
+            rows = use_columns(rows, columns)
+            chosen.append(columns)
+        rows = _checked_columns(rows, where, streaming, isinstance(splits, MarkedSplits))
+        if isinstance(rows.features["image"], Value):
+            rows = with_files(rows, _image_files(name, names[split], layout, where), where)
+        elif not streaming and not isinstance(splits, MarkedSplits):
+            rows = _without_foreign_files(rows, [name, layout.image_folder])
+        checked[split] = rows
+    log_columns(name, chosen)
+    complete = with_splits(with_ids(checked), name, layout, is_whole)
+    ours = {split: [name for name in (GROUP, FILE) if name in rows.column_names] for split, rows in complete.items()}
+    return DatasetDict({split: rows.remove_columns(ours[split]) for split, rows in complete.items()})
+
+
+def _load(name: str, revision: str | None, streaming: bool, layout: Layout) -> DatasetDict | Dataset:
+    if name == "phantoms" and not streaming:
+        return load_phantoms()
+    if name == "phantoms":
+        raise UserError(STORED.format("dataset 'phantoms'"))
+    if os.path.isdir(name):
+        return _load_folder(Path(name), streaming, layout)
+    if os.path.exists(name):
+        if not os.path.isfile(name) or not name.lower().endswith(TABLE_ENDINGS):
+            kinds = ", ".join(TABLE_ENDINGS)
+            raise UserError(f"dataset '{name}' is no table ({kinds}); give one, or the folder that holds the data")
+        if streaming:
+            raise UserError(STORED.format(f"dataset '{name}'"))
+        with _reading(f"dataset '{name}' cannot be read"):
+            return load_tables(name, {WHOLE: Path(name)}, layout)
+    if _is_local(name):
+        raise UserError(f"dataset '{name}' does not exist; set --dataset_name to a folder, a table or a Hub id")
+    return _load_from_hub(name, revision, streaming)
+
+
+def _image_files(name: str, split: str, layout: Layout, where: str) -> ImageFiles:
+    """Return the folder in which a table's images are sought: that of the flag, else that of the data."""
+    if layout.image_folder is None and not os.path.exists(name):
+        raise UserError(f"{where}: column 'image' holds names of files; set --image_folder to the folder of these")
+    root = Path(layout.image_folder or (name if os.path.isdir(name) else os.path.dirname(name) or "."))
+    return ImageFiles(root, root / split)
 
 
 def dataset_commit(name: str, revision: str | None = None) -> str | None:
@@ -87,16 +136,24 @@ def dataset_commit(name: str, revision: str | None = None) -> str | None:
 
 
 def _is_local(name: str) -> bool:
-    return name == "phantoms" or os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1
+    return (
+        name == "phantoms"
+        or os.path.exists(name)
+        or name.startswith((".", "/", "~"))
+        or name.count("/") > 1
+        or (name.lower().endswith(TABLE_ENDINGS))
+    )
 
 
-def _load_folder(folder: Path, streaming: bool) -> DatasetDict | Dataset:
+def _load_folder(folder: Path, streaming: bool, layout: Layout) -> DatasetDict | Dataset:
     _refuse_special_files(folder)
     with _reading(f"dataset folder '{folder}' cannot be read"):
         is_saved = (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+        _refuse_half_written(folder)
         files = {} if is_saved else _parquet_files(folder)
         is_zenodo = any(folder.glob("*_captions.csv"))
-        if streaming and not files and (is_saved or is_zenodo):
+        tables = {} if is_saved or files or is_zenodo else find_tables(folder)
+        if streaming and not files and (is_saved or is_zenodo or tables):
             raise UserError(STORED.format(f"dataset folder '{folder}'"))
         if is_saved:
             for path in folder.glob("*/state.json"):
@@ -108,10 +165,16 @@ def _load_folder(folder: Path, streaming: bool) -> DatasetDict | Dataset:
                 read_footer(path)  # which may be that of a bomb
             return index_shards(files) if streaming else load_dataset("parquet", data_files=files)
         if is_zenodo:
+            if wrong := [name for name in layout.given() if name.endswith(("_column", "_folder"))]:
+                raise UserError(f"--{wrong[0]} does not go with the layout of Zenodo in '{folder}'; leave it out")
             return load_zenodo(folder)
+        if tables:
+            return load_tables(str(folder), tables, layout)
+    found = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in TABLE_ENDINGS]
     raise UserError(
         f"dataset folder '{folder}' holds none of dataset_dict.json (save_to_disk), [data/]<split>-*.parquet, "
-        "<split>_captions.csv (Zenodo)"
+        "<split>_captions.csv (Zenodo), metadata.csv or .jsonl, captions.csv or .jsonl; see docs/data.md"
+        + (f", or give a table itself: --dataset_name {found[0]}" if found else "")
     )
 
 
@@ -133,6 +196,15 @@ def _refuse_special_files(folder: Path) -> None:
                 raise UserError(f"dataset folder '{folder}': '{path.name}' is not a regular file; remove it")
 
 
+def _refuse_half_written(folder: Path) -> None:
+    """Raise UserError for a folder that `prepare` or `save_to_disk` did not finish: they write `state.json` last."""
+    listed = folder / "dataset_dict.json"
+    splits = json.loads(listed.read_text(encoding="utf-8"))["splits"] if listed.is_file() else []
+    if (folder / UNFINISHED).exists() or not all((folder / split / "state.json").is_file() for split in splits):
+        mend = "delete it and run that command again"
+        raise UserError(f"dataset folder '{folder}' is half written: the command that wrote it was stopped; {mend}")
+
+
 def _parquet_files(folder: Path) -> dict[str, list[str]]:
     files: dict[str, list[str]] = {}
     for path in sorted((folder / "data").glob("*.parquet")) or sorted(folder.glob("*.parquet")):
@@ -150,32 +222,34 @@ def _load_from_hub(name: str, revision: str | None, streaming: bool) -> DatasetD
 
 def _checked_columns(rows: Dataset, where: str, streaming: bool, is_ours: bool) -> Dataset:
     """Return the columns of the schema, and `UNUSABLE` of a split that we wrote ourselves; no image is decoded."""
-    if missing := [column for column in REQUIRED_COLUMNS if column not in rows.column_names]:
+    if missing := [column for column in REQUIRED_COLUMNS if streaming and column not in rows.column_names]:
         there = ", ".join(rows.column_names)
-        raise UserError(f"{where}: column '{missing[0]}' is missing, it has {there}; rename the one that holds it")
+        raise UserError(f"{where}: column '{missing[0]}' is missing, it has {there}; leave --streaming out")
     # A table itself declares what its columns are; reading one of another type than text could open any file
-    for column in ("image_id", "caption", "cui"):
-        kind = rows.features.get(column, Value("string"))
+    texts = [column for column in ("image_id", "caption", "cui", GROUP) if column in rows.column_names]
+    for column in texts:
+        kind = rows.features[column]
         kind = kind.feature if column == "cui" and isinstance(kind, List | LargeList) else kind
         if not isinstance(kind, Value):
             raise UserError(f"{where}: column '{column}' is not text but {kind}; write it as text")
     if is_streamed(rows) and not streaming:  # planted: it names the files that are read
         raise UserError(f"{where}: column 'image' holds no images; write them as bytes")
-    for column in ("image_id", "caption"):
+    for column in texts:
         with as_user_error(f"{where}: column '{column}' is damaged", "write it in UTF-8"):
             rows.data.column(column).validate(full=True)
-    columns = [*REQUIRED_COLUMNS, "cui", *([UNUSABLE] if is_ours else [])]
-    rows = rows.select_columns([column for column in columns if column in rows.column_names])
+    rows = rows.select_columns(["image", *texts, *([UNUSABLE] if is_ours else [])])
     with as_user_error(f"{where}: column 'image' holds no images"):
-        return rows if streaming else rows.cast_column("image", Image(decode=False))
+        is_text = rows.features["image"] in (Value("string"), Value("large_string"))
+        return rows if streaming or is_text else rows.cast_column("image", Image(decode=False))
 
 
-def _without_foreign_files(rows: Dataset, name: str) -> Dataset:
+def _without_foreign_files(rows: Dataset, folders: Sequence[str | None]) -> Dataset:
     """Mark the rows whose image is a file outside of the source: a table can name any file of this machine.
 
-    Inside are its own folder and those to which `datasets` downloads.
+    Inside are the `folders` and those to which `datasets` downloads.
     """
-    roots = [os.path.realpath(root) for root in (HF_HUB_CACHE, HF_DATASETS_CACHE, *([name] * os.path.isdir(name)))]
+    there = [folder for folder in folders if folder and os.path.isdir(folder)]
+    roots = [os.path.realpath(root) for root in (HF_HUB_CACHE, HF_DATASETS_CACHE, *there)]
     content, paths = (pc.struct_field(rows.data.column("image"), name) for name in ("bytes", "path"))
     reasons: list[str | None] = [None] * len(rows)
     for row in np.flatnonzero(pc.is_null(content).to_numpy()).tolist():

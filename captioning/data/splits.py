@@ -1,15 +1,23 @@
 """The splits and rows that a run uses: what its stages need, as much as it asks for, and the sample for a baseline."""
 
-from collections.abc import Mapping
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from datasets import Dataset, DatasetDict
 
 from captioning.data.checks import usable
+from captioning.data.image_files import FILE
+from captioning.data.own_data import GROUP, SPLITS, Layout
 from captioning.errors import UserError
 
 
+logger = logging.getLogger(__name__)
+
 STAGES = {"train": "do_train", "validation": "do_eval", "test": "do_predict"}  # the flag of each split's stage
+DEFAULT_FRACTION = 0.1  # of the rows of data without splits: validation, and as many test
 NEIGHBORS = "neighbors"  # the training images among which a baseline seeks the nearest
 
 
@@ -34,8 +42,9 @@ def select_splits(
     """
     for split, flag in STAGES.items():
         if needed[split] and split not in dataset:
+            draw = f"draw it from 'train' by --{split}_fraction 0.1" if split != "train" else "add it"
             there = ", ".join(dataset)
-            raise UserError(f"dataset '{name}' has no split '{split}', only {there}; add it or set --{flag} false")
+            raise UserError(f"dataset '{name}' has no split '{split}', only {there}; {draw}, or set --{flag} false")
     kept = [split for split in STAGES if needed[split]]
     if with_captions and "train" in dataset and "train" not in kept:
         kept.append("train")
@@ -85,3 +94,76 @@ def keep_usable(
 def sample_rows(number: int, most: int) -> list[int]:
     """Return up to `most` of `number` row numbers, drawn with a fixed seed and sorted."""
     return sorted(np.random.default_rng(0).permutation(number)[:most].tolist())
+
+
+# --- Data without splits --------------------------------------------------------------------------------------
+
+
+def with_splits(splits: Mapping[str, Dataset], name: str, layout: Layout, is_whole: bool) -> dict[str, Dataset]:
+    """Draw the validation and test rows that the flags ask for from the training rows.
+
+    The draw depends on the groups, else the files or ids, and on `split_seed`, not on the order of the rows.
+
+    Args:
+        splits: with the column `image_id`.
+        name: of the data set.
+        layout: the flags.
+        is_whole: the data has no splits and all of it is in `train`, so that `DEFAULT_FRACTION` is drawn for each.
+
+    Raises:
+        UserError: such a split is there already, or rows are too few.
+    """
+    given = {"test": layout.test_fraction, "validation": layout.validation_fraction}
+    fractions = {split: DEFAULT_FRACTION * is_whole if share is None else share for split, share in given.items()}
+    fractions = {split: share for split, share in fractions.items() if share}
+    if not fractions:
+        return dict(splits)
+    if wrong := [split for split in fractions if split in splits or "train" not in splits]:
+        there = f"has the splits {', '.join(splits)}"
+        raise UserError(f"dataset '{name}' {there}; leave out --{wrong[0]}_fraction, which takes rows from 'train'")
+    rows = splits["train"]
+    drawn = draw_splits(_keys(rows), fractions, layout.split_seed, f"dataset '{name}'")
+    parts = dict(splits) | {split: rows.select(numbers) for split, numbers in drawn.items()}
+    parts = {split: parts[split] for split in SPLITS if split in parts}
+    sizes = ", ".join(f"{split} {len(part)}" for split, part in parts.items())
+    by = "group" if GROUP in rows.column_names else "image"
+    logger.info("dataset '%s': %s rows, drawn by %s; see --validation_fraction, --group_column", name, sizes, by)
+    return parts
+
+
+def _keys(rows: Dataset) -> list[str]:
+    """Return for each row what must not be in two splits: its group, else its file, else its id."""
+    columns = [rows[column][:] for column in (GROUP, FILE, "image_id") if column in rows.column_names]
+    texts = [["" if value is None else str(value).strip() for value in column] for column in columns]
+    if GROUP in rows.column_names and (blank := texts[0].count("")):
+        logger.warning("%d rows have no group: each image of them is a group of its own", blank)
+    return [next((f"{kind} {text}" for kind, text in enumerate(row) if text), "") for row in zip(*texts, strict=True)]
+
+
+def draw_splits(keys: Sequence[str], fractions: Mapping[str, float], seed: int, where: str) -> dict[str, list[int]]:
+    """Return the row numbers of `train` and of each split of `fractions`, in order; rows of one key stay together.
+
+    Raises:
+        UserError: there are too few keys.
+    """
+    sizes = Counter(keys)
+    left = sorted(sizes, key=lambda key: hashlib.sha256(f"{seed} {key}".encode()).digest())
+    split_of: dict[str, str] = {}
+    for split, fraction in fractions.items():
+        space, chosen = max(1, round(fraction * len(keys))), []
+        for key in left:
+            if sizes[key] <= space:
+                chosen.append(key)
+                space -= sizes[key]
+        chosen = chosen or sorted(left, key=sizes.get)[:1]  # each group is larger than the split should be
+        split_of |= dict.fromkeys(chosen, split)
+        left = [key for key in left if key not in split_of]
+    if not left:
+        mend = " or ".join(f"--{split}_fraction 0" for split in fractions)
+        raise UserError(
+            f"{where}: {len(sizes)} images or groups are too few for {len(fractions) + 1} splits; set {mend}"
+        )
+    drawn: dict[str, list[int]] = {split: [] for split in ("train", *fractions)}
+    for row, key in enumerate(keys):
+        drawn[split_of.get(key, "train")].append(row)
+    return drawn

@@ -1,6 +1,5 @@
 """The layout of ROCOv2's Zenodo record 10821435: tables of captions and concepts, and images in folders or zips."""
 
-import csv
 import hashlib
 import lzma
 import os
@@ -13,12 +12,13 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
+from captioning.data.images import MISSING
+from captioning.data.tables import EXTRA_FIELDS, read_csv_rows
 from captioning.errors import UserError, as_user_error, first_line
 
 
 UNUSABLE = "unusable row"  # a column with the reason to reject a row unread, null where there is none
-MISSING = "unreadable image: image file is missing"
-LINK_OUT = "unreadable image: a link out of the folder of images"
+LINK_OUT = "image outside of the dataset's folder: a link out of the folder of images"
 SPLIT_FILES = {"train": "train", "valid": "validation", "test": "test"}
 FEATURES = Features(
     {
@@ -34,11 +34,11 @@ MAX_UNPACKED = 100  # times its size in the zip: image formats are compressed al
 SMALL_MEMBER = 2**20  # bytes; up to this size any ratio is harmless
 
 
-class ZenodoSplits(DatasetDict):
+class MarkedSplits(DatasetDict):
     """Splits with a column `UNUSABLE` that we wrote ourselves: only that one is trusted."""
 
 
-def load_zenodo(folder: Path) -> ZenodoSplits:
+def load_zenodo(folder: Path) -> MarkedSplits:
     """Load `<split>_captions.csv`, `<split>_concepts.csv` and the images beside them, in a folder or a zip.
 
     Rows whose image cannot be read are kept, with the reason in the column `UNUSABLE`.
@@ -62,7 +62,7 @@ def load_zenodo(folder: Path) -> ZenodoSplits:
         arguments = {"concepts": None} | {key: str(path) for key, path in sources.items()}
         arguments["state"] = _folder_state(list(sources.values()))
         splits[split] = Dataset.from_generator(_zenodo_rows, features=FEATURES, gen_kwargs=arguments, split=split)
-    return ZenodoSplits(splits)
+    return MarkedSplits(splits)
 
 
 def _folder_state(paths: list[Path]) -> str:
@@ -75,14 +75,14 @@ def _folder_state(paths: list[Path]) -> str:
 
 
 def _zenodo_rows(captions: str, concepts: str | None, images: str, state: str) -> Iterator[dict[str, Any]]:
-    cuis = {row["ID"]: row["CUIs"] for row in _read_csv(concepts, "CUIs")} if concepts else {}
+    cuis = {row["ID"]: row["CUIs"] for row in read_csv_rows(concepts, ("ID", "CUIs"))} if concepts else {}
     with as_user_error(f"'{images}' cannot be read as a zip", "download it again"):
         archive = zipfile.ZipFile(images) if images.endswith(".zip") else None
     # Depending on the version of the record, the zips hold the images in a folder or not
     files = {Path(name).stem: name for name in (archive.namelist() if archive else os.listdir(images))}
     root = [os.path.realpath(images)]
     row = None
-    for row in _read_csv(captions, "Caption"):
+    for row in read_csv_rows(captions, ("ID", "Caption")):
         image, reason = {"path": None, "bytes": None}, MISSING
         image_id = row["ID"] or ""
         # Only names that the folder itself lists: an id cannot be a path out of it
@@ -94,7 +94,7 @@ def _zenodo_rows(captions: str, concepts: str | None, images: str, state: str) -
                 if os.path.islink(image["path"]) and not is_inside(image["path"], root):
                     reason = LINK_OUT
         if None in row:  # `csv.DictReader` found fields beyond the last column
-            reason = "more fields than columns: put the caption in double quotes"
+            reason = EXTRA_FIELDS
         yield {
             "image": None if reason else image,  # so that nothing later reads what must not be read
             UNUSABLE: reason,
@@ -127,35 +127,3 @@ def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> tuple[byt
         return None, f"unreadable image: damaged in the zip: {first_line(error)}"
     except RuntimeError as error:  # encrypted, or compressed by an unknown method
         return None, f"unreadable image: cannot be unpacked: {first_line(error)}"
-
-
-def _read_csv(path: str, column: str) -> Iterator[dict[str, str]]:
-    csv.field_size_limit(2**27)  # characters; the module's default of 2**17 refuses a long caption
-    lines: list[str] = []  # of the current row
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(lines.append(line) or line for line in file)
-        try:
-            if rows.fieldnames is None:
-                raise UserError(f"'{path}' is empty; the columns ID and {column} are needed")
-            if not {"ID", column} <= set(rows.fieldnames):
-                columns = ", ".join(rows.fieldnames[:8])
-                raise UserError(f"'{path}' has the columns {columns[:300]}; ID and {column} are needed")
-            for row in rows:
-                if len(lines) > 1 and _ends_in_quotes(lines):
-                    first = rows.line_num - len(lines) + 1
-                    raise UserError(f"'{path}', line {first}: a double quote is not closed; close it, or double it")
-                lines.clear()
-                yield row
-        except csv.Error as error:
-            raise UserError(f"'{path}', line {rows.line_num + 1} is not CSV: {error}; correct or remove it") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"'{path}' is not UTF-8 after line {rows.line_num}; save it as UTF-8") from error
-
-
-def _ends_in_quotes(lines: list[str]) -> bool:
-    """Tell whether a row runs to the end of the file because a quote is not closed: it swallows the rows below it."""
-    try:
-        list(csv.reader(lines, strict=True))
-    except csv.Error as error:
-        return "unexpected end" in str(error)
-    return False

@@ -34,7 +34,7 @@ def score_table(scores: Mapping[str, Any]) -> str:
     for key in (key for key in BY_MODALITY if key in scores["scores"]):
         values = "".join(f"{four_digits(own[key]['value']):>13}" for own in modalities.values())
         lines += [f"{key:<{width}}{values}"]
-    return "\n".join([*lines, "", *_missing(scores), scores["verdict"]])
+    return "\n".join([*lines, "", *not_computed(scores), scores["verdict"]])
 
 
 def comparison_table(result: Mapping[str, Any]) -> str:
@@ -47,7 +47,7 @@ def comparison_table(result: Mapping[str, Any]) -> str:
         difference, low, high = (four_digits(row[key], sign="+") for key in ("difference", "low", "high"))
         values = f"{four_digits(row['first']):>8}{four_digits(row['second']):>8}{difference:>12}"
         lines += [f"{name:<{width}}{values}  {f'{low} to {high}':<20}{four_digits(row['p_value']):>8}"]
-    lines += ["", *_missing(result)]
+    lines += ["", *not_computed(result)]
     lines += ["p: approximate randomization, two-sided; the difference is the first score minus the second."]
     return "\n".join(lines)
 
@@ -57,5 +57,6 @@ def four_digits(value: float | None, sign: str = "") -> str:
     return "-" if value is None else f"{value:{sign}.4f}"
 
 
-def _missing(scores: Mapping[str, Any]) -> list[str]:
+def not_computed(scores: Mapping[str, Any]) -> list[str]:
+    """Return a line for each score that is missing, with what it needs."""
     return [f"not computed: {name}: {reason}" for name, reason in scores["missing"].items()]

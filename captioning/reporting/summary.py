@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from captioning.errors import printable
 from captioning.reporting.run_record import SPLITS, RunRecord
-from captioning.reporting.score_table import CAPTION_WIDTH, four_digits
+from captioning.reporting.score_table import CAPTION_WIDTH, four_digits, not_computed
 from captioning.scoring.baselines import BASELINES
 from captioning.scoring.score import HEADLINE
 from metrics import METRIC_NAMES
@@ -14,7 +14,7 @@ EXAMPLES = 3
 
 
 def summary(metrics: Mapping[str, float], record: RunRecord) -> str:
-    """Return the metrics of the run and the baselines of ROUGE-L as a table, the verdicts, and three captions.
+    """Return the metrics of the run and the baselines of ROUGE-L as a table, verdicts, what is missing, 3 captions.
 
     The captions are the first of the last split, not the best: they are examples.
     """
@@ -27,6 +27,9 @@ def summary(metrics: Mapping[str, float], record: RunRecord) -> str:
         if any(value is not None for value in values):
             lines.append(f"{label:<24}" + "".join(f"{four_digits(value):>12}" for value in values))
     lines += [f"{split}: {record.scores[split]['verdict']}" for split in columns if split in record.scores]
+    lines += dict.fromkeys(
+        line for split in columns for line in not_computed({"missing": {}} | record.scores.get(split, {}))
+    )
     for example in record.predictions(list(columns)[-1])[:EXAMPLES] if columns else ():
         image_id, reference, prediction = (
             printable(example[key], CAPTION_WIDTH) for key in ("image_id", "reference", "prediction")

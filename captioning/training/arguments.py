@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, Seq2SeqTrainingArguments
 from transformers.hf_argparser import HfArg
 
+from captioning.data.own_data import Layout
 from captioning.errors import UserError, as_user_error, did_you_mean
 from captioning.training.decoding import generation_config
 from metrics import METRIC_NAMES
@@ -58,6 +59,22 @@ REPLACED_FIELDS = {
     "fsdp": "evaluation calls parts of the model one by one, whose weights are not gathered; see docs/distributed.md",
     "fsdp_config": "see fsdp",
 }
+# What other programs call a field, without dashes and underscores
+OTHER_NAMES = {
+    "per_device_train_batch_size": "batchsize batch bs b trainbatchsize", "learning_rate": "lr",
+    "per_device_eval_batch_size": "evalbatchsize valbatchsize testbatchsize", "weight_decay": "wd",
+    "num_train_epochs": "epochs epoch e numepochs maxepochs trainepochs", "max_steps": "steps numsteps trainsteps",
+    "warmup_steps": "warmup warmupratio", "gradient_accumulation_steps": "gradaccum accumulationsteps",
+    "output_dir": "output out o outputfolder outputpath outdir savedir", "tokenizer_name": "tokenizer",
+    "model_name_or_path": "model m modelname modelpath modelid basemodel pretrainedmodel", "config_name": "config",
+    "dataset_name": "dataset data d datadir datapath datafolder datasetpath trainfile traindir",
+    "caption_column": "textcolumn captioncol", "image_folder": "imagedir imagesdir images imageroot",
+    "validation_fraction": "valfraction valsplit validationsplit valratio", "test_fraction": "testsplit testratio",
+    "max_caption_length": "maxlength maxseqlength", "num_beams": "beams beam beamsize",
+    "dataloader_num_workers": "workers numworkers", "eval_strategy": "evaluationstrategy", "use_cpu": "cpu nocuda",
+    "resume_from_checkpoint": "resume checkpoint", "hub_model_id": "hubid repo repoid pushtohubmodelid",
+    "push_to_hub": "push", "hub_private_repo": "private",
+}  # fmt: skip
 # ... that the rest relies on
 FIXED_FIELDS = {
     "eval_do_concat_batches": (True, "scores are computed over the whole split"),
@@ -95,11 +112,12 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
-    """Which images and captions."""
+class DataArguments(Layout):
+    """Which images and captions; the fields of `Layout` say which columns and splits."""
 
     dataset_name: str = HfArg(
-        default="eltorio/ROCOv2-radiology", help="Hub id, folder (save_to_disk, parquet or Zenodo), or 'phantoms'."
+        default="eltorio/ROCOv2-radiology",
+        help="Hub id, folder, table of paths and captions, or 'phantoms': docs/data.md.",
     )
     dataset_revision: str | None = HfArg(default=None, help="Commit, branch or tag of a Hub id.")
     streaming: bool = HfArg(default=False, help="Read images when needed, from parquet on the Hub or in a folder.")
@@ -121,6 +139,7 @@ class DataArguments:
 
     def __post_init__(self):
         """Check the values that can be checked alone."""
+        super().__post_init__()
         _check_ranges(self)
 
     def max_samples(self) -> dict[str, int | None]:
@@ -145,8 +164,7 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
     weight_decay: float = HfArg(default=0.05, help="Weight decay of AdamW.")
     num_train_epochs: float = HfArg(default=5.0, help="Epochs.")
     warmup_steps: float = HfArg(default=0.05, help="Steps of linear warm-up; below 1, a share of all.")
-    # `--bf16` alone is `--bf16 true`: the parser does so by itself for `bool`, not for `bool | None`
-    bf16: bool | None = HfArg(default=None, help="Default: if the GPU has it.", metadata={"nargs": "?", "const": True})
+    bf16: bool | None = HfArg(default=None, help="Default: if the GPU has it.")
 
     # Evaluation, checkpoints, logs
     eval_strategy: str = HfArg(default="epoch", help="no, steps or epoch.")
@@ -205,7 +223,7 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
 
     def _check_fields_of_the_trainer(self) -> None:
         for name, instead in REPLACED_FIELDS.items():
-            if getattr(self, name):
+            if getattr(self, name) != self.__dataclass_fields__[name].default:
                 raise UserError(f"{name} is not used here; {instead}")
         for name, (needed, reason) in FIXED_FIELDS.items():
             if getattr(self, name) != needed:
@@ -268,9 +286,7 @@ class PushArguments:
 
     push_only: str = HfArg(help="Output folder of a finished run; nothing is run, it is only pushed.")
     hub_model_id: str | None = HfArg(default=None, help="<user>/<name>; default: the folder's name.")
-    hub_private_repo: bool | None = HfArg(
-        default=None, help="Whether a new repository is private.", metadata={"nargs": "?", "const": True}
-    )
+    hub_private_repo: bool | None = HfArg(default=None, help="Whether a new repository is private.")
 
 
 def _check_ranges(arguments: Any) -> None:

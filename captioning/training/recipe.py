@@ -3,6 +3,7 @@
 Flags win over the recipe, the recipe over the defaults.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -21,12 +22,15 @@ from typing import Any, NoReturn
 
 import torch
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from captioning.command_line import OneLineParser
+from captioning.data.tables import TABLE_ENDINGS
 from captioning.errors import UserError, as_user_error, did_you_mean
 from captioning.hub.revisions import download_recipe
 from captioning.training.arguments import (
     MAX_RECIPE,
+    OTHER_NAMES,
     REPLACED_FIELDS,
     CaptioningArguments,
     DataArguments,
@@ -66,7 +70,13 @@ ALWAYS_WRITTEN_FIELDS = {
 
 
 class RecipeParser(OneLineParser, HfArgumentParser):
-    """An `HfArgumentParser` whose errors are `UserError`s."""
+    """An `HfArgumentParser` whose errors are `UserError`s, and where a flag alone is true also for `bool | None`."""
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        """Add an argument; see `argparse`."""
+        if options.get("type") is string_to_bool:
+            options |= {"nargs": "?", "const": True}
+        return super().add_argument(*names, **options)
 
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, CaptioningArguments]:
@@ -80,7 +90,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
         DATACLASSES,
         prog="python run_captioning.py",
         usage="%(prog)s [recipe.json | hf://user/model/recipe.json] [--flag value ...]\n"
-        "       %(prog)s --push_only output_folder [--hub_model_id user/name] [--hub_private_repo true]",
+        "       %(prog)s --push_only output_folder [--hub_model_id user/name] [--hub_private_repo]",
         description="Fine-tune and score an image captioning model. Flags win over the recipe, it over the defaults.",
         allow_abbrev=False,
     )
@@ -115,8 +125,22 @@ def _parse(parser: RecipeParser, argv: list[str], known: Iterable[str]) -> dict[
         flag = unknown[0].split("=")[0]
         if not flag.startswith("-"):
             raise UserError(f"'{flag}' is not a flag; the recipe goes first, then --flag value")
-        raise UserError(f"unknown flag '{flag}'{did_you_mean(flag, [f'--{name}' for name in known])}")
+        hint = _meant(flag.lstrip("-"), known).replace("did you mean '", "did you mean '--")
+        raise UserError(f"unknown flag '{flag}'{hint}")
+    if refused := sorted(_flags(argv) & REPLACED_FIELDS.keys()):  # whatever the value
+        raise UserError(f"{refused[0]} is not used here; {REPLACED_FIELDS[refused[0]]}")
     return vars(namespace)
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    """Return `"; did you mean 'x'?"` for the field that other programs call `name`, or a similar one, else ""."""
+    fields_of = {other: field for field, others in OTHER_NAMES.items() for other in (*others.split(), _plain(field))}
+    field = fields_of.get(_plain(name))
+    return f"; did you mean '{field}'?" if field in known else did_you_mean(name, known)
+
+
+def _plain(name: str) -> str:
+    return re.sub("[-_]", "", name).lower()
 
 
 def _flags(argv: list[str]) -> set[str]:
@@ -126,7 +150,8 @@ def _flags(argv: list[str]) -> set[str]:
 def _default_output_dir(values: dict[str, Any]) -> str:
     model = Path(values["model_name_or_path"] or values["config_name"] or "model")
     name = model.stem if model.suffix == ".json" else model.name
-    return os.path.join("outputs", f"{name}-{Path(values['dataset_name']).name}")
+    data = Path(values["dataset_name"])
+    return os.path.join("outputs", f"{name}-{data.stem if data.suffix in TABLE_ENDINGS else data.name}")
 
 
 # --- Read a recipe --------------------------------------------------------------------------------------------
@@ -146,8 +171,8 @@ def read_recipe(path: str) -> dict[str, Any]:
     known = recipe_fields()
     for key, value in recipe.items():
         if key not in known:
-            raise UserError(f"recipe '{path}': unknown key '{key}'{did_you_mean(key, known)}")
-        if value and key in REPLACED_FIELDS:  # before the type is checked: no value of it is right
+            raise UserError(f"recipe '{path}': unknown key '{key}'{_meant(key, known)}")
+        if key in REPLACED_FIELDS:  # before the type is checked: no value of it is right
             raise UserError(f"recipe '{path}': {key} is not used here; {REPLACED_FIELDS[key]}")
         if not _fits(value, known[key].type):
             wanted = _type_name(known[key].type)

@@ -3,6 +3,8 @@
 from helpers import make_predictions, make_record
 
 from captioning.reporting.summary import summary
+from captioning.scoring.captions import Captions
+from captioning.scoring.score import score
 
 
 METRICS = {"eval_loss": 1.5, "eval_rougeL": 0.25, "predict_loss": 1.25, "predict_rougeL": 0.125, "train_loss": 3.0}
@@ -30,3 +32,13 @@ def test_the_baselines_and_the_verdict(tmp_path):
     assert "rougeL of other images" in text
     assert "nearest" not in text
     assert "test: ROUGE-L 0.1 does NOT beat it." in text.splitlines()
+
+
+def test_scores_that_need_java_are_named_once_where_there_is_none(tmp_path, monkeypatch):
+    """Else a run ends without BLEU and METEOR, and nobody knows; the advice names no flag of another command."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    captions = Captions(["1", "2"], ["a cyst", "no cyst"], ["a cyst", "a nodule"], [[], []])
+    found = {"verdict": "", "missing": score(captions)["missing"]}
+    text = summary(METRICS, make_record(tmp_path / "run", [], scores=dict.fromkeys(("validation", "test"), found)))
+    assert text.count("not computed: coco_*: `java` cannot be run (No such file or directory): install a Java") == 1
+    assert "--tokenizer" not in text

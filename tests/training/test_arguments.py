@@ -12,8 +12,14 @@ from transformers import GenerationConfig
 
 from captioning.errors import UserError
 from captioning.training import recipe as recipe_module
-from captioning.training.arguments import CaptioningArguments
-from captioning.training.recipe import parse_arguments, read_recipe, resolved_recipe
+from captioning.training.arguments import FIXED_FIELDS, OTHER_NAMES, REPLACED_FIELDS, CaptioningArguments
+from captioning.training.recipe import (
+    parse_arguments,
+    parse_push_arguments,
+    read_recipe,
+    recipe_fields,
+    resolved_recipe,
+)
 
 
 ROOT = Path(__file__).parents[2]
@@ -77,6 +83,7 @@ def test_the_defaults_are_the_contract():
     assert (args.do_train, args.do_eval, args.do_predict, args.predict_with_generate) == (True,) * 4
     assert (args.num_beams, args.max_new_tokens) == (3, 64)
     assert args.output_dir == "outputs/blip-image-captioning-base-ROCOv2-radiology"
+    assert parse_arguments([*MODEL, "--dataset_name", "a/labels.csv"])[2].output_dir == "outputs/model-labels"
     assert args.lr_scheduler_type == "linear"
     assert 0 < args.warmup_steps < 1
     assert args.optim.startswith("adamw")
@@ -193,6 +200,9 @@ def test_a_bad_flag_is_named_with_its_mend(flags, message):
         ("label_smoothing_factor", 0.1, "--label_smoothing"),
         ("generation_num_beams", 4, "--num_beams"),
         ("generation_max_length", 40, "--max_new_tokens"),
+        # Every value is refused, also those that mean "no" or "none"
+        *((name, 0, re.escape(instead)) for name, instead in REPLACED_FIELDS.items() if "config" not in name),
+        *((name, "", re.escape(instead)) for name, instead in REPLACED_FIELDS.items() if "config" in name),
     ],
 )
 def test_trainer_fields_that_would_mislead_are_refused(recipe, name, value, instead):
@@ -201,6 +211,61 @@ def test_trainer_fields_that_would_mislead_are_refused(recipe, name, value, inst
         with pytest.raises(UserError, match=instead) as error:
             parse_arguments(argv)
         assert "hf_secret" not in str(error.value)
+
+
+def test_a_field_that_is_fixed_is_refused_at_every_other_value(recipe):
+    for name, (needed, _) in FIXED_FIELDS.items():
+        for value in (not needed, int(not needed), None):
+            with pytest.raises(UserError, match=f"{name}"):
+                parse_arguments([recipe({name: value}), *MODEL])
+        with pytest.raises(UserError, match=f"{name} must stay"):
+            parse_arguments([*MODEL, f"--{name}={int(not needed)}"])
+        assert getattr(parse_arguments([recipe({name: needed}), *MODEL, f"--{name}", str(needed)])[2], name) is needed
+    with pytest.raises(UserError, match="generation_num_beams is not used here"):
+        CaptioningArguments(output_dir="x", generation_num_beams=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("batch_size", "per_device_train_batch_size"),
+        ("lr", "learning_rate"),
+        ("learning_rate_", "learning_rate"),
+        ("Learning-Rate", "learning_rate"),
+        ("epochs", "num_train_epochs"),
+        ("output", "output_dir"),
+        ("output-folder", "output_dir"),
+        ("model", "model_name_or_path"),
+        ("dataset", "dataset_name"),
+        ("data", "dataset_name"),
+        ("text_column", "caption_column"),
+    ],
+)
+def test_names_of_other_programs_lead_to_the_field(recipe, name, field):
+    with pytest.raises(UserError, match=f"unknown flag '--{name}'; did you mean '--{field}'"):
+        parse_arguments([*MODEL, f"--{name}", "1"])
+    with pytest.raises(UserError, match=f"unknown key '{name}'; did you mean '{field}'"):
+        parse_arguments([recipe({name: 1}), *MODEL])
+
+
+def test_the_names_of_other_programs_are_no_fields_and_lead_to_one():
+    known = recipe_fields()
+    others = [other for others in OTHER_NAMES.values() for other in others.split()]
+    assert len(set(others)) == len(others)
+    assert set(OTHER_NAMES) <= known.keys()
+    assert not set(others) & {re.sub("[-_]", "", name) for name in known}
+    with pytest.raises(UserError, match=r"unknown flag '--lr'$"):  # not a flag of a push
+        parse_push_arguments(["--push_only", "x", "--lr", "1"])
+
+
+@pytest.mark.parametrize(
+    "name", ["hub_private_repo", "do_train", "greater_is_better", "streaming", "ddp_find_unused_parameters"]
+)
+def test_a_boolean_flag_is_true_by_itself(name):
+    for words, value in (([f"--{name}"], True), ([f"--{name}", "true"], True), ([f"--{name}=false"], False)):
+        parsed = parse_arguments([*MODEL, *words, "--seed", "3"])
+        assert next(getattr(part, name) for part in parsed if hasattr(part, name)) is value
+    assert parse_push_arguments(["--push_only", "x", "--hub_private_repo"]).hub_private_repo is True
 
 
 # --- Write back -----------------------------------------------------------------------------------------------

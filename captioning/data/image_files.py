@@ -1,0 +1,154 @@
+"""The files of images that a table names, and what the images are called: never by a path of this machine."""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, Features, Image, Value
+from datasets.fingerprint import Hasher
+from PIL import Image as PIL
+
+from captioning.data.images import FORMATS, MISSING
+from captioning.data.zenodo import UNUSABLE, is_inside
+from captioning.errors import UserError
+
+
+FILE = "file name"  # a column: what a table calls the image, below the folder of the images
+OUTSIDE = "image outside of the dataset's folder"
+LOCAL_PATH = r"^(/|~|\.\.?/|\\|[A-Za-z]:[\\/]|file:)"  # how an id starts that is a path
+IMAGE_ENDINGS = {ending for ending, name in PIL.registered_extensions().items() if name in FORMATS}
+
+
+class ImageFiles:
+    """The images that a table names, in a folder.
+
+    Args:
+        root: the folder; a file outside of it is not read.
+        first: a folder in it that relative paths may start from, too.
+    """
+
+    def __init__(self, root: Path, first: Path):
+        self.root, self._starts, self._real = root, (first, root), [os.path.realpath(root)]
+
+    def locate(self, name: str | None) -> tuple[str, str | None]:
+        """Return the path of an image, and the reason if it cannot be used.
+
+        A name may lack its ending or its subfolder where only one file fits.
+        """
+        name = (name or "").replace("\\", os.sep)  # written on Windows
+        paths = [os.path.join(start, name) for start in self._starts]
+        path = next(filter(os.path.lexists, paths), None) or self._by_name.get(name) or paths[-1]
+        if not is_inside(path, self._real):
+            return path, OUTSIDE
+        return path, None if name and os.path.exists(path) else MISSING
+
+    @cached_property
+    def _by_name(self) -> dict[str, str | None]:
+        """The path of each image below the folder by what it may be called, None where several may."""
+        found: dict[str, str | None] = {}
+        for folder, _, names in os.walk(self.root):
+            for path in (os.path.join(folder, name) for name in names):
+                stem, ending = os.path.splitext(path)
+                if ending.lower() in IMAGE_ENDINGS and path.isprintable():
+                    keys = {os.path.relpath(stem, self.root), os.path.basename(path), os.path.basename(stem)}
+                    found |= {key: None if key in found else path for key in keys}
+        return found
+
+
+def with_files(rows: Dataset, files: ImageFiles, where: str) -> Dataset:
+    """Return rows whose `image`, a text, became the file that it names; with `FILE`, and the reasons in `UNUSABLE`.
+
+    Raises:
+        UserError: no row has its file.
+    """
+    names = rows["image"][:]
+    found = [files.locate(name) for name in names]
+    if found and all(reason for _, reason in found):
+        raise UserError(
+            f"{where}: none of its {len(found)} images can be used; the first is '{names[0]}' ({found[0][1]}), sought "
+            f"in '{files.root}'; set --image_folder to the folder that holds them, or --image_column"
+        )
+    # As part of the fingerprint, sizes and times make a changed file be read again
+    states = [reason or (os.stat(path).st_size, os.stat(path).st_mtime_ns) for path, reason in found]
+
+    def add_files(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
+        known = batch.get(UNUSABLE) or [None] * len(numbers)
+        reasons = [reason or found[number][1] for number, reason in zip(numbers, known, strict=True)]
+        pairs = [(names[number], found[number][0]) for number in numbers]
+        return {
+            # Nothing later reads what must not be read
+            "image": [
+                {"bytes": None, "path": None if bad else path} for (_, path), bad in zip(pairs, reasons, strict=True)
+            ],
+            FILE: [os.path.relpath(path, files.root) if name and path.isprintable() else None for name, path in pairs],
+            UNUSABLE: reasons,
+        }
+
+    return rows.map(
+        add_files,
+        with_indices=True,
+        batched=True,
+        features=Features(
+            rows.features | {"image": Image(decode=False), FILE: Value("string"), UNUSABLE: Value("string")}
+        ),
+        new_fingerprint=Hasher.hash((rows._fingerprint, str(files.root), repr(found), repr(states))),
+        desc="Looking for the images",
+    )
+
+
+# --- Ids ------------------------------------------------------------------------------------------------------
+
+
+def with_ids(splits: Mapping[str, Dataset]) -> dict[str, Dataset]:
+    """Give each row an `image_id` that is no path of this machine.
+
+    Where the column is missing, it is the name of the file, or the number among all rows where there is none. Paths,
+    also those in a column of ids, are shortened to as many of their last parts as tell them apart.
+    """
+    first, ids, made = 0, {}, set()
+    for split, rows in splits.items():
+        if "image_id" not in rows.column_names:
+            ids[split] = _names_of_files(rows, first)
+            made |= set(ids[split])
+        elif pc.any(pc.match_substring_regex(_as_text(rows, "image_id"), LOCAL_PATH)).as_py():
+            ids[split] = _as_text(rows, "image_id").to_pylist()
+        first += len(rows)
+    texts = {text for own in ids.values() for text in own if text}
+    paths = {text for text in texts if text in made or re.match(LOCAL_PATH, text)}
+    short = short_names(paths, texts - paths)
+    for split, own in ids.items():
+        others = splits[split].select_columns([name for name in splits[split].column_names if name != "image_id"])
+        ids[split] = others.add_column("image_id", [short.get(text, text) for text in own], feature=Value("string"))
+    return dict(splits) | ids
+
+
+def _names_of_files(rows: Dataset, first: int) -> list[str]:
+    """Return the name of each row's file, numbered where it is repeated; without one, the number of the row."""
+    has_file = FILE in rows.column_names
+    names = _as_text(rows, FILE) if has_file else pc.struct_field(rows.data.column("image"), "path")
+    seen: Counter[str | None] = Counter()
+    ids = []
+    for number, name in enumerate(names.to_pylist(), start=first):
+        seen[name] += 1
+        ids.append((name if seen[name] == 1 else f"{name}#{seen[name]}") if name else f"{number:06d}")
+    return ids
+
+
+def short_names(paths: Iterable[str], taken: Iterable[str] = ()) -> dict[str, str]:
+    """Return by path as many of its last parts as tell all `paths` from each other and from the names `taken`."""
+    parts = {path: [part for part in re.split(r"[\\/]+", path) if part not in ("", ".", "..")] for path in paths}
+    taken, short = set(taken), {}
+    for depth in range(1, max(map(len, parts.values()), default=0) + 1):
+        short = {path: "/".join(own[-depth:]) for path, own in parts.items()}
+        if len(set(short.values())) == len(parts) and not taken.intersection(short.values()):
+            break
+    return short
+
+
+def _as_text(rows: Dataset, name: str) -> pa.ChunkedArray:
+    return rows.data.column(name).cast(pa.string())

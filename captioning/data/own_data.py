@@ -1,0 +1,205 @@
+"""One's own images and captions: which tables and columns hold them.
+
+A `Layout` is what the user says about it; the rest is found by the usual names and logged. `image_files.py` finds and
+names the images, `splits.py` draws splits, and `sources.load_source` applies all of it to any source.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features, List, Value, concatenate_datasets
+from datasets.fingerprint import Hasher
+from transformers.hf_argparser import HfArg
+
+from captioning.data.tables import EXTRA_FIELDS, TABLE_ENDINGS, read_table
+from captioning.data.zenodo import UNUSABLE, MarkedSplits
+from captioning.errors import UserError, did_you_mean
+
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "validation", "test")
+SPLIT_NAMES = {"valid": "validation", "val": "validation", "dev": "validation", "validate": "validation"} | {
+    split: split for split in SPLITS
+}
+WHOLE = "whole"  # the name of a data set that has no splits
+GROUP = "group"  # the column of what must not be in two splits, usually the patient
+TABLE_NAMES = ("metadata", "captions")  # the former is that of the `imagefolder` of `datasets`
+# By column of ours, the names that are looked for, the likeliest first; upper and lower case are alike
+USUAL_NAMES = {
+    "image": ("image", "file_name", "filename", "image_path", "path", "file_path", "filepath", "image_file", "file",
+              "image_name", "img"),
+    "caption": ("caption", "text", "report", "findings", "captions", "description", "impression"),
+    "image_id": ("image_id", "id"),
+    "cui": ("cui", "cuis", "concepts"),
+    GROUP: ("patient_id", "patientid", "patient", "subject_id", "subject"),
+}  # fmt: skip
+FLAGS = {"image": "image_column", "caption": "caption_column", "image_id": "id_column", GROUP: "group_column"}
+TEXT = Value("string")
+
+
+@dataclass
+class Layout:
+    """What the user says about columns, files and splits."""
+
+    image_column: str | None = HfArg(default=None, help="Column of images or their paths. Default: a usual name.")
+    caption_column: str | None = HfArg(default=None, help="Column of captions. Default: a usual name, such as report.")
+    id_column: str | None = HfArg(default=None, help="Column of image ids. Default: image_id, id, or names of files.")
+    group_column: str | None = HfArg(
+        default=None, help="Column of what must not be in two splits. Default: patient_id or the like."
+    )
+    image_folder: str | None = HfArg(default=None, help="Folder of the images that a table names. Default: its own.")
+    validation_fraction: float | None = HfArg(
+        default=None, help="Share of the rows to validate on. Default: 0.1 of data without splits."
+    )
+    test_fraction: float | None = HfArg(default=None, help="The same for the test split.")
+    split_seed: int = HfArg(default=0, help="Another number draws other rows for these; --seed does not.")
+
+    def __post_init__(self):
+        """Check the values that can be checked alone."""
+        given = {name: getattr(self, f"{name}_fraction") for name in ("validation", "test")}
+        for name, fraction in given.items():
+            if fraction is not None and not 0 <= fraction < 1:
+                raise UserError(f"{name}_fraction is {fraction}; set --{name}_fraction from 0 to below 1")
+        if sum(fraction or 0 for fraction in given.values()) >= 1:
+            raise UserError("validation_fraction and test_fraction leave nothing for the training; lower one")
+        if self.image_folder is not None and not os.path.isdir(self.image_folder):
+            raise UserError(f"image_folder '{self.image_folder}' is not a folder; set --image_folder")
+
+    def given(self) -> list[str]:
+        """Return the names of the fields that the user has set."""
+        return [item.name for item in fields(Layout) if getattr(self, item.name) != item.default]
+
+
+def find_tables(folder: Path) -> dict[str, Path]:
+    """Return by split the tables of captions in a folder; `WHOLE` stands for data without splits.
+
+    They are called as a split, or `metadata` or `captions` in a folder of a split or in `folder` itself.
+
+    Raises:
+        UserError: a split has two tables.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        name, table = path.stem, path if path.suffix.lower() in TABLE_ENDINGS and path.is_file() else None
+        if path.is_dir():
+            name, table = path.name, _table_in(path)
+        if table and name.lower() in SPLIT_NAMES:
+            if name in found:
+                raise UserError(f"dataset folder '{folder}' has '{found[name]}' and '{table}'; remove one of them")
+            found[name] = table
+    return found or ({WHOLE: table} if (table := _table_in(folder)) else {})
+
+
+def _table_in(folder: Path) -> Path | None:
+    paths = [folder / f"{name}{ending}" for name in TABLE_NAMES for ending in TABLE_ENDINGS]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def load_tables(name: str, tables: Mapping[str, Path], layout: Layout) -> MarkedSplits:
+    """Read the tables of the data set `name` into splits of texts; `image` is the name of a file, not yet looked for.
+
+    The table of `WHOLE` is taken apart if each row names its split, in a column `split` or by the first folder.
+
+    Raises:
+        UserError: a table cannot be read, has no rows, or no columns of images and captions.
+    """
+    splits, chosen = {}, []
+    for split, table in tables.items():
+        rows = list(read_table(table))
+        if not rows:
+            raise UserError(f"'{table}' holds no row; add captions or remove it")
+        there = list(dict.fromkeys(key for row in rows for key in row if key is not None))
+        columns = choose_columns(there, layout, f"'{table}'", ids_name_images=True)
+        chosen.append(columns)
+        of_row = [split] * len(rows)
+        if split == WHOLE:
+            key = next((key for key in there if key.strip().lower() == "split"), "")
+            named = [str(row.get(key) or row.get(columns["image"])).split("/")[0].strip().lower() for row in rows]
+            of_row = [SPLIT_NAMES[part] for part in named] if set(named) <= set(SPLIT_NAMES) else of_row
+        for part in dict.fromkeys(of_row):
+            own = [_texts(row, columns) for row, its in zip(rows, of_row, strict=True) if its == part]
+            features = Features({key: List(TEXT) if key == "cui" else TEXT for key in own[0]})
+            splits[part] = Dataset.from_generator(
+                lambda own=own: iter(own), features=features, fingerprint=Hasher.hash((part, repr(own))), split=part
+            )
+    log_columns(name, chosen)
+    return MarkedSplits(splits)
+
+
+def _texts(row: Mapping[str | None, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """Return the values of a row of a table under our names, and the reason to reject it if one is known."""
+    reason = EXTRA_FIELDS if None in row else None
+    values: dict[str, Any] = {}
+    for ours, theirs in columns.items():
+        value = row.get(theirs)
+        if ours == "cui":
+            items = value if isinstance(value, list) else str(value or "").split(";")
+            values[ours] = [_well_formed(item) for item in items if item is not None]
+        else:
+            reason = f"{ours} is not text" if isinstance(value, bool | list | dict) else reason
+            values[ours] = None if value is None else _well_formed(value)
+    return values | {UNUSABLE: reason}
+
+
+def _well_formed(value: Any) -> str:
+    return str(value).encode("utf-8", "replace").decode()  # JSON can hold an unpaired surrogate
+
+
+# --- Columns --------------------------------------------------------------------------------------------------
+
+
+def choose_columns(
+    there: Sequence[str], layout: Layout, where: str, images: Sequence[str] = (), ids_name_images: bool = False
+) -> dict[str, str]:
+    """Return by our name which of the columns `there` is used: that of the flag, else the first of a usual name.
+
+    Args:
+        there: names of columns.
+        layout: the flags.
+        where: for errors.
+        images: those that hold images, of which one is taken if none has a usual name.
+        ids_name_images: images may lie in files that are called as the ids.
+
+    Raises:
+        UserError: the column of a flag is not there, or there is none of images or captions.
+    """
+    known = {re.sub(r"[\s-]+", "_", name.strip().lower()): name for name in reversed(there)}
+    names, columns = ", ".join(there[:8])[:300], {}
+    for ours, usual in USUAL_NAMES.items():
+        given = getattr(layout, FLAGS.get(ours, ""), None)
+        if given is not None and given not in there:
+            hint = did_you_mean(given, there) or f"; there are {names}"
+            raise UserError(f"{where}: --{FLAGS[ours]} '{given}' is not a column{hint}")
+        others = images if ours == "image" else ()
+        if found := given or next((known[name] for name in usual if name in known), next(iter(others), None)):
+            columns[ours] = found
+    if ids_name_images and "image_id" in columns:
+        columns.setdefault("image", columns["image_id"])
+    for ours in ("image", "caption"):
+        if ours not in columns:
+            mend = f"name the one that holds it by --{FLAGS[ours]}"
+            raise UserError(f"{where}: column '{ours}' is missing, it has {names}; {mend}")
+    return columns
+
+
+def log_columns(name: str, chosen: Iterable[Mapping[str, str]]) -> None:
+    """Log which columns the splits of a data set are read from, once if they are alike; the schema's own are not."""
+    made = "image_id made of file names or numbers"
+    for columns in {tuple(columns.items()): columns for columns in chosen}.values():
+        named = [f"{ours} from '{theirs}'" for ours, theirs in columns.items() if ours != theirs]
+        if named := named + [made] * ("image_id" not in columns):
+            logger.info("dataset '%s': %s", name, ", ".join(named))
+
+
+def use_columns(rows: Dataset, columns: Mapping[str, str]) -> Dataset:
+    """Return the chosen columns under our names; nothing is copied."""
+    if all(ours == theirs for ours, theirs in columns.items()):
+        return rows.select_columns(list(columns))
+    parts = {ours: rows.select_columns(theirs) for ours, theirs in columns.items()}
+    return concatenate_datasets([part.rename_columns({columns[ours]: ours}) for ours, part in parts.items()], axis=1)
