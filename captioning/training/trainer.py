@@ -126,9 +126,7 @@ class CaptioningTrainer(Seq2SeqTrainer):
         args, rows = self.args, self.train_dataset if train_dataset is None else train_dataset
         if not is_streamed(rows) or args.train_sampling_strategy == "sequential":
             return super()._get_train_sampler(train_dataset)
-        slots = args.world_size * max(1, args.dataloader_num_workers)
-        seed = args.seed if args.data_seed is None else args.data_seed
-        sampler = StreamingSampler(rows, self._train_batch_size, slots, seed)
+        sampler = StreamingSampler(rows, args.seed if args.data_seed is None else args.data_seed)
         self.remove_callback(SetEpoch)  # that of an earlier training
         self.add_callback(SetEpoch(sampler))
         return sampler
