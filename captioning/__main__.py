@@ -17,6 +17,7 @@ from datasets import DatasetDict, Image
 
 from captioning.command_line import OneLineParser, exit_on_user_error, set_up_logging
 from captioning.data.checks import check_rows, usable
+from captioning.data.leaks import find_leaks
 from captioning.data.sources import load_source
 from captioning.errors import UserError, printable
 from captioning.reporting.score_table import comparison_table, score_table
@@ -96,7 +97,11 @@ def prepare(arguments: argparse.Namespace) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         checked = check_rows(dataset, arguments.max_rejected_fraction, folder / "rejected.jsonl", arguments.num_proc)
-        stored = DatasetDict({split: usable(rows).cast_column("image", Image()) for split, rows in checked.items()})
+        rows_to_store = {split: usable(rows) for split, rows in checked.items()}
+        find_leaks(rows_to_store)
+        stored = DatasetDict({
+            split: rows.remove_columns("pixels").cast_column("image", Image()) for split, rows in rows_to_store.items()
+        })  # fmt: skip
         stored.save_to_disk(str(folder), num_proc=arguments.num_proc)
     except OSError as error:
         raise UserError(f"folder '{folder}' cannot be written: {error}") from error

@@ -79,6 +79,7 @@ def write_report(
         split=split,
         facts=facts,
         summary=summary,
+        leaks=record.leaks,
         splits={name: record.scores[name] for name in sorted(record.scores, key=lambda name: name != split)},
         curves=inline_curves(record.log_history),
         payload=payload,

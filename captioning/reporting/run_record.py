@@ -2,7 +2,9 @@
 
 import json
 import re
+from collections import Counter, defaultdict
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from captioning.data.leaks import Leaks, leaks_in_words
 from captioning.hub.revisions import COMMIT_HASH
 from captioning.models.captioner import Captioner
 from captioning.models.load import class_in_folder
@@ -51,12 +54,17 @@ class RunRecord:
     """A run by the files of its output folder, each of which is read at most once, when it is first asked for.
 
     The folder has `recipe.json` at least. Ask for `results` after the last of them has been written. The class of the
-    captioner is by default that of the model saved in the folder.
+    captioner is by default that of the model saved in the folder. `found_leaks`: see `find_leaks`.
     """
 
-    def __init__(self, folder: str | Path, captioner_class: type[Captioner] | None = None):
+    def __init__(
+        self,
+        folder: str | Path,
+        captioner_class: type[Captioner] | None = None,
+        found_leaks: Mapping[str, Leaks] = {},
+    ):
         self.folder = Path(folder)
-        self._captioner_class = captioner_class
+        self._captioner_class, self._found_leaks = captioner_class, found_leaks
         self._predictions: dict[str, list[dict[str, Any]]] = {}
 
     # --- Files ------------------------------------------------------------------------------------------------
@@ -96,7 +104,7 @@ class RunRecord:
     def keep(self, split: str, predictions: list[dict[str, Any]], scores: dict[str, Any]) -> None:
         """Take over what the run has just found on a split, so that it is not read back from the files."""
         self._predictions[split] = predictions
-        self.scores[split] = scores
+        self.scores[split] = scores | ({"leaks": leaks} if (leaks := self._found_leaks.get(split)) else {})
 
     def _read(self, file: str) -> dict[str, Any]:
         path = self.folder / file
@@ -141,6 +149,30 @@ class RunRecord:
         """The dataset as a reader knows it."""
         local = {"phantoms": "phantoms, synthetic images", "rocov2": "a local copy of ROCOv2"}
         return self.data.id if self.data.revision else local.get(self.data_kind, f"the folder {self.data.id}")
+
+    @property
+    def leaks(self) -> list[str]:
+        """Sentences on the rows of scored splits that an earlier split has too, and on what was not compared."""
+        return [
+            sentence
+            for split, scores in self.scores.items()
+            if "leaks" in scores
+            for sentence in leaks_in_words(split, scores["captions"], scores["leaks"])
+        ]
+
+    @cached_property
+    def left_out(self) -> list[str]:
+        """Sentences on the rows of `rejected.jsonl`: how many of each split were left out, and why."""
+        path, reasons = self.folder / "rejected.jsonl", defaultdict(Counter)
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+            with suppress(ValueError, KeyError, TypeError):  # a killed process may leave half a line
+                entry = json.loads(line)
+                reasons[entry["split"]][entry["reason"].split(":")[0]] += 1
+        return [
+            f"{split}: {found.total():,} row{'s' * (found.total() > 1)} left out "
+            f"({', '.join(f'{count:,} x {reason}' for reason, count in found.most_common())})"
+            for split, found in reasons.items()
+        ]
 
     def facts(self, digits: int) -> dict[str, str]:
         """Return the model, the data and the decode settings in words, commits with that many digits."""

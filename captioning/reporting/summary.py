@@ -14,7 +14,7 @@ EXAMPLES = 3
 
 
 def summary(metrics: Mapping[str, float], record: RunRecord) -> str:
-    """Return the metrics of the run and the baselines of ROUGE-L as a table, the verdicts, and three captions.
+    """Return the metrics of the run and the baselines of ROUGE-L as a table, the verdicts, leaks, and three captions.
 
     The captions are the first of the last split, not the best: they are examples.
     """
@@ -27,6 +27,7 @@ def summary(metrics: Mapping[str, float], record: RunRecord) -> str:
         if any(value is not None for value in values):
             lines.append(f"{label:<24}" + "".join(f"{four_digits(value):>12}" for value in values))
     lines += [f"{split}: {record.scores[split]['verdict']}" for split in columns if split in record.scores]
+    lines += record.leaks
     for example in record.predictions(list(columns)[-1])[:EXAMPLES] if columns else ():
         image_id, reference, prediction = (
             printable(example[key], CAPTION_WIDTH) for key in ("image_id", "reference", "prediction")
