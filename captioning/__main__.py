@@ -8,7 +8,6 @@
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from captioning.data.checks import check_rows, usable
 from captioning.data.leaks import find_leaks
 from captioning.data.sources import load_source
 from captioning.errors import UserError, printable
+from captioning.files import to_json
 from captioning.reporting.score_table import comparison_table, score_table
 from captioning.scoring.captions import in_order_of, read_captions
 from captioning.scoring.coco import TOKENIZERS
@@ -146,7 +146,7 @@ def score_captions(arguments: argparse.Namespace) -> None:
     else:
         result = score(captions, training, None, tokenizer, arguments.bertscore_model)
     if arguments.json:
-        print(json.dumps(result, indent=2))
+        print(to_json(result, indent=2))
     else:
         print(comparison_table(result) if arguments.against else score_table(result))
 

@@ -460,7 +460,7 @@ def test_a_mistake_in_the_model_does_not_wait_for_the_check_of_the_rows(
     config_file, parquet_folder, tmp_path, monkeypatch, values
 ):
     monkeypatch.setattr(run_captioning, "check_rows", lambda *arguments, **options: pytest.fail("rows were checked"))
-    with pytest.raises(UserError, match="cannot be loaded|does not describe a BLIP"):
+    with pytest.raises(UserError, match=r"cannot be loaded|does not describe a BLIP"):
         run_captioning.main(flags(config_file, parquet_folder, tmp_path / "run", **values))
 
 

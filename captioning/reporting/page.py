@@ -112,9 +112,9 @@ def _maps(words: Words) -> list[dict[str, Any]]:
     return found
 
 
-def _finite(number: float, digits: int) -> float | None:
+def _finite(number: float | None, digits: int) -> float | None:
     """Return the number rounded, None for NaN or infinity, which a diverged model may have and JSON has not."""
-    return round(number, digits) if math.isfinite(number) else None
+    return None if number is None or not math.isfinite(number) else round(number, digits)
 
 
 # --- Text that is safe ------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What an output folder says of its run, read once: the summary, the card and the page are all made from it."""
 
 import json
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
@@ -76,8 +77,8 @@ class RunRecord:
 
     @cached_property
     def results(self) -> Mapping[str, float]:
-        """`all_results.json`: the metrics of all stages, each with the prefix of its stage."""
-        return self._read("all_results.json")
+        """`all_results.json`: the metrics of all stages, each with the prefix of its stage; NaN where it has null."""
+        return _with_nan(self._read("all_results.json"))
 
     @cached_property
     def scores(self) -> dict[str, Any]:
@@ -86,8 +87,8 @@ class RunRecord:
 
     @cached_property
     def log_history(self) -> list[dict[str, float]]:
-        """The Trainer's log, empty if the run did not train."""
-        return self._read("trainer_state.json").get("log_history", [])
+        """The Trainer's log, empty if the run did not train; NaN where the file has null."""
+        return [_with_nan(entry) for entry in self._read("trainer_state.json").get("log_history", [])]
 
     @cached_property
     def image_size(self) -> int | None:
@@ -183,3 +184,7 @@ class RunRecord:
             model = f"{Path(self.recipe['config_name']).stem}, {'trained from ' if trained else ''}random weights"
         data = self.data.in_words(digits) if self.data.revision else self.data_in_words
         return {"model": model, "data": data, "decoding": in_words(self.decoding)}
+
+
+def _with_nan(metrics: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: math.nan if value is None else value for name, value in metrics.items()}
