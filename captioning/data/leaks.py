@@ -7,28 +7,34 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from captioning.data.splits import NEIGHBORS
+
 
 logger = logging.getLogger(__name__)
 
 KINDS = ("image_id", "pixels", "pixels_and_caption", "caption")
 EARLIER = {"validation": ("train",), "test": ("train", "validation")}
-Leaks = Mapping[str, Mapping[str, int | None]]  # of a split: by the earlier split, what `find_leaks` counts
+Leaks = Mapping[str, Mapping[str, int]]  # of a split: by the earlier split, what `find_leaks` counts
 
 
-def find_leaks(splits: Mapping[str, Dataset]) -> dict[str, dict[str, dict[str, int | None]]]:
+def find_leaks(splits: Mapping[str, Dataset]) -> dict[str, dict[str, dict[str, int]]]:
     """Count and log the rows of each scored split that an earlier split has too.
 
     Args:
-        splits: rows with `image_id` and `caption`, and `pixels` where `check_rows` has opened the images.
+        splits: rows with `image_id` and `caption`, and `pixels` where `check_rows` has opened the images. For a
+            training split without `pixels` those of its sample `NEIGHBORS` are compared.
 
     Returns:
         By split and earlier split, the number of rows with the same `image_id`, `pixels`, `pixels_and_caption`, and
-        `caption`; None for pixels where the images of one of the two were not opened.
+        `caption`; and how many `rows` the earlier split has, of which how many were `opened`.
     """
-    keys = {split: _keys(rows) for split, rows in splits.items() if split == "train" or split in EARLIER}
+    keys = {split: _keys(rows) for split, rows in splits.items()}
+    if NEIGHBORS in keys and not _opened(keys["train"]):
+        keys["train"] |= {kind: keys[NEIGHBORS][kind] for kind in ("pixels", "pixels_and_caption")}
     found = {
         split: {
             other: {kind: _shared(values, keys[other][kind]) for kind, values in keys[split].items()}
+            | {"rows": len(splits[other]), "opened": _opened(keys[other])}
             for other in others
             if other in keys
         }
@@ -48,15 +54,19 @@ def leaks_in_words(split: str, number: int, leaks: Leaks) -> list[str]:
     """
     sentences = []
     for other, counts in leaks.items():
-        ids, images, both, captions = (counts[kind] for kind in KINDS)
+        ids, images, both, captions, rows, opened = (counts[kind] for kind in (*KINDS, "rows", "opened"))
+        of_other = f"split '{other}'"
         if ids:
-            sentences.append(f"{split}: {ids:,} of {number:,} image ids are also in split '{other}'")
+            sentences.append(f"{split}: {ids:,} of {number:,} image ids are also in {of_other}")
         if images:
-            sentences.append(f"{split}: {images:,} of {number:,} images are also in split '{other}' (same pixels), "
-                             f"{both:,} of them with the same caption: the scores are too high")  # fmt: skip
-        if images is None:
-            sentences.append(f"{split}: pixels were not compared with split '{other}', whose images were not opened; "
-                             f"{captions:,} of {number:,} captions are in both, word for word")  # fmt: skip
+            caption = f"{both:,} of them with the same caption: the scores are too high"
+            sentences.append(
+                f"{split}: {images:,} of {number:,} images are also in {of_other} (same pixels), {caption}"
+            )
+        if opened < rows:
+            unopened = f"{opened:,} of {rows:,} images of {of_other}, the others were not opened"
+            same = f"{captions:,} of {number:,} captions are in both"
+            sentences.append(f"{split}: pixels were compared with {unopened}; {same}")
     return sentences
 
 
@@ -70,7 +80,9 @@ def _keys(rows: Dataset) -> dict[str, pa.Array]:
     return dict(zip(KINDS, (texts["image_id"], pixels, both, texts["caption"]), strict=True))
 
 
-def _shared(values: pa.Array, others: pa.Array) -> int | None:
-    if values.null_count == len(values) or others.null_count == len(others):
-        return None
-    return pc.sum(pc.is_in(values, value_set=others, skip_nulls=True)).as_py()
+def _opened(keys: Mapping[str, pa.Array]) -> int:
+    return len(keys["pixels"]) - keys["pixels"].null_count
+
+
+def _shared(values: pa.Array, others: pa.Array) -> int:
+    return pc.sum(pc.is_in(values, value_set=others, skip_nulls=True)).as_py() or 0

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from captioning.errors import UserError, as_user_error
-from captioning.files import to_json, without_nan, write_whole
+from captioning.files import to_json, write_whole
 from metrics import wording_scores
 
 
@@ -56,7 +56,7 @@ def write_predictions(path: Path, captions: Captions, nll: np.ndarray) -> list[d
     """
     scores = wording_scores(tuple(captions.predictions), tuple(captions.references))["rougeL"].tolist()
     columns = (captions.image_ids, captions.references, captions.predictions, scores, nll.tolist(), captions.cuis)
-    rows = without_nan([dict(zip(PREDICTION_KEYS, row, strict=True)) for row in zip(*columns, strict=True)])
+    rows = [dict(zip(PREDICTION_KEYS, row, strict=True)) for row in zip(*columns, strict=True)]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, "".join(f"{to_json(row, ensure_ascii=False)}\n" for row in rows))
     return rows

@@ -69,12 +69,15 @@ def leaking(tmp_path_factory):
 
 
 FOUND = {
-    "validation": {"train": {"image_id": 0, "pixels": 0, "pixels_and_caption": 0, "caption": 0}},
+    "validation": {
+        "train": {"image_id": 0, "pixels": 0, "pixels_and_caption": 0, "caption": 0, "rows": 20, "opened": 20}
+    },
     "test": {
-        "train": {"image_id": 1, "pixels": 3, "pixels_and_caption": 2, "caption": 3},
-        "validation": {"image_id": 0, "pixels": 1, "pixels_and_caption": 0, "caption": 0},
+        "train": {"image_id": 1, "pixels": 3, "pixels_and_caption": 2, "caption": 3, "rows": 20, "opened": 20},
+        "validation": {"image_id": 0, "pixels": 1, "pixels_and_caption": 0, "caption": 0, "rows": 10, "opened": 10},
     },
 }
+UNOPENED = FOUND["test"]["train"] | {"pixels": 0, "pixels_and_caption": 0, "opened": 0}
 HIGH = "the scores are too high"
 SENTENCES = [
     "test: 1 of 8 image ids are also in split 'train'",
@@ -96,9 +99,8 @@ def test_rows_that_are_left_out_are_no_leak():
     dataset = DatasetDict(train=make_rows(4), test=make_rows(3, **columns), validation=make_rows(1, 50))
     dataset = DatasetDict({split: rows.cast_column("image", Image(decode=False)) for split, rows in dataset.items()})
     splits = {split: usable(rows) for split, rows in check_rows(dataset, 0.5, None).items()}
-    assert find_leaks(splits)["test"]["train"] == dict.fromkeys(
-        ("image_id", "pixels", "pixels_and_caption", "caption"), 2
-    )
+    counts = find_leaks(splits)["test"]["train"]
+    assert [counts[kind] for kind in ("image_id", "pixels", "pixels_and_caption", "caption")] == [2] * 4
 
 
 @pytest.mark.parametrize("streamed", [True, False])
@@ -108,9 +110,9 @@ def test_pixels_that_were_not_compared_are_said(leaking, streamed, caplog):
     unopened = ["train"] if streamed else []
     splits = check_rows(dataset if streamed else DatasetDict(test=dataset["test"]), 0.0, None, unopened=unopened)
     found = find_leaks({"train": dataset["train"], **splits})["test"]
-    assert found["train"] == {"image_id": 1, "pixels": None, "pixels_and_caption": None, "caption": 3}
+    assert found["train"] == UNOPENED
     said = (
-        "test: pixels were not compared with split 'train', whose images were not opened; 3 of 8 captions are in both"
+        "test: pixels were compared with 0 of 20 images of split 'train', the others were not opened; 3 of 8 captions"
     )
     assert said in caplog.text and SENTENCES[0] in caplog.text
     assert leaks_in_words("test", 8, found)[1].startswith(said)
@@ -146,13 +148,18 @@ def test_leaks_stand_wherever_the_scores_are_read(leaking, config_file, tmp_path
     assert "test: 1 row left out (1 x blank caption)" in plain(render_card(RunRecord(tmp_path / "run"), "name"))
 
 
-def test_a_run_that_only_scores_says_what_it_has_compared(leaking, captioner, tmp_path, capsys):
+@pytest.mark.parametrize(("sample", "pixels", "both"), [(10_000, 3, 2), (4, 1, 1), (0, 0, 0)])
+def test_a_run_that_only_scores_compares_pixels_with_the_training_images_that_it_opens(
+    leaking, captioner, tmp_path, capsys, sample, pixels, both
+):
     saved = save_captioner(captioner, tmp_path / "saved")
-    options = {"num_beams": 1, "neighbor_samples": 4, "do_eval": False}
+    options = {"num_beams": 1, "neighbor_samples": sample, "do_eval": False}
     run_captioning.main(score_flags(saved, leaking, tmp_path / "run", **options))
     counts = read_json(tmp_path / "run" / "scores.json")["test"]["leaks"]["train"]
-    assert counts == {"image_id": 1, "pixels": None, "pixels_and_caption": None, "caption": 3}
-    assert "pixels were not compared with split 'train'" in capsys.readouterr().out
+    opened = min(sample, 20)
+    assert counts == UNOPENED | {"pixels": pixels, "pixels_and_caption": both, "opened": opened}
+    said = f"pixels were compared with {opened} of 20 images of split 'train'"
+    assert (said in capsys.readouterr().out) == (opened < 20)
 
 
 def test_rows_left_out_are_counted_in_the_record(tmp_path):
