@@ -66,7 +66,9 @@ def check_rows(
     )
     rejected = {split: _rejected(rows, split) for split, rows in checked.items()}
     if rejected_file is not None:
-        entries = sum(rejected.values(), start=_streamed_entries(rejected_file, unopened))
+        # A run that resumes skips the streamed images that the interrupted one has listed
+        known = [entry for entry in read_rejected(rejected_file) if entry["split"] in unopened and "row" not in entry]
+        entries = sum(rejected.values(), start=known)
         write_whole(Path(rejected_file), "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
     for split, found in rejected.items():
         _refuse_too_many(found, split, len(checked[split]), max_rejected_fraction, rejected_file or "rejected.jsonl")
@@ -89,22 +91,27 @@ def _refuse_too_many(
         return
     if len(found) == number:
         raise UserError(f"split '{split}' has no usable row out of {number}; see {listed}")
-    reasons = Counter(entry["reason"].split(":")[0] for entry in found).most_common(3)
-    summary = ", ".join(f"{count} x {reason}" for reason, count in reasons)
+    summary = reasons_in_words(found)
     if len(found) > max_fraction * number:
         mend = f"see {listed}, or raise --max_rejected_fraction above {max_fraction:g}"
         raise UserError(f"split '{split}': {len(found)} of {number} rows cannot be used ({summary}); {mend}")
     logger.warning("%s: %d of %d rows left out (%s)", split, len(found), number, summary)
 
 
-def _streamed_entries(rejected_file: str | os.PathLike, unopened: Sequence[str]) -> list[dict[str, Any]]:
-    """Return what an interrupted run has listed of images that it streamed: the run that resumes skips these rows."""
+def read_rejected(rejected_file: str | os.PathLike) -> list[dict[str, Any]]:
+    """Return the entries of a list of rejected rows, none if there is no list."""
     entries, path = [], Path(rejected_file)
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError, KeyError, TypeError):  # a killed run may leave half a line
             entry = json.loads(line)
-            entries += [entry] if entry["split"] in unopened and "row" not in entry else []
+            entries += [entry] if entry["split"] and entry["reason"] else []
     return entries
+
+
+def reasons_in_words(entries: Sequence[dict[str, Any]]) -> str:
+    """Return the three commonest reasons of rejected rows: "2 x blank caption, 1 x repeated image_id"."""
+    reasons = Counter(entry["reason"].split(":")[0] for entry in entries).most_common(3)
+    return ", ".join(f"{count:,} x {reason}" for reason, count in reasons)
 
 
 def texts(rows: Dataset) -> tuple[list[str], list[list[str]]]:

@@ -29,15 +29,10 @@ def find_leaks(splits: Mapping[str, Dataset]) -> dict[str, dict[str, dict[str, i
         `caption`; and how many `rows` the earlier split has, of which how many were `opened`.
     """
     keys = {split: _keys(rows) for split, rows in splits.items()}
-    if NEIGHBORS in keys and not _opened(keys["train"]):
+    if NEIGHBORS in keys and not keys["train"]["pixels"]:
         keys["train"] |= {kind: keys[NEIGHBORS][kind] for kind in ("pixels", "pixels_and_caption")}
     found = {
-        split: {
-            other: {kind: _shared(values, keys[other][kind]) for kind, values in keys[split].items()}
-            | {"rows": len(splits[other]), "opened": _opened(keys[other])}
-            for other in others
-            if other in keys
-        }
+        split: {other: _compare(keys[split], keys[other]) for other in others if other in keys}
         for split, others in EARLIER.items()
         if split in keys
     }
@@ -71,18 +66,15 @@ def leaks_in_words(split: str, number: int, leaks: Leaks) -> list[str]:
 
 
 def _keys(rows: Dataset) -> dict[str, pa.Array]:
-    """Return the values by which rows are compared, as text."""
+    """Return the values by which rows are compared, as text, those of pixels of the images that were opened."""
     names = [name for name in ("image_id", "caption", "pixels") if name in rows.column_names]
     columns = rows.select_columns(names).with_format("arrow")[:]
-    texts = {name: pc.cast(columns[name], pa.string()) for name in names}
-    pixels = texts.get("pixels", pa.nulls(len(rows), pa.string()))
-    both = pc.binary_join_element_wise(pixels, texts["caption"], "\n")  # null where one of them is
-    return dict(zip(KINDS, (texts["image_id"], pixels, both, texts["caption"]), strict=True))
+    image_ids, captions, *pixels = (pc.cast(columns[name], pa.string()) for name in names)
+    pixels = pixels[0] if pixels else pa.nulls(len(rows), pa.string())
+    both = pc.binary_join_element_wise(pixels, captions, "\n")  # null where one of them is
+    return dict(zip(KINDS, (image_ids, pixels.drop_null(), both.drop_null(), captions), strict=True))
 
 
-def _opened(keys: Mapping[str, pa.Array]) -> int:
-    return len(keys["pixels"]) - keys["pixels"].null_count
-
-
-def _shared(values: pa.Array, others: pa.Array) -> int:
-    return pc.sum(pc.is_in(values, value_set=others, skip_nulls=True)).as_py() or 0
+def _compare(ours: Mapping[str, pa.Array], theirs: Mapping[str, pa.Array]) -> dict[str, int]:
+    counts = {kind: pc.sum(pc.is_in(ours[kind], value_set=theirs[kind])).as_py() or 0 for kind in KINDS}
+    return counts | {"rows": len(theirs["caption"]), "opened": len(theirs["pixels"])}

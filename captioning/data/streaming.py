@@ -18,7 +18,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -246,11 +246,9 @@ def _is_full(sizes: list[int]) -> bool:
 def _shared_images(file: str, group: int) -> pa.ChunkedArray:
     """Return the images of a row group, mapped into memory from the file that the first process to need them wrote."""
     images = None
-    with suppress(OSError):  # full, or removed by a run that ends: this process alone has read them then
+    with suppress(OSError):  # of a full disk, or a folder that another run removed: this process reads for itself
         SHARED_FOLDER.mkdir(parents=True, exist_ok=True)
-        with _reading_shard(file):
-            name = hashlib.sha256(f"{_shard_state(file)} {group}".encode()).hexdigest()
-        path = SHARED_FOLDER / f"{name}.arrow"
+        path = SHARED_FOLDER / f"{hashlib.sha256(f'{_shard_state(file)} {group}'.encode()).hexdigest()}.arrow"
         with WeakFileLock(path.with_suffix(".lock")):
             if not path.is_file():
                 images = _read_images(file, group)
@@ -275,10 +273,7 @@ def _write_shared(path: Path, images: pa.ChunkedArray) -> None:
             file.with_suffix(".lock").unlink(missing_ok=True)
 
 
-def _reading_shard(file: str) -> AbstractContextManager[None]:
-    return as_user_error(f"'{file}' can no longer be read", "continue with --resume_from_checkpoint true")
-
-
 def _read_images(file: str, group: int) -> pa.ChunkedArray:
-    with _reading_shard(file), _open_shard(file) as source:
+    gone = as_user_error(f"'{file}' can no longer be read", "continue with --resume_from_checkpoint true")
+    with gone, _open_shard(file) as source:
         return pq.ParquetFile(source, metadata=_footer(file)).read_row_group(group, ["image"])["image"]

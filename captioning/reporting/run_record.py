@@ -3,9 +3,7 @@
 import json
 import math
 import re
-from collections import Counter, defaultdict
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from captioning.data.checks import read_rejected, reasons_in_words
 from captioning.data.leaks import Leaks, leaks_in_words
 from captioning.hub.revisions import COMMIT_HASH
 from captioning.models.captioner import Captioner
@@ -163,17 +162,11 @@ class RunRecord:
 
     @cached_property
     def left_out(self) -> list[str]:
-        """Sentences on the rows of `rejected.jsonl`: how many of each split were left out, and why."""
-        path, reasons = self.folder / "rejected.jsonl", defaultdict(Counter)
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-            with suppress(ValueError, KeyError, TypeError):  # a killed process may leave half a line
-                entry = json.loads(line)
-                reasons[entry["split"]][entry["reason"].split(":")[0]] += 1
-        return [
-            f"{split}: {found.total():,} row{'s' * (found.total() > 1)} left out "
-            f"({', '.join(f'{count:,} x {reason}' for reason, count in found.most_common())})"
-            for split, found in reasons.items()
-        ]
+        """How many rows of each split are in `rejected.jsonl`, and why: a sentence for each."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for entry in read_rejected(self.folder / "rejected.jsonl"):
+            found.setdefault(entry["split"], []).append(entry)
+        return [f"{split}: rows left out: {len(own):,} ({reasons_in_words(own)})" for split, own in found.items()]
 
     def facts(self, digits: int) -> dict[str, str]:
         """Return the model, the data and the decode settings in words, commits with that many digits."""

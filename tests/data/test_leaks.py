@@ -145,7 +145,7 @@ def test_leaks_stand_wherever_the_scores_are_read(leaking, config_file, tmp_path
         assert SENTENCES[0] in text and SENTENCES[1] in text
     entry = {"split": "test", "row": 9, "image_id": "b", "reason": "blank caption"}
     (tmp_path / "run" / "rejected.jsonl").write_text(json.dumps(entry))
-    assert "test: 1 row left out (1 x blank caption)" in plain(render_card(RunRecord(tmp_path / "run"), "name"))
+    assert "test: rows left out: 1 (1 x blank caption)" in plain(render_card(RunRecord(tmp_path / "run"), "name"))
 
 
 @pytest.mark.parametrize(("sample", "pixels", "both"), [(10_000, 3, 2), (4, 1, 1), (0, 0, 0)])
@@ -170,6 +170,6 @@ def test_rows_left_out_are_counted_in_the_record(tmp_path):
     lines = [json.dumps(entry) for entry in entries]
     (tmp_path / "rejected.jsonl").write_text("\n".join([*lines, '{"split": "tr']))
     assert record.left_out == [
-        "train: 3 rows left out (2 x unreadable image, 1 x blank caption)",
-        "test: 1 row left out (1 x blank caption)",
+        "train: rows left out: 3 (2 x unreadable image, 1 x blank caption)",
+        "test: rows left out: 1 (1 x blank caption)",
     ]
