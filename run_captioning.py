@@ -11,14 +11,16 @@ The first trains on ROCOv2 from the Hub, the second runs a recipe (flags win), t
 fourth repeats a published run, the fifth pushes a finished one.
 """
 
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, partial
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict
 from transformers import set_seed
 
 from captioning.command_line import exit_on_user_error, set_up_logging
-from captioning.data.checks import check_rows
+from captioning.data.checks import check_rows, texts, usable
+from captioning.data.leaks import find_leaks
 from captioning.data.sources import dataset_commit, load_source
 from captioning.data.splits import keep_usable, sample_training, select_splits
 from captioning.data.tokenize_captions import tokenize
@@ -63,8 +65,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     with args.main_process_first(desc="loading the data"):
         dataset = load_data(model_args, data_args, args)
-        captioner = load_model(model_args, data_args, dataset, args)
-        splits = prepare_splits(dataset, captioner, data_args, args)
+        # Once, and only when its rows are asked for: it takes minutes, and a mistake in the model comes first
+        check = cache(partial(check_splits, dataset, data_args, args))
+        captions = captions_for_tokenizer(dataset, check, data_args, args)
+        captioner = load_model(model_args, data_args, captions, args)
+        splits = prepare_splits(check(), captioner, data_args, args)
+        leaks = find_leaks({**dataset, **splits})  # a run that only scores has the training split unchecked
 
     write_recipe(model_args, data_args, args)
     repository = open_repository(args)
@@ -73,7 +79,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     metrics: dict[str, float] = {}
     if args.do_train:
         metrics |= train(trainer, checkpoint)
-    record = RunRecord(args.output_dir, type(captioner))
+    record = RunRecord(args.output_dir, type(captioner), leaks)
     training = training_for_baselines(trainer, dataset, splits, data_args)
     if args.do_eval:
         metrics |= predict(trainer, record, splits["validation"], "validation", training, page=not args.do_predict)
@@ -108,10 +114,39 @@ def load_data(model_args: ModelArguments, data_args: DataArguments, args: Captio
     return select_splits(dataset, data_args.dataset_name, needed, limits, with_captions=args.predict_with_generate)
 
 
+def check_splits(dataset: DatasetDict, data_args: DataArguments, args: CaptioningArguments) -> DatasetDict:
+    """Check the rows, of a run that does not train those of a sample of the training split.
+
+    Rows that cannot be used are marked, and listed in `rejected.jsonl`.
+    """
+    rejected_file = Path(args.output_dir) / "rejected.jsonl" if args.should_save else None
+    if rejected_file and not args.resume_from_checkpoint:
+        rejected_file.unlink(missing_ok=True)  # a resumed run keeps what it has found in streamed images
+    if not args.do_train:
+        dataset = sample_training(dataset, data_args.max_train_samples, data_args.neighbor_samples)
+    return check_rows(
+        dataset,
+        data_args.max_rejected_fraction,
+        rejected_file,
+        data_args.preprocessing_num_workers,
+        unopened=["train"] if data_args.streaming and args.do_train else [],  # `UnreadableImages` checks them
+    )
+
+
+def captions_for_tokenizer(
+    dataset: DatasetDict, check: Callable[[], DatasetDict], data_args: DataArguments, args: CaptioningArguments
+) -> Iterator[str]:
+    """Yield the training captions, and check the rows only when they are asked for.
+
+    They are those that the run trains on; a run that does not train checks a sample only, and takes all.
+    """
+    yield from texts(usable(check()["train"], data_args.max_train_samples) if args.do_train else dataset["train"])[0]
+
+
 def load_model(
-    model_args: ModelArguments, data_args: DataArguments, dataset: DatasetDict, args: CaptioningArguments
+    model_args: ModelArguments, data_args: DataArguments, captions: Iterable[str], args: CaptioningArguments
 ) -> Captioner:
-    """Load the checkpoint, or build the model of `config_name`, and adapt it to the run.
+    """Load the checkpoint, or build the model of `config_name`, its tokenizer trained on `captions`, and adapt it.
 
     The commit on the Hub that the checkpoint came from is written into `model_args.model_revision`.
     """
@@ -122,7 +157,6 @@ def load_model(
         if not args.do_train:
             warn_of_other_settings(captioner.model.generation_config, args.decoding())
     else:
-        captions = (str(caption) for caption in dataset["train"]["caption"] if caption is not None)
         captioner = build_captioner(
             model_args.config_name, args.seed, model_args.tokenizer_name, captions, model_args.vocab_size
         )
@@ -136,24 +170,12 @@ def load_model(
 
 
 def prepare_splits(
-    dataset: DatasetDict, captioner: Captioner, data_args: DataArguments, args: CaptioningArguments
+    checked: DatasetDict, captioner: Captioner, data_args: DataArguments, args: CaptioningArguments
 ) -> DatasetDict:
-    """Check the rows, add `input_ids`, and keep the usable rows, as many as the run asks for.
+    """Add `input_ids`, and keep the usable rows, as many as the run asks for.
 
-    The others are listed in `rejected.jsonl`. `NEIGHBORS` is one of the splits: training images for a baseline.
+    `NEIGHBORS` is one of the splits: training images for a baseline.
     """
-    rejected_file = Path(args.output_dir) / "rejected.jsonl" if args.should_save else None
-    if rejected_file and not args.resume_from_checkpoint:
-        rejected_file.unlink(missing_ok=True)  # a resumed run keeps what it has found in streamed images
-    if not args.do_train:
-        dataset = sample_training(dataset, data_args.max_train_samples, data_args.neighbor_samples)
-    checked = check_rows(
-        dataset,
-        data_args.max_rejected_fraction,
-        rejected_file,
-        data_args.preprocessing_num_workers,
-        unopened=["train"] if data_args.streaming and args.do_train else [],  # `UnreadableImages` checks them
-    )
     tokenized = tokenize(checked, captioner, data_args.max_caption_length)
     return keep_usable(tokenized, data_args.max_samples(), data_args.neighbor_samples, with_training=args.do_train)
 

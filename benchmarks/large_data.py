@@ -173,7 +173,7 @@ def stages(folder: Path, streamed: bool) -> Iterator[tuple[str, int]]:
     rows = checks.usable(tokenize(checked, captioner, 64)["train"])
     yield "tokenize", len(rows)
     collator = CaptioningCollator(captioner)
-    sampler = StreamingSampler(rows, BATCH, 1, seed=0) if streamed else RandomSampler(rows)
+    sampler = StreamingSampler(rows, seed=0) if streamed else RandomSampler(rows)
     for _ in DataLoader(rows, BATCH, sampler=sampler, collate_fn=collator):
         pass
     yield "epoch", len(rows)

@@ -8,7 +8,6 @@
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -18,9 +17,11 @@ from datasets import DatasetDict, Image
 
 from captioning.command_line import OneLineParser, exit_on_user_error, set_up_logging
 from captioning.data.checks import check_rows, usable
+from captioning.data.leaks import find_leaks
 from captioning.data.own_data import Layout
 from captioning.data.sources import UNFINISHED, load_source
 from captioning.errors import UserError, printable
+from captioning.files import to_json
 from captioning.reporting.score_table import comparison_table, score_table
 from captioning.scoring.captions import in_order_of, read_captions
 from captioning.scoring.coco import TOKENIZERS
@@ -107,7 +108,11 @@ def prepare(arguments: argparse.Namespace) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / UNFINISHED).touch()
         checked = check_rows(dataset, arguments.max_rejected_fraction, folder / "rejected.jsonl", arguments.num_proc)
-        stored = DatasetDict({split: usable(rows).cast_column("image", Image()) for split, rows in checked.items()})
+        rows_to_store = {split: usable(rows) for split, rows in checked.items()}
+        find_leaks(rows_to_store)
+        stored = DatasetDict({
+            split: rows.remove_columns("pixels").cast_column("image", Image()) for split, rows in rows_to_store.items()
+        })  # fmt: skip
         stored.save_to_disk(str(folder), num_proc=arguments.num_proc)
         (folder / UNFINISHED).unlink()
     except OSError as error:
@@ -153,7 +158,7 @@ def score_captions(arguments: argparse.Namespace) -> None:
     else:
         result = score(captions, training, None, tokenizer, arguments.bertscore_model)
     if arguments.json:
-        print(json.dumps(result, indent=2))
+        print(to_json(result, indent=2))
     else:
         print(comparison_table(result) if arguments.against else score_table(result))
 

@@ -98,6 +98,18 @@ def test_files_and_tests_that_a_document_names_exist(document):
         assert f"def {name}(" in source_of_tests(), f"{name} does not exist"
 
 
+def test_each_promise_of_the_same_loss_for_a_divided_batch_is_limited_to_dropout_0():
+    promise = re.compile(r"(same|equal|stay|depend)[^.]*loss|loss[^.]*\b(same|equal)\b|as one process|global batch \|")
+    found = {}
+    for document in ("README.md", "recipes/README.md", *(name for name in CURRENT if name.startswith("docs/"))):
+        paragraphs = re.split(r"\n\s*\n|\n(?=[|*])", read(document))
+        divided = [text for text in paragraphs if re.search("accumulation|process|global batch", text)]
+        found |= {text: "dropout" in text for text in divided if promise.search(text)}
+    assert len(found) >= 6 and all(found.values()), [text for text, limited in found.items() if not limited]
+    for config in (ROOT / "recipes" / "configs").glob("*.json"):
+        assert "dropout" not in config.read_text(), "it is 0 unless a config says otherwise"
+
+
 @pytest.mark.parametrize("document", CURRENT)
 def test_commands_that_a_document_shows_are_known_with_their_flags(document):
     text = read(document)

@@ -455,17 +455,29 @@ def test_missing_and_empty_splits_are_named(config_file, raw_dataset, tmp_path):
             run_captioning.main(flags(config_file, tmp_path / folder, tmp_path / "run"))
 
 
+@pytest.mark.parametrize("values", [{"config_name": "."}, {"config_name": None, "model_name_or_path": "./nowhere"}])
+def test_a_mistake_in_the_model_does_not_wait_for_the_check_of_the_rows(
+    config_file, parquet_folder, tmp_path, monkeypatch, values
+):
+    monkeypatch.setattr(run_captioning, "check_rows", lambda *arguments, **options: pytest.fail("rows were checked"))
+    with pytest.raises(UserError, match=r"cannot be loaded|does not describe a BLIP"):
+        run_captioning.main(flags(config_file, parquet_folder, tmp_path / "run", **values))
+
+
 def test_bad_rows_are_rejected_and_the_run_goes_on(config_file, tmp_path):
     test = make_rows(7, start=200)
     images = [dict(image) for image in test.cast_column("image", Image(decode=False))["image"]]
     images[2] = {"bytes": b"<html>", "path": None}
     test = make_rows(7, start=200, image=images, caption=["\u202f", *test["caption"][1:]])
-    DatasetDict(train=make_rows(8), validation=make_rows(4, 100), test=test).save_to_disk(str(tmp_path / "data"))
+    train = make_rows(7, image=[images[2], *images[:2], *images[3:]], caption=["Zzz.", *["A cyst."] * 6])
+    DatasetDict(train=train, validation=make_rows(4, 100), test=test).save_to_disk(str(tmp_path / "data"))
     arguments = flags(config_file, tmp_path / "data", tmp_path / "run", max_steps=1)
     with pytest.raises(UserError, match="2 of 7 rows cannot be used"):
-        run_captioning.main(arguments)
+        run_captioning.main([*arguments, "--max_rejected_fraction", "0.2"])
     run_captioning.main([*arguments, "--max_rejected_fraction", "0.3"])
     rejected = read_lines(tmp_path / "run" / "rejected.jsonl")
-    assert [entry["row"] for entry in rejected] == [0, 2]
+    assert [(entry["split"], entry["row"]) for entry in rejected] == [("train", 0), ("test", 0), ("test", 2)]
+    vocabulary = read_json(tmp_path / "run" / "tokenizer.json")["model"]["vocab"]
+    assert "c" in vocabulary and "z" not in vocabulary, "the tokenizer is trained on rows that passed the check"
     ids = [row["image_id"] for row in predictions(tmp_path / "run")]
     assert ids == [f"image_{i:04d}" for i in (201, 203, 204, 205, 206)]

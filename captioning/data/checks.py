@@ -15,10 +15,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets
 
-from captioning.data.images import MISSING, open_image
+from captioning.data.images import MISSING, open_image, pixel_hash
 from captioning.data.zenodo import UNUSABLE
 from captioning.errors import UserError
 from captioning.files import write_whole
@@ -30,6 +29,7 @@ CLEAN_COLUMNS = Features(
         "image_id": Value("string"),
         "caption": Value("string"),
         "cui": List(Value("string")),
+        "pixels": Value("int64"),  # `pixel_hash`, null where the image was not opened
         "rejected": Value("string"),  # why the row cannot be used, null where it can
     }
 )
@@ -66,11 +66,12 @@ def check_rows(
     )
     rejected = {split: _rejected(rows, split) for split, rows in checked.items()}
     if rejected_file is not None:
-        entries = sum(rejected.values(), start=_streamed_entries(rejected_file, unopened))
+        # A run that resumes skips the streamed images that the interrupted one has listed
+        known = [entry for entry in read_rejected(rejected_file) if entry["split"] in unopened and "row" not in entry]
+        entries = sum(rejected.values(), start=known)
         write_whole(Path(rejected_file), "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
     for split, found in rejected.items():
         _refuse_too_many(found, split, len(checked[split]), max_rejected_fraction, rejected_file or "rejected.jsonl")
-    _warn_of_leaks(checked)
     return checked
 
 
@@ -88,8 +89,7 @@ def _refuse_too_many(
     """Log the rejected rows of a split, or raise UserError if they are more than `max_fraction` of `number`."""
     if not found:
         return
-    reasons = Counter(entry["reason"].split(":")[0] for entry in found).most_common(3)
-    summary = ", ".join(f"{count} x {reason}" for reason, count in reasons)
+    summary = reasons_in_words(found)
     if len(found) == number:
         raise UserError(f"split '{split}' has no usable row out of {number} ({summary}); see {listed}")
     if len(found) > max_fraction * number:
@@ -98,14 +98,20 @@ def _refuse_too_many(
     logger.warning("%s: %d of %d rows left out (%s)", split, len(found), number, summary)
 
 
-def _streamed_entries(rejected_file: str | os.PathLike, unopened: Sequence[str]) -> list[dict[str, Any]]:
-    """Return what an interrupted run has listed of images that it streamed: the run that resumes skips these rows."""
+def read_rejected(rejected_file: str | os.PathLike) -> list[dict[str, Any]]:
+    """Return the entries of a list of rejected rows, none if there is no list."""
     entries, path = [], Path(rejected_file)
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError, KeyError, TypeError):  # a killed run may leave half a line
             entry = json.loads(line)
-            entries += [entry] if entry["split"] in unopened and "row" not in entry else []
+            entries += [entry] if entry["split"] and entry["reason"] else []
     return entries
+
+
+def reasons_in_words(entries: Sequence[dict[str, Any]]) -> str:
+    """Return the three commonest reasons of rejected rows: "2 x blank caption, 1 x repeated image_id"."""
+    reasons = Counter(entry["reason"].split(":")[0] for entry in entries).most_common(3)
+    return ", ".join(f"{count:,} x {reason}" for reason, count in reasons)
 
 
 def texts(rows: Dataset) -> tuple[list[str], list[list[str]]]:
@@ -147,29 +153,29 @@ def _check_batch(batch: dict[str, list[Any]], open_images: bool) -> dict[str, li
     }
     images = batch["image"] if open_images else nothing
     columns = (images, clean["image_id"], clean["caption"], batch.get(UNUSABLE) or nothing)
-    clean["rejected"] = [_reason_to_reject(*row, open_images) for row in zip(*columns, strict=True)]
+    found = [_check_row(*row, open_images) for row in zip(*columns, strict=True)]
+    clean["rejected"], clean["pixels"] = map(list, zip(*found, strict=True))
     return clean
 
 
-def _reason_to_reject(
+def _check_row(
     image: dict[str, Any] | None, image_id: str, caption: str, known: str | None, open_images: bool
-) -> str | None:
+) -> tuple[str | None, int | None]:
+    """Return the reason to reject a row, if there is one, and the hash of its pixels, if it was opened."""
     if not image_id.strip():
-        return "blank image_id"
+        return "blank image_id", None
     if len(image_id) > MAX_ID:
-        return "overlong image_id"
+        return "overlong image_id", None
     if _is_blank(caption):
-        return "blank caption"
+        return "blank caption", None
     if len(caption) > MAX_CAPTION:
-        return "overlong caption"
+        return "overlong caption", None
     if known:
-        return known
+        return known, None
     try:
-        if open_images:
-            open_image(image)
+        return None, pixel_hash(open_image(image)) if open_images else None
     except ValueError as error:
-        return MISSING if str(error) == MISSING else f"unreadable image: {error}"
-    return None
+        return (MISSING if str(error) == MISSING else f"unreadable image: {error}"), None
 
 
 def _is_blank(caption: str | None) -> bool:
@@ -216,12 +222,3 @@ def _arrow(rows: Dataset, column: str) -> pa.Array:
     """Return a text column as Arrow data: tens of bytes a row, where a set of strings takes over a hundred."""
     values = rows.with_format("arrow")[column][:]
     return values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
-
-
-def _warn_of_leaks(checked: DatasetDict) -> None:
-    ids = {split: _arrow(rows, "image_id").unique() for split, rows in checked.items()}
-    train = ids.pop("train", pa.array([], pa.string()))
-    for split, theirs in ids.items():
-        if shared := pc.sum(pc.is_in(theirs, value_set=train)).as_py():
-            message = "%d image ids of split '%s' are in split 'train' too; its scores are too high if the images are"
-            logger.warning(message, shared, split)

@@ -11,6 +11,7 @@ import warnings
 from typing import Any
 
 import numpy as np
+import xxhash
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 
@@ -57,6 +58,15 @@ def open_image(image: dict[str, Any] | Image.Image | None) -> Image.Image:
     if min(image.size) < MIN_IMAGE_SIDE:
         raise ValueError(f"is {image.width}x{image.height} pixels; the shorter side needs at least {MIN_IMAGE_SIDE}")
     return _to_8_bit(image) if image.mode.startswith(("I", "F")) else image
+
+
+def pixel_hash(image: Image.Image) -> int:
+    """Return 64 bits that differ for images of other size or pixels; a gray image has the same in modes L and RGB."""
+    channels = [channel.tobytes() for channel in (image if image.mode == "L" else image.convert("RGB")).split()]
+    digest = xxhash.xxh3_64(repr(image.size).encode())
+    for channel in channels[:1] if channels.count(channels[0]) == len(channels) else channels:
+        digest.update(channel)
+    return digest.intdigest() - 2**63  # signed, for Arrow's int64
 
 
 def _open_lazily(image: dict[str, Any] | None) -> Image.Image:

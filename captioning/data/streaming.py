@@ -2,27 +2,35 @@
 
 The footer and the text columns of each shard are read once, into an ordinary `Dataset` that records where each image
 is. Its column `image` is a `StreamedImage`: reading an image of a row reads the row group that holds it, which is
-cached for the rows that follow; reading another column reads no image. So checks, tokens, baselines and the Trainer
+kept for the rows that follow; reading another column reads no image. So checks, tokens, baselines and the Trainer
 work as on stored data, with a known number of rows.
 
-`training.samplers.StreamingSampler` shuffles so that each row group is read once an epoch, by one worker.
+One process of a machine reads a row group and leaves it in a file that the others map into their memory.
+`training.samplers.StreamingSampler` shuffles so that each row group is in use for a short part of an epoch.
 """
 
+import atexit
+import hashlib
 import logging
 import os
+import shutil
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, Features, load_dataset_builder
+from datasets.config import HF_DATASETS_CACHE
 from datasets.features.features import register_feature
 from huggingface_hub import HfFileSystem
+from huggingface_hub.utils import WeakFileLock
 
 from captioning.errors import UserError, as_user_error
 
@@ -32,8 +40,11 @@ logger = logging.getLogger(__name__)
 TEXT_COLUMNS = ("image_id", "caption", "cui")
 HUB = "hf://"
 READERS = 8  # shards whose texts are read at once: a read from the Hub is mostly waiting
-CACHE_BYTES = 256 * 2**20  # of images that a process caches; a single larger row group is cached alone
-WINDOW_GROUPS = 8  # row groups whose rows are mixed; on the Hub one holds 100 rows of ROCOv2
+# Limits of the row groups whose rows are mixed; on the Hub one holds 100 rows of ROCOv2. Twice as much is kept, since
+# processes are ahead of each other; a single larger row group is kept alone
+CACHE_BYTES = 256 * 2**20
+WINDOW_GROUPS = 8
+SHARED_FOLDER = Path(HF_DATASETS_CACHE) / "streamed_row_groups"  # of all processes; it goes when a run ends
 MAX_UNPACKED = 100  # times the size in a shard: images are compressed already, only a bomb unpacks to more
 SMALL_SHARD = 2**30  # bytes; up to this size any ratio is harmless
 STORED = "{} is not parquet, and only parquet is streamed; leave --streaming out: it needs no more memory"
@@ -68,6 +79,7 @@ def index_shards(shards: dict[str, list[str]]) -> DatasetDict:
     Raises:
         UserError: a shard has no column `image` of bytes.
     """
+    atexit.register(shutil.rmtree, SHARED_FOLDER, ignore_errors=True)
     splits = {}
     for split, files in shards.items():
         schema = _footer(files[0]).schema.to_arrow_schema()
@@ -110,7 +122,7 @@ def _index_rows(files: tuple[str, ...], state: tuple[str, ...]) -> Iterator[dict
                         place = {"shard": shard, "row_group": group, "row": row, "group_bytes": size}
                         yield text | {"image": place}
     if largest > CACHE_BYTES:
-        message = "%s: a row group holds %d MB of images, and each worker holds one; write groups of about 100 rows"
+        message = "%s: a row group holds %d MB of images, which are read together; write groups of about 100 rows"
         logger.warning(message, files[0], largest / 1e6)
 
 
@@ -203,31 +215,62 @@ with warnings.catch_warnings(action="ignore"):  # "experimental": requirements.t
 
 
 class RowGroups:
-    """A cache of the row groups that were read last, limited by `WINDOW_GROUPS` and `CACHE_BYTES`.
+    """The row groups that this process read or mapped last, limited by `WINDOW_GROUPS` and `CACHE_BYTES`.
 
-    Sizes are those in the parquet footers, which `StreamingSampler` uses for its windows too.
+    Sizes are those in the parquet footers, which `StreamingSampler` uses too.
     """
 
     def __init__(self):
         self._groups: OrderedDict[tuple[str, int], tuple[int, pa.ChunkedArray]] = OrderedDict()
-        self.reads = 0  # row groups that this process has read
+        self.reads = 0  # row groups that this process has asked for
 
     def read(self, file: str, group: int, size: int) -> pa.ChunkedArray:
         """Return the column `image` of a row group, whose images take `size` bytes."""
         key = (file, group)
-        if key in self._groups:
-            self._groups.move_to_end(key)
-            return self._groups[key][1]
-        while self._groups and (
-            len(self._groups) == WINDOW_GROUPS or size + sum(held for held, _ in self._groups.values()) > CACHE_BYTES
-        ):
-            self._groups.popitem(last=False)
-        self._groups[key] = (size, _read_images(file, group))
-        self.reads += 1
+        if key not in self._groups:
+            while self._groups and _is_full([size, *(held for held, _ in self._groups.values())]):
+                self._groups.popitem(last=False)
+            self._groups[key] = (size, _shared_images(file, group))
+            self.reads += 1
+        self._groups.move_to_end(key)
         return self._groups[key][1]
 
 
 ROW_GROUPS = RowGroups()
+
+
+def _is_full(sizes: list[int]) -> bool:
+    return len(sizes) > 2 * WINDOW_GROUPS or sum(sizes) > 2 * CACHE_BYTES
+
+
+def _shared_images(file: str, group: int) -> pa.ChunkedArray:
+    """Return the images of a row group, mapped into memory from the file that the first process to need them wrote."""
+    images = None
+    with suppress(OSError):  # of a full disk, or a folder that another run removed: this process reads for itself
+        SHARED_FOLDER.mkdir(parents=True, exist_ok=True)
+        path = SHARED_FOLDER / f"{hashlib.sha256(f'{_shard_state(file)} {group}'.encode()).hexdigest()}.arrow"
+        with WeakFileLock(path.with_suffix(".lock")):
+            if not path.is_file():
+                images = _read_images(file, group)
+                _write_shared(path, images)
+            return pa.ipc.open_file(pa.memory_map(str(path))).read_all()["image"]
+    return _read_images(file, group) if images is None else images
+
+
+def _write_shared(path: Path, images: pa.ChunkedArray) -> None:
+    table, unfinished = pa.table({"image": images}), path.with_suffix(f".{os.getpid()}")
+    try:
+        with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    found = sorted(((file.stat().st_mtime_ns, file) for file in path.parent.glob("*.arrow")), reverse=True)
+    sizes = [file.stat().st_size for _, file in found]
+    for number, (_, file) in enumerate(found[1:], 2):
+        if _is_full(sizes[:number]):
+            file.unlink(missing_ok=True)  # who has mapped it keeps it
+            file.with_suffix(".lock").unlink(missing_ok=True)
 
 
 def _read_images(file: str, group: int) -> pa.ChunkedArray:

@@ -154,14 +154,15 @@ class BlipCaptioner(Captioner):
         cls, name: str, seed: int, tokenizer_name: str | None, captions: Iterable[str], vocab_size: int
     ) -> "BlipCaptioner":
         """See `Captioner.from_config`; vocabulary size and special tokens come from the tokenizer."""
-        tokenizer = load_tokenizer(tokenizer_name) if tokenizer_name else train_tokenizer(captions, vocab_size)
-        add_blip_tokens(tokenizer)
         with as_user_error(f"config '{name}' cannot be loaded", "recipes/configs/ has examples"):
             if not BlipConfig.get_config_dict(name)[0].keys() & {"text_config", "vision_config"}:
                 # Stock would build what its defaults say
                 raise UserError(f"config '{name}' does not describe a BLIP; recipes/configs/ has examples")
             config = BlipConfig.from_pretrained(name)
             _check_size(config, name)
+        # After the config, whose faults need not wait until the captions are checked
+        tokenizer = load_tokenizer(tokenizer_name) if tokenizer_name else train_tokenizer(captions, vocab_size)
+        add_blip_tokens(tokenizer)
         if config.vision_config.initializer_range < 1e-4:
             # The default of BlipVisionConfig is 1e-10: harmless when weights are loaded, a dead encoder when not
             config.vision_config.initializer_range = config.initializer_range

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedConfig
 
 from captioning.errors import UserError, as_user_error
@@ -24,10 +25,27 @@ def captioner_class(model_type: str | None, name: str) -> type[Captioner]:
 
 
 def load_captioner(name: str, revision: str | None = None) -> Captioner:
-    """See `Captioner.from_pretrained`; an unsupported type is a `UserError`, too."""
+    """See `Captioner.from_pretrained`; an unsupported type and weights that are NaN are `UserError`s, too."""
     with as_user_error(f"model '{name}' cannot be loaded", "give the folder of a saved model or a Hub id"):
         model_type = PreTrainedConfig.get_config_dict(name, revision=revision)[0].get("model_type")
-    return captioner_class(model_type, name).from_pretrained(name, revision)
+    captioner = captioner_class(model_type, name).from_pretrained(name, revision)
+    refuse_nan_weights(captioner.model, name)
+    return captioner
+
+
+def nan_weights(model: torch.nn.Module) -> str | None:
+    """Return the name of the first weight or buffer that holds NaN or infinity, None if there is none."""
+    for name, values in model.state_dict().items():
+        # The sum, a tenth of the time, shows both; it may also overflow
+        if not values.sum().isfinite() and not values.isfinite().all():
+            return name
+    return None
+
+
+def refuse_nan_weights(model: torch.nn.Module, source: str) -> None:
+    """Raise UserError if a weight of the model that was loaded from `source` is NaN or infinite."""
+    if name := nan_weights(model):
+        raise UserError(f"model '{source}': '{name}' holds NaN or infinity; give a checkpoint from before it broke")
 
 
 def build_captioner(

@@ -10,6 +10,7 @@ from captioning.errors import UserError, as_user_error
 
 
 BERT_SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+MAX_WORD = 100  # characters; WordPiece reads a longer word as [UNK]
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -40,16 +41,18 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
 
     The same captions give the same vocabulary in every process. To that end the continuation characters (`##a`) are
     given in order: `tokenizers` would number them in the order of a randomly seeded hash map, and it breaks ties
-    between merges by these numbers.
+    between merges by these numbers. Words over `MAX_WORD` are left out: no entry would help them, and the time grows
+    with the square of a word's length.
     """
-    captions = list(captions)
     trainer = BertWordPieceTokenizer(lowercase=True)
-    continuations = set()
+    continuations, texts = set(), []
     for caption in captions:
-        for word, _ in trainer.pre_tokenizer.pre_tokenize_str(trainer.normalizer.normalize_str(caption)):
-            continuations.update(f"##{character}" for character in word[1:])
+        found = trainer.pre_tokenizer.pre_tokenize_str(trainer.normalizer.normalize_str(caption))
+        words = [word for word, _ in found if len(word) <= MAX_WORD]
+        continuations.update(f"##{character}" for word in words for character in word[1:])
+        texts.append(caption if len(words) == len(found) else " ".join(words))
     trainer.train_from_iterator(
-        captions,
+        texts,
         vocab_size=vocab_size,
         special_tokens=BERT_SPECIAL_TOKENS + sorted(continuations),
         show_progress=False,

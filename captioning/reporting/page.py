@@ -79,6 +79,7 @@ def write_report(
         split=split,
         facts=facts,
         summary=summary,
+        leaks=record.leaks,
         splits={name: record.scores[name] for name in sorted(record.scores, key=lambda name: name != split)},
         curves=inline_curves(record.log_history),
         payload=payload,
@@ -111,9 +112,9 @@ def _maps(words: Words) -> list[dict[str, Any]]:
     return found
 
 
-def _finite(number: float, digits: int) -> float | None:
+def _finite(number: float | None, digits: int) -> float | None:
     """Return the number rounded, None for NaN or infinity, which a diverged model may have and JSON has not."""
-    return round(number, digits) if math.isfinite(number) else None
+    return None if number is None or not math.isfinite(number) else round(number, digits)
 
 
 # --- Text that is safe ------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 The Trainer's few metrics of a split are computed each epoch; these are computed once, at the end.
 """
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from datasets import Dataset, DatasetDict
 from captioning.data import checks
 from captioning.data.images import open_image
 from captioning.data.splits import NEIGHBORS
-from captioning.files import write_whole
+from captioning.files import to_json, write_whole
 from captioning.reporting.page import write_report
 from captioning.reporting.run_record import RunRecord
 from captioning.scoring.captions import Captions, write_predictions
@@ -73,7 +72,7 @@ def keep_split(
     predictions = write_predictions(folder / "predictions" / f"{split}.jsonl", captions, found.nll)
     scores = score(captions, training, found.features, "ptb" if args.coco_metrics else None, args.bertscore_model)
     record.keep(split, predictions, scores)
-    write_whole(folder / "scores.json", json.dumps(record.scores, indent=2, ensure_ascii=False) + "\n")
+    write_whole(folder / "scores.json", to_json(record.scores, indent=2, ensure_ascii=False) + "\n")
     if not scores["beats_constant"]:
         logger.warning("%s: %s", split, scores["verdict"])
     if args.write_submission and split == "test":

@@ -1,6 +1,7 @@
 """What an output folder says of its run, read once: the summary, the card and the page are all made from it."""
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from captioning.data.checks import read_rejected, reasons_in_words
+from captioning.data.leaks import Leaks, leaks_in_words
 from captioning.hub.revisions import COMMIT_HASH
 from captioning.models.captioner import Captioner
 from captioning.models.load import class_in_folder
@@ -52,12 +55,17 @@ class RunRecord:
     """A run by the files of its output folder, each of which is read at most once, when it is first asked for.
 
     The folder has `recipe.json` at least. Ask for `results` after the last of them has been written. The class of the
-    captioner is by default that of the model saved in the folder.
+    captioner is by default that of the model saved in the folder. `found_leaks`: see `find_leaks`.
     """
 
-    def __init__(self, folder: str | Path, captioner_class: type[Captioner] | None = None):
+    def __init__(
+        self,
+        folder: str | Path,
+        captioner_class: type[Captioner] | None = None,
+        found_leaks: Mapping[str, Leaks] = {},
+    ):
         self.folder = Path(folder)
-        self._captioner_class = captioner_class
+        self._captioner_class, self._found_leaks = captioner_class, found_leaks
         self._predictions: dict[str, list[dict[str, Any]]] = {}
 
     # --- Files ------------------------------------------------------------------------------------------------
@@ -69,8 +77,8 @@ class RunRecord:
 
     @cached_property
     def results(self) -> Mapping[str, float]:
-        """`all_results.json`: the metrics of all stages, each with the prefix of its stage."""
-        return self._read("all_results.json")
+        """`all_results.json`: the metrics of all stages, each with the prefix of its stage; NaN where it has null."""
+        return _with_nan(self._read("all_results.json"))
 
     @cached_property
     def scores(self) -> dict[str, Any]:
@@ -79,8 +87,8 @@ class RunRecord:
 
     @cached_property
     def log_history(self) -> list[dict[str, float]]:
-        """The Trainer's log, empty if the run did not train."""
-        return self._read("trainer_state.json").get("log_history", [])
+        """The Trainer's log, empty if the run did not train; NaN where the file has null."""
+        return [_with_nan(entry) for entry in self._read("trainer_state.json").get("log_history", [])]
 
     @cached_property
     def sample(self) -> dict[str, str]:
@@ -102,7 +110,7 @@ class RunRecord:
     def keep(self, split: str, predictions: list[dict[str, Any]], scores: dict[str, Any]) -> None:
         """Take over what the run has just found on a split, so that it is not read back from the files."""
         self._predictions[split] = predictions
-        self.scores[split] = scores
+        self.scores[split] = scores | ({"leaks": leaks} if (leaks := self._found_leaks.get(split)) else {})
 
     def _read(self, file: str) -> dict[str, Any]:
         path = self.folder / file
@@ -158,6 +166,24 @@ class RunRecord:
         local = {"phantoms": "phantoms, synthetic images", "rocov2": "a local copy of ROCOv2"}
         return self.data.id if self.data.revision else local.get(self.data_kind, f"the folder {self.data.id}")
 
+    @property
+    def leaks(self) -> list[str]:
+        """Sentences on the rows of scored splits that an earlier split has too, and on what was not compared."""
+        return [
+            sentence
+            for split, scores in self.scores.items()
+            if "leaks" in scores
+            for sentence in leaks_in_words(split, scores["captions"], scores["leaks"])
+        ]
+
+    @cached_property
+    def left_out(self) -> list[str]:
+        """How many rows of each split are in `rejected.jsonl`, and why: a sentence for each."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for entry in read_rejected(self.folder / "rejected.jsonl"):
+            found.setdefault(entry["split"], []).append(entry)
+        return [f"{split}: rows left out: {len(own):,} ({reasons_in_words(own)})" for split, own in found.items()]
+
     def facts(self, digits: int) -> dict[str, str]:
         """Return the model, the data and the decode settings in words, commits with that many digits."""
         trained = self.recipe["do_train"]
@@ -167,3 +193,7 @@ class RunRecord:
             model = f"{Path(self.recipe['config_name']).stem}, {'trained from ' if trained else ''}random weights"
         data = self.data.in_words(digits) if self.data.revision else self.data_in_words
         return {"model": model, "data": data, "decoding": in_words(self.decoding)}
+
+
+def _with_nan(metrics: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: math.nan if value is None else value for name, value in metrics.items()}

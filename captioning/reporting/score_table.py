@@ -1,5 +1,6 @@
 """Scores as tables of plain text: those of one system, and the paired test of two."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,8 +54,8 @@ def comparison_table(result: Mapping[str, Any]) -> str:
 
 
 def four_digits(value: float | None, sign: str = "") -> str:
-    """Return a number as text, a dash for None."""
-    return "-" if value is None else f"{value:{sign}.4f}"
+    """Return a number as text, a dash for None, NaN and infinity."""
+    return "-" if value is None or not math.isfinite(value) else f"{value:{sign}.4f}"
 
 
 def not_computed(scores: Mapping[str, Any]) -> list[str]:

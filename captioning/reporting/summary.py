@@ -14,7 +14,7 @@ EXAMPLES = 3
 
 
 def summary(metrics: Mapping[str, float], record: RunRecord) -> str:
-    """Return the metrics of the run and the baselines of ROUGE-L as a table, verdicts, what is missing, 3 captions.
+    """Return metrics and baselines of ROUGE-L as a table, verdicts, leaks, what is missing, and three captions.
 
     The captions are the first of the last split, not the best: they are examples.
     """
@@ -27,6 +27,7 @@ def summary(metrics: Mapping[str, float], record: RunRecord) -> str:
         if any(value is not None for value in values):
             lines.append(f"{label:<24}" + "".join(f"{four_digits(value):>12}" for value in values))
     lines += [f"{split}: {record.scores[split]['verdict']}" for split in columns if split in record.scores]
+    lines += record.leaks
     lines += dict.fromkeys(
         line for split in columns for line in not_computed({"missing": {}} | record.scores.get(split, {}))
     )

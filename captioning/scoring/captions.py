@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from captioning.errors import UserError, as_user_error
-from captioning.files import write_whole
+from captioning.files import to_json, write_whole
 from metrics import wording_scores
 
 
@@ -58,7 +58,7 @@ def write_predictions(path: Path, captions: Captions, nll: np.ndarray) -> list[d
     columns = (captions.image_ids, captions.references, captions.predictions, scores, nll.tolist(), captions.cuis)
     rows = [dict(zip(PREDICTION_KEYS, row, strict=True)) for row in zip(*columns, strict=True)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
+    write_whole(path, "".join(f"{to_json(row, ensure_ascii=False)}\n" for row in rows))
     return rows
 
 

@@ -11,6 +11,8 @@
     baselines   key -> what it is, its caption or captions, among what it was found
     modalities  name -> captions, and scores as above
     missing     name -> what a score that was not computed needs
+
+A run adds `leaks`: see `captioning.data.leaks.find_leaks`.
 """
 
 import math

@@ -290,9 +290,13 @@ class PushArguments:
 
 
 def _check_ranges(arguments: Any) -> None:
-    """Raise a UserError for a field that is NaN or outside of its range; None is not checked."""
+    """Raise a UserError for a field that is NaN, infinite or outside of its range; None is not checked."""
     for name, (lowest, highest) in RANGES.items():
         value = getattr(arguments, name, None)
         if value is not None and not lowest <= value <= highest:
             limits = f"from {lowest} to {highest}" if math.isfinite(highest) else f"to {lowest} or more"
             raise UserError(f"{name} is {value}; set --{name} {limits}")
+    for name, value in vars(arguments).items():
+        if isinstance(value, float) and not math.isfinite(value):  # a recipe, which is JSON, could not hold it
+            hint = "0 to clip nothing" if name == "max_grad_norm" else "a finite number"
+            raise UserError(f"{name} is {value}; set --{name} to {hint}")

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from captioning.errors import UserError, as_user_error
-from captioning.files import write_whole
+from captioning.files import to_json, write_whole
 from captioning.training.arguments import CaptioningArguments, DataArguments, ModelArguments
 from captioning.training.checkpoints import checkpoint_fault, last_complete_checkpoint
 from captioning.training.recipe import resolved_recipe
@@ -74,7 +74,7 @@ def write_recipe(model_args: ModelArguments, data_args: DataArguments, args: Cap
                 raise UserError(f"cannot resume in '{folder}': {change}; set it back, or another --output_dir")
             logger.warning("Resuming with another recipe: %s was %s, is %s", key, before.get(key), recipe.get(key))
     if args.should_save:
-        write_whole(path, json.dumps(recipe, indent=2) + "\n")
+        write_whole(path, to_json(recipe, indent=2) + "\n")
 
 
 def remove_other_results(path: Path, recipe: dict[str, object]) -> None:

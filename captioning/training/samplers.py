@@ -77,23 +77,19 @@ class PaddedSampler(Sampler[int]):
 
 
 class StreamingSampler(Sampler[int]):
-    """The rows of a streamed split in a random order that reads each row group once, in one worker of one process.
+    """The rows of a streamed split in a random order in which each row group is in use for a short part of an epoch.
 
-    Batch j goes to process j mod P, and the i-th batch of a process to its worker i mod W: together to one of P x W
-    slots, j mod (P x W). Row groups are shuffled and dealt to the slots. A slot shuffles the rows within windows of as
-    many row groups as fit in the memory of a worker. Only a row group on the border of two slots is read by both.
-
-    The order follows from seed and epoch alone, so that a resumed run skips rows without reading them.
+    Row groups are shuffled, and the rows of each are spread at random over the places of those around it, of as many
+    as fit in the memory that `data.streaming` allows. The order follows from seed and epoch alone: it is the same for
+    any number of processes and workers, which share what they read, and a resumed run skips rows without reading them.
 
     Args:
         rows: a streamed split.
-        batch_size: rows of a batch of one process.
-        slots: P x W; without workers, W is 1.
         seed: of the order, together with the epoch.
     """
 
-    def __init__(self, rows: Dataset, batch_size: int, slots: int, seed: int):
-        self.batch_size, self.slots, self.seed, self.epoch = batch_size, slots, seed, 0
+    def __init__(self, rows: Dataset, seed: int):
+        self.seed, self.epoch = seed, 0
         places = rows.select_columns("image").with_format("arrow")[:]["image"].combine_chunks().flatten()
         shard, group, _, size = (place.to_numpy() for place in places)
         _, first, of_row = np.unique(shard.astype(np.int64) << 32 | group, return_index=True, return_inverse=True)
@@ -109,29 +105,16 @@ class StreamingSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         rng = np.random.default_rng((self.seed, self.epoch))
-        batches = -(-len(self) // self.batch_size)
-        rows_of_slot = [len(range(slot, batches, self.slots)) * self.batch_size for slot in range(self.slots)]
-        rows_of_slot[(batches - 1) % self.slots] -= batches * self.batch_size - len(self)
-        borders = np.cumsum(rows_of_slot)[:-1]
         groups = rng.permutation(len(self._rows))
-        rows = np.concatenate([self._rows[group] for group in groups])
-        group_of_row = np.repeat(groups, [len(self._rows[group]) for group in groups])
-        dealt = zip(np.split(rows, borders), np.split(group_of_row, borders), strict=True)
-        shuffled = [self._shuffle_windows(rows, groups, rng) for rows, groups in dealt]
-        for batch in range(batches):
-            start = batch // self.slots * self.batch_size
-            yield from shuffled[batch % self.slots][start : start + self.batch_size].tolist()
-
-    def _shuffle_windows(self, rows: np.ndarray, groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Shuffle the rows of a slot within windows of their row groups."""
-        borders, num_groups, size = [], 0, 0
-        for start in np.flatnonzero(np.diff(groups, prepend=-1)).tolist():
-            group_size = int(self._sizes[groups[start]])
-            if num_groups == WINDOW_GROUPS or (num_groups and size + group_size > CACHE_BYTES):
-                borders.append(start)
-                num_groups, size = 0, 0
-            num_groups, size = num_groups + 1, size + group_size
-        return np.concatenate([rng.permutation(window) for window in np.split(rows, borders)])
+        # Of the memory, which is 1 long: the row groups whose centers are within 1/2 of a place are in use there
+        lengths = np.maximum(self._sizes[groups] / CACHE_BYTES, 1 / WINDOW_GROUPS)
+        ends = np.cumsum(lengths)
+        rows, places = [], []
+        for group, center in zip(groups, ends - lengths / 2, strict=True):
+            number, low, high = len(self._rows[group]), max(center - 0.5, 0), min(center + 0.5, ends[-1])
+            rows.append(rng.permutation(self._rows[group]))
+            places.append(low + (high - low) * (np.arange(number) + rng.random(number)) / number)
+        yield from np.concatenate(rows)[np.argsort(np.concatenate(places), kind="stable")].tolist()
 
 
 class SetEpoch(TrainerCallback):

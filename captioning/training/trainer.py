@@ -19,8 +19,9 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from captioning.command_line import on_sigterm
 from captioning.data.streaming import is_streamed
 from captioning.errors import Stopped, UserError, as_user_error
-from captioning.files import write_whole
+from captioning.files import to_json, without_nan, write_whole
 from captioning.models.captioner import Captioner
+from captioning.models.load import nan_weights, refuse_nan_weights
 from captioning.training.checkpoints import last_complete_checkpoint
 from captioning.training.safeguards import StopOnSigterm, full_is_user_error, not_finite
 from captioning.training.samplers import PaddedRows, PaddedSampler, SetEpoch, StreamingSampler
@@ -127,9 +128,7 @@ class CaptioningTrainer(Seq2SeqTrainer):
         args, rows = self.args, self.train_dataset if train_dataset is None else train_dataset
         if not is_streamed(rows) or args.train_sampling_strategy == "sequential":
             return super()._get_train_sampler(train_dataset)
-        slots = args.world_size * max(1, args.dataloader_num_workers)
-        seed = args.seed if args.data_seed is None else args.data_seed
-        sampler = StreamingSampler(rows, self._train_batch_size, slots, seed)
+        sampler = StreamingSampler(rows, args.seed if args.data_seed is None else args.data_seed)
         self.remove_callback(SetEpoch)  # that of an earlier training
         self.add_callback(SetEpoch(sampler))
         return sampler
@@ -203,7 +202,7 @@ class CaptioningTrainer(Seq2SeqTrainer):
             UserError: a weight is NaN or infinity after the last update, which no loss has shown yet.
             Stopped: SIGTERM came.
         """
-        if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
+        if nan_weights(self.model):
             what = f"step {self.state.global_step} made weights NaN or infinite, and no checkpoint is saved"
             raise not_finite(what, self.args.output_dir)
         super()._save_checkpoint(model, trial)
@@ -228,13 +227,13 @@ class CaptioningTrainer(Seq2SeqTrainer):
         if not self.is_world_process_zero():
             return
         folder = Path(self.args.output_dir)
-        write_whole(folder / f"{split}_results.json", json.dumps(metrics, indent=4, sort_keys=True))
+        write_whole(folder / f"{split}_results.json", to_json(metrics, indent=4, sort_keys=True))
         if combined:
             path = folder / "all_results.json"
             known = {}
             with suppress(OSError, ValueError):  # missing or damaged: no reason to lose the new metrics
                 known = json.loads(path.read_text(encoding="utf-8"))
-            write_whole(path, json.dumps(known | metrics, indent=4, sort_keys=True))
+            write_whole(path, to_json(known | metrics, indent=4, sort_keys=True))
 
     def save_state(self) -> None:
         """Write `trainer_state.json` whole or not at all."""
@@ -242,6 +241,20 @@ class CaptioningTrainer(Seq2SeqTrainer):
             path = Path(self.args.output_dir) / "trainer_state.json"
             self.state.save_to_json(f"{path}.tmp")
             os.replace(f"{path}.tmp", path)
+
+    def log(self, *args, **kwargs) -> None:
+        """Log as the stock Trainer does; the log that is saved has None in place of NaN and infinity."""
+        super().log(*args, **kwargs)
+        self.state.log_history[-1] = without_nan(self.state.log_history[-1])
+
+    def _determine_best_metric(self, *args, **kwargs) -> bool:
+        is_new = super()._determine_best_metric(*args, **kwargs)
+        self.state.best_metric = without_nan(self.state.best_metric)  # infinite as long as each metric was NaN
+        return is_new
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        refuse_nan_weights(self.model, resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load them as the stock Trainer does, with torch's `weights_only`; a failure is a one-line error."""

@@ -257,11 +257,6 @@ def test_a_split_without_a_usable_row_is_an_error(tmp_path):
         check(undecoded(test=make_rows(3, caption=["", "", ""])), tmp_path, 1.0)
 
 
-def test_ids_shared_by_training_and_test_are_logged(tmp_path, caplog):
-    check(undecoded(train=make_rows(6), test=make_rows(4, start=3)), tmp_path)
-    assert "3 image ids of split 'test' are in split 'train' too" in caplog.text
-
-
 def test_numbers_as_ids_and_missing_values(tmp_path):
     rows = make_rows(3).remove_columns(["image_id", "caption"])
     rows = rows.add_column("image_id", [1, 2, None]).add_column("caption", ["A cyst.", None, "A cyst."])

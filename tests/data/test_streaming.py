@@ -41,7 +41,8 @@ from captioning.errors import UserError
 from captioning.training import safeguards, samplers
 from captioning.training.arguments import CaptioningArguments
 from captioning.training.safeguards import UnreadableImages
-from captioning.training.samplers import StreamingSampler
+from captioning.training.samplers import SetEpoch, StreamingSampler
+from captioning.training.trainer import CaptioningTrainer
 
 
 GROUP = 6  # rows of a row group
@@ -80,9 +81,16 @@ def rows(sharded):
 
 
 @pytest.fixture(autouse=True)
-def nothing_kept():
-    ROW_GROUPS._groups.clear()
-    ROW_GROUPS.reads = 0
+def forget():
+    """Forget the row groups that were read, before a test and when it asks."""
+
+    def forget():
+        ROW_GROUPS._groups.clear()
+        ROW_GROUPS.reads = 0
+        shutil.rmtree(streaming.SHARED_FOLDER, ignore_errors=True)
+
+    forget()
+    return forget
 
 
 def group_of(row: int) -> tuple[int, int]:
@@ -130,7 +138,7 @@ def test_reading_text_reads_no_images(rows, reads, captioner):
     usable = checks.usable(tokenized["train"], 30)
     assert len(usable["caption"][:]) == len(list(usable["input_ids"])) == 30
     checks.texts(rows)
-    list(StreamingSampler(usable, 4, 2, seed=0))
+    list(StreamingSampler(usable, seed=0))
     assert reads() == []
     usable[3], usable[4], usable[29]
     assert len(reads()) == 2, "rows 3 and 4 are in one row group"
@@ -211,9 +219,8 @@ def test_a_missing_shard_is_one_line(tmp_path, capfd, workers):
 # --- Order ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("batch_size", "slots"), [(1, 1), (4, 1), (4, 3), (8, 4), (16, 4), (64, 2)])
-def test_each_row_comes_once_an_epoch_in_another_order_each_time(rows, batch_size, slots):
-    sampler = StreamingSampler(rows, batch_size, slots, seed=0)
+def test_each_row_comes_once_an_epoch_in_another_order_each_time(rows):
+    sampler = StreamingSampler(rows, seed=0)
     orders = []
     for epoch in range(3):
         sampler.set_epoch(epoch)
@@ -222,52 +229,77 @@ def test_each_row_comes_once_an_epoch_in_another_order_each_time(rows, batch_siz
     assert len({tuple(order) for order in orders}) == 3
     sampler.set_epoch(1)
     assert list(sampler) == orders[1], "the order follows from seed and epoch"
-    assert list(StreamingSampler(rows, batch_size, slots, seed=1)) != orders[0]
+    assert list(StreamingSampler(rows, seed=1)) != orders[0]
 
 
-def test_rows_of_several_row_groups_are_mixed_within_the_memory_of_a_worker(rows, monkeypatch):
-    groups = [group_of(row) for row in StreamingSampler(rows, 4, 1, seed=0)]
+def test_rows_of_several_row_groups_are_mixed_within_the_memory_that_is_allowed(rows, monkeypatch):
+    groups = [group_of(row) for row in StreamingSampler(rows, seed=0)]
     assert np.mean([len(set(groups[i : i + 4])) for i in range(0, 48, 4)]) > 2.5
+    monkeypatch.setattr(samplers, "WINDOW_GROUPS", 3)
+    groups = [group_of(row) for row in StreamingSampler(rows, seed=0)]
+    ends = {group: place for place, group in enumerate(groups)}
+    in_use = [{group for group in groups[: i + 1] if ends[group] >= i} for i in range(52)]
+    assert np.mean([len(found) for found in in_use]) > 2 and max(map(len, in_use)) <= 4
     monkeypatch.setattr(samplers, "CACHE_BYTES", 1)
-    groups = [group_of(row) for row in StreamingSampler(rows, 4, 1, seed=0)]
+    groups = [group_of(row) for row in StreamingSampler(rows, seed=0)]
     assert sum(a != b for a, b in itertools.pairwise(groups)) == len(set(groups)) - 1, "one after the other"
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_row_group_is_read_by_one_worker_of_one_process(rows, reads, workers, processes):
-    """But for those on the borders between slots, of which there are one fewer than slots."""
-    slots, batch_size = processes * max(1, workers), 4
-    seen, found = [], []
-    for process in range(processes):
-        ROW_GROUPS._groups.clear()
-        sampler = StreamingSampler(rows, batch_size, slots, seed=3)
-        order = list(sampler)
-        batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)][process::processes]
-        loader = DataLoader(rows, batch_sampler=batches, num_workers=workers, collate_fn=lambda batch: batch)
-        seen += [row["image_id"] for batch in loader for row in batch]
-        found += reads()
-    assert sorted(seen) == sorted(rows["image_id"])
-    assert len({group for _, group in found}) == 10, "row groups in all"
-    assert len(found) <= 10 + slots - 1
-    if workers:
-        assert len({process for process, _ in found}) == slots
+def train_batches(rows, captioner, tmp_path, batch_size: int, workers: int, resumed_at: int = 0) -> list[list[str]]:
+    """Return the image ids of each batch of the second epoch, by the Trainer's own loader."""
+    args = CaptioningArguments(
+        output_dir=str(tmp_path), use_cpu=True, report_to="none", dataloader_num_workers=workers, do_eval=False,
+        per_device_train_batch_size=batch_size,
+    )  # fmt: skip
+    trainer = CaptioningTrainer(
+        captioner=captioner, args=args, train_dataset=rows, generation_config=args.decoding(),
+        data_collator=lambda examples: {"image_id": [row["image_id"] for row in examples if row["image"]["bytes"]]},
+    )  # fmt: skip
+    loader = trainer.get_train_dataloader()
+    loader.set_epoch(1)  # as the Trainer does
+    set_epoch = next(found for found in trainer.callback_handler.callbacks if isinstance(found, SetEpoch))
+    set_epoch.on_epoch_begin(args, SimpleNamespace(epoch=1.3), None)
+    return [batch["image_id"] for batch in skip_first_batches(loader, resumed_at)]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_skipped_rows_are_not_read(rows, reads, workers, monkeypatch):
+def test_any_number_of_workers_gets_the_same_batches_and_reads_each_row_group_once(
+    rows, reads, captioner, tmp_path, forget
+):
+    expected = list(StreamingSampler(rows, seed=42))
+    found = {}
+    for workers in (0, 1, 2, 3):
+        forget()
+        found[workers] = train_batches(rows, captioner, tmp_path, 4, workers)
+        read = reads()
+        assert len(read) == len({group for _, group in read}) == 10, "row groups in all"
+    assert found[0] == found[1] == found[2] == found[3] and len(found[0]) == 13
+    order = list(itertools.chain(*found[0]))
+    assert sorted(order) == sorted(rows["image_id"]) and order != [rows[row]["image_id"] for row in expected]
+    smaller = train_batches(rows, captioner, tmp_path, 2, 2)
+    assert list(itertools.chain(*smaller)) == order, "two accumulated batches of half the size are one batch"
+    # A resumed run with other workers and batches goes on where the other has ended, and reads what is left
+    forget(), reads()
+    rest = list(itertools.chain(*train_batches(rows, captioner, tmp_path, 2, 3, resumed_at=20)))
+    assert rest == order[40:]
+    wanted = {group_of(int(image_id.removeprefix("image_"))) for image_id in rest}
+    assert sorted(group for _, group in reads()) == sorted(wanted)
+
+
+def test_row_groups_that_are_kept_stay_few(rows, monkeypatch):
     for module in (samplers, streaming):
         monkeypatch.setattr(module, "WINDOW_GROUPS", 2)
+    for row in StreamingSampler(rows, seed=0):
+        assert rows[row]["image"]["bytes"]
+        assert len(ROW_GROUPS._groups) <= 4
+        assert len(list(streaming.SHARED_FOLDER.iterdir())) <= 2 * 4, "with a lock each"
+    assert ROW_GROUPS.reads == 10, "few, but enough of them that none is read again"
 
-    sampler = StreamingSampler(rows, 4, max(1, workers), seed=0)
-    loader = DataLoader(rows, 4, sampler=sampler, num_workers=workers, collate_fn=lambda batch: batch)
-    whole = [row["image_id"] for batch in loader for row in batch]
-    assert len({group for _, group in reads()}) == 10
-    ROW_GROUPS._groups.clear()
-    rest = [row["image_id"] for batch in skip_first_batches(loader, 10) for row in batch]
-    assert rest == whole[40:] and len(rest) == 12
-    wanted = {group_of(int(image_id.removeprefix("image_"))) for image_id in rest}
-    assert {group for _, group in reads()} == wanted and len(wanted) < 5
+
+def test_images_are_read_where_they_cannot_be_shared(rows, reads, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(streaming, "SHARED_FOLDER", tmp_path / "file" / "folder")
+    assert [row["image"]["bytes"] for row in rows] == [make_png(i) for i in range(52)]
+    assert len(reads()) == 10
 
 
 # --- Runs -----------------------------------------------------------------------------------------------------
@@ -340,6 +372,49 @@ def test_a_run_that_is_killed_in_an_epoch_goes_on_as_if_nothing_had_happened(
     train(half, resume_from_checkpoint=True)
     weights = [load_file(folder / "model.safetensors") for folder in (whole, half)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+LOG_ROWS = """
+import os, run_captioning
+from pathlib import Path
+from captioning.command_line import exit_on_user_error
+from captioning.training.trainer import CaptioningTrainer
+step = CaptioningTrainer.training_step
+def logged(self, model, inputs, *arguments):
+    with open(Path(self.args.output_dir) / f"rows_{os.environ.get('RANK', 0)}", "a") as file:
+        print(self.state.global_step, *inputs["image_id"], file=file)
+    return step(self, model, inputs, *arguments)
+CaptioningTrainer.training_step = logged
+exit_on_user_error(run_captioning.main)
+"""
+
+
+@pytest.mark.slow
+def test_each_step_sees_the_same_rows_in_any_number_of_processes_and_workers(config_file, sharded, tmp_path):
+    """Also a step after a resume with other numbers: no row is repeated, and none left out."""
+    (tmp_path / "logs_rows.py").write_text(LOG_ROWS)
+
+    def rows_of_steps(name: str, processes: int, workers: int, accumulated: int = 1, **more) -> dict[int, list[str]]:
+        sizes = {"per_device_train_batch_size": 4 // processes // accumulated, "dataloader_num_workers": workers}
+        options = STEPS | sizes | {"gradient_accumulation_steps": accumulated} | more
+        run_ranks(processes, flags(config_file, sharded, tmp_path / name, **options), script=tmp_path / "logs_rows.py")
+        found: dict[int, list[str]] = {}
+        for file in (tmp_path / name).glob("rows_*"):
+            for step, *ids in map(str.split, file.read_text().splitlines()):
+                found.setdefault(int(step), []).extend(image_id for image_id in ids if image_id != "(blank)")
+            file.unlink()
+        return {step: sorted(ids) for step, ids in sorted(found.items())}
+
+    expected = rows_of_steps("1x0", 1, 0)
+    assert len(expected) == 26 and sum(map(len, expected.values())) == 104
+    assert rows_of_steps("1x3", 1, 3, accumulated=2) == expected
+    assert rows_of_steps("2x0", 2, 0) == expected
+    assert rows_of_steps("2x2", 2, 2, accumulated=2) == expected
+    for name, processes, workers in (("2x2", 1, 0), ("1x0", 2, 1)):
+        for number in (20, 25, 26):
+            shutil.rmtree(tmp_path / name / f"checkpoint-{number}")
+        resumed = rows_of_steps(name, processes, workers, resume_from_checkpoint=True)
+        assert resumed == {step: ids for step, ids in expected.items() if step >= 15}
 
 
 # --- Unreadable images ----------------------------------------------------------------------------------------

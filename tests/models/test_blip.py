@@ -1,6 +1,7 @@
 """BLIP is loaded, built and adapted as described, and generates what stock `generate` does, token for token."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -167,6 +168,17 @@ def test_training_a_tokenizer_is_deterministic():
     """Not even twice in one process would it be by default: each training seeds the hash maps anew."""
     first, *others = (train_tokenizer(make_captions(20), 150).get_vocab() for _ in range(5))
     assert all(vocabulary == first for vocabulary in others)
+
+
+def test_a_word_of_100_000_characters_costs_a_tokenizer_nothing_and_changes_nothing():
+    """The time of a merge grows with the length of the longest word: this one took 10 s, or minutes at full size."""
+    word = "".join(np.random.default_rng(0).choice(list("abcdefz"), 100_000))
+    captions = [*make_captions(20), f"Small {'q' * 100} nodule {word}."]
+    began = time.process_time()
+    vocabulary = train_tokenizer(captions, 300).get_vocab()
+    assert time.process_time() - began < 2
+    assert vocabulary == train_tokenizer([*captions[:-1], f"small {'q' * 100} nodule ."], 300).get_vocab()
+    assert "##q" in vocabulary and "##z" not in vocabulary
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "configs").glob("*.json")), ids=lambda path: path.name)

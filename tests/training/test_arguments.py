@@ -173,6 +173,8 @@ def test_a_missing_recipe_is_named():
         ([*MODEL, "--metric_for_best_model", "bleu"], "there are loss, perplexity"),
         ([*MODEL, "--learning_rate", "nan"], "learning_rate is nan"),
         ([*MODEL, "--learning_rate", "-1"], "learning_rate is -1"),
+        ([*MODEL, "--max_grad_norm", "inf"], "max_grad_norm is inf; set --max_grad_norm to 0 to clip nothing"),
+        ([*MODEL, "--adam_epsilon", "nan"], "adam_epsilon is nan; set --adam_epsilon to a finite number"),
         ([*MODEL, "--seed", "-1"], "seed is -1"),
         ([*MODEL, "--seed", str(10**30)], "set --seed from 0 to 4294967295"),
         ([*MODEL, "--length_penalty", "nan"], "length_penalty is nan"),

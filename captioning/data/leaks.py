@@ -1,0 +1,80 @@
+"""Leaks: rows of a scored split that are in an earlier split too, by id, by pixels, by pixels and caption."""
+
+import logging
+from collections.abc import Mapping
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
+
+from captioning.data.splits import NEIGHBORS
+
+
+logger = logging.getLogger(__name__)
+
+KINDS = ("image_id", "pixels", "pixels_and_caption", "caption")
+EARLIER = {"validation": ("train",), "test": ("train", "validation")}
+Leaks = Mapping[str, Mapping[str, int]]  # of a split: by the earlier split, what `find_leaks` counts
+
+
+def find_leaks(splits: Mapping[str, Dataset]) -> dict[str, dict[str, dict[str, int]]]:
+    """Count and log the rows of each scored split that an earlier split has too.
+
+    Args:
+        splits: rows with `image_id` and `caption`, and `pixels` where `check_rows` has opened the images. For a
+            training split without `pixels` those of its sample `NEIGHBORS` are compared.
+
+    Returns:
+        By split and earlier split, the number of rows with the same `image_id`, `pixels`, `pixels_and_caption`, and
+        `caption`; and how many `rows` the earlier split has, of which how many were `opened`.
+    """
+    keys = {split: _keys(rows) for split, rows in splits.items()}
+    if NEIGHBORS in keys and not keys["train"]["pixels"]:
+        keys["train"] |= {kind: keys[NEIGHBORS][kind] for kind in ("pixels", "pixels_and_caption")}
+    found = {
+        split: {other: _compare(keys[split], keys[other]) for other in others if other in keys}
+        for split, others in EARLIER.items()
+        if split in keys
+    }
+    for split, leaks in found.items():
+        for sentence in leaks_in_words(split, len(splits[split]), leaks):
+            logger.warning("%s", sentence)
+    return found
+
+
+def leaks_in_words(split: str, number: int, leaks: Leaks) -> list[str]:
+    """Return a sentence for each leak of a split of `number` rows, and one where pixels were not compared.
+
+    Captions alone are no leak, since short ones repeat; they are told where nothing more is known.
+    """
+    sentences = []
+    for other, counts in leaks.items():
+        ids, images, both, captions, rows, opened = (counts[kind] for kind in (*KINDS, "rows", "opened"))
+        of_other = f"split '{other}'"
+        if ids:
+            sentences.append(f"{split}: {ids:,} of {number:,} image ids are also in {of_other}")
+        if images:
+            caption = f"{both:,} of them with the same caption: the scores are too high"
+            sentences.append(
+                f"{split}: {images:,} of {number:,} images are also in {of_other} (same pixels), {caption}"
+            )
+        if opened < rows:
+            unopened = f"{opened:,} of {rows:,} images of {of_other}, the others were not opened"
+            same = f"{captions:,} of {number:,} captions are in both"
+            sentences.append(f"{split}: pixels were compared with {unopened}; {same}")
+    return sentences
+
+
+def _keys(rows: Dataset) -> dict[str, pa.Array]:
+    """Return the values by which rows are compared, as text, those of pixels of the images that were opened."""
+    names = [name for name in ("image_id", "caption", "pixels") if name in rows.column_names]
+    columns = rows.select_columns(names).with_format("arrow")[:]
+    image_ids, captions, *pixels = (pc.cast(columns[name], pa.string()) for name in names)
+    pixels = pixels[0] if pixels else pa.nulls(len(rows), pa.string())
+    both = pc.binary_join_element_wise(pixels, captions, "\n")  # null where one of them is
+    return dict(zip(KINDS, (image_ids, pixels.drop_null(), both.drop_null(), captions), strict=True))
+
+
+def _compare(ours: Mapping[str, pa.Array], theirs: Mapping[str, pa.Array]) -> dict[str, int]:
+    counts = {kind: pc.sum(pc.is_in(ours[kind], value_set=theirs[kind])).as_py() or 0 for kind in KINDS}
+    return counts | {"rows": len(theirs["caption"]), "opened": len(theirs["pixels"])}
