@@ -28,7 +28,7 @@ def find_leaks(splits: Mapping[str, Dataset]) -> dict[str, dict[str, dict[str, i
         By split and earlier split, the number of rows with the same `image_id`, `pixels`, `pixels_and_caption`, and
         `caption`; and how many `rows` the earlier split has, of which how many were `opened`.
     """
-    keys = {split: _keys(rows) for split, rows in splits.items()}
+    keys = {split: _row_keys(rows) for split, rows in splits.items()}
     if NEIGHBORS in keys and not keys["train"]["pixels"]:
         keys["train"] |= {kind: keys[NEIGHBORS][kind] for kind in ("pixels", "pixels_and_caption")}
     found = {
@@ -65,7 +65,7 @@ def leaks_in_words(split: str, number: int, leaks: Leaks) -> list[str]:
     return sentences
 
 
-def _keys(rows: Dataset) -> dict[str, pa.Array]:
+def _row_keys(rows: Dataset) -> dict[str, pa.Array]:
     """Return the values by which rows are compared, as text, those of pixels of the images that were opened."""
     names = [name for name in ("image_id", "caption", "pixels") if name in rows.column_names]
     columns = rows.select_columns(names).with_format("arrow")[:]
