@@ -19,6 +19,7 @@ from captioning.command_line import OneLineParser, exit_on_user_error, set_up_lo
 from captioning.data.checks import check_rows, usable
 from captioning.data.sources import load_source
 from captioning.errors import UserError, printable
+from captioning.hub.client import limit_waiting
 from captioning.reporting.score_table import comparison_table, score_table
 from captioning.scoring.captions import in_order_of, read_captions
 from captioning.scoring.coco import TOKENIZERS
@@ -50,6 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.print_help()
         return
     set_up_logging()
+    limit_waiting()
     arguments.run(arguments)
 
 

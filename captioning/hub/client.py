@@ -1,4 +1,4 @@
-"""The HTTP client of `huggingface_hub`: it says what it waits for, gives up on a silent or busy Hub, retries all calls.
+"""The HTTP client of `huggingface_hub`: says what it waits for, gives up on a silent or busy Hub, retries all calls.
 
 transformers and datasets call the Hub by it too, and many of these calls have no time limit of their own.
 """
@@ -19,6 +19,7 @@ from huggingface_hub.utils._http import default_client_factory
 
 logger = logging.getLogger(__name__)
 TIMEOUT = max(60.0, constants.HF_HUB_DOWNLOAD_TIMEOUT)  # seconds without a byte, all tries together
+FORGOTTEN = 60.0  # seconds after which a host that was silent is waited for anew
 NOTICE = 10.0  # seconds without a byte after which a line says what is waited for
 LONGEST_WAIT = 60  # seconds; a rate limit that asks for more is an error, for which the client would sleep
 MAX_RETRIES = 2
@@ -62,9 +63,9 @@ _in_vain: dict[str, tuple[float, float]] = {}  # by host, seconds waited since i
 
 
 def _silence_of(host: str) -> float:
-    """Return the seconds waited in vain; long after that, the host is asked anew."""
+    """Return the seconds waited in vain since the last byte from a host."""
     seconds, ended = _in_vain.get(host, (0.0, 0.0))
-    return seconds if time.monotonic() < ended + TIMEOUT else 0.0
+    return seconds if time.monotonic() < ended + FORGOTTEN else 0.0
 
 
 class _PatientTransport(httpx2.BaseTransport):

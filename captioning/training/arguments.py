@@ -15,6 +15,7 @@ from transformers import GenerationConfig, Seq2SeqTrainingArguments
 from transformers.hf_argparser import HfArg
 
 from captioning.errors import UserError, as_user_error, did_you_mean
+from captioning.hub.licenses import check_license
 from captioning.training.decoding import generation_config
 from metrics import METRIC_NAMES
 
@@ -119,6 +120,7 @@ class DataArguments:
     def __post_init__(self):
         """Check the values that can be checked alone."""
         _check_ranges(self)
+        check_license(self.license)
 
     def max_samples(self) -> dict[str, int | None]:
         """Return by split how many rows the run uses at most, None for all."""

@@ -11,10 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 from helpers import flags, outcome, predictions, read_json, save_captioner, without_times
-from hub_server import HubServer
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
-from processes import ROOT, Server
+from processes import ROOT
 
 import run_captioning
 from captioning.errors import UserError
@@ -25,34 +24,7 @@ from captioning.reporting.run_record import RunRecord
 from captioning.training.recipe import parse_arguments
 
 
-TOKEN = "hf_SentinelOfASecretToken"
 PUSH = ["--push_to_hub", "--hub_model_id", "tester/model", "--hub_strategy"]
-HOME = "home-of-sentinel"  # the name of the home folder, which every absolute path of these tests contains
-NO_WAITS = "from huggingface_hub.utils import http_backoff; http_backoff.__kwdefaults__['base_wait_time'] = 0.01"
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    """A Hub, a home folder, and a Python that was started with both: the client reads its settings once."""
-    home = tmp_path_factory.mktemp("hub") / HOME
-    with HubServer(token=TOKEN, user="tester") as hub:
-        python = Server(hub.environment(home) | {"HOME": str(home)}, NO_WAITS)
-        yield hub, home, python
-        python.close()
-
-
-@pytest.fixture
-def hub(served):
-    served[0].reset()
-    return served[0]
-
-
-@pytest.fixture
-def home(served):
-    _, folder, _ = served
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    return folder
 
 
 @pytest.fixture
@@ -123,11 +95,11 @@ def test_a_run_is_pushed_whole_without_secrets_and_a_stranger_repeats_it(hub, ho
         assert pushed[name] == (folder / name).read_bytes()
     assert not list(folder.glob(".push-*"))
     # Secrets and paths: the sentinels are in the environment and in what stays at home, and not in what was sent
-    assert HOME.encode() in (folder / "recipe.json").read_bytes()
-    assert HOME.encode() in (folder / "training_args.bin").read_bytes()
+    assert home.name.encode() in (folder / "recipe.json").read_bytes()
+    assert home.name.encode() in (folder / "training_args.bin").read_bytes()
     assert pushed["model.safetensors"] in hub.received
     stored = [content for commit in commits for content in commit.files.values()]
-    for secret in (TOKEN, HOME, str(home.parent)):
+    for secret in (hub.token, home.name, str(home.parent)):
         assert not any(secret.encode() in sent for sent in hub.received + stored)
     # A stranger runs the code of the card, in a Python that knows nothing of this project
     row = predictions(folder)[3]
