@@ -17,7 +17,7 @@ OTHER_PATH = re.compile(r"(?<!\w)(~[\w.-]*[/\\]|[A-Za-z]:[/\\]|\\\\|file:)")
 
 
 def refuse_local_names(address: str, recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return a recipe from the Hub, in which a config of this project is an absolute path.
+    """Return a recipe from the Hub, in which a config of this project is not mistaken for one in the working folder.
 
     Args:
         address: of the recipe.
@@ -32,7 +32,8 @@ def refuse_local_names(address: str, recipe: dict[str, Any]) -> dict[str, Any]:
             own = _config_of_project(value) if key == "config_name" else None
             if own is None and not HUB_ID.fullmatch(value):
                 raise _refusal(address, key, value)
-            if own is None and value != "phantoms" and os.path.lexists(value):
+            is_built_in = own is not None or (key, value) == ("dataset_name", "phantoms")
+            if not is_built_in and os.path.lexists(value):
                 mend = f"add --{key} {value} if you mean that, or run in another folder"
                 raise UserError(f"recipe '{address}': {key} '{value}' also exists in the working folder; {mend}")
             recipe = recipe | {key: own or value}
@@ -51,7 +52,9 @@ def _refusal(address: str, key: str, value: str) -> UserError:
 
 
 def _config_of_project(name: str) -> str | None:
-    """Return the path of a config that is in the project's folder of recipes; None for any other."""
+    """Return a config in the project's recipes, as a path where the working folder has another; else None."""
     path, recipes = (PROJECT / name).resolve(), PROJECT / "recipes"
     inside = not os.path.isabs(name) and path.suffix == ".json" and path.is_relative_to(recipes.resolve())
-    return str(path) if inside and path.is_file() else None
+    if not inside or not path.is_file():
+        return None
+    return str(path) if os.path.exists(name) and not os.path.samefile(name, path) else name

@@ -37,7 +37,7 @@ PATH_IN_BYTES = rf"/(?:{ROOTS})/[\w.-][\w./-]{{9,}}"
 WHOLE_PATH = re.compile(
     r"\s*(file:/|~\w*(?<!\d)/\w|(\.\./)+\w|[A-Za-z]:(\\+|/)\w+[\\/]|\\\\\w|/[^\s/]{2,}/[^\s/]|/[^\s/]+\.\w{2,4}\s*$)"
 )
-CELL_END, ESCAPE = re.compile(r"[|`]"), re.compile(r"\\([^\w\s])")  # of Markdown
+CELL_END, ESCAPE = re.compile(r"[|`]"), re.compile(r"\\([^\w\s]|_)")  # of Markdown
 
 
 def refuse_private_strings(folder: Path, output_dir: Path) -> None:
