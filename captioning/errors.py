@@ -10,7 +10,7 @@ from contextlib import contextmanager
 # How libraries written in Rust and C++ say it, without an `errno`
 DISK_FULL = ("No space left on device", "Disk quota exceeded", "File too large")
 # Instead of torch's message, which advises to run what the file brings
-PICKLED = "a pickled file holds other things than tensors, which could be code and are not loaded; take safetensors"
+PICKLED = "a pickled file holds other things than tensors, could run code and is not read; take weights in safetensors"
 
 
 class UserError(ValueError):

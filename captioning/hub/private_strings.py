@@ -10,7 +10,7 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,18 +30,19 @@ TOKENS = (
     r"-----BEGIN [A-Z ]{0,20}PRIVATE KEY-----",
 )  # fmt: skip
 SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)$")
-MIN_SECRET = 15  # characters; a shorter value in the environment may be a word
+MIN_SECRET = 12  # characters; a shorter value in the environment may be a word
 ROOTS = "home|Users|root|mnt|media|Volumes|private|tmp|var|srv|opt|usr|data|scratch|nfs|gpfs|lustre|work|workspace"
 PATH_IN_TEXT = rf"(?<![\w.:/\\<-])/(?:{ROOTS})/[\w.~-]"
 PATH_IN_BYTES = rf"/(?:{ROOTS})/[\w.-][\w./-]{{9,}}"
 WHOLE_PATH = re.compile(
-    r"\s*(file:/|~\w*(?<!\d)/\w|(\.\./)+\w|[A-Za-z]:(\\+|/)\w+[\\/]|\\\\\w|/[^\s/]{2,}/[^\s/]|/[^\s/]+\.\w{2,4}\s*$)"
+    r"\s*(file:/|~\w*(?<!\d)/\w|(\.\./)+\w|[A-Za-z]:(\\+\w|/\w+/)|\\\\\w|/[^\s/]{2,}/[^\s/]|/[^\s/]+\.\w{2,4}\s*$)"
 )
 CELL_END, ESCAPE = re.compile(r"[|`]"), re.compile(r"\\([^\w\s]|_)")  # of Markdown
+Found = Iterator[tuple[int, str]]  # strings with their lines; the line is 0 where it is not known
 
 
 def refuse_private_strings(folder: Path, output_dir: Path) -> None:
-    """Look through the files of `folder`, each in constant memory: a gigabyte of weights takes some seconds.
+    """Look through the files of `folder` in constant memory; a gigabyte of weights takes some seconds.
 
     Raises:
         UserError: one holds a path, or what looks like an access token.
@@ -51,19 +52,23 @@ def refuse_private_strings(folder: Path, output_dir: Path) -> None:
     # /root alone is not private, what is below it is
     names = (re.escape(path[1:]) + (r"(?![\w-])" if path.count("/") > 1 else r"/[\w.-]{2}") for path in known)
     ours = f"/(?:{'|'.join(names)})"  # `re` looks for the slash, ten times as fast as for several beginnings
-    secrets = [get_token() or "", *(value for name, value in os.environ.items() if SECRET_NAME.search(name.upper()))]
-    tokens = "|".join([*TOKENS, *(re.escape(value) for value in secrets if len(value) >= MIN_SECRET)])
-    in_text = {rf"(?:{ours}|{PATH_IN_TEXT})[^\s\"'`|,;)]*": "a path", rf"\b(?:{tokens})": "a token"}
+    secrets = [value for name, value in os.environ.items() if SECRET_NAME.search(name.upper())]
+    secrets = [re.escape(value) for value in secrets if len(value) >= MIN_SECRET] + [
+        re.escape(get_token() or "-" * 99)
+    ]
+    in_text = [rf"(?:{ours}|{PATH_IN_TEXT})[^\s\"'`|,;)]*", rf"(?<!\w)(?:{'|'.join([*TOKENS, *secrets])})"]
     for name, file in _files(folder):
         path = Path(name)
         if path.suffix in TEXT and path.name not in VOCABULARIES:
-            found = _in_values(_values(file, path.suffix), {re.compile(each): what for each, what in in_text.items()})
+            found = _in_values(_values(file, path.suffix), [re.compile(pattern) for pattern in in_text])
         else:
-            found = _in_bytes(file, ours, tokens if path.name in VOCABULARIES else f"{tokens}|{PATH_IN_BYTES}")
-        for where, value, what in found:
-            shown = f"{value[:6]}…" if what == "a token" else printable(value, 200)
-            mend = "remove and revoke it" if what == "a token" else "shorten it to what others may see"
-            raise UserError(f"'{name}'{where} holds {what}, '{shown}': {mend}, in '{output_dir}', then push again")
+            found = _in_bytes(file, [ours, *secrets], TOKENS + (PATH_IN_BYTES,) * (path.name not in VOCABULARIES))
+        for line, value in found:
+            where = f"'{name}', line {line}," if line else f"'{name}'"
+            if re.fullmatch(in_text[1], value):
+                raise UserError(f"{where} holds a token, '{value[:6]}…': remove it, and revoke it; it is not pushed")
+            mend = f"shorten it in '{output_dir}' to what others may see, then push again"
+            raise UserError(f"{where} holds a path, '{printable(value, 200)}': {mend}")
 
 
 def _files(folder: Path) -> Iterator[tuple[str, BinaryIO]]:
@@ -78,13 +83,16 @@ def _files(folder: Path) -> Iterator[tuple[str, BinaryIO]]:
                         yield f"{name}/{member}", file
 
 
-def _in_bytes(file: BinaryIO, ours: str, others: str) -> Iterator[tuple[str, str, str]]:
+# --- Weights and images ---------------------------------------------------------------------------------------
+
+
+def _in_bytes(file: BinaryIO, exact: Iterable[str], long: Iterable[str]) -> Found:
     tail = b""
     while chunk := file.read(CHUNK):
-        for pattern, part in ((ours, tail + chunk), (others, _printable_parts(tail + chunk))):
-            if found := re.search(pattern.encode(), part):
-                value = found[0].decode(errors="replace")
-                yield "", value, "a path" if value.startswith("/") else "a token"
+        content = tail + chunk
+        for patterns, part in ((exact, content), (["|".join(long)], _printable_parts(content))):
+            for found in filter(None, (re.search(pattern.encode(), part) for pattern in patterns)):
+                yield 0, found[0].decode(errors="replace")
         tail = chunk[-OVERLAP:]
 
 
@@ -96,31 +104,28 @@ def _printable_parts(content: bytes) -> bytes:
     return b"\0".join(content[max(0, 8 * run[0] - 8) : 8 * run[-1] + 16] for run in runs)
 
 
-def _in_values(
-    values: Iterator[tuple[int, str]], patterns: dict[re.Pattern[str], str]
-) -> Iterator[tuple[str, str, str]]:
+# --- Text -----------------------------------------------------------------------------------------------------
+
+
+def _in_values(values: Found, patterns: list[re.Pattern[str]]) -> Found:
     for line, value in values:
-        where = f", line {line}," if line else ""
         if WHOLE_PATH.match(value):
-            yield where, value.strip(), "a path"
-        for pattern, what in patterns.items():
-            if found := pattern.search(value):
-                yield where, found[0], what
+            yield line, value.strip()
+        yield from ((line, found[0]) for pattern in patterns if (found := pattern.search(value)))
 
 
-def _values(file: BinaryIO, suffix: str) -> Iterator[tuple[int, str]]:
-    """Yield the values of a text file with their lines; the line is 0 where it is not known."""
+def _values(file: BinaryIO, suffix: str) -> Found:
     lines = io.TextIOWrapper(file, encoding="utf-8", errors="replace", newline="")
     if suffix == ".csv":
-        for number, row in enumerate(csv.reader(lines), 1):
-            yield from ((number, cell) for cell in row)
+        yield from ((number, cell) for number, row in enumerate(csv.reader(lines), 1) for cell in row)
         return
     for number, line in [(0, lines.read())] if suffix == ".json" else enumerate(lines, 1):
-        if suffix.startswith(".json"):
-            yield from ((number, text) for text in texts_in(json.loads(line)))
-        else:
-            text = ESCAPE.sub(r"\1", line)
-            yield from ((number, cell) for cell in (text, *CELL_END.split(text)))
+        try:
+            texts = texts_in(json.loads(line))  # of another suffix hardly any line is JSON
+        except ValueError:
+            plain = ESCAPE.sub(r"\1", line)
+            texts = (plain, *CELL_END.split(plain))
+        yield from ((number, text) for text in texts)
 
 
 def texts_in(value: Any) -> Iterator[str]:

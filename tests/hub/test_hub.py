@@ -230,7 +230,7 @@ def test_a_private_path_stops_a_push_before_a_byte_leaves(hub, push, finished):
     rows[2]["image_id"] = "/mnt/scans/of someone/1.png"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     line = push(code=2).stderr.splitlines()[-1]
-    assert "'predictions/test.jsonl', line 3, holds a path, '/mnt/scans/of someone/1.png': shorten it" in line
+    assert "'predictions/test.jsonl', line 3, holds a path, '/mnt/scans/of someone/1.png': shorten it in" in line
     assert f"--push_only {finished}" in line
     assert not any(b"scans" in content for content in hub.received)
     assert not any(step in path for _, path in hub.requests for step in ("preupload", "batch", "storage", "/commit/"))
@@ -361,7 +361,13 @@ def test_a_hub_run_is_pinned_and_repeated_from_its_pushed_recipe(hub, home, run,
 def test_a_recipe_on_the_hub_is_read_with_care(hub, run):
     bad = {"model_name_or_path": "some/start", "output_dir": "/etc", "push_to_hub": True}
     hub.add_repository("some/model", {"recipe.json": json.dumps(bad).encode(), "config.json": b"{}"})
+    local = {"model_name_or_path": "some/start", "dataset_name": "./scans"}
+    hub.add_repository("some/local", {"recipe.json": json.dumps(local).encode()})
     for address, reason in (
+        (
+            "hf://some/local",
+            "dataset_name is './scans', a local path, which a recipe from the Hub must not name; add --da",
+        ),
         ("hf://some/model/recipe.json", "sets 'output_dir'; a recipe from the Hub must not"),
         ("hf://some/model/other.json", "the repository has no file 'other.json'"),
         ("hf://some/nothing/recipe.json", "there is no such repository, or it is private"),

@@ -44,6 +44,7 @@ def look(tmp_path, monkeypatch):
     home = tmp_path / "hömë"
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("SOME_API_KEY", "not-a-known-form-of-token")
 
     def look(name: str, content: bytes) -> None:
@@ -78,9 +79,13 @@ def look(tmp_path, monkeypatch):
         ("last-checkpoint/optimizer.pt", pickle.dumps({"path": "HOME"}), "hömë'"),
         ("model.safetensors", b"x" * 2**20 + b"HOME/data", "hömë'"),
         ("tokenizer.json", json.dumps({"vocab": {"HOME/x": 1}}, ensure_ascii=False).encode(), "hömë"),
-        ("README.md", f"login with {TOKEN}".encode(), "holds a token, 'hf_AbC…': remove and revoke it"),
+        ("README.md", f"login with {TOKEN}".encode(), "holds a token, 'hf_AbC…': remove it, and revoke it"),
         ("model.safetensors", b"\0" * (2**20 - 7) + TOKEN.encode(), "holds a token, 'hf_AbC…'"),
         ("scores.json", json.dumps({"a": "ghp_" + "a1" * 18}).encode(), "holds a token"),
+        ("scores.json", b'{"a": "-----BEGIN RSA PRIVATE KEY-----"}', "holds a token"),
+        ("README.md", b"short but known: hf_secret", "holds a token, 'hf_sec"),
+        ("model.safetensors", b"\0\1hf_secret\0\1", "holds a token, 'hf_sec"),
+        ("scores.json", b'{"damaged": "/home/x/y', "'/home/x/y'"),
         ("scheduler.pt", b"\0\1not-a-known-form-of-token\0", "holds a token, 'not-a-…'"),
     ],
 )  # fmt: skip
