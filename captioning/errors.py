@@ -49,7 +49,7 @@ def as_user_error(what: str, mend: str = "") -> Iterator[None]:
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error, the one that it was raised from or while handling, and so on; each once, as they may go round."""
+    """Yield an error, the one that it was raised from or while handling, and so on, each once: they may go round."""
     seen = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
