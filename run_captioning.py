@@ -25,7 +25,8 @@ from captioning.data.sources import dataset_commit, load_source
 from captioning.data.splits import keep_usable, sample_training, select_splits
 from captioning.data.tokenize_captions import tokenize
 from captioning.errors import as_user_error
-from captioning.hub.repository import PushCheckpoints, Repository, open_repository
+from captioning.hub.client import limit_waiting
+from captioning.hub.repository import PushCheckpoints, Repository, repository_of
 from captioning.hub.revisions import pin_revision
 from captioning.models.captioner import Captioner
 from captioning.models.load import build_captioner, load_captioner
@@ -56,10 +57,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         UserError: a mistake in the recipe, the data or the folders, or a push that failed; its message is one line.
     """
     set_up_logging()
+    limit_waiting()
     if push_args := parse_push_arguments(argv):
         push_finished_run(push_args.push_only, push_args.hub_model_id, push_args.hub_private_repo)
         return {}
     model_args, data_args, args = parse_arguments(argv)
+    repository = repository_of(args)
     checkpoint = prepare_output_dir(args)
     set_seed(args.seed)
 
@@ -73,7 +76,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         leaks = find_leaks({**dataset, **splits})  # a run that only scores has the training split unchecked
 
     write_recipe(model_args, data_args, args)
-    repository = open_repository(args)
+    if repository:
+        repository.try_to_open()
     with as_user_error("the Trainer cannot be set up with these arguments"):
         trainer = make_trainer(captioner, splits, data_args, args, repository)
     metrics: dict[str, float] = {}
@@ -92,7 +96,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         write_model_card(record, args.hub_model_id)
         print(summary(metrics, record))
         if repository:
-            push(repository, record)
+            push(repository, record, trainer, splits)
     trainer.accelerator.wait_for_everyone()  # a process that ends earlier takes the launcher, and the others, with it
     trainer.accelerator.end_training()
     return metrics

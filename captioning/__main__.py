@@ -22,6 +22,7 @@ from captioning.data.own_data import Layout
 from captioning.data.sources import UNFINISHED, load_source
 from captioning.errors import UserError, printable
 from captioning.files import to_json
+from captioning.hub.client import limit_waiting
 from captioning.reporting.score_table import comparison_table, score_table
 from captioning.scoring.captions import in_order_of, read_captions
 from captioning.scoring.coco import TOKENIZERS
@@ -54,6 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.print_help()
         return
     set_up_logging()
+    limit_waiting()
     arguments.run(arguments)
 
 

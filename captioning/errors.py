@@ -2,12 +2,15 @@
 
 import difflib
 import errno
+import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
 # How libraries written in Rust and C++ say it, without an `errno`
 DISK_FULL = ("No space left on device", "Disk quota exceeded", "File too large")
+# Instead of torch's message, which advises to run what the file brings
+PICKLED = "a pickled file holds other things than tensors, could run code and is not read; take weights in safetensors"
 
 
 class UserError(ValueError):
@@ -46,8 +49,10 @@ def as_user_error(what: str, mend: str = "") -> Iterator[None]:
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error, the one that it was raised from or while handling, and so on."""
-    while error is not None:
+    """Yield an error, the one that it was raised from or while handling, and so on, each once: they may go round."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         yield error
         error = error.__cause__ or error.__context__
 
@@ -63,6 +68,8 @@ def is_disk_full(error: BaseException) -> bool:
 
 def first_line(error: BaseException) -> str:
     """Return the class of an error and the first line of its message, cut to 300 characters."""
+    if isinstance(error, pickle.UnpicklingError):
+        return PICKLED
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 

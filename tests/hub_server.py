@@ -25,6 +25,7 @@ import re
 import secrets
 import socket
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -140,6 +141,7 @@ class HubServer:
         self.objects: dict[str, bytes] = {}  # LFS objects by sha256
         self.announced: dict[str, tuple[int, str]] = {}  # size and signature of those that may be uploaded
         self.faults: dict[str, Iterator[Refusal | str]] = {}  # by step, the answers to come
+        self.replaced: dict[str, bytes] = {}  # by path, what is served instead of the file of the commit
 
     def __enter__(self) -> "HubServer":
         # `shutdown` waits for the next poll
@@ -158,10 +160,10 @@ class HubServer:
         ours |= dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1")
         return {name: value for name, value in os.environ.items() if not theirs.match(name)} | ours
 
-    def add_repository(self, id: str, files: dict[str, bytes], kind: str = "model") -> str:
+    def add_repository(self, id: str, files: dict[str, bytes], kind: str = "model", private: bool = False) -> str:
         """Make a repository, or a new commit of it, whose tree is exactly `files`; return the commit's hash."""
         with self.lock:
-            repository = self.repositories.setdefault((kind, id), Repository(id, kind))
+            repository = self.repositories.setdefault((kind, id), Repository(id, kind, private))
             self.objects |= {sha256(content): content for content in files.values()}
             repository.commits.append(Commit("Add files", dict(files)))
             return repository.commits[-1].oid
@@ -181,10 +183,13 @@ class HubServer:
     def fail(
         self, step: str, status: int | str, times: int | None = None, message: str = "", headers: dict | None = None
     ) -> None:
-        """Answer `status` at `step` or "any", `times` times or until `heal`; "drop" hangs up within the body."""
+        """Answer `status` at `step` or "any", `times` times or until `heal`.
+
+        "drop" hangs up within the body, "silent" answers nothing, "slow" takes two seconds for the body.
+        """
         assert step in {route[2] for route in ROUTES} | {"any"}, step
         text = message or (BAD_TOKEN if status == 401 else f"Fault at {step}")
-        fault = status if status == "drop" else Refusal(status, text, headers=headers)
+        fault = status if isinstance(status, str) else Refusal(status, text, headers=headers)
         self.faults[step] = repeat(fault) if times is None else repeat(fault, times)
 
     def heal(self) -> None:
@@ -213,9 +218,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
             return
+        if fault == "silent":
+            self.connection.recv(1)  # until the client gives up
+            self.close_connection = True
+            return
+        self.pause = 0.2 if fault == "slow" else 0
         try:
             with hub.lock:
-                body, headers = self._answer(step, route, fault)
+                body, headers = self._answer(step, route, None if fault == "slow" else fault)
             self._send(206 if "Content-Range" in headers else 200, body, headers)
         except Refusal as refusal:
             self._send(refusal.status, refusal.body, refusal.headers)
@@ -234,8 +244,9 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {"Content-Type": kind, **headers, "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
+        for start in range(0, len(content), len(content) // 10 or 1) if self.command != "HEAD" else ():
+            time.sleep(self.pause)
+            self.wfile.write(content[start : start + (len(content) // 10 or 1)])
 
     def log_message(self, *args) -> None: ...
 
@@ -259,7 +270,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _repository(self, write: bool = False) -> Repository:
         id = self.args["id"]
         repository = self.hub.repositories.get((self.args["kind"] or "model", id))
-        if repository is None:  # without the token it might be a private one
+        if repository is None or (repository.private and not self.authorized):
             raise Refusal(404 if self.authorized else 401, "Repository not found", "RepoNotFound")
         if write and id.split("/")[0] != self.hub.user:
             raise Refusal(403, f"{self.hub.user} may not write to {id}")
@@ -378,7 +389,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path not in commit.files:
             # Clients remember it by the commit
             raise Refusal(404, "Entry not found", "EntryNotFound", {"X-Repo-Commit": commit.oid})
-        content, etag = commit.files[path], f'"{commit.etag(path)}"'
+        content, etag = self.hub.replaced.get(path, commit.files[path]), f'"{commit.etag(path)}"'
         headers = {"X-Repo-Commit": commit.oid, "ETag": etag, "Accept-Ranges": "bytes"}
         if is_lfs(path, content, len(content)):
             headers |= {"X-Linked-Etag": etag, "X-Linked-Size": str(len(content))}

@@ -39,6 +39,7 @@ from captioning.data.streaming import STORED, hub_shards, index_shards, is_strea
 from captioning.data.tables import TABLE_ENDINGS
 from captioning.data.zenodo import UNUSABLE, MarkedSplits, is_inside, load_zenodo
 from captioning.errors import UserError, as_user_error, did_you_mean
+from captioning.hub.faults import reading_from_hub
 from captioning.hub.revisions import pin_revision
 
 
@@ -180,8 +181,8 @@ def _load_folder(folder: Path, streaming: bool, layout: Layout) -> DatasetDict |
 
 @contextmanager
 def _reading(what: str, mend: str = "") -> Iterator[None]:
-    """See `as_user_error`; the message is that of the rows' generator, whose errors `datasets` wraps."""
-    with as_user_error(what, mend):
+    """See `reading_from_hub`; the message is that of the rows' generator, whose errors `datasets` wraps."""
+    with reading_from_hub(what, mend):
         try:
             yield
         except DatasetGenerationError as error:

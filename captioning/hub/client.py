@@ -1,22 +1,38 @@
-"""The HTTP client of `huggingface_hub`, made to give up on a server that is silent or busy, and to retry all calls."""
+"""The HTTP client of `huggingface_hub`: says what it waits for, gives up on a silent or busy Hub, retries all calls.
 
+transformers and datasets call the Hub by it too, and many of these calls have no time limit of their own.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import httpx2
-from huggingface_hub import set_client_factory
+from huggingface_hub import constants, set_client_factory
+from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import hf_raise_for_status, http_backoff, parse_ratelimit_headers
 from huggingface_hub.utils._http import default_client_factory
 
 
-TIMEOUT = 60.0  # seconds without a byte; the client's own default is to wait forever
+logger = logging.getLogger(__name__)
+TIMEOUT = max(60.0, constants.HF_HUB_DOWNLOAD_TIMEOUT)  # seconds without a byte, all tries together
+FORGOTTEN = 60.0  # seconds after which a host that was silent is waited for anew
+NOTICE = 10.0  # seconds without a byte after which a line says what is waited for
 LONGEST_WAIT = 60  # seconds; a rate limit that asks for more is an error, for which the client would sleep
 MAX_RETRIES = 2
 # A refused connection stays refused and a silent server silent; one that broke off may be an accident
 RETRIED_ERRORS = (httpx2.ReadError, httpx2.WriteError, httpx2.CloseError, httpx2.RemoteProtocolError)
 
 
+class SilentHub(OfflineModeIsEnabled):
+    """The Hub has sent nothing for `TIMEOUT`: clients do not try again, and take what is in their cache."""
+
+
 def limit_waiting() -> None:
-    """Bound how long calls to the Hub wait: a run must not hang on its upload."""
+    """Bound how long calls to the Hub wait: neither the start of a run nor its upload may hang."""
     set_client_factory(_make_client)
 
 
@@ -24,6 +40,8 @@ def _make_client() -> httpx2.Client:
     client = default_client_factory()
     client.timeout = TIMEOUT
     client.event_hooks["response"].append(_refuse_long_wait)
+    choose = client._transport_for_url
+    client._transport_for_url = lambda url: _PatientTransport(choose(url))
     # Uploads retry by `http_backoff`, which calls `client.request`; creating a repository, validating the card and
     # committing call `client.post` and do not retry (huggingface_hub 2.4.0)
     client.post = partial(http_backoff, "POST", max_retries=MAX_RETRIES, retry_on_exceptions=RETRIED_ERRORS)
@@ -37,3 +55,98 @@ def _refuse_long_wait(response: httpx2.Response) -> None:
     if response.status_code >= 400 and seconds > LONGEST_WAIT:
         response.read()  # the Hub's message
         hf_raise_for_status(response)
+
+
+# --- Silence --------------------------------------------------------------------------------------------------
+
+_in_vain: dict[str, tuple[float, float]] = {}  # by host, seconds waited since its last byte, and when that ended
+
+
+def _silence_of(host: str) -> float:
+    """Return the seconds waited in vain since the last byte from a host."""
+    seconds, ended = _in_vain.get(host, (0.0, 0.0))
+    return seconds if time.monotonic() < ended + FORGOTTEN else 0.0
+
+
+class _PatientTransport(httpx2.BaseTransport):
+    """Sends each request within the time that its host may still be silent."""
+
+    def __init__(self, transport: httpx2.BaseTransport):
+        self._transport = transport
+
+    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+        wait = _Wait(request)
+        left = TIMEOUT - _silence_of(wait.host)
+        if left <= 0:
+            raise wait.silent()
+        given = request.extensions.get("timeout", {})
+        limits = {kind: min(given.get(kind) or left, left) for kind in ("connect", "read", "write", "pool")}
+        request.extensions |= {"timeout": limits}
+        request.stream = _Body(request.stream, wait, nullcontext(), wait.pause)
+        with wait:
+            response = self._transport.handle_request(request)
+            wait.receive()
+        response.stream = _Body(response.stream, wait, wait, wait.receive)
+        return response
+
+
+class _Wait:
+    """A context in which a thread waits for the Hub: a long silence is logged, a too long one is `SilentHub`."""
+
+    def __init__(self, request: httpx2.Request):
+        self.host = request.url.host
+        self._what = f"{request.method} {request.url.copy_with(query=None)}"  # a query may hold a signature
+        self.since: float | None = None  # None while the Hub waits for us
+
+    def silent(self) -> SilentHub:
+        return SilentHub(f"the Hub has been silent for {TIMEOUT:g} s: {self._what}")
+
+    def pause(self) -> None:
+        self.since = None
+
+    def receive(self) -> None:
+        _in_vain.pop(self.host, None)
+        self.pause()
+
+    def __enter__(self) -> None:
+        self.since, self._over = time.monotonic(), threading.Event()
+        threading.Thread(target=self._tell, args=(self._over,), daemon=True).start()
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self._over.set()
+        if isinstance(error, httpx2.TimeoutException):
+            seconds = self._silence()
+            _in_vain[self.host] = (seconds, time.monotonic())
+            if seconds >= TIMEOUT:
+                raise self.silent() from error
+
+    def _silence(self) -> float:
+        return _silence_of(self.host) + time.monotonic() - self.since if self.since else 0.0
+
+    def _tell(self, over: threading.Event) -> None:
+        told = 0.0
+        while not over.wait(NOTICE / 10):
+            silence = self._silence()
+            told = min(told, silence)
+            if silence >= told + NOTICE:
+                told = silence
+                logger.warning("waiting for the Hub: %s (%.0f s)", self._what, silence)
+
+
+class _Body(httpx2.SyncByteStream):
+    """The body of a request or response, each chunk of which ends a silence."""
+
+    def __init__(
+        self, stream: httpx2.SyncByteStream, wait: _Wait, context: AbstractContextManager, on_chunk: Callable[[], None]
+    ):
+        self._stream, self._wait, self._context, self._on_chunk = stream, wait, context, on_chunk
+
+    def __iter__(self) -> Iterator[bytes]:
+        with self._context:
+            for chunk in self._stream:
+                self._on_chunk()
+                yield chunk
+                self._wait.since = time.monotonic()
+
+    def close(self) -> None:
+        self._stream.close()

@@ -1,11 +1,21 @@
 """What a failed call to the Hub says to the user: one line with the cause and, where there is one, the fix."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import get_token
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 
-from captioning.errors import UserError, causes, first_line
+from captioning.errors import UserError, as_user_error, causes, first_line
+from captioning.hub.client import SilentHub
 
 
 MAX_QUOTED = 300  # characters of a message that is not ours
@@ -25,6 +35,8 @@ def describe_fault(error: BaseException) -> str:
     if text.startswith("Invalid metadata in README.md"):
         return f"400, the Hub rejects the card: {text}; correct README.md"
     for cause in causes(error):
+        if isinstance(cause, SilentHub):
+            return str(cause)
         if isinstance(cause, OfflineModeIsEnabled):
             return "offline mode: HF_HUB_OFFLINE is set"
         if isinstance(cause, HfHubHTTPError):
@@ -34,6 +46,27 @@ def describe_fault(error: BaseException) -> str:
         if isinstance(cause, HTTPError):
             return f"the Hub cannot be reached, or the connection broke ({type(cause).__name__}: {cause})"[:MAX_QUOTED]
     return first_line(error)
+
+
+@contextmanager
+def reading_from_hub(what: str, mend: str = "") -> Iterator[None]:
+    """See `as_user_error`; where the Hub gave no access or no answer, the message says so."""
+    with as_user_error(what, mend):
+        try:
+            yield
+        except Exception as error:
+            known = RepositoryNotFoundError, DatasetNotFoundError, SilentHub
+            if fault := next((cause for cause in causes(error) if isinstance(cause, known)), None):
+                reason = str(fault) if isinstance(fault, SilentHub) else _describe_access(fault)
+                raise UserError(f"{what}: {reason}{'; ' if mend else ''}{mend}") from error
+            raise
+
+
+def _describe_access(error: Exception) -> str:
+    log_in = "`hf auth login` with a token that may read it" if get_token() else "run `hf auth login`"
+    if isinstance(error, GatedRepoError):
+        return f"it is gated: accept its terms on its page of the Hub, and {log_in}"
+    return f"the Hub has no such repository, or it is private: check the name, or {log_in}"
 
 
 def _describe_status(error: HfHubHTTPError) -> str:

@@ -1,8 +1,9 @@
 """The model repository on the Hub that an output folder is pushed to: what goes up, when, and how a push fails.
 
-Only listed files are pushed, from a copy in which paths of this machine are removed. The Trainer's own push is not
-used: it uploads `training_args.bin` and TensorBoard logs, which hold paths and could hold a token (T15), rewrites the
-card (T16), does not report a failed upload, and uploads files that training is still writing.
+Only listed files are pushed, from a copy in which paths of this machine are removed, and which is searched for others
+before it leaves. The Trainer's own push is not used: it uploads `training_args.bin` and TensorBoard logs, which hold
+paths and could hold a token (T15), rewrites the card (T16), does not report a failed upload, and uploads files that
+training is still writing.
 """
 
 import json
@@ -12,21 +13,22 @@ import re
 import shlex
 import shutil
 import tempfile
+import unicodedata
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, validate_repo_id
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from captioning.errors import UserError
-from captioning.hub.client import limit_waiting
 from captioning.hub.faults import describe_fault
 from captioning.hub.privacy import without_local_paths
+from captioning.hub.private_strings import refuse_private_strings
 
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,14 @@ BLANK_FILES = {".gitattributes", "README.md", "LICENSE"}  # what the Hub's web p
 ORIGIN_FIELDS = ("model_name_or_path", "config_name", "dataset_name")  # equal in all models of one repository
 
 
+class NameTaken(UserError):
+    """The repository is another's, or holds another model; `free` is a name that may be free."""
+
+    def __init__(self, what: str, free: str):
+        super().__init__(f"{what}; set another, such as --hub_model_id {free}")
+        self.free = free
+
+
 class Repository:
     """The model repository that an output folder is pushed to.
 
@@ -59,8 +69,7 @@ class Repository:
 
     def __init__(self, output_dir: str | Path, model_id: str | None = None, private: bool | None = None):
         self.output_dir = Path(output_dir)
-        folder_name = re.sub(r"[^A-Za-z0-9._]+", "-", self.output_dir.resolve().name).strip("-.")
-        self.model_id = model_id or folder_name
+        self.model_id = model_id or _name_for(self.output_dir.resolve().name)
         try:
             validate_repo_id(self.model_id)
         except HFValidationError as error:
@@ -79,13 +88,26 @@ class Repository:
         """
         for leftover in self.output_dir.glob(".push-*"):  # of a run that was killed
             shutil.rmtree(leftover, ignore_errors=True)
-        limit_waiting()
         try:
             repo_id = self._api.create_repo(self.model_id, private=self.private, exist_ok=True).repo_id
         except KeyError as error:  # a 409 without the address of the user's own repository of this name
-            raise UserError(f"409, the name '{self.model_id}' is taken; set another --hub_model_id") from error
+            raise NameTaken(f"409, the name '{self.model_id}' is taken", _next_name(self.model_id)) from error
+        except HfHubHTTPError as error:
+            user, _, name = self.model_id.rpartition("/")
+            if not user or error.response.status_code != 403:
+                raise
+            what = f"{describe_fault(error)}; '{user}' may be another's"
+            raise NameTaken(what, name) from error  # a name alone is the user's own
         self._refuse_another_model(repo_id)
         self.repo_id = repo_id
+
+    def try_to_open(self) -> None:
+        """Open it; a failure is logged and does not stop the run: the push is tried again at its end."""
+        try:
+            self.open()
+        except Exception as error:
+            reason = describe_fault(error)
+            logger.warning("Nothing can be pushed now: %s. At the end of the run it is tried again", reason)
 
     def _refuse_another_model(self, repo_id: str) -> None:
         """Raise UserError unless the repository is blank or its model has the same start and the same data."""
@@ -98,8 +120,7 @@ class Repository:
         except Exception as error:
             raise UserError(f"what '{repo_id}' holds cannot be read: {describe_fault(error)}") from error
         if files and not is_ours:
-            mend = "set another --hub_model_id, or delete that repository"
-            raise UserError(f"409, the name is taken: '{repo_id}' holds another model; {mend}")
+            raise NameTaken(f"409, the name is taken: '{repo_id}' holds another model", _next_name(repo_id))
 
     def push_checkpoint(self, folder: Path, strategy: HubStrategy, always: bool) -> None:
         """Upload a checkpoint in the background; a failure is logged as a warning, and training goes on.
@@ -134,8 +155,8 @@ class Repository:
             except Exception as error:
                 logger.warning("%s is not on the Hub: %s; training goes on", message, describe_fault(error))
 
-    def push(self, write_card: Callable[[str], None]) -> str:
-        """Push the finished output folder once all checkpoints are uploaded, and return the URL of the commit.
+    def push(self, write_card: Callable[[str], None]) -> CommitInfo:
+        """Push the finished output folder once all checkpoints are uploaded, and return the commit.
 
         Args:
             write_card: called with the repository's id, `<user>/<name>`, before the files are collected.
@@ -152,8 +173,9 @@ class Repository:
             stage = self._stage(_select(self.output_dir, MODEL_FILES + RECORD_FILES))
             return self._upload(stage, "End of training")
         except Exception as error:
-            flags = {"push_only": self.output_dir, "hub_model_id": self.model_id, "hub_private_repo": self.private}
-            given = [f"--{name} {shlex.quote(str(value))}" for name, value in flags.items() if value is not None]
+            name = getattr(error, "free", self.model_id)
+            flags = {"push_only": self.output_dir, "hub_model_id": name, "hub_private_repo": self.private}
+            given = [f"--{flag} {shlex.quote(str(value))}" for flag, value in flags.items() if value is not None]
             raise UserError(
                 f"the model is complete in '{self.output_dir}' but not on the Hub: {describe_fault(error)}; push it "
                 f"later with: python run_captioning.py {' '.join(given)}"
@@ -171,27 +193,23 @@ class Repository:
                 _link_or_copy(source, target)
         return stage
 
-    def _upload(self, stage: Path, message: str) -> str:
+    def _upload(self, stage: Path, message: str) -> CommitInfo:
         try:
-            return self._api.upload_folder(repo_id=self.repo_id, folder_path=stage, commit_message=message).commit_url
+            refuse_private_strings(stage, self.output_dir)
+            return self._api.upload_folder(repo_id=self.repo_id, folder_path=stage, commit_message=message)
         finally:
             shutil.rmtree(stage, ignore_errors=True)
 
 
-def open_repository(args: TrainingArguments) -> Repository | None:
-    """Create the repository of a run with `--push_to_hub`, in its main process; return None in the others.
+def repository_of(args: TrainingArguments) -> Repository | None:
+    """Return the repository of a run with `--push_to_hub`, not opened, in its main process; None in the others.
 
-    A failure is logged and does not stop the run: the push is tried again at its end.
+    Raises:
+        UserError: the repository can have no such name.
     """
     wanted, args.push_to_hub = args.push_to_hub, False  # the Trainer would push by itself, see the top of this file
-    if not wanted or not args.should_save:
-        return None
-    repository = Repository(args.output_dir, args.hub_model_id, args.hub_private_repo)
-    try:
-        repository.open()
-    except Exception as error:
-        logger.warning("Nothing can be pushed now: %s. At the end of the run it is tried again", describe_fault(error))
-    return repository
+    repository = wanted and Repository(args.output_dir, args.hub_model_id, args.hub_private_repo)
+    return repository if wanted and args.should_save else None
 
 
 class PushCheckpoints(TrainerCallback):
@@ -205,6 +223,21 @@ class PushCheckpoints(TrainerCallback):
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             self.repository.push_checkpoint(folder, args.hub_strategy, args.hub_always_push)
+
+
+def _name_for(folder: str) -> str:
+    """Return the name of a repository for an output folder; letters lose their accents, other scripts are refused."""
+    plain = "".join(char for char in unicodedata.normalize("NFKD", folder) if not unicodedata.combining(char))
+    name = re.sub(r"[^A-Za-z0-9._]+|\.\.+", "-", plain).strip("-.").removesuffix(".git")[:96]
+    if not name or any(char.isalnum() and not char.isascii() for char in plain):
+        raise UserError(f"no repository can be named after the folder '{folder}'; set --hub_model_id to <user>/<name>")
+    return name
+
+
+def _next_name(model_id: str) -> str:
+    """Return `user/name-2` for `user/name`, `user/name-3` for that."""
+    numbered = re.fullmatch(r"(.+)-(\d{1,3})", model_id)
+    return f"{numbered[1]}-{int(numbered[2]) + 1}" if numbered else f"{model_id}-2"
 
 
 def _select(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:

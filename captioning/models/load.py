@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from captioning.errors import UserError, as_user_error
+from captioning.errors import UserError
 from captioning.files import PROJECT
+from captioning.hub.faults import reading_from_hub
 from captioning.models.blip import BlipCaptioner
 from captioning.models.captioner import Captioner
 
@@ -26,7 +27,7 @@ def captioner_class(model_type: str | None, name: str) -> type[Captioner]:
 
 def load_captioner(name: str, revision: str | None = None) -> Captioner:
     """See `Captioner.from_pretrained`; an unsupported type and weights that are NaN are `UserError`s, too."""
-    with as_user_error(f"model '{name}' cannot be loaded", "give the folder of a saved model or a Hub id"):
+    with reading_from_hub(f"model '{name}' cannot be loaded", "give the folder of a saved model or a Hub id"):
         model_type = PreTrainedConfig.get_config_dict(name, revision=revision)[0].get("model_type")
     captioner = captioner_class(model_type, name).from_pretrained(name, revision)
     refuse_nan_weights(captioner.model, name)
@@ -54,7 +55,7 @@ def build_captioner(
     """See `Captioner.from_config`; `config_name` may also be a path relative to this project."""
     inside = PROJECT / config_name
     path = str(inside) if inside.exists() and not os.path.exists(config_name) else config_name
-    with as_user_error(f"config '{config_name}' cannot be loaded", "recipes/configs/ has examples"):
+    with reading_from_hub(f"config '{config_name}' cannot be loaded", "recipes/configs/ has examples"):
         model_type = PreTrainedConfig.get_config_dict(path)[0].get("model_type") or "blip"
     return captioner_class(model_type, config_name).from_config(path, seed, tokenizer_name, captions, vocab_size)
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from tokenizers.implementations import BertWordPieceTokenizer
 from transformers import AutoTokenizer, BertTokenizer, BlipConfig, PreTrainedTokenizerBase
 
-from captioning.errors import UserError, as_user_error
+from captioning.errors import UserError
+from captioning.hub.faults import reading_from_hub
 
 
 BERT_SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -20,7 +21,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
         UserError: there is none, or it has no `[CLS]` and `[SEP]`.
     """
     vocab_file = Path(name) / "vocab.txt"
-    with as_user_error(f"tokenizer '{name}' cannot be loaded", "give a folder, with a vocab.txt at least"):
+    with reading_from_hub(f"tokenizer '{name}' cannot be loaded", "give a folder, with a vocab.txt at least"):
         if vocab_file.is_file() and not (Path(name) / "tokenizer.json").is_file():
             # T13: `BertTokenizerFast(vocab_file=...)` is silently ignored in transformers 5
             tokens = vocab_file.read_text(encoding="utf-8").splitlines()

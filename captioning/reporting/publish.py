@@ -5,23 +5,35 @@ import logging
 import re
 from pathlib import Path
 
+from datasets import DatasetDict
+
 from captioning.errors import UserError, as_user_error
+from captioning.files import write_whole
 from captioning.hub.repository import Repository
 from captioning.reporting.model_card import render_card, write_model_card
 from captioning.reporting.run_record import RunRecord
+from captioning.reporting.verify_push import verify_push
+from captioning.training.trainer import CaptioningTrainer
 
 
 logger = logging.getLogger(__name__)
 NAME_LINE = re.compile(r'^name = "(.*)"$', re.MULTILINE)
 
 
-def push(repository: Repository, record: RunRecord) -> None:
-    """Push the output folder of a run.
+def push(
+    repository: Repository,
+    record: RunRecord,
+    trainer: CaptioningTrainer | None = None,
+    splits: DatasetDict | None = None,
+) -> None:
+    """Push the output folder of a run, and verify the push, see `verify_push`.
 
     Raises:
         UserError: the push failed; the message has the command that pushes later.
     """
-    print(f"\nPushed: {repository.push(lambda repo_id: _rename_card(record, repo_id))}")
+    commit = repository.push(lambda repo_id: _rename_card(record, repo_id))
+    print(f"\nPushed: {commit.commit_url}", flush=True)
+    verify_push(commit, record, trainer, splits)
 
 
 def push_finished_run(folder: str, model_id: str | None = None, private: bool | None = None) -> None:
@@ -40,10 +52,28 @@ def push_finished_run(folder: str, model_id: str | None = None, private: bool | 
 
 
 def _rename_card(record: RunRecord, name: str) -> None:
-    """Write the card again under another name, unless somebody has edited it."""
-    card = (record.folder / "README.md").read_text(encoding="utf-8")
+    """Write the card again under another name; in one that somebody has edited, only its name changes."""
+    path = record.folder / "README.md"
+    card = path.read_text(encoding="utf-8")
     named = NAME_LINE.search(card)
-    if named and card == render_card(record, json.loads(f'"{named[1]}"')):
+    old = named and json.loads(f'"{named[1]}"')
+    if named and card == render_card(record, old):
         write_model_card(record, name)
-    else:
-        logger.info("'%s' was edited and is pushed as it is", record.folder / "README.md")
+        return
+    logger.info("'%s' was edited and is pushed as it is%s", path, f", but for its name: {name}" if old else "")
+    if old:
+        write_whole(path, _renamed(card, old, name))
+
+
+def _renamed(card: str, old: str, name: str) -> str:
+    """Return an edited card with its name replaced where the card was written with it, and left in other text."""
+    here = re.escape(old)
+    for pattern, new in (
+        (rf"(?<![\w./-])(hf://)?{here}(?=/recipe\.json)", f"hf://{name}"),
+        (rf"""(?<=["']){here}(?=["'])""", name),
+        (rf"(?<=--model_name_or_path ){here}(?![\w./-])", name),
+        (rf"^# {here}$", f"# {name}"),
+        (rf"^- name: {re.escape(old.split('/')[-1])}$", f"- name: {name.split('/')[-1]}"),
+    ):
+        card = re.sub(pattern, lambda match, new=new: new, card, flags=re.MULTILINE)
+    return card

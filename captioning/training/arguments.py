@@ -16,6 +16,7 @@ from transformers.hf_argparser import HfArg
 
 from captioning.data.own_data import Layout
 from captioning.errors import UserError, as_user_error, did_you_mean
+from captioning.hub.licenses import check_license
 from captioning.training.decoding import generation_config
 from metrics import METRIC_NAMES
 
@@ -141,6 +142,7 @@ class DataArguments(Layout):
         """Check the values that can be checked alone."""
         super().__post_init__()
         _check_ranges(self)
+        check_license(self.license)
 
     def max_samples(self) -> dict[str, int | None]:
         """Return by split how many rows the run uses at most, None for all."""

@@ -27,6 +27,7 @@ from transformers.hf_argparser import string_to_bool
 from captioning.command_line import OneLineParser
 from captioning.data.tables import TABLE_ENDINGS
 from captioning.errors import UserError, as_user_error, did_you_mean
+from captioning.hub.foreign_recipe import refuse_local_names
 from captioning.hub.revisions import download_recipe
 from captioning.training.arguments import (
     MAX_RECIPE,
@@ -95,9 +96,10 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
         allow_abbrev=False,
     )
     if argv and not argv[0].startswith("-"):
-        recipe = read_recipe(argv.pop(0))
-        replaced = {name for flag in _flags(argv) for name in REPLACED_BY_FLAG.get(flag, ())}
-        parser.set_defaults(**{key: value for key, value in recipe.items() if key not in replaced})
+        recipe = read_recipe(address := argv.pop(0))
+        replaced = {name for flag in _flags(argv) for name in (flag, *REPLACED_BY_FLAG.get(flag, ()))}
+        kept = {key: value for key, value in recipe.items() if key not in replaced}
+        parser.set_defaults(**refuse_local_names(address, kept) if address.startswith("hf://") else kept)
     values = _parse(parser, argv, recipe_fields())
     values["output_dir"] = values["output_dir"] or _default_output_dir(values)
     try:

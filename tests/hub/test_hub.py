@@ -11,48 +11,21 @@ from types import SimpleNamespace
 
 import pytest
 from helpers import flags, outcome, predictions, read_json, save_captioner, without_times
-from hub_server import HubServer
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
-from processes import ROOT, Server
+from processes import ROOT
 
 import run_captioning
 from captioning.errors import UserError
 from captioning.hub.privacy import without_local_paths
+from captioning.hub.repository import Repository
 from captioning.hub.revisions import pin_revision
 from captioning.reporting.model_card import write_model_card
 from captioning.reporting.run_record import RunRecord
 from captioning.training.recipe import parse_arguments
 
 
-TOKEN = "hf_SentinelOfASecretToken"
 PUSH = ["--push_to_hub", "--hub_model_id", "tester/model", "--hub_strategy"]
-HOME = "home-of-sentinel"  # the name of the home folder, which every absolute path of these tests contains
-NO_WAITS = "from huggingface_hub.utils import http_backoff; http_backoff.__kwdefaults__['base_wait_time'] = 0.01"
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    """A Hub, a home folder, and a Python that was started with both: the client reads its settings once."""
-    home = tmp_path_factory.mktemp("hub") / HOME
-    with HubServer(token=TOKEN, user="tester") as hub:
-        python = Server(hub.environment(home) | {"HOME": str(home)}, NO_WAITS)
-        yield hub, home, python
-        python.close()
-
-
-@pytest.fixture
-def hub(served):
-    served[0].reset()
-    return served[0]
-
-
-@pytest.fixture
-def home(served):
-    _, folder, _ = served
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    return folder
 
 
 @pytest.fixture
@@ -124,11 +97,11 @@ def test_a_run_is_pushed_whole_without_secrets_and_a_stranger_repeats_it(hub, ho
         assert pushed[name] == (folder / name).read_bytes()
     assert not list(folder.glob(".push-*"))
     # Secrets and paths: the sentinels are in the environment and in what stays at home, and not in what was sent
-    assert HOME.encode() in (folder / "recipe.json").read_bytes()
-    assert HOME.encode() in (folder / "training_args.bin").read_bytes()
+    assert home.name.encode() in (folder / "recipe.json").read_bytes()
+    assert home.name.encode() in (folder / "training_args.bin").read_bytes()
     assert pushed["model.safetensors"] in hub.received
     stored = [content for commit in commits for content in commit.files.values()]
-    for secret in (TOKEN, HOME, str(home.parent)):
+    for secret in (hub.token, home.name, str(home.parent)):
         assert not any(secret.encode() in sent for sent in hub.received + stored)
     # A stranger pastes the code of the card into a Python that knows nothing of this project
     code = re.search(r"```python\n(.*?)```", pushed["README.md"].decode(), re.DOTALL)[1]
@@ -181,7 +154,7 @@ def test_a_run_that_cannot_be_pushed_is_complete_on_disk(hub, home, run, local_r
 @pytest.mark.parametrize(
     ("step", "status", "reason"),
     [
-        ("create", 409, "409, the name 'tester/model' is taken"),
+        ("create", 409, "409, the name 'tester/model' is taken; set another, such as --hub_model_id tester/model-2"),
         ("validate", 400, "400, the Hub rejects the card: Invalid metadata in README.md. - No license"),
         ("commit", 429, "429, too many requests"),
         ("commit", 500, "500, a fault of the Hub"),
@@ -215,7 +188,57 @@ def test_a_checkpoint_that_cannot_be_pushed_is_a_warning(hub, run, local_run):
     hub.fail("commit", 403, times=1)
     result = run([*local_run, "--push_to_hub", "--hub_model_id", "tester/model"])
     assert "Training, step 6 is not on the Hub: 403, the token may not do this" in result.stderr
-    assert hub.commits("tester/model")[-1].message == "End of training"
+    commit = hub.commits("tester/model")[-1]
+    assert commit.message == "End of training"
+    assert f"Verified: tester/model at {commit.oid} loads, and is what was pushed" in result.stderr
+
+
+def test_a_model_that_comes_back_from_the_hub_otherwise_is_a_warning(hub, run, local_run, home, start):
+    """A warning: the run has not failed. Weights are compared, and the caption of an image of the scored split."""
+    hub.replaced["model.safetensors"] = (start / "model.safetensors").read_bytes()
+    result = run([*local_run, *PUSH, "end"])
+    row = predictions(home / "out" / "run")[0]
+    assert (
+        f"Not verified: tester/model at {hub.commits('tester/model')[-1].oid} is not what was pushed" in result.stderr
+    )
+    assert "model.safetensors differs; its caption of image" in result.stderr
+    assert f"its caption of image '{row['image_id']}' is '" in result.stderr
+    assert f"', not '{row['prediction']}'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("step", "replaced", "reason"),
+    [
+        (None, {}, "Verified: tester/model at {} loads, and is what was pushed"),
+        (
+            None,
+            {"tokenizer_config.json": b"{}"},
+            "Not verified: tester/model at {} is not what was pushed: tokenizer_",
+        ),
+        (None, {"config.json": b"{}"}, "Not verified: tester/model at {} cannot be loaded back: "),
+        ("resolve", {}, "Not verified: tester/model at {} cannot be loaded back: 403, the token may not do this"),
+    ],
+)
+def test_a_push_of_a_finished_run_is_loaded_back(hub, push, finished, step, replaced, reason):
+    hub.replaced |= replaced
+    if step:
+        hub.fail(step, 403)
+    result = push()
+    assert "Pushed: " in result.stdout
+    assert reason.format(hub.commits("tester/model")[-1].oid) in result.stderr
+    assert not list(finished.glob(".push-*"))
+
+
+def test_a_private_path_stops_a_push_before_a_byte_leaves(hub, push, finished):
+    path = finished / "predictions" / "test.jsonl"
+    rows = predictions(finished)
+    rows[2]["image_id"] = "/mnt/scans/of someone/1.png"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = push(code=2).stderr.splitlines()[-1]
+    assert "'predictions/test.jsonl', line 3, holds a path, '/mnt/scans/of someone/1.png': shorten it in" in line
+    assert f"--push_only {finished}" in line
+    assert not any(b"scans" in content for content in hub.received)
+    assert not any(step in path for _, path in hub.requests for step in ("preupload", "batch", "storage", "/commit/"))
 
 
 def test_no_network_and_no_token(push, finished):
@@ -227,7 +250,12 @@ def test_no_network_and_no_token(push, finished):
 def test_the_model_of_another_run_is_not_replaced(hub, push, finished):
     hub.add_repository("tester/taken", {"config.json": b"{}", "README.md": b"mine"})
     hub.add_repository("tester/blank", {".gitattributes": b"", "README.md": b"made by hand"})
-    assert "409, the name is taken: 'tester/taken' holds another model" in push("tester/taken", code=2).stderr
+    line = push("tester/taken", code=2).stderr
+    assert "'tester/taken' holds another model; set another, such as --hub_model_id tester/taken-2;" in line
+    assert line.endswith(f"run_captioning.py --push_only {finished} --hub_model_id tester/taken-2\n")
+    line = push("other/model", code=2).stderr
+    assert "403, the token may not do this" in line
+    assert "'other' may be another's; set another, such as --hub_model_id model; push it later with" in line
     assert hub.files("tester/taken") == {"config.json": b"{}", "README.md": b"mine"}
     for name in ("tester/blank", "tester/blank", "new-name"):  # the second time into what the first has pushed
         push(name)
@@ -251,13 +279,22 @@ def test_the_methods_of_the_trainer_push_as_the_script_does(captioner, splits, f
     assert pushed == [(str(finished), "tester/model", None)]
 
 
-def test_an_edited_card_is_pushed_as_it_is_and_what_a_killed_push_left_is_cleared(hub, push, finished):
+def test_an_edited_card_keeps_all_but_its_name_and_what_a_killed_push_left_is_cleared(hub, push, finished):
     (finished / ".push-abc" / "last-checkpoint").mkdir(parents=True)
     card = finished / "README.md"
-    edited = card.read_text().replace("## Data and license", "## Data and license\n\nFrom our hospital.")
+    edited = card.read_text().replace(
+        "## Data and license", "## Data and license\n\nFrom our hospital, where we run it."
+    )
     card.write_text(edited)
     assert "was edited and is pushed as it is" in push().stderr
-    assert hub.files("tester/model")["README.md"].decode() == card.read_text() == edited
+    for name in ("tester/model", "tester/other"):
+        push(name)
+        pushed = hub.files(name)["README.md"].decode()
+        assert pushed == card.read_text()
+        assert "From our hospital, where we run it." in pushed
+        assert f'name = "{name}"' in pushed and f"hf://{name}/recipe.json --model_name_or_path {name} --do" in pushed
+        assert ModelCard(pushed).data.model_name == name.split("/")[1]
+    assert "tester/model" not in pushed and '"run"' not in pushed
     assert not list(finished.glob(".push-*"))
 
 
@@ -329,7 +366,13 @@ def test_a_hub_run_is_pinned_and_repeated_from_its_pushed_recipe(hub, home, run,
 def test_a_recipe_on_the_hub_is_read_with_care(hub, run):
     bad = {"model_name_or_path": "some/start", "output_dir": "/etc", "push_to_hub": True}
     hub.add_repository("some/model", {"recipe.json": json.dumps(bad).encode(), "config.json": b"{}"})
+    local = {"model_name_or_path": "some/start", "dataset_name": "./scans"}
+    hub.add_repository("some/local", {"recipe.json": json.dumps(local).encode()})
     for address, reason in (
+        (
+            "hf://some/local",
+            "dataset_name is './scans', a local path, which a recipe from the Hub must not name; add --da",
+        ),
         ("hf://some/model/recipe.json", "sets 'output_dir'; a recipe from the Hub must not"),
         ("hf://some/model/other.json", "the repository has no file 'other.json'"),
         ("hf://some/nothing/recipe.json", "there is no such repository, or it is private"),
@@ -366,12 +409,13 @@ def test_a_silent_server_does_not_hold_up_the_run(served, finished):
         code = f"""
 from captioning.hub import client, repository
 client.TIMEOUT = 0.5
+client.limit_waiting()
 repository = repository.Repository({str(finished)!r}, "a/b")
 repository._api.endpoint = "http://127.0.0.1:{silent.getsockname()[1]}"
 repository.push(print)
 """
         result = served[2].run(["-c", code], code=1, timeout=60)
-    assert "the connection broke (ReadTimeout" in result.stderr
+    assert "the Hub has been silent for 0.5 s: POST " in result.stderr
 
 
 def test_the_name_of_the_repository_is_checked_before_training(home, local_run):
@@ -383,9 +427,21 @@ def test_the_name_of_the_repository_is_checked_before_training(home, local_run):
 def test_a_folder_with_an_odd_name_is_pushed_under_a_fitting_one_and_privately_if_asked(hub, run, finished):
     folder = finished.rename(finished.with_name('R\u00f6ntgen "x"'))
     write_model_card(RunRecord(folder))
-    run(["--push_only", folder, "--hub_private_repo", "true"])
-    assert 'name = "tester/R-ntgen-x"' in hub.files("tester/R-ntgen-x")["README.md"].decode()
-    assert hub.repositories["model", "tester/R-ntgen-x"].private
+    run(["--push_only", folder, "--hub_private_repo"])
+    assert 'name = "tester/Rontgen-x"' in hub.files("tester/Rontgen-x")["README.md"].decode()
+    assert hub.repositories["model", "tester/Rontgen-x"].private
+
+
+def test_a_private_repository_without_a_token_names_the_login(hub, home, run, start, parquet_folder):
+    hub.add_repository("some/start", files_of(start), private=True)
+    hub.add_repository("some/data", files_of(parquet_folder), kind="dataset", private=True)
+    for model, data in (("some/start", parquet_folder), (start, "some/data")):
+        result = run(flags(None, data, home / "run", model_name_or_path=model), code=2, HF_TOKEN="")
+        line = result.stderr.splitlines()[-1]
+        assert "the Hub has no such repository, or it is private: check the name, or run `hf auth login`" in line
+    hub.fail("any", 403, headers={"X-Error-Code": "GatedRepo"})
+    result = run(flags(None, parquet_folder, home / "run", model_name_or_path="some/start"), code=2)
+    assert "it is gated: accept its terms on its page of the Hub, and `hf auth login` with a token" in result.stderr
 
 
 # --- Without a server -----------------------------------------------------------------------------------------
@@ -403,3 +459,34 @@ def test_paths_of_this_machine_are_taken_out_of_a_recipe():
     }
     public = json.loads(without_local_paths(json.dumps({name: given for name, (given, _) in recipe.items()})))
     assert public == {name: expected for name, (_, expected) in recipe.items()}
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("run 1", "run-1"),
+        ("Röntgen", "Rontgen"),
+        ("a--b..c", "a-b-c"),
+        ("x.git", "x"),
+        ("模型", None),
+        ("модель-2", None),
+    ],
+)
+def test_the_name_of_a_folder_becomes_that_of_a_repository_or_is_asked_for(tmp_path, folder, name):
+    if name:
+        assert Repository(tmp_path / folder).model_id == name
+        return
+    with pytest.raises(UserError, match="no repository can be named after the folder"):
+        run_captioning.main([*flags(None, "none", tmp_path / folder, model_name_or_path="none"), "--push_to_hub"])
+    assert not (tmp_path / folder).exists(), "nothing was loaded or written before"
+
+
+@pytest.mark.parametrize(
+    ("license", "mend"),
+    [("MIT", "mit"), ("apache2.0", "apache-2.0"), ("cc-by-nc-sa-4", "cc-by-nc-sa-4.0"), ("our own terms", "'other'$")],
+)
+def test_a_license_that_the_hub_does_not_know_is_refused_at_the_start(license, mend):
+    arguments = ["--model_name_or_path", "some/start"]
+    with pytest.raises(UserError, match=f"license '{license}' is not one that the Hub knows.*{mend}"):
+        parse_arguments([*arguments, "--license", license])
+    assert parse_arguments([*arguments, "--license", "other"])[1].license == "other"

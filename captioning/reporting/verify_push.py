@@ -1,0 +1,75 @@
+"""The commit of a push, loaded back from the Hub as others will load it."""
+
+import filecmp
+import logging
+import tempfile
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from huggingface_hub import CommitInfo, snapshot_download
+
+from captioning.hub.faults import describe_fault
+from captioning.hub.repository import MODEL_FILES
+from captioning.models.captioner import Captioner
+from captioning.reporting.run_record import SPLITS, RunRecord
+from captioning.training.trainer import CaptioningTrainer
+from collator import CaptioningCollator
+
+
+logger = logging.getLogger(__name__)
+
+
+def verify_push(
+    commit: CommitInfo,
+    record: RunRecord,
+    trainer: CaptioningTrainer | None = None,
+    splits: dict[str, Dataset] | None = None,
+) -> None:
+    """Log whether the pushed model loads, has the bytes of the output folder, and captions an image as in the run.
+
+    The caption needs the `trainer` of the run, for its precision and device, and its tokenized `splits`. Nothing is
+    raised: the model is on the Hub already.
+    """
+    what = f"{commit.repo_url.repo_id} at {commit.oid}"
+    try:
+        # An empty cache, so that nothing comes from an earlier download; on the disk that has held the model
+        with tempfile.TemporaryDirectory(prefix=".push-", dir=record.folder, ignore_cleanup_errors=True) as cache:
+            repo_id, patterns = commit.repo_url.repo_id, list(MODEL_FILES)
+            folder = snapshot_download(repo_id, revision=commit.oid, cache_dir=cache, allow_patterns=patterns)
+            captioner = record.captioner_class.from_pretrained(folder)
+            captioner.set_prompt(record.recipe["prompt"])
+            faults = _other_files(record.folder, Path(folder))
+            split = next((split for split in SPLITS if record.predictions(split)), None)
+            if trainer is not None and split is not None:
+                faults += _other_caption(captioner, trainer, splits[split], record.predictions(split)[0])
+    except Exception as error:
+        logger.warning("Not verified: %s cannot be loaded back: %s", what, describe_fault(error))
+    else:
+        if faults:
+            logger.warning("Not verified: %s is not what was pushed: %s", what, "; ".join(faults))
+        else:
+            logger.info("Verified: %s loads, and is what was pushed", what)
+
+
+def _other_files(here: Path, there: Path) -> list[str]:
+    names = sorted({path.name for pattern in MODEL_FILES for path in here.glob(pattern)})
+    _, differ, missing = filecmp.cmpfiles(here, there, names, shallow=False)
+    return [f"{name} differs" for name in differ] + [f"{name} is missing" for name in missing]
+
+
+def _other_caption(captioner: Captioner, trainer: CaptioningTrainer, rows: Dataset, known: dict) -> list[str]:
+    """Return what differs in the caption of the first image; one of its batch in the run may differ by rounding."""
+    captioner.model.to(trainer.args.device).eval()
+    found = _caption(captioner, trainer, rows)
+    if found in (known["prediction"], _caption(trainer.captioner, trainer, rows)):
+        return []
+    return [f"its caption of image '{known['image_id']}' is '{found}', not '{known['prediction']}'"]
+
+
+def _caption(captioner: Captioner, trainer: CaptioningTrainer, rows: Dataset) -> str:
+    batch = CaptioningCollator(captioner)([rows[0]])
+    batch = {name: values.to(trainer.args.device) for name, values in batch.items()}
+    with torch.no_grad(), trainer.accelerator.autocast(), captioner.evaluation():
+        tokens = captioner.generate(captioner.encode_images(batch), trainer.generation_config)
+    return captioner.decode(tokens.cpu().numpy())[0]

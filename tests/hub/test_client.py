@@ -1,0 +1,71 @@
+"""A silent Hub neither hangs a run nor keeps the user guessing; a slow one is waited for."""
+
+import time
+
+import pytest
+
+from captioning.hub import client
+
+
+SHORT = "from captioning.hub import client; client.TIMEOUT, client.NOTICE = 1.5, 0.5; "
+MAIN = "from captioning.command_line import exit_on_user_error as run; import run_captioning; "
+
+
+@pytest.mark.parametrize(
+    ("arguments", "asked"),
+    [
+        (["--model_name_or_path", "some/start", "--dataset_name", "DATA"], "GET {}/api/models/some/start/"),
+        (["--model_name_or_path", "some/start", "--dataset_name", "some/data"], "GET {}/api/datasets/some/data"),
+        (["--model_name_or_path", "a/b", "--dataset_name", "a/b", "--streaming"], "GET {}/api/datasets/a/b"),
+        (["--config_name", "some/config", "--dataset_name", "DATA"], "GET {}/api/models/some/config"),
+        (["hf://some/model/recipe.json"], "HEAD {}/some/model/resolve/main/recipe.json"),
+    ],
+)
+def test_a_start_ends_when_the_hub_is_silent_and_says_what_it_waits_for(
+    hub, served, tmp_path, parquet_folder, arguments, asked
+):
+    hub.fail("any", "silent")
+    given = [str(parquet_folder) if value == "DATA" else value for value in arguments]
+    given += [] if given[0].startswith("hf://") else ["--output_dir", str(tmp_path)]
+    call = f"run(lambda: run_captioning.main({given}))"
+    errors = served[2].run(["-c", SHORT + MAIN + call], code=2, timeout=60).stderr
+    assert f"waiting for the Hub: {asked.format(hub.url)}" in errors
+    assert errors.splitlines()[-1].startswith("error: ")
+    assert "the Hub has been silent for 1.5 s" in errors
+    assert "Traceback" not in errors
+
+
+def test_one_silence_is_not_waited_for_again_by_each_of_many_calls(hub, served):
+    hub.fail("any", "silent")
+    calls = """
+import time
+client.limit_waiting()
+from huggingface_hub import HfApi, hf_hub_download
+from captioning.hub.faults import describe_fault
+start = time.monotonic()
+for call in (HfApi().model_info, HfApi().dataset_info, HfApi().create_repo, lambda name: hf_hub_download(name, "x")):
+    try:
+        call("a/b")
+    except Exception as error:
+        print(describe_fault(error))
+assert 1.5 < time.monotonic() - start < 2.5, time.monotonic() - start
+"""
+    lines = served[2].run(["-c", SHORT + calls]).stdout.splitlines()
+    assert len(lines) == 4 and all("the Hub has been silent for 1.5 s" in line for line in lines)
+
+
+def test_a_download_that_makes_progress_may_take_longer_than_the_limit(hub, served):
+    hub.add_repository("some/model", {"large.bin": bytes(100_000)})
+    hub.fail("resolve", "slow")
+    code = SHORT + "client.limit_waiting(); from huggingface_hub import hf_hub_download as get; import os; "
+    result = served[2].run(["-c", code + "print(os.path.getsize(get('some/model', 'large.bin')))"])
+    assert result.stdout == "100000\n"
+    assert "waiting" not in result.stderr
+
+
+def test_an_old_silence_is_forgotten(monkeypatch):
+    monkeypatch.setattr(client, "FORGOTTEN", 0.2)
+    monkeypatch.setitem(client._in_vain, "host", (0.2, time.monotonic()))
+    assert client._silence_of("host") == 0.2
+    time.sleep(0.25)
+    assert client._silence_of("host") == 0
