@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         write_model_card(record, args.hub_model_id)
         print(summary(metrics, record))
         if repository:
-            push(repository, record, trainer, splits)
+            push(repository, record, trainer)
     trainer.accelerator.wait_for_everyone()  # a process that ends earlier takes the launcher, and the others, with it
     trainer.accelerator.end_training()
     return metrics

@@ -59,9 +59,9 @@ CARD = CardFacts(
   year      = {2022}
 }""",
     usage="""{% if autocast %}import torch
-{% endif %}{% if on_hub %}from huggingface_hub import hf_hub_download
 {% endif %}from PIL import Image
 from transformers import BlipForConditionalGeneration, BlipImageProcessorPil, BlipProcessor
+from transformers.utils import cached_file
 
 name = {{ name }}
 model = BlipForConditionalGeneration.from_pretrained(name)
@@ -69,7 +69,7 @@ processor = BlipProcessor.from_pretrained(name)
 processor.image_processor = BlipImageProcessorPil.from_pretrained(name)  # torchvision would resize to other pixels
 settings = dict({{ settings }})
 
-image = Image.open({{ image }})
+image = Image.open(cached_file({{ holder }}, "sample.png"))
 inputs = processor(images=image{% if prompt %}, text={{ prompt }}{% endif %}, return_tensors="pt")
 {% if autocast -%}
 device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -37,8 +37,9 @@ class CardFacts:
         license_note: a sentence on the license of the pretrained weights.
         citation: BibTeX of the family's paper.
         usage: Jinja template of Python code that repeats the predictions. It is given `name` (quoted), `settings`
-            (keyword arguments of `generate`, as Python code), `image` (Python code of a file), `on_hub` (whether that
-            code calls `hf_hub_download`), `prompt` (quoted, or None) and `autocast` (a torch type, or None).
+            (keyword arguments of `generate`, as Python code), `holder` (Python code of the name of the
+            repository or folder that holds `sample.png`), `prompt` (quoted, or None) and `autocast` (a torch type, or
+            None).
         plain_generate: Jinja template of what to say of a call of `generate` without settings. It is given `prompt`
             and `suffices`, whether that call repeats the predictions too.
     """

@@ -195,12 +195,10 @@ def _usage(record: RunRecord, name: str) -> str:
     recipe = record.recipe
     settings = ", ".join(f"{key}={value!r}" for key, value in decode_settings(recipe).items())
     model = name if recipe["do_train"] or not record.start else record.start.id
-    on_hub, file = "/" in name, _python_string(f"{name}/sample.png")
     return jinja2.Template(record.captioner_class.card.usage).render(
         name=_python_string(model),
         settings=settings,
-        image=f'hf_hub_download({_python_string(name)}, "sample.png")' if on_hub else file,
-        on_hub=on_hub,
+        holder="name" if model == name else _python_string(name),
         prompt=recipe["prompt"] and repr(recipe["prompt"]),
         autocast=_autocast(recipe),
     )

@@ -5,8 +5,6 @@ import logging
 import re
 from pathlib import Path
 
-from datasets import DatasetDict
-
 from captioning.errors import UserError, as_user_error
 from captioning.files import write_whole
 from captioning.hub.repository import Repository
@@ -20,12 +18,7 @@ logger = logging.getLogger(__name__)
 NAME_LINE = re.compile(r'^name = "(.*)"$', re.MULTILINE)
 
 
-def push(
-    repository: Repository,
-    record: RunRecord,
-    trainer: CaptioningTrainer | None = None,
-    splits: DatasetDict | None = None,
-) -> None:
+def push(repository: Repository, record: RunRecord, trainer: CaptioningTrainer | None = None) -> None:
     """Push the output folder of a run, and verify the push, see `verify_push`.
 
     Raises:
@@ -33,7 +26,7 @@ def push(
     """
     commit = repository.push(lambda repo_id: _rename_card(record, repo_id))
     print(f"\nPushed: {commit.commit_url}", flush=True)
-    verify_push(commit, record, trainer, splits)
+    verify_push(commit, record, trainer)
 
 
 def push_finished_run(folder: str, model_id: str | None = None, private: bool | None = None) -> None:

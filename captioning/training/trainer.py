@@ -334,14 +334,14 @@ class CaptioningTrainer(Seq2SeqTrainer):
             features.append(self.accelerator.gather_for_metrics(found).cpu().numpy())
         return np.concatenate(features)
 
-    def caption(self, image: Image.Image) -> str:
-        """Return the caption of one image, decoded as in evaluation."""
-        self.model.eval()
-        row = {"image": image, "image_id": "", "input_ids": self.captioner.prompt_row}
-        inputs = self._prepare_inputs(self.data_collator([row]))
-        with torch.no_grad(), self.accelerator.autocast(), self.captioner.evaluation():
-            tokens = self.captioner.generate(self.captioner.encode_images(inputs), self.generation_config)
-        return self.captioner.decode(tokens.cpu().numpy())[0]
+    def caption(self, image: Image.Image, captioner: Captioner | None = None) -> str:
+        """Return the caption of one image, decoded as in evaluation, by the model or by another `captioner`."""
+        captioner = captioner or self.captioner
+        captioner.model.eval()
+        inputs = self._prepare_inputs(captioner.collate([image], [captioner.prompt_row]))
+        with torch.no_grad(), self.accelerator.autocast(), captioner.evaluation():
+            tokens = captioner.generate(captioner.encode_images(inputs), self.generation_config)
+        return captioner.decode(tokens.cpu().numpy())[0]
 
     def word_attention(self, rows: Dataset, tokens: np.ndarray) -> list[list[tuple[str, np.ndarray]]]:
         """Return the words of each caption with their attention maps.

@@ -194,16 +194,13 @@ def test_a_checkpoint_that_cannot_be_pushed_is_a_warning(hub, run, local_run):
 
 
 def test_a_model_that_comes_back_from_the_hub_otherwise_is_a_warning(hub, run, local_run, home, start):
-    """A warning: the run has not failed. Weights are compared, and the caption of an image of the scored split."""
+    """A warning: the run has not failed. Weights are compared, and the caption of the sample."""
     hub.replaced["model.safetensors"] = (start / "model.safetensors").read_bytes()
     result = run([*local_run, *PUSH, "end"])
-    row = predictions(home / "out" / "run")[0]
-    assert (
-        f"Not verified: tester/model at {hub.commits('tester/model')[-1].oid} is not what was pushed" in result.stderr
-    )
-    assert "model.safetensors differs; its caption of image" in result.stderr
-    assert f"its caption of image '{row['image_id']}' is '" in result.stderr
-    assert f"', not '{row['prediction']}'" in result.stderr
+    what = f"tester/model at {hub.commits('tester/model')[-1].oid}"
+    caption = read_json(home / "out" / "run" / "sample.json")["caption"]
+    assert f"Not verified: {what} is not what was pushed: model.safetensors differs; its caption of" in result.stderr
+    assert "its caption of sample.png is '" in result.stderr and f"', not '{caption}'" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,7 @@ def test_a_run_that_only_scored_has_its_own_settings(finished, parquet_folder, t
     monkeypatch.chdir(finished.parent)  # where the card's "run" is
     code_repeats(card, check / "predictions" / "test.jsonl")
     change(check, model_name_or_path="user/model", model_revision="0" * 40)
-    assert 'name = "user/model"' in render(check) and 'hf_hub_download("user/model", "sample.png")' in render(check)
+    assert 'name = "user/model"' in render(check) and 'cached_file("user/model", "sample.png")' in render(check)
     change(check, num_beams=1, no_repeat_ngram_size=0)
     assert "alone does not" in render(check), "its config was not written by this run"
 
