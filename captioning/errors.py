@@ -15,10 +15,14 @@ class UserError(ValueError):
 
 
 class Stopped(BaseException):
-    """SIGTERM has stopped the command; the message is one line that says how to go on.
+    """A signal has stopped the command; the message is one line that says how to go on.
 
     Not an `Exception`, so that no library handles it as an error.
     """
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.number = number
 
 
 def printable(text: str, width: int | None = None) -> str:

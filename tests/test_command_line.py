@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from captioning.command_line import exit_on_user_error, on_sigterm
+from captioning.command_line import exit_on_user_error, on_stop_signals
 from captioning.errors import UserError
 
 
@@ -44,7 +44,7 @@ def test_other_errors_pass(capsys, error):
 
 def test_sigterm_is_left_alone_in_another_thread():
     def run():
-        with on_sigterm(lambda: None):
+        with on_stop_signals(lambda number: None):
             found.append(signal.getsignal(signal.SIGTERM))
 
     found, before = [], signal.getsignal(signal.SIGTERM)

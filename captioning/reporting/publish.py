@@ -3,8 +3,10 @@
 import json
 import logging
 import re
+import signal
 from pathlib import Path
 
+from captioning.command_line import end_now, on_stop_signals
 from captioning.errors import UserError, as_user_error
 from captioning.hub.repository import Repository
 from captioning.reporting.model_card import render_card, write_model_card
@@ -16,12 +18,18 @@ NAME_LINE = re.compile(r'^name = "(.*)"$', re.MULTILINE)
 
 
 def push(repository: Repository, record: RunRecord) -> None:
-    """Push the output folder of a run.
+    """Push the output folder of a run. A signal ends the process at once, without waiting for what is being uploaded.
 
     Raises:
         UserError: the push failed; the message has the command that pushes later.
     """
-    print(f"\nPushed: {repository.push(lambda repo_id: _rename_card(record, repo_id))}")
+
+    def stop(number: signal.Signals) -> None:
+        whole = f"the model is complete in '{record.folder}', but may not be on the Hub"
+        end_now(f"stopped by {number.name} during the push; {whole}: push it with: {repository.push_command}", number)
+
+    with on_stop_signals(stop):
+        print(f"\nPushed: {repository.push(lambda repo_id: _rename_card(record, repo_id))}")
 
 
 def push_finished_run(folder: str, model_id: str | None = None, private: bool | None = None) -> None:

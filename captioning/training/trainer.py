@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,13 +16,13 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, GenerationConfig, Seq2SeqTrainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from captioning.command_line import on_sigterm
+from captioning.command_line import on_stop_signals
 from captioning.data.streaming import is_streamed
 from captioning.errors import Stopped, UserError, as_user_error
 from captioning.files import write_whole
 from captioning.models.captioner import Captioner
 from captioning.training.checkpoints import last_complete_checkpoint
-from captioning.training.safeguards import StopOnSigterm, full_is_user_error, not_finite
+from captioning.training.safeguards import StopOnSignal, full_is_user_error, not_finite
 from captioning.training.samplers import PaddedRows, PaddedSampler, SetEpoch, StreamingSampler
 
 
@@ -82,8 +83,8 @@ class CaptioningTrainer(Seq2SeqTrainer):
         self.model_accepts_loss_kwargs = True
         # Tied weights are stored once; without this, loading a checkpoint warns that they are missing
         self.model._keys_to_ignore_on_save = list(self.model._tied_weights_keys or ())
-        self.stop_on_sigterm = StopOnSigterm()
-        self.add_callback(self.stop_on_sigterm)
+        self.stop_on_signal = StopOnSignal()
+        self.add_callback(self.stop_on_signal)
         self.add_callback(LogBeforeCheckpoint())
 
     # --- Training ---------------------------------------------------------------------------------------------
@@ -162,11 +163,11 @@ class CaptioningTrainer(Seq2SeqTrainer):
 
         Raises:
             UserError: the loss is NaN or infinity, or memory or disk are full.
-            Stopped: SIGTERM came; a checkpoint is saved.
+            Stopped: a signal came; a checkpoint is saved.
         """
-        stop = self.stop_on_sigterm
+        stop = self.stop_on_signal
         full = full_is_user_error(self.args.output_dir, self._train_batch_size, "train")
-        with on_sigterm(stop.receive), full:
+        with on_stop_signals(stop.receive), full:
             output = super().train(*args, **kwargs)
             if stop.stopping:
                 raise self._stopped()
@@ -200,26 +201,27 @@ class CaptioningTrainer(Seq2SeqTrainer):
 
         Raises:
             UserError: a weight is NaN or infinity after the last update, which no loss has shown yet.
-            Stopped: SIGTERM came.
+            Stopped: a signal came.
         """
         if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
             what = f"step {self.state.global_step} made weights NaN or infinite, and no checkpoint is saved"
             raise not_finite(what, self.args.output_dir)
         super()._save_checkpoint(model, trial)
-        if self.stop_on_sigterm.stopping:
+        if self.stop_on_signal.stopping:
             raise self._stopped()
 
     def stop_if_told(self) -> None:
-        """Raise `Stopped` if SIGTERM came after the last step of the training, whose model is saved by now."""
-        if self.stop_on_sigterm.agree(self.args):
+        """Raise `Stopped` if a signal came after the last step of the training, whose model is saved by now."""
+        if self.stop_on_signal.agree(self.args):
             raise self._stopped()
 
     def _stopped(self) -> Stopped:
         self.accelerator.wait_for_everyone()
-        last = last_complete_checkpoint(self.args.output_dir)
+        last, number = last_complete_checkpoint(self.args.output_dir), self.stop_on_signal.received
         return Stopped(
-            f"stopped by SIGTERM after step {self.state.global_step} of {self.state.max_steps}; go on with the same "
-            f"command and --resume_from_checkpoint true{f', from {last}' if last else ''}"
+            f"stopped by {signal.Signals(number).name} after step {self.state.global_step} of {self.state.max_steps}; "
+            f"go on with the same command and --resume_from_checkpoint true{f', from {last}' if last else ''}",
+            number,
         )
 
     def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
