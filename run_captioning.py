@@ -36,7 +36,8 @@ from captioning.reporting.summary import summary
 from captioning.scoring.training_split import Training
 from captioning.training.arguments import CaptioningArguments, DataArguments, ModelArguments
 from captioning.training.decoding import warn_of_other_settings
-from captioning.training.output_folder import prepare_output_dir, write_recipe
+from captioning.training.folder_lock import hold_folder
+from captioning.training.output_folder import own_output_dir, write_recipe
 from captioning.training.recipe import parse_arguments, parse_push_arguments
 from captioning.training.safeguards import UnreadableImages
 from captioning.training.trainer import CaptioningTrainer
@@ -54,10 +55,18 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     """
     set_up_logging()
     if push_args := parse_push_arguments(argv):
-        push_finished_run(push_args.push_only, push_args.hub_model_id, push_args.hub_private_repo)
+        with hold_folder(push_args.push_only):
+            push_finished_run(push_args.push_only, push_args.hub_model_id, push_args.hub_private_repo)
         return {}
     model_args, data_args, args = parse_arguments(argv)
-    checkpoint = prepare_output_dir(args)
+    with own_output_dir(args) as checkpoint:
+        return run(model_args, data_args, args, checkpoint)
+
+
+def run(
+    model_args: ModelArguments, data_args: DataArguments, args: CaptioningArguments, checkpoint: str | None
+) -> dict[str, float]:
+    """Run the recipe in its output folder, from a checkpoint if there is one, and return all its metrics."""
     set_seed(args.seed)
 
     with args.main_process_first(desc="loading the data"):

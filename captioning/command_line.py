@@ -119,9 +119,9 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
             raise
         others = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
         uploads = isinstance(error, Stopped) and not all(thread.daemon for thread in others)
-        _print_error(f"{message}; an upload still goes on, a signal ends it" if uploads else message)
         for number in STOP_SIGNALS if uploads else ():  # Python waits for such threads, and would print a traceback
             signal.signal(number, lambda number, frame: os._exit(status))
+        _print_error(f"{message}; an upload still goes on, a signal ends it" if uploads else message)
         sys.exit(status)
 
 

@@ -6,7 +6,7 @@
 import math
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -175,6 +175,7 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
     push_to_hub: bool = HfArg(default=False, help="Push checkpoints during training, and the whole run at its end.")
     package_versions: dict | None = HfArg(default=None, help="Written into recipe.json: the packages of the run.")
     hardware: dict | None = HfArg(default=None, help="Written into recipe.json: device, processor and threads.")
+    has_default_output_dir: bool = field(default=False, init=False)  # no folder was named
 
     def __post_init__(self):
         """Check our values, resolve precision and stages, then let the Trainer's arguments check themselves."""

@@ -89,9 +89,12 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
         replaced = {name for flag in _flags(argv) for name in REPLACED_BY_FLAG.get(flag, ())}
         parser.set_defaults(**{key: value for key, value in recipe.items() if key not in replaced})
     values = _parse(parser, argv, recipe_fields())
-    values["output_dir"] = values["output_dir"] or _default_output_dir(values)
+    given = values["output_dir"]
+    values["output_dir"] = given or _default_output_dir(values)
     try:
-        return parser.parse_dict(values)
+        model_args, data_args, args = parser.parse_dict(values)
+        args.has_default_output_dir = not given
+        return model_args, data_args, args
     except (ValueError, TypeError, ImportError) as error:  # from the Trainer's checks of its arguments, and from ours
         raise UserError(" ".join(str(error).split())) from error
 

@@ -1,0 +1,62 @@
+"""An output folder is written by one run at a time."""
+
+import fcntl
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from captioning.errors import UserError
+
+
+logger = logging.getLogger(__name__)
+
+LOCK_FILE = ".lock"  # says who writes to the folder, or did last; it is never pushed
+_held: set[int] = set()  # file descriptors of this process
+# A worker that outlives its killed parent must not keep the folder locked
+os.register_at_fork(after_in_child=lambda: [os.close(file) for file in _held] and _held.clear())
+
+
+class FolderInUse(UserError):
+    """Another process writes to the folder."""
+
+
+@contextmanager
+def hold_folder(folder: str | os.PathLike) -> Iterator[None]:
+    """Keep other runs out of a folder, also those of machines that share it; do nothing where there is no such folder.
+
+    The lock is the kernel's: it ends with the process, however that ends.
+
+    Raises:
+        FolderInUse: naming the process that has the folder.
+        UserError: the block failed, and the folder was removed meanwhile.
+    """
+    path = Path(folder) / LOCK_FILE
+    with ExitStack() as stack:
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            stack.callback(os.close, file)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(file, 200).decode(errors="replace").strip() or "another process"
+            mend = "wait until it has ended, or set another --output_dir"
+            raise FolderInUse(f"output folder '{folder}' is being written by {holder}; {mend}") from None
+        except OSError as error:
+            if path.parent.is_dir():  # read-only, or on a file system without locks
+                logger.warning("'%s' cannot be locked (%s): let no other run write to it", folder, error)
+            yield
+            return
+        _held.add(file)
+        stack.callback(_held.discard, file)
+        with suppress(OSError):  # a full disk
+            os.ftruncate(file, 0)
+            os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, UserError) or (path.exists() and os.path.samestat(os.fstat(file), os.stat(path))):
+                raise
+            what = f"output folder '{folder}' was removed while the run wrote to it"
+            raise UserError(f"{what}; run again, with --resume_from_checkpoint true if it trains") from error
