@@ -26,7 +26,7 @@ from captioning.errors import as_user_error
 from captioning.hub.repository import PushCheckpoints, Repository, open_repository
 from captioning.hub.revisions import pin_revision
 from captioning.models.captioner import Captioner
-from captioning.models.load import build_captioner, load_captioner
+from captioning.models.load import build_captioner, load_captioner, read_config
 from captioning.reporting.curves import draw_training_curve
 from captioning.reporting.model_card import write_model_card
 from captioning.reporting.publish import push, push_finished_run
@@ -36,6 +36,7 @@ from captioning.reporting.summary import summary
 from captioning.scoring.training_split import Training
 from captioning.training.arguments import CaptioningArguments, DataArguments, ModelArguments
 from captioning.training.decoding import warn_of_other_settings
+from captioning.training.fingerprint import fingerprint
 from captioning.training.folder_lock import hold_folder
 from captioning.training.output_folder import own_output_dir, write_recipe
 from captioning.training.recipe import parse_arguments, parse_push_arguments
@@ -71,10 +72,10 @@ def run(
 
     with args.main_process_first(desc="loading the data"):
         dataset = load_data(model_args, data_args, args)
-        captioner = load_model(model_args, data_args, dataset, args)
+        captioner = load_model(model_args, data_args, dataset, args, checkpoint)
         splits = prepare_splits(dataset, captioner, data_args, args)
 
-    write_recipe(model_args, data_args, args)
+    write_recipe(model_args, data_args, args, fingerprint(dataset, captioner, model_args), checkpoint)
     repository = open_repository(args)
     with as_user_error("the Trainer cannot be set up with these arguments"):
         trainer = make_trainer(captioner, splits, data_args, args, repository)
@@ -116,22 +117,29 @@ def load_data(model_args: ModelArguments, data_args: DataArguments, args: Captio
 
 
 def load_model(
-    model_args: ModelArguments, data_args: DataArguments, dataset: DatasetDict, args: CaptioningArguments
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    dataset: DatasetDict,
+    args: CaptioningArguments,
+    checkpoint: str | None = None,
 ) -> Captioner:
-    """Load the checkpoint, or build the model of `config_name`, and adapt it to the run.
+    """Load the model, or build that of `config_name`, and adapt it to the run; a resumed run keeps its tokenizer.
 
-    The commit on the Hub that the checkpoint came from is written into `model_args.model_revision`.
+    The commit on the Hub, or the config, that the model came from is written into `model_args`.
     """
+    changed = checkpoint if args.resume_despite_changes else None  # its own tokenizer fits its embeddings
     if model_args.model_name_or_path:
         name = model_args.model_name_or_path
         model_args.model_revision = pin_revision(name, model_args.model_revision)
-        captioner = load_captioner(name, model_args.model_revision)
+        captioner = load_captioner(changed or name, None if changed else model_args.model_revision)
         if not args.do_train:
             warn_of_other_settings(captioner.model.generation_config, args.decoding())
     else:
         captions = (str(caption) for caption in dataset["train"]["caption"] if caption is not None)
+        model_args.config = read_config(model_args.config_name, model_args.config)
+        tokenizer = changed or model_args.tokenizer_name or checkpoint
         captioner = build_captioner(
-            model_args.config_name, args.seed, model_args.tokenizer_name, captions, model_args.vocab_size
+            model_args.config_name, args.seed, tokenizer, captions, model_args.vocab_size, model_args.config
         )
     captioner.adapt(
         model_args.image_size, model_args.label_smoothing, model_args.freeze_vision_model, model_args.fast_blip

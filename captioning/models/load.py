@@ -1,8 +1,10 @@
 """The captioner of a checkpoint or a config, by its `model_type`."""
 
+import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -12,6 +14,7 @@ from captioning.models.blip import BlipCaptioner
 from captioning.models.captioner import Captioner
 
 
+logger = logging.getLogger(__name__)
 CAPTIONERS: dict[str, type[Captioner]] = {"blip": BlipCaptioner}
 
 
@@ -30,15 +33,41 @@ def load_captioner(name: str, revision: str | None = None) -> Captioner:
     return captioner_class(model_type, name).from_pretrained(name, revision)
 
 
+def read_config(name: str, recorded: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return the content of a config: what a recipe has recorded of it, if it has; a file that differs is logged.
+
+    Args:
+        name: JSON file, folder or Hub id; a path may also be relative to this project.
+        recorded: the content by the recipe.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    inside = PROJECT / name
+    path = str(inside) if inside.exists() and not os.path.exists(name) else name
+    if recorded and not os.path.exists(path):
+        return recorded
+    with as_user_error(f"config '{name}' cannot be loaded", "recipes/configs/ has examples"):
+        content = PreTrainedConfig.get_config_dict(path)[0]
+    if recorded and content != recorded:
+        logger.warning(
+            "config '%s' differs from the one in the recipe, which is used; set --config_name to use it", name
+        )
+    return recorded or content
+
+
 def build_captioner(
-    config_name: str, seed: int, tokenizer_name: str | None, captions: Iterable[str], vocab_size: int
+    config_name: str,
+    seed: int,
+    tokenizer_name: str | None,
+    captions: Iterable[str],
+    vocab_size: int,
+    config: dict[str, Any] | None = None,
 ) -> Captioner:
     """See `Captioner.from_config`; `config_name` may also be a path relative to this project."""
-    inside = PROJECT / config_name
-    path = str(inside) if inside.exists() and not os.path.exists(config_name) else config_name
-    with as_user_error(f"config '{config_name}' cannot be loaded", "recipes/configs/ has examples"):
-        model_type = PreTrainedConfig.get_config_dict(path)[0].get("model_type") or "blip"
-    return captioner_class(model_type, config_name).from_config(path, seed, tokenizer_name, captions, vocab_size)
+    config = config or read_config(config_name)
+    found = captioner_class(config.get("model_type") or "blip", config_name)
+    return found.from_config(config_name, seed, tokenizer_name, captions, vocab_size, config)
 
 
 def class_in_folder(folder: Path) -> type[Captioner]:

@@ -142,6 +142,11 @@ class RunRecord:
         local = {"phantoms": "phantoms, synthetic images", "rocov2": "a local copy of ROCOv2"}
         return self.data.id if self.data.revision else local.get(self.data_kind, f"the folder {self.data.id}")
 
+    @cached_property
+    def code(self) -> dict[str, Any]:
+        """The code of the run: its `address`, its `commit`, whether files were `modified` since; None: unknown."""
+        return {"address": None, "commit": None, "modified": None} | (self.recipe.get("code") or {})
+
     def facts(self, digits: int) -> dict[str, str]:
         """Return the model, the data and the decode settings in words, commits with that many digits."""
         trained = self.recipe["do_train"]

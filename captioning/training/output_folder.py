@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain, count
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,6 +16,7 @@ from captioning.errors import UserError, as_user_error
 from captioning.files import write_whole
 from captioning.training.arguments import CaptioningArguments, DataArguments, ModelArguments
 from captioning.training.checkpoints import checkpoint_fault, last_complete_checkpoint
+from captioning.training.fingerprint import changes, refuse_changes
 from captioning.training.folder_lock import LOCK_FILE, FolderInUse, hold_folder
 from captioning.training.recipe import resolved_recipe
 
@@ -23,7 +25,16 @@ logger = logging.getLogger(__name__)
 
 RESULT_FILES = ("*_results.json", "scores.json", "report.html", "predictions/*.jsonl", "submission.*")
 # Keys of a recipe in which two runs may differ whose results stand side by side
-STAGE_FIELDS = ("do_train", "do_eval", "do_predict", "write_submission", "package_versions", "hardware")
+STAGE_FIELDS = (
+    "do_train",
+    "do_eval",
+    "do_predict",
+    "write_submission",
+    "package_versions",
+    "hardware",
+    "code",
+    "fingerprint",
+)
 
 
 @contextmanager
@@ -112,17 +123,37 @@ def checkpoint_to_resume(args: CaptioningArguments) -> str | None:
     return resume
 
 
-def write_recipe(model_args: ModelArguments, data_args: DataArguments, args: CaptioningArguments) -> None:
+def write_recipe(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: CaptioningArguments,
+    found: dict[str, Any],
+    checkpoint: str | None = None,
+) -> None:
     """Write `recipe.json`: what was run, at which commits, with which packages, on which hardware.
 
     What differs from the given recipe, or from the run that is resumed, is logged.
 
+    Args:
+        model_args: the model.
+        data_args: the data.
+        args: all else. Its `fingerprint`, so far that of the given recipe, is set to that of the run.
+        found: the fingerprint of the run.
+        checkpoint: what is resumed from.
+
     Raises:
-        UserError: the run that is to be resumed has another model.
+        UserError: the run that is to be resumed has another model, tokenizer, or other data.
     """
-    recipe = resolved_recipe(model_args, data_args, args)
+    if checkpoint and not args.resume_despite_changes:
+        refuse_changes(checkpoint, found)
+    given = {name: part for name, part in (args.fingerprint or {}).items() if args.do_train or name != "model"}
+    for change in changes(given, found):
+        logger.warning("The recipe ran with something else: %s; the numbers will differ", change)
+    args.fingerprint = found
+    recipe = resolved_recipe(model_args, data_args, args) | {"fingerprint": found}
     _log_differences("package", args.package_versions, recipe["package_versions"])
     _log_differences("hardware", args.hardware, recipe["hardware"])
+    _log_differences("code", args.code, recipe["code"])
     folder = Path(args.output_dir)
     path = folder / "recipe.json"
     resumes = args.do_train and args.resume_from_checkpoint
@@ -131,7 +162,9 @@ def write_recipe(model_args: ModelArguments, data_args: DataArguments, args: Cap
     if resumes and path.is_file():
         with as_user_error(f"'{path}' of the run to resume cannot be read", "delete it"):
             before = json.loads(path.read_text(encoding="utf-8"))
-        for key in sorted(key for key in recipe.keys() | before.keys() if recipe.get(key) != before.get(key)):
+        unlike = {key for key in recipe.keys() | before.keys() if recipe.get(key) != before.get(key)}
+        # `config` is missing where an earlier version wrote the recipe
+        for key in sorted(unlike - {"fingerprint"} - ({"config"} - before.keys())):
             if hasattr(model_args, key) and key != "label_smoothing":
                 change = f"{key} was {before.get(key)}, is {recipe.get(key)}"
                 raise UserError(f"cannot resume in '{folder}': {change}; set it back, or another --output_dir")

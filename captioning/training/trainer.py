@@ -22,6 +22,7 @@ from captioning.errors import Stopped, UserError, as_user_error
 from captioning.files import write_whole
 from captioning.models.captioner import Captioner
 from captioning.training.checkpoints import last_complete_checkpoint
+from captioning.training.fingerprint import FINGERPRINT_FILE
 from captioning.training.safeguards import StopOnSignal, full_is_user_error, not_finite
 from captioning.training.samplers import PaddedRows, PaddedSampler, SetEpoch, StreamingSampler
 
@@ -180,6 +181,8 @@ class CaptioningTrainer(Seq2SeqTrainer):
         """Save as the stock Trainer does; in the output folder each file appears whole, the weights last."""
         if output_dir is not None:  # a checkpoint, which is complete when its `trainer_state.json` is there
             super().save_model(output_dir, _internal_call)
+            if self.args.should_save and self.args.fingerprint:
+                write_whole(Path(output_dir) / FINGERPRINT_FILE, json.dumps(self.args.fingerprint, indent=2) + "\n")
             return
         folder = Path(self.args.output_dir)
         staged = folder / "model.tmp"
