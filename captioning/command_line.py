@@ -6,10 +6,13 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from datasets.config import HF_DATASETS_CACHE
+from huggingface_hub.constants import HF_HUB_CACHE
 from tqdm import tqdm
 
 from captioning.errors import Stopped, UserError, causes, is_disk_full, printable
@@ -20,6 +23,8 @@ AGAIN = "run the same command again, with --resume_from_checkpoint true if it tr
 # What users, terminals and job schedulers send to end a run
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 PARENT_SECONDS = 5  # how soon a worker notices that the main process is gone
+# By the library that writes it, the variable that sets a cache, and the cache
+CACHES = {"datasets": ("HF_DATASETS_CACHE", str(HF_DATASETS_CACHE)), "huggingface_hub": ("HF_HOME", HF_HUB_CACHE)}
 # What gloo and NCCL report to the other processes when one has ended
 PEER_GONE = (
     "Connection closed by peer",
@@ -141,12 +146,28 @@ def _ending(error: BaseException) -> tuple[str | None, int]:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 128 + signal.SIGINT
     if isinstance(error, Exception) and is_disk_full(error):
-        return f"no space left to write '{getattr(error, 'filename', None) or 'a file'}'; free some and run again", 2
+        return f"no space left {full_disk(error)} and run again", 2
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if isinstance(error, RuntimeError) and several and any(text in str(error) for text in PEER_GONE):
         reason = "another process of the run has ended: its error is above, or it was killed"
         return f"{reason}; run again with --resume_from_checkpoint true", 2
     return None, 1
+
+
+def full_disk(error: BaseException, folder: str = "a file", mend: str = "free some") -> str:
+    """Say what is full, and the mend: a cache if its library was writing, else the file of the error, or `folder`.
+
+    Arrow's errors name no file, and a full cache is not mended in the output folder.
+    """
+    frames = [frame for cause in causes(error) for frame, _ in traceback.walk_tb(cause.__traceback__)]
+    found = [library for frame in frames if (library := frame.f_globals["__name__"].partition(".")[0]) in CACHES]
+    if found:
+        variable, cache = CACHES[found[-1]]
+        # Beside the data, where that was loaded by `load_from_disk`
+        files = [frame.f_locals.get("cache_file_name") for frame in frames]
+        where = next((os.path.dirname(file) for file in files if isinstance(file, str)), cache)
+        return f"in the cache '{where}'; free some, or set {variable} to a folder on another disk,"
+    return f"to write '{getattr(error, 'filename', None) or folder}'; {mend}"
 
 
 def _print_error(message: str) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
+from captioning.command_line import full_disk
 from captioning.errors import UserError, causes, is_disk_full
 from captioning.training.checkpoints import last_complete_checkpoint
 
@@ -59,10 +60,10 @@ def full_is_user_error(output_dir: str, batch_size: int, what: str) -> Iterator[
         raise
     except Exception as error:
         if is_disk_full(error) or _torch_found_disk_full(error, output_dir):
-            path = getattr(error, "filename", None) or output_dir
+            where = full_disk(error, output_dir, "free some, or set a lower --save_total_limit,")
+            kept = "complete checkpoints are kept"
             raise UserError(
-                f"no space left to write '{path}'; free some, or set a lower --save_total_limit, and run again with "
-                "--resume_from_checkpoint true: complete checkpoints are kept"
+                f"no space left {where} and run again with --resume_from_checkpoint true: {kept}"
             ) from error
         out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)  # of a GPU, or of the machine
         if out_of_memory or any(text in str(error) for text in MEMORY_FULL):

@@ -209,7 +209,11 @@ class CaptioningTrainer(Seq2SeqTrainer):
         if not all(torch.isfinite(parameter).all() for parameter in self.model.parameters()):
             what = f"step {self.state.global_step} made weights NaN or infinite, and no checkpoint is saved"
             raise not_finite(what, self.args.output_dir)
+        folder, was_there = self.args.output_dir, os.path.isdir(self.args.output_dir)
         super()._save_checkpoint(model, trial)
+        if not was_there:
+            go_on = "a checkpoint is saved there: go on from it with --resume_from_checkpoint true"
+            raise UserError(f"output folder '{folder}' was removed during the training; {go_on}")
         if self.stop_on_signal.stopping:
             raise self._stopped()
 
@@ -246,6 +250,18 @@ class CaptioningTrainer(Seq2SeqTrainer):
             path = Path(self.args.output_dir) / "trainer_state.json"
             self.state.save_to_json(f"{path}.tmp")
             os.replace(f"{path}.tmp", path)
+
+    def _load_from_checkpoint(self, checkpoint: str, model=None) -> None:
+        """Load the weights as the stock Trainer does; those of another model are a one-line error."""
+        mend = "resume from another checkpoint, or set another --output_dir"
+        with as_user_error(f"the weights in '{checkpoint}' are not those of this model", mend):
+            super()._load_from_checkpoint(checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        super()._issue_warnings_after_load(load_result)  # ties the weights that are stored once
+        missing = set(load_result.missing_keys) - set(self.model._keys_to_ignore_on_save)
+        if unlike := sorted({*missing, *load_result.unexpected_keys}):
+            raise KeyError(f"{len(unlike)} are missing or unknown, such as {unlike[0]}")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load them as the stock Trainer does, with torch's `weights_only`; a failure is a one-line error."""

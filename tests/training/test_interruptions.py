@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,13 +16,15 @@ from pathlib import Path
 import multiprocess
 import pytest
 import torch
+from datasets import Dataset
 from helpers import flags, make_rows, outcome, run, signal_when, start
 from processes import server
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from captioning import files
 from captioning.command_line import STOP_SIGNALS, exit_on_user_error, on_stop_signals
-from captioning.errors import Stopped, UserError
+from captioning.errors import Stopped, UserError, as_user_error
 from captioning.training import safeguards
 from captioning.training.checkpoints import last_complete_checkpoint
 from captioning.training.trainer import CaptioningTrainer
@@ -330,7 +333,7 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_resumes(config_file, parquet_folder, tmp_path, small_disk):
     folder = small_disk / "run"
-    arguments = flags(config_file, parquet_folder, folder, num_train_epochs=8, save_total_limit=20, report_to="none")
+    arguments = flags(config_file, parquet_folder, folder, num_train_epochs=8, save_total_limit=20)
     failed = run(arguments, code=2)
     assert "Traceback" not in failed.stderr
     line = error_line(failed.stderr)
@@ -341,6 +344,83 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_resumes(config_file, pa
     assert subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)]).returncode == 0
     resumed = run([*arguments, "--resume_from_checkpoint", "true"])
     assert f"Resuming from {checkpoint}" in resumed.stderr
+
+
+def test_a_full_cache_is_named_as_that(small_disk, capsys):
+    def main():
+        with as_user_error("dataset 'a' cannot be loaded"):
+            rows = Dataset.from_dict({"text": ["a" * 10_000] * 300})
+            rows.map(lambda row: {"copy": row["text"]}, cache_file_name=str(small_disk / "cache.arrow"))
+
+    with pytest.raises(SystemExit):
+        exit_on_user_error(main)
+    line = error_line(capsys.readouterr().err)
+    assert line.startswith(f"error: no space left in the cache '{small_disk}'; free some, or set HF_DATASETS_CACHE to")
+
+
+def test_an_output_folder_that_is_removed_gets_the_next_checkpoint_and_one_line(make_trainer, monkeypatch):
+    step = CaptioningTrainer.training_step
+
+    def remove_and_step(self, *args, **kwargs):
+        if self.state.global_step == 1:
+            shutil.rmtree(self.args.output_dir)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(CaptioningTrainer, "training_step", remove_and_step)
+    trainer = make_trainer(num_train_epochs=2, per_device_train_batch_size=4)
+    with pytest.raises(UserError, match=r"output folder '.*' was removed during the training; a checkpoint is saved"):
+        trainer.train()
+    assert last_complete_checkpoint(trainer.args.output_dir).endswith("checkpoint-6")
+
+
+def damage(value: object, *keys: str):
+    """Return a function that sets a field of `trainer_state.json`."""
+
+    def edit(checkpoint: Path) -> None:
+        path = checkpoint / "trainer_state.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | dict.fromkeys(keys, value)))
+
+    return edit
+
+
+def other_weights(checkpoint: Path) -> None:
+    save_file({"weight": torch.ones(9)}, checkpoint / "model.safetensors")
+
+
+def smaller_weights(checkpoint: Path) -> None:
+    weights = load_file(checkpoint / "model.safetensors")
+    save_file({name: value[:1].clone() for name, value in weights.items()}, checkpoint / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (damage("abc", "global_step"), "trainer_state.json is missing or damaged"),
+        (damage([1], "log_history"), "trainer_state.json is missing or damaged"),
+        (damage(1, "unknown"), "trainer_state.json is missing or damaged"),
+        (lambda checkpoint: (checkpoint / "tokenizer.json").write_text("{"), "tokenizer.json is missing or damaged"),
+        (lambda checkpoint: (checkpoint / "scheduler.pt").unlink(), "scheduler.pt is missing"),
+        (other_weights, "the weights in '.*' are not those of this model: .* missing or unknown, such as "),
+        (smaller_weights, "the weights in '.*' are not those of this model: RuntimeError"),
+    ],
+)
+def test_a_damaged_checkpoint_is_one_line(short_run, tmp_path, edit, said):
+    arguments, checkpoint = short_run
+    shutil.copytree(checkpoint, tmp_path / "checkpoint-2")
+    edit(tmp_path / "checkpoint-2")
+    options = {"output_dir": tmp_path / "run", "resume_from_checkpoint": tmp_path / "checkpoint-2"}
+    with pytest.raises(UserError, match=said):
+        main([*arguments, *(str(item) for name, value in options.items() for item in (f"--{name}", value))])
+
+
+@pytest.fixture(scope="module")
+def short_run(config_file, parquet_folder, tmp_path_factory):
+    """The flags of a run, and its checkpoint."""
+    folder = tmp_path_factory.mktemp("short") / "run"
+    options = {"max_steps": 2, "do_eval": False, "do_predict": False, "num_train_epochs": None, "report_to": "none"}
+    arguments = flags(config_file, parquet_folder, folder, **options)
+    main(arguments)
+    return arguments, folder / "checkpoint-2"
 
 
 @pytest.mark.parametrize(
