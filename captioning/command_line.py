@@ -1,14 +1,17 @@
 """How a command ends, by a one-line message and an exit status, and how log messages are shown."""
 
 import argparse
+import json
 import logging
 import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import NoReturn
 
 from datasets.config import HF_DATASETS_CACHE
@@ -59,6 +62,7 @@ def on_stop_signals(handle: Callable[[signal.Signals], None]) -> Iterator[None]:
         _handlers.append(catch)
         yield
     finally:
+        signal.alarm(0)  # of `_stop`
         _handlers.remove(catch)
         for number, found in before.items():
             signal.signal(number, found)
@@ -131,6 +135,9 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
 
 
 def _stop(number: signal.Signals) -> None:
+    # Again until it arrives: libraries drop an exception that comes while they pickle or delete an object
+    signal.signal(signal.SIGALRM, lambda *_: _stop(number))
+    signal.alarm(1)
     raise Stopped(f"stopped by {number.name}; all files are complete: {AGAIN}", number)
 
 
@@ -178,7 +185,12 @@ def _print_error(message: str) -> None:
         message = f"{message[: MAX_LINE // 2]} … {message[-MAX_LINE // 2 :]}"
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()  # else the message is printed at the end of a bar, and the bar again after it
-    print(f"{where}: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
+    line = f"{where}: {printable(' '.join(message.split()))}"
+    print(line, file=sys.stderr, flush=True)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun repeats it at the end of its own report
+        details = {"py_callstack": line, "timestamp": str(int(time.time()))}
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": {"message": line, "extraInfo": details}}))
 
 
 class OneLineParser(argparse.ArgumentParser):
