@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -79,14 +80,9 @@ def end_now(message: str, number: int) -> NoReturn:
 _handlers: list[Callable] = []
 
 
-def _block_in_child() -> None:
+def _mask(how: int) -> None:
     if _handlers:
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-
-
-def _unblock_in_parent() -> None:
-    if _handlers:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        signal.pthread_sigmask(how, STOP_SIGNALS)
 
 
 def _follow_parent() -> None:
@@ -106,7 +102,8 @@ def _follow_parent() -> None:
 
 
 if hasattr(signal, "sigtimedwait"):  # not on macOS, where workers are not forked
-    os.register_at_fork(before=_block_in_child, after_in_parent=_unblock_in_parent, after_in_child=_follow_parent)
+    block, unblock = partial(_mask, signal.SIG_BLOCK), partial(_mask, signal.SIG_UNBLOCK)
+    os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=_follow_parent)
 
 
 def exit_on_user_error(main: Callable[[], object]) -> None:

@@ -34,14 +34,9 @@ def load_captioner(name: str, revision: str | None = None) -> Captioner:
 
 
 def read_config(name: str, recorded: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Return the content of a config: what a recipe has recorded of it, if it has; a file that differs is logged.
+    """Return the content of a config file, folder or Hub id; a path may also be relative to this project.
 
-    Args:
-        name: JSON file, folder or Hub id; a path may also be relative to this project.
-        recorded: the content by the recipe.
-
-    Raises:
-        UserError: it cannot be read.
+    What a recipe `recorded` of it goes before; that the file differs now is logged. Raises UserError if there is none.
     """
     inside = PROJECT / name
     path = str(inside) if inside.exists() and not os.path.exists(name) else name

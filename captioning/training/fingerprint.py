@@ -55,9 +55,9 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         old, new = before.get(split), now.get(split)
         if isinstance(old, dict) and isinstance(new, dict):
             parts = [part for part in sorted(old.keys() & new.keys() - {"rows"}) if old[part] != new[part]]
-            if parts or old.get("rows") != new["rows"]:
+            if parts:
                 rows = f"{old.get('rows')} rows before, {new['rows']} now"
-                found.append(f"split '{split}' has changed ({rows}{'; other ' if parts else ''}{', '.join(parts)})")
+                found.append(f"split '{split}' has changed ({rows}; other {', '.join(parts)})")
     other = [part for part in ("tokenizer", "model") if part in before and before[part] != now.get(part, before[part])]
     return found + [f"the {part} is another" for part in other]
 
@@ -78,23 +78,21 @@ def refuse_changes(checkpoint: str, now: Mapping[str, Any]) -> None:
 
 
 def _of_rows(rows: Dataset) -> dict[str, Any]:
-    digests = {part: hashlib.blake2b(digest_size=16) for part in ("ids", "captions", "images")}
-    for batch in rows.select_columns(["image_id", "caption"]).iter(BATCH_SIZE):
-        for part, column in (("ids", "image_id"), ("captions", "caption")):
-            digests[part].update(json.dumps(batch[column], default=str).encode())
-    columns = [column for column in ("image", UNUSABLE) if column in rows.column_names]
+    streamed = is_streamed(rows)  # then the places and sizes of row groups, not comparable with those of stored images
+    ids, captions, images = (hashlib.blake2b(digest_size=16) for _ in range(3))
+    columns = [column for column in ("image_id", "caption", "image", UNUSABLE) if column in rows.column_names]
     for number, batch in enumerate(rows.select_columns(columns).with_format("arrow").iter(BATCH_SIZE)):
-        if is_streamed(rows):  # their places, and the sizes of their row groups
-            digests["images"].update(json.dumps(batch["image"].to_pylist()).encode())
+        ids.update(json.dumps(batch["image_id"].to_pylist(), default=str).encode())
+        captions.update(json.dumps(batch["caption"].to_pylist(), default=str).encode())
+        if streamed:
+            images.update(json.dumps(batch["image"].to_pylist()).encode())
             continue
-        readable = batch[UNUSABLE].is_null() if UNUSABLE in columns else [pa.scalar(True)] * len(batch)
-        for row, (image, is_readable) in enumerate(zip(batch["image"], readable, strict=True), number * BATCH_SIZE):
+        unusable = batch[UNUSABLE].to_pylist() if UNUSABLE in columns else [None] * len(batch)
+        for row, (image, reason) in enumerate(zip(batch["image"], unusable, strict=True), number * BATCH_SIZE):
             is_hashed = row % -(-len(rows) // HASHED_IMAGES) == 0
-            digests["images"].update(_of_image(image, is_hashed) if is_readable.as_py() else b"-")
-    found = {part: digest.hexdigest() for part, digest in digests.items()}
-    if is_streamed(rows):  # not to be compared with those of stored rows
-        found["row groups"] = found.pop("images")
-    return {"rows": len(rows)} | found
+            images.update(b"-" if reason else _of_image(image, is_hashed))
+    found = {"ids": ids, "captions": captions, "row groups" if streamed else "images": images}
+    return {"rows": len(rows)} | {part: digest.hexdigest() for part, digest in found.items()}
 
 
 def _of_image(image: pa.StructScalar, is_hashed: bool) -> bytes:

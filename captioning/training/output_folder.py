@@ -26,15 +26,8 @@ logger = logging.getLogger(__name__)
 RESULT_FILES = ("*_results.json", "scores.json", "report.html", "predictions/*.jsonl", "submission.*")
 # Keys of a recipe in which two runs may differ whose results stand side by side
 STAGE_FIELDS = (
-    "do_train",
-    "do_eval",
-    "do_predict",
-    "write_submission",
-    "package_versions",
-    "hardware",
-    "code",
-    "fingerprint",
-)
+    "do_train", "do_eval", "do_predict", "write_submission", "package_versions", "hardware", "code", "fingerprint",
+)  # fmt: skip
 
 
 @contextmanager
@@ -58,10 +51,10 @@ def own_output_dir(args: CaptioningArguments) -> Iterator[str | None]:
 
 
 def _take_folder(args: CaptioningArguments, stack: ExitStack) -> str:
-    wanted, resumes = args.output_dir, args.resume_from_checkpoint
-    if args.has_default_output_dir and resumes:
-        wanted = _folder_to_resume(wanted, resumes)
-    seeks = args.has_default_output_dir and not resumes
+    wanted, resume = args.output_dir, args.resume_from_checkpoint
+    seeks = args.has_default_output_dir and not resume
+    if args.has_default_output_dir and resume:
+        wanted = _folder_to_resume(wanted, resume)
     for name in chain([wanted], (f"{wanted}-{number}" for number in count(2))):
         with as_user_error(f"output folder '{name}' cannot be written", "set --output_dir"):
             Path(name).mkdir(parents=True, exist_ok=True)
