@@ -140,8 +140,10 @@ def write_recipe(
     if checkpoint and not args.resume_despite_changes:
         refuse_changes(checkpoint, found)
     given = {name: part for name, part in (args.fingerprint or {}).items() if args.do_train or name != "model"}
-    for change in changes(given, found):
+    for change in (unlike := changes(given, found)):
         logger.warning("The recipe ran with something else: %s; the numbers will differ", change)
+    if given and not unlike:
+        logger.info("Data, tokenizer and model are those that the recipe ran with")
     args.fingerprint = found
     recipe = resolved_recipe(model_args, data_args, args) | {"fingerprint": found}
     _log_differences("package", args.package_versions, recipe["package_versions"])
@@ -155,9 +157,9 @@ def write_recipe(
     if resumes and path.is_file():
         with as_user_error(f"'{path}' of the run to resume cannot be read", "delete it"):
             before = json.loads(path.read_text(encoding="utf-8"))
-        unlike = {key for key in recipe.keys() | before.keys() if recipe.get(key) != before.get(key)}
+        other = {key for key in recipe.keys() | before.keys() if recipe.get(key) != before.get(key)}
         # `config` is missing where an earlier version wrote the recipe
-        for key in sorted(unlike - {"fingerprint"} - ({"config"} - before.keys())):
+        for key in sorted(other - {"fingerprint"} - ({"config"} - before.keys())):
             if hasattr(model_args, key) and key != "label_smoothing":
                 change = f"{key} was {before.get(key)}, is {recipe.get(key)}"
                 raise UserError(f"cannot resume in '{folder}': {change}; set it back, or another --output_dir")

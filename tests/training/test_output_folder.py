@@ -53,6 +53,7 @@ def test_a_killed_run_leaves_no_lock_though_its_worker_lives_on(holder, tmp_path
     holder.wait(30)
     with hold_folder(tmp_path / "run"):
         assert (tmp_path / "run" / LOCK_FILE).read_text().startswith("process ")
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_a_folder_without_a_lock_is_written_with_a_warning(tmp_path, monkeypatch, caplog):
