@@ -11,7 +11,7 @@ The first trains on ROCOv2 from the Hub, the second runs a recipe (flags win), t
 fourth repeats a published run, the fifth pushes a finished one.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from functools import cache, partial
 from pathlib import Path
 
@@ -19,17 +19,17 @@ from datasets import Dataset, DatasetDict
 from transformers import set_seed
 
 from captioning.command_line import exit_on_user_error, set_up_logging
-from captioning.data.checks import check_rows, texts, usable
+from captioning.data.checks import check_rows
 from captioning.data.leaks import find_leaks
 from captioning.data.sources import dataset_commit, load_source
-from captioning.data.splits import keep_usable, sample_training, select_splits
+from captioning.data.splits import captions_to_learn, keep_usable, sample_training, select_splits
 from captioning.data.tokenize_captions import tokenize
 from captioning.errors import as_user_error
 from captioning.hub.client import limit_waiting
 from captioning.hub.repository import PushCheckpoints, Repository, repository_of
 from captioning.hub.revisions import pin_revision
 from captioning.models.captioner import Captioner
-from captioning.models.load import build_captioner, load_captioner
+from captioning.models.load import build_captioner, load_captioner, read_config
 from captioning.reporting.card_images import write_card_images
 from captioning.reporting.curves import draw_training_curve
 from captioning.reporting.model_card import write_model_card
@@ -40,7 +40,9 @@ from captioning.reporting.summary import summary
 from captioning.scoring.training_split import Training
 from captioning.training.arguments import CaptioningArguments, DataArguments, ModelArguments
 from captioning.training.decoding import warn_of_other_settings
-from captioning.training.output_folder import prepare_output_dir, write_recipe
+from captioning.training.fingerprint import fingerprint
+from captioning.training.folder_lock import hold_folder
+from captioning.training.output_folder import own_output_dir, write_recipe
 from captioning.training.recipe import parse_arguments, parse_push_arguments
 from captioning.training.safeguards import UnreadableImages
 from captioning.training.trainer import CaptioningTrainer
@@ -59,23 +61,32 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     set_up_logging()
     limit_waiting()
     if push_args := parse_push_arguments(argv):
-        push_finished_run(push_args.push_only, push_args.hub_model_id, push_args.hub_private_repo)
+        with hold_folder(push_args.push_only):
+            push_finished_run(push_args.push_only, push_args.hub_model_id, push_args.hub_private_repo)
         return {}
     model_args, data_args, args = parse_arguments(argv)
+    with own_output_dir(args) as checkpoint:
+        return run(model_args, data_args, args, checkpoint)
+
+
+def run(
+    model_args: ModelArguments, data_args: DataArguments, args: CaptioningArguments, checkpoint: str | None
+) -> dict[str, float]:
+    """Run the recipe in its output folder, from a checkpoint if there is one, and return all its metrics."""
     repository = repository_of(args)
-    checkpoint = prepare_output_dir(args)
     set_seed(args.seed)
 
     with args.main_process_first(desc="loading the data"):
         dataset = load_data(model_args, data_args, args)
         # Once, and only when its rows are asked for: it takes minutes, and a mistake in the model comes first
         check = cache(partial(check_splits, dataset, data_args, args))
-        captions = captions_for_tokenizer(dataset, check, data_args, args)
-        captioner = load_model(model_args, data_args, captions, args)
-        splits = prepare_splits(check(), captioner, data_args, args)
+        captions = captions_to_learn(dataset, check, data_args.max_train_samples, args.do_train)
+        captioner = load_model(model_args, data_args, captions, args, checkpoint)
+        tokenized = tokenize(check(), captioner, data_args.max_caption_length)
+        splits = keep_usable(tokenized, data_args.max_samples(), data_args.neighbor_samples, args.do_train)
         leaks = find_leaks({**dataset, **splits})  # a run that only scores has the training split unchecked
 
-    write_recipe(model_args, data_args, args)
+    write_recipe(model_args, data_args, args, fingerprint(dataset, captioner, model_args), checkpoint)
     if repository:
         repository.try_to_open()
     with as_user_error("the Trainer cannot be set up with these arguments"):
@@ -137,32 +148,31 @@ def check_splits(dataset: DatasetDict, data_args: DataArguments, args: Captionin
     )
 
 
-def captions_for_tokenizer(
-    dataset: DatasetDict, check: Callable[[], DatasetDict], data_args: DataArguments, args: CaptioningArguments
-) -> Iterator[str]:
-    """Yield the training captions, and check the rows only when they are asked for.
-
-    They are those that the run trains on; a run that does not train checks a sample only, and takes all.
-    """
-    yield from texts(usable(check()["train"], data_args.max_train_samples) if args.do_train else dataset["train"])[0]
-
-
 def load_model(
-    model_args: ModelArguments, data_args: DataArguments, captions: Iterable[str], args: CaptioningArguments
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    captions: Iterable[str],
+    args: CaptioningArguments,
+    checkpoint: str | None = None,
 ) -> Captioner:
-    """Load the checkpoint, or build the model of `config_name`, its tokenizer trained on `captions`, and adapt it.
+    """Load the model, or build that of `config_name`, its tokenizer trained on `captions`, and adapt it to the run.
 
-    The commit on the Hub that the checkpoint came from is written into `model_args.model_revision`.
+    A resumed run keeps the tokenizer of its checkpoint.
+
+    The commit on the Hub, or the config, that the model came from is written into `model_args`.
     """
+    changed = checkpoint if args.resume_despite_changes else None  # its own tokenizer fits its embeddings
     if model_args.model_name_or_path:
         name = model_args.model_name_or_path
         model_args.model_revision = pin_revision(name, model_args.model_revision)
-        captioner = load_captioner(name, model_args.model_revision)
+        captioner = load_captioner(changed or name, None if changed else model_args.model_revision)
         if not args.do_train:
             warn_of_other_settings(captioner.model.generation_config, args.decoding())
     else:
+        model_args.config = read_config(model_args.config_name, model_args.config)
+        tokenizer = changed or model_args.tokenizer_name or checkpoint
         captioner = build_captioner(
-            model_args.config_name, args.seed, model_args.tokenizer_name, captions, model_args.vocab_size
+            model_args.config_name, args.seed, tokenizer, captions, model_args.vocab_size, model_args.config
         )
     captioner.adapt(
         model_args.image_size, model_args.label_smoothing, model_args.freeze_vision_model, model_args.fast_blip
@@ -171,17 +181,6 @@ def load_model(
     captioner.check_lengths(data_args.max_caption_length, args.max_new_tokens)
     captioner.set_generation_config(args.decoding())
     return captioner
-
-
-def prepare_splits(
-    checked: DatasetDict, captioner: Captioner, data_args: DataArguments, args: CaptioningArguments
-) -> DatasetDict:
-    """Add `input_ids`, and keep the usable rows, as many as the run asks for.
-
-    `NEIGHBORS` is one of the splits: training images for a baseline.
-    """
-    tokenized = tokenize(checked, captioner, data_args.max_caption_length)
-    return keep_usable(tokenized, data_args.max_samples(), data_args.neighbor_samples, with_training=args.do_train)
 
 
 # --- Train, evaluate, predict ---------------------------------------------------------------------------------

@@ -1,21 +1,34 @@
 """How a command ends, by a one-line message and an exit status, and how log messages are shown."""
 
 import argparse
+import json
 import logging
 import os
 import signal
 import sys
 import threading
+import time
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
 from typing import NoReturn
 
+from datasets.config import HF_DATASETS_CACHE
+from huggingface_hub.constants import HF_HUB_CACHE
 from tqdm import tqdm
 
-from captioning.errors import Stopped, UserError, is_disk_full, printable
+from captioning.errors import Stopped, UserError, causes, is_disk_full, printable
 
 
 MAX_LINE = 2000  # characters of an error on the terminal; it may quote a file, which may be of any length
+AGAIN = "run the same command again, with --resume_from_checkpoint true if it trains"
+# What users, terminals and job schedulers send to end a run
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+PARENT_SECONDS = 5  # how soon a worker notices that the main process is gone
+# By the library that writes it, the variable that sets a cache, and the cache
+CACHES = {"datasets": ("HF_DATASETS_CACHE", str(HF_DATASETS_CACHE)), "huggingface_hub": ("HF_HOME", HF_HUB_CACHE)}
 # What gloo and NCCL report to the other processes when one has ended
 PEER_GONE = (
     "Connection closed by peer",
@@ -26,36 +39,81 @@ PEER_GONE = (
 
 
 @contextmanager
-def on_sigterm(handle: Callable[[], None]) -> Iterator[None]:
-    """Call `handle` when this process gets SIGTERM; afterwards the handler from before is in place again.
+def on_stop_signals(handle: Callable[[signal.Signals], None]) -> Iterator[None]:
+    """Call `handle` when this process gets one of `STOP_SIGNALS`; afterwards the handlers from before are back.
 
+    A signal that is ignored stays ignored, such as SIGHUP under `nohup`. A second SIGINT ends the process at once.
     Python lets only the main thread catch signals: in another thread nothing is changed.
     """
-    process = os.getpid()
+    interrupted = False
 
     def catch(number: int, frame) -> None:
-        if os.getpid() != process:  # a forked worker, which has inherited this handler
-            os._exit(128 + number)
-        handle()
+        nonlocal interrupted
+        if interrupted and number == signal.SIGINT:
+            end_now("ended by a second SIGINT; complete checkpoints are kept: " + AGAIN, number)
+        interrupted |= number == signal.SIGINT
+        handle(signal.Signals(number))
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, catch)
+    here = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS if here}
+    before = {number: found for number, found in before.items() if found not in (signal.SIG_IGN, None)}
     try:
+        for number in before:
+            signal.signal(number, catch)
+        _handlers.append(catch)
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.alarm(0)  # of `_stop`
+        _handlers.remove(catch)
+        for number, found in before.items():
+            signal.signal(number, found)
+
+
+def end_now(message: str, number: int) -> NoReturn:
+    """End the process from within a signal handler, with a line, and without waiting for uploads or workers."""
+    os.write(2, f"\nerror: {message}\n".encode())  # `print` may have been interrupted
+    os._exit(128 + number)
+
+
+# A terminal and a job scheduler send a signal to all processes of a group. The workers that load data and check rows
+# must outlive it: the main process decides when it stops, and needs them until then
+_handlers: list[Callable] = []
+
+
+def _mask(how: int) -> None:
+    if _handlers:
+        signal.pthread_sigmask(how, STOP_SIGNALS)
+
+
+def _follow_parent() -> None:
+    """End this forked process by SIGTERM of its parent, or with it."""
+    parent = os.getppid()
+
+    def wait() -> None:
+        while os.getppid() == parent:
+            found = signal.sigtimedwait([signal.SIGTERM], PARENT_SECONDS)
+            if found and found.si_pid == parent:
+                break
+        os._exit(128 + signal.SIGTERM)
+
+    if _handlers:
+        _handlers.clear()
+        threading.Thread(target=wait, daemon=True).start()
+
+
+if hasattr(signal, "sigtimedwait"):  # not on macOS, where workers are not forked
+    block, unblock = partial(_mask, signal.SIG_BLOCK), partial(_mask, signal.SIG_UNBLOCK)
+    os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=_follow_parent)
 
 
 def exit_on_user_error(main: Callable[[], object]) -> None:
     """Run `main`; errors that a user can mend, and signals, end the process with one line on standard error.
 
-    The exit status is 2, after Ctrl-C 130, after SIGTERM 143. `main` may handle SIGTERM itself for a while. Any other
+    The exit status is 2, after a signal 128 and its number. `main` may handle signals itself for a while. Any other
     error is a fault of the program and keeps its traceback.
     """
     try:
-        with on_sigterm(_stop):
+        with on_stop_signals(_stop):
             main()
             sys.stdout.flush()
     except BrokenPipeError:  # such as `... | head`; Python would raise it again when it closes stdout
@@ -65,33 +123,55 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
         message, status = _ending(error)
         if message is None:
             raise
-        _print_error(message)
+        others = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
+        uploads = isinstance(error, Stopped) and not all(thread.daemon for thread in others)
+        for number in STOP_SIGNALS if uploads else ():  # Python waits for such threads, and would print a traceback
+            signal.signal(number, lambda number, frame: os._exit(status))
+        _print_error(f"{message}; an upload still goes on, a signal ends it" if uploads else message)
         sys.exit(status)
 
 
-def _stop() -> None:
-    raise Stopped(
-        "stopped by SIGTERM; all files are complete: run the same command again, with "
-        "--resume_from_checkpoint true if it trains"
-    )
+def _stop(number: signal.Signals) -> None:
+    # Again until it arrives: libraries drop an exception that comes while they pickle or delete an object
+    signal.signal(signal.SIGALRM, lambda *_: _stop(number))
+    signal.alarm(1)
+    raise Stopped(f"stopped by {number.name}; all files are complete: {AGAIN}", number)
 
 
 def _ending(error: BaseException) -> tuple[str | None, int]:
     """Return the line that is printed for an error and the exit status; no line for a fault of the program."""
+    # A library may raise an error of its own while it cleans up
+    error = next((cause for cause in causes(error) if isinstance(cause, Stopped)), error)
     if isinstance(error, UserError):
         # From a DataLoader worker, the message is preceded by the text of a traceback
         return str(error).rsplit("UserError: ", 1)[-1], 2
     if isinstance(error, Stopped):
-        return str(error), 128 + signal.SIGTERM
+        return str(error), 128 + error.number
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 128 + signal.SIGINT
     if isinstance(error, Exception) and is_disk_full(error):
-        return f"no space left to write '{getattr(error, 'filename', None) or 'a file'}'; free some and run again", 2
+        return f"no space left {full_disk(error)} and run again", 2
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if isinstance(error, RuntimeError) and several and any(text in str(error) for text in PEER_GONE):
         reason = "another process of the run has ended: its error is above, or it was killed"
         return f"{reason}; run again with --resume_from_checkpoint true", 2
     return None, 1
+
+
+def full_disk(error: BaseException, folder: str = "a file", mend: str = "free some") -> str:
+    """Say what is full, and the mend: a cache if its library was writing, else the file of the error, or `folder`.
+
+    Arrow's errors name no file, and a full cache is not mended in the output folder.
+    """
+    frames = [frame for cause in causes(error) for frame, _ in traceback.walk_tb(cause.__traceback__)]
+    found = [library for frame in frames if (library := frame.f_globals["__name__"].partition(".")[0]) in CACHES]
+    if found:
+        variable, cache = CACHES[found[-1]]
+        # Beside the data, where that was loaded by `load_from_disk`
+        files = [frame.f_locals.get("cache_file_name") for frame in frames]
+        where = next((os.path.dirname(file) for file in files if isinstance(file, str)), cache)
+        return f"in the cache '{where}'; free some, or set {variable} to a folder on another disk,"
+    return f"to write '{getattr(error, 'filename', None) or folder}'; {mend}"
 
 
 def _print_error(message: str) -> None:
@@ -102,7 +182,12 @@ def _print_error(message: str) -> None:
         message = f"{message[: MAX_LINE // 2]} … {message[-MAX_LINE // 2 :]}"
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()  # else the message is printed at the end of a bar, and the bar again after it
-    print(f"{where}: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
+    line = f"{where}: {printable(' '.join(message.split()))}"
+    print(line, file=sys.stderr, flush=True)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun repeats it at the end of its own report
+        details = {"py_callstack": line, "timestamp": str(int(time.time()))}
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": {"message": line, "extraInfo": details}}))
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 # How libraries written in Rust and C++ say it, without an `errno`
-DISK_FULL = ("No space left on device", "Disk quota exceeded", "File too large")
+DISK_FULL = ("No space left on device", "Disk quota exceeded", "File too large", "Not enough disk space")
 # Instead of torch's message, which advises to run what the file brings
 PICKLED = "a pickled file holds other things than tensors, could run code and is not read; take weights in safetensors"
 
@@ -18,10 +18,14 @@ class UserError(ValueError):
 
 
 class Stopped(BaseException):
-    """SIGTERM has stopped the command; the message is one line that says how to go on.
+    """A signal has stopped the command; the message is one line that says how to go on.
 
     Not an `Exception`, so that no library handles it as an error.
     """
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.number = number
 
 
 def printable(text: str, width: int | None = None) -> str:
@@ -38,13 +42,15 @@ def as_user_error(what: str, mend: str = "") -> Iterator[None]:
     """Turn any exception of the block into a `UserError` that says `what`, the first line of its message, the mend.
 
     For blocks that only read what the user named: on a damaged file or an impossible value, torch, transformers and
-    pyarrow raise errors of many unrelated classes.
+    pyarrow raise errors of many unrelated classes. That a disk is full passes.
     """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
+        if is_disk_full(error):  # what was read is not to blame
+            raise
         raise UserError(f"{what}: {first_line(error).rstrip('.')}{'; ' if mend else ''}{mend}") from error
 
 

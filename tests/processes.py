@@ -50,6 +50,10 @@ class Process:
         if self.poll() is None:
             os.kill(self.pid, number)
 
+    def output(self, error: bool = False) -> bytes:
+        """Return what it has written to standard output, or error, so far."""
+        return os.pread(self._outputs[error].fileno(), 2**20, 0)
+
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """Wait for the end and return standard output and standard error."""
         self.wait(timeout)

@@ -70,7 +70,7 @@ class StubCaptioner(Captioner):
         return cls(StubModel.from_pretrained(name), PreTrainedTokenizerFast.from_pretrained(name))
 
     @classmethod
-    def from_config(cls, name, seed, tokenizer_name, captions, vocab_size):
+    def from_config(cls, name, seed, tokenizer_name, captions, vocab_size, config=None):
         special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<eos>"}
         words = Tokenizer(models.WordLevel(unk_token="<unk>"))
         words.normalizer, words.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.WhitespaceSplit()

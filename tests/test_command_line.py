@@ -1,12 +1,16 @@
 """A command ends with one line where the user can mend the fault, and with a traceback where only we can."""
 
 import errno
+import os
 import signal
 import threading
+import time
+from contextlib import suppress
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from captioning.command_line import exit_on_user_error, on_sigterm
+from captioning.command_line import exit_on_user_error, on_stop_signals
 from captioning.errors import UserError
 
 
@@ -44,7 +48,7 @@ def test_other_errors_pass(capsys, error):
 
 def test_sigterm_is_left_alone_in_another_thread():
     def run():
-        with on_sigterm(lambda: None):
+        with on_stop_signals(lambda number: None):
             found.append(signal.getsignal(signal.SIGTERM))
 
     found, before = [], signal.getsignal(signal.SIGTERM)
@@ -52,3 +56,30 @@ def test_sigterm_is_left_alone_in_another_thread():
     thread.start()
     thread.join()
     assert found == [before]
+
+
+def test_torchrun_repeats_the_line_at_the_end_of_its_report(monkeypatch, tmp_path):
+    def main():
+        raise UserError("a is b; set c")
+
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with pytest.raises(SystemExit):
+        exit_on_user_error(main)
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(tmp_path / "error.json"))
+    report = str(ChildFailedError("run_captioning.py", {0: failure})).splitlines()
+    assert report[-2] == "  traceback : error: a is b; set c"
+
+
+def test_a_stop_that_a_library_drops_comes_again(capsys):
+    """`dill` has bare `except` clauses, through which the hash of a data set goes."""
+
+    def main():
+        with suppress(BaseException):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        time.sleep(5)
+
+    with pytest.raises(SystemExit) as exited:
+        exit_on_user_error(main)
+    assert exited.value.code == 143
+    assert signal.alarm(0) == 0

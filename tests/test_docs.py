@@ -69,7 +69,9 @@ def unknown_flags(program: str, words: list[str]) -> list[str]:
     if program != "run_captioning.py":
         return sorted(flags - flags_of_benchmark(program))
     arguments = words[1:] if words and not words[0].startswith("-") else words  # the first may be a recipe
-    return (PUSH if "--push_only" in words else RUN).parse_known_args([w for w in arguments if w != "--help"])[1]
+    return (PUSH if "--push_only" in words else RUN).parse_known_args(
+        [w for w in arguments if w not in ("--help", "&")]
+    )[1]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

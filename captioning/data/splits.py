@@ -3,12 +3,12 @@
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from datasets import Dataset, DatasetDict
 
-from captioning.data.checks import usable
+from captioning.data.checks import texts, usable
 from captioning.data.image_files import FILE
 from captioning.data.own_data import GROUP, SPLITS, Layout
 from captioning.errors import UserError
@@ -70,6 +70,23 @@ def sample_training(dataset: DatasetDict, max_samples: int | None, neighbor_samp
         if neighbor_samples:
             splits["train"] = train.select(sample_rows(min(len(train), max_samples or len(train)), neighbor_samples))
     return splits
+
+
+def captions_to_learn(
+    dataset: DatasetDict, check: Callable[[], DatasetDict], max_samples: int | None, with_training: bool
+) -> Iterator[str]:
+    """Yield the captions that a tokenizer is trained on, and check the rows only when they are asked for.
+
+    They are those that the run trains on; a run that does not train checks a sample only, and takes all.
+
+    Args:
+        dataset: unchecked splits.
+        check: returns the splits of `check_rows`.
+        max_samples: usable rows of the training split; None: all.
+        with_training: whether the run trains.
+    """
+    rows = usable(check()["train"], max_samples) if with_training else dataset["train"]
+    yield from texts(rows)[0]
 
 
 def keep_usable(

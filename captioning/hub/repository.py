@@ -173,13 +173,16 @@ class Repository:
             stage = self._stage(_select(self.output_dir, MODEL_FILES + RECORD_FILES))
             return self._upload(stage, "End of training")
         except Exception as error:
-            name = getattr(error, "free", self.model_id)
-            flags = {"push_only": self.output_dir, "hub_model_id": name, "hub_private_repo": self.private}
-            given = [f"--{flag} {shlex.quote(str(value))}" for flag, value in flags.items() if value is not None]
             raise UserError(
                 f"the model is complete in '{self.output_dir}' but not on the Hub: {describe_fault(error)}; push it "
-                f"later with: python run_captioning.py {' '.join(given)}"
+                f"later with: {self.push_command(getattr(error, 'free', self.model_id))}"
             ) from error
+
+    def push_command(self, name: str | None = None) -> str:
+        """Return the command that pushes the output folder without running anything, by default under its name."""
+        flags = {"push_only": self.output_dir, "hub_model_id": name or self.model_id, "hub_private_repo": self.private}
+        given = [f"--{flag} {shlex.quote(str(value))}" for flag, value in flags.items() if value is not None]
+        return f"python run_captioning.py {' '.join(given)}"
 
     def _stage(self, files: dict[str, Path]) -> Path:
         """Collect what is pushed in a folder of its own: training may rewrite or delete its files meanwhile."""

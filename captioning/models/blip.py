@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -151,14 +152,21 @@ class BlipCaptioner(Captioner):
 
     @classmethod
     def from_config(
-        cls, name: str, seed: int, tokenizer_name: str | None, captions: Iterable[str], vocab_size: int
+        cls,
+        name: str,
+        seed: int,
+        tokenizer_name: str | None,
+        captions: Iterable[str],
+        vocab_size: int,
+        config: dict[str, Any] | None = None,
     ) -> "BlipCaptioner":
         """See `Captioner.from_config`; vocabulary size and special tokens come from the tokenizer."""
         with as_user_error(f"config '{name}' cannot be loaded", "recipes/configs/ has examples"):
-            if not BlipConfig.get_config_dict(name)[0].keys() & {"text_config", "vision_config"}:
+            content = config or BlipConfig.get_config_dict(name)[0]
+            if not content.keys() & {"text_config", "vision_config"}:
                 # Stock would build what its defaults say
                 raise UserError(f"config '{name}' does not describe a BLIP; recipes/configs/ has examples")
-            config = BlipConfig.from_pretrained(name)
+            config = BlipConfig.from_dict(deepcopy(content))
             _check_size(config, name)
         # After the config, whose faults need not wait until the captions are checked
         tokenizer = load_tokenizer(tokenizer_name) if tokenizer_name else train_tokenizer(captions, vocab_size)

@@ -97,7 +97,13 @@ class Captioner(ABC):
     @classmethod
     @abstractmethod
     def from_config(
-        cls, name: str, seed: int, tokenizer_name: str | None, captions: Iterable[str], vocab_size: int
+        cls,
+        name: str,
+        seed: int,
+        tokenizer_name: str | None,
+        captions: Iterable[str],
+        vocab_size: int,
+        config: dict[str, Any] | None = None,
     ) -> "Captioner":
         """Build a model with random weights, in evaluation mode.
 
@@ -107,6 +113,7 @@ class Captioner(ABC):
             tokenizer_name: Hub id or folder of a tokenizer; None trains one.
             captions: what the tokenizer is trained on, if it is.
             vocab_size: the most entries of a trained tokenizer.
+            config: the content of the config; None: it is read.
 
         Raises:
             UserError: config or tokenizer cannot be read, or do not describe a model of this family.

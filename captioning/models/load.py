@@ -1,8 +1,10 @@
 """The captioner of a checkpoint or a config, by its `model_type`."""
 
+import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -14,6 +16,7 @@ from captioning.models.blip import BlipCaptioner
 from captioning.models.captioner import Captioner
 
 
+logger = logging.getLogger(__name__)
 CAPTIONERS: dict[str, type[Captioner]] = {"blip": BlipCaptioner}
 
 
@@ -49,15 +52,36 @@ def refuse_nan_weights(model: torch.nn.Module, source: str) -> None:
         raise UserError(f"model '{source}': '{name}' holds NaN or infinity; give a checkpoint from before it broke")
 
 
+def read_config(name: str, recorded: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return the content of a config file, folder or Hub id; a path may also be relative to this project.
+
+    What a recipe `recorded` of it goes before; that the file differs now is logged. Raises UserError if there is none.
+    """
+    inside = PROJECT / name
+    path = str(inside) if inside.exists() and not os.path.exists(name) else name
+    if recorded and not os.path.exists(path):
+        return recorded
+    with reading_from_hub(f"config '{name}' cannot be loaded", "recipes/configs/ has examples"):
+        content = PreTrainedConfig.get_config_dict(path)[0]
+    if recorded and content != recorded:
+        logger.warning(
+            "config '%s' differs from the one in the recipe, which is used; set --config_name to use it", name
+        )
+    return recorded or content
+
+
 def build_captioner(
-    config_name: str, seed: int, tokenizer_name: str | None, captions: Iterable[str], vocab_size: int
+    config_name: str,
+    seed: int,
+    tokenizer_name: str | None,
+    captions: Iterable[str],
+    vocab_size: int,
+    config: dict[str, Any] | None = None,
 ) -> Captioner:
     """See `Captioner.from_config`; `config_name` may also be a path relative to this project."""
-    inside = PROJECT / config_name
-    path = str(inside) if inside.exists() and not os.path.exists(config_name) else config_name
-    with reading_from_hub(f"config '{config_name}' cannot be loaded", "recipes/configs/ has examples"):
-        model_type = PreTrainedConfig.get_config_dict(path)[0].get("model_type") or "blip"
-    return captioner_class(model_type, config_name).from_config(path, seed, tokenizer_name, captions, vocab_size)
+    config = config or read_config(config_name)
+    found = captioner_class(config.get("model_type") or "blip", config_name)
+    return found.from_config(config_name, seed, tokenizer_name, captions, vocab_size, config)
 
 
 def class_in_folder(folder: Path) -> type[Captioner]:

@@ -3,8 +3,10 @@
 import json
 import logging
 import re
+import signal
 from pathlib import Path
 
+from captioning.command_line import end_now, on_stop_signals
 from captioning.errors import UserError, as_user_error
 from captioning.files import write_whole
 from captioning.hub.repository import Repository
@@ -21,10 +23,19 @@ NAME_LINE = re.compile(r'^name = "(.*)"$', re.MULTILINE)
 def push(repository: Repository, record: RunRecord, trainer: CaptioningTrainer | None = None) -> None:
     """Push the output folder of a run, and verify the push, see `verify_push`.
 
+    A signal ends the process at once, without waiting for what is being uploaded.
+
     Raises:
         UserError: the push failed; the message has the command that pushes later.
     """
-    commit = repository.push(lambda repo_id: _rename_card(record, repo_id))
+
+    def stop(number: signal.Signals) -> None:
+        whole = f"the model is complete in '{record.folder}', but may not be on the Hub"
+        later = f"push it with: {repository.push_command()}"
+        end_now(f"stopped by {number.name} during the push; {whole}: {later}", number)
+
+    with on_stop_signals(stop):
+        commit = repository.push(lambda repo_id: _rename_card(record, repo_id))
     print(f"\nPushed: {commit.commit_url}", flush=True)
     verify_push(commit, record, trainer)
 

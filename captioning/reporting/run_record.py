@@ -184,6 +184,11 @@ class RunRecord:
             found.setdefault(entry["split"], []).append(entry)
         return [f"{split}: rows left out: {len(own):,} ({reasons_in_words(own)})" for split, own in found.items()]
 
+    @cached_property
+    def code(self) -> dict[str, Any]:
+        """The code of the run: its `address`, its `commit`, whether files were `modified` since; None: unknown."""
+        return {"address": None, "commit": None, "modified": None} | (self.recipe.get("code") or {})
+
     def facts(self, digits: int) -> dict[str, str]:
         """Return the model, the data and the decode settings in words, commits with that many digits."""
         trained = self.recipe["do_train"]

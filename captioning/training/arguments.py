@@ -6,7 +6,7 @@
 import math
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -99,6 +99,7 @@ class ModelArguments:
     freeze_vision_model: bool = HfArg(default=False, help="Train only what follows the vision model.")
     label_smoothing: float | None = HfArg(default=None, help="Smoothing of the training loss. Default: the model's.")
     fast_blip: bool = HfArg(default=True, help="The same numbers by faster code, for BLIP; false: stock transformers.")
+    config: dict | None = HfArg(default=None, help="Written into recipe.json: the config that config_name held.")
 
     def __post_init__(self):
         """Check the values that can be checked alone."""
@@ -107,6 +108,8 @@ class ModelArguments:
                 "give either --model_name_or_path (a checkpoint, e.g. Salesforce/blip-image-captioning-base) "
                 "or --config_name (a config to build from, e.g. recipes/configs/blip_small.json)"
             )
+        if self.config and not self.config_name:
+            raise UserError("config is the content of config_name, which is missing; set --config_name")
         if self.tokenizer_name and self.model_name_or_path:
             raise UserError("tokenizer_name goes with config_name only: a checkpoint has its own tokenizer")
         _check_ranges(self)
@@ -160,6 +163,7 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
     resume_from_checkpoint: str | None = HfArg(
         default=None, help="'true': the last complete checkpoint in output_dir; or a checkpoint's folder."
     )
+    resume_despite_changes: bool = HfArg(default=False, help="Resume though data, tokenizer or model have changed.")
 
     # Optimization: as in published fine-tunes of BLIP on ROCOv2
     learning_rate: float = HfArg(default=1e-5, help="Peak learning rate of AdamW.")
@@ -198,6 +202,9 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
     push_to_hub: bool = HfArg(default=False, help="Push checkpoints during training, and the whole run at its end.")
     package_versions: dict | None = HfArg(default=None, help="Written into recipe.json: the packages of the run.")
     hardware: dict | None = HfArg(default=None, help="Written into recipe.json: device, processor and threads.")
+    code: dict | None = HfArg(default=None, help="Written into recipe.json: address and commit of this project.")
+    fingerprint: dict | None = HfArg(default=None, help="Written into recipe.json: digests of data, tokenizer, model.")
+    has_default_output_dir: bool = field(default=False, init=False)  # no folder was named
 
     def __post_init__(self):
         """Check our values, resolve precision and stages, then let the Trainer's arguments check themselves."""

@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
@@ -37,12 +38,18 @@ def checkpoint_fault(folder: Path, step: int | None = None) -> str | None:
         step: the optimizer step that it must be of; None: any.
     """
     try:
-        found = json.loads((folder / "trainer_state.json").read_text())["global_step"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return "trainer_state.json is missing or damaged"
+        for path in folder.glob("*.json"):
+            json.loads(path.read_text(encoding="utf-8"))
+        path = folder / "trainer_state.json"
+        state = TrainerState.load_from_json(str(path))
+        found = state.global_step
+        if not all(isinstance(entry["step"], int) for entry in [*state.log_history, {"step": found}]):
+            raise ValueError
+    except Exception:  # whatever a damaged file makes of the fields
+        return f"{path.name} is missing or damaged"
     if step is not None and found != step:
         return f"trainer_state.json is of step {found}"
-    for name in ("model.safetensors", "optimizer.pt"):
+    for name in ("model.safetensors", "optimizer.pt", "scheduler.pt"):  # without the last, stock loads no optimizer
         if not (folder / name).is_file():
             return f"{name} is missing"
     for path in (*folder.glob("*.safetensors"), *folder.glob("*.pt"), *folder.glob("*.pth")):

@@ -2,13 +2,22 @@
 
 import json
 import logging
+import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import chain, count
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from captioning.errors import UserError, as_user_error
 from captioning.files import to_json, write_whole
 from captioning.training.arguments import CaptioningArguments, DataArguments, ModelArguments
 from captioning.training.checkpoints import checkpoint_fault, last_complete_checkpoint
+from captioning.training.fingerprint import changes, refuse_changes
+from captioning.training.folder_lock import LOCK_FILE, FolderInUse, hold_folder
 from captioning.training.recipe import resolved_recipe
 
 
@@ -16,19 +25,77 @@ logger = logging.getLogger(__name__)
 
 RESULT_FILES = ("*_results.json", "scores.json", "report.html", "predictions/*.jsonl", "submission.*", "sample.*")
 # Keys of a recipe in which two runs may differ whose results stand side by side
-STAGE_FIELDS = ("do_train", "do_eval", "do_predict", "write_submission", "package_versions", "hardware")
+STAGE_FIELDS = (
+    "do_train", "do_eval", "do_predict", "write_submission", "package_versions", "hardware", "code", "fingerprint",
+)  # fmt: skip
 
 
-def prepare_output_dir(args: CaptioningArguments) -> str | None:
-    """Create the output folder and return the checkpoint to resume from, if any.
+@contextmanager
+def own_output_dir(args: CaptioningArguments) -> Iterator[str | None]:
+    """Hold the output folder for this run; the value is the checkpoint to resume from, if any.
+
+    A run whose folder has the default name gets one of its own, with a number behind the name if need be, and resumes
+    in the last of these that holds a checkpoint. `args.output_dir` is set to it, in all processes.
 
     Raises:
-        UserError: the folder cannot be written, holds another run, or the checkpoint is incomplete.
+        UserError: the folder cannot be written, is in use, holds another run, or the checkpoint is incomplete.
+    """
+    with ExitStack() as stack:
+        if args.process_index == 0:
+            args.output_dir = _take_folder(args, stack)
+        if args.world_size > 1:
+            names = [args.output_dir]
+            torch.distributed.broadcast_object_list(names, device=args.device)
+            args.output_dir = names[0]
+        yield checkpoint_to_resume(args)
+
+
+def _take_folder(args: CaptioningArguments, stack: ExitStack) -> str:
+    wanted, resume = args.output_dir, args.resume_from_checkpoint
+    seeks = args.has_default_output_dir and not resume
+    if args.has_default_output_dir and resume:
+        wanted = _folder_to_resume(wanted, resume)
+    for name in chain([wanted], (f"{wanted}-{number}" for number in count(2))):
+        with as_user_error(f"output folder '{name}' cannot be written", "set --output_dir"):
+            Path(name).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=name).close()
+            # What a run leaves that ends before it begins
+            taken = any(path.name not in (LOCK_FILE, "rejected.jsonl") for path in Path(name).iterdir())
+        if seeks and taken:
+            continue
+        try:
+            stack.enter_context(hold_folder(name))
+        except FolderInUse:
+            if not seeks:
+                raise
+            continue
+        if name != wanted:
+            logger.info("Writing to '%s': '%s' is that of another run", name, wanted)
+        return name
+
+
+def _folder_to_resume(name: str, checkpoint: str) -> str:
+    """Return the folder of `checkpoint`; 'true': of the last of `name` and `name-<number>` that holds one."""
+    number = re.compile(re.escape(Path(name).name) + r"-(\d+)")
+    found = {
+        int(match[1]): str(path) for path in Path(name).parent.glob("*") if (match := number.fullmatch(path.name))
+    }
+    folders = [name, *(found[key] for key in sorted(found))]
+    if checkpoint.lower() != "true":
+        return next((folder for folder in folders if Path(folder) == Path(checkpoint).parent), name)
+    last = next((folder for folder in reversed(folders) if last_complete_checkpoint(folder)), name)
+    if found:
+        logger.info("Of '%s' to '%s', '%s' is continued; set --output_dir for another", name, folders[-1], last)
+    return last
+
+
+def checkpoint_to_resume(args: CaptioningArguments) -> str | None:
+    """Return the checkpoint to resume from, if any.
+
+    Raises:
+        UserError: the output folder holds another run, or the checkpoint is incomplete.
     """
     folder, resume = Path(args.output_dir), args.resume_from_checkpoint
-    with as_user_error(f"output folder '{folder}' cannot be written", "set --output_dir"):
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
     if not args.do_train:
         if (folder / "model.safetensors").is_file():
             reason = "whose recipe and scores must stay together; set another --output_dir for these scores"
@@ -49,17 +116,39 @@ def prepare_output_dir(args: CaptioningArguments) -> str | None:
     return resume
 
 
-def write_recipe(model_args: ModelArguments, data_args: DataArguments, args: CaptioningArguments) -> None:
+def write_recipe(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: CaptioningArguments,
+    found: dict[str, Any],
+    checkpoint: str | None = None,
+) -> None:
     """Write `recipe.json`: what was run, at which commits, with which packages, on which hardware.
 
     What differs from the given recipe, or from the run that is resumed, is logged.
 
+    Args:
+        model_args: the model.
+        data_args: the data.
+        args: all else. Its `fingerprint`, so far that of the given recipe, is set to that of the run.
+        found: the fingerprint of the run.
+        checkpoint: what is resumed from.
+
     Raises:
-        UserError: the run that is to be resumed has another model.
+        UserError: the run that is to be resumed has another model, tokenizer, or other data.
     """
-    recipe = resolved_recipe(model_args, data_args, args)
+    if checkpoint and not args.resume_despite_changes:
+        refuse_changes(checkpoint, found)
+    given = {name: part for name, part in (args.fingerprint or {}).items() if args.do_train or name != "model"}
+    for change in (unlike := changes(given, found)):
+        logger.warning("The recipe ran with something else: %s; the numbers will differ", change)
+    if given and not unlike:
+        logger.info("Data, tokenizer and model are those that the recipe ran with")
+    args.fingerprint = found
+    recipe = resolved_recipe(model_args, data_args, args) | {"fingerprint": found}
     _log_differences("package", args.package_versions, recipe["package_versions"])
     _log_differences("hardware", args.hardware, recipe["hardware"])
+    _log_differences("code", args.code, recipe["code"])
     folder = Path(args.output_dir)
     path = folder / "recipe.json"
     resumes = args.do_train and args.resume_from_checkpoint
@@ -68,7 +157,9 @@ def write_recipe(model_args: ModelArguments, data_args: DataArguments, args: Cap
     if resumes and path.is_file():
         with as_user_error(f"'{path}' of the run to resume cannot be read", "delete it"):
             before = json.loads(path.read_text(encoding="utf-8"))
-        for key in sorted(key for key in recipe.keys() | before.keys() if recipe.get(key) != before.get(key)):
+        other = {key for key in recipe.keys() | before.keys() if recipe.get(key) != before.get(key)}
+        # `config` is missing where an earlier version wrote the recipe
+        for key in sorted(other - {"fingerprint"} - ({"config"} - before.keys())):
             if hasattr(model_args, key) and key != "label_smoothing":
                 change = f"{key} was {before.get(key)}, is {recipe.get(key)}"
                 raise UserError(f"cannot resume in '{folder}': {change}; set it back, or another --output_dir")

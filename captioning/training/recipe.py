@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import subprocess
 import sys
 import types
 import typing
@@ -27,6 +28,7 @@ from transformers.hf_argparser import string_to_bool
 from captioning.command_line import OneLineParser
 from captioning.data.tables import TABLE_ENDINGS
 from captioning.errors import UserError, as_user_error, did_you_mean
+from captioning.files import PROJECT
 from captioning.hub.foreign_recipe import refuse_local_names
 from captioning.hub.revisions import download_recipe
 from captioning.training.arguments import (
@@ -44,8 +46,8 @@ PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "ev
 DATACLASSES = (ModelArguments, DataArguments, CaptioningArguments)
 # By flag, the keys of a recipe that belong to what the flag replaces
 REPLACED_BY_FLAG = {
-    "model_name_or_path": ("model_revision", "config_name", "tokenizer_name"),
-    "config_name": ("model_name_or_path", "model_revision"),
+    "model_name_or_path": ("model_revision", "config_name", "config", "tokenizer_name"),
+    "config_name": ("config", "model_name_or_path", "model_revision"),
     "dataset_name": ("dataset_revision",),
 }
 # Where a run's output and logs go
@@ -53,10 +55,10 @@ DESTINATION_FIELDS = {
     "output_dir", "resume_from_checkpoint", "run_name", "push_to_hub", "hub_model_id", "hub_strategy",
     "hub_private_repo", "hub_always_push", "hub_token", "report_to", "project", "trackio_space_id",
 }  # fmt: skip
-# Not written, so that a rerun does not depend on them; the last four are written under another name, or anew
+# Not written, so that a rerun does not depend on them; the last six are written under another name, or anew
 UNWRITTEN_FIELDS = DESTINATION_FIELDS | {
-    "disable_tqdm", "local_rank", "log_level", "log_level_replica", "gradient_checkpointing",
-    "gradient_checkpointing_kwargs", "package_versions", "hardware",
+    "disable_tqdm", "local_rank", "log_level", "log_level_replica", "resume_despite_changes", "gradient_checkpointing",
+    "gradient_checkpointing_kwargs", "package_versions", "hardware", "code", "fingerprint",
 }  # fmt: skip
 # Written even where they are at their default: what a reader of a recipe looks for first
 ALWAYS_WRITTEN_FIELDS = {
@@ -101,9 +103,12 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
         kept = {key: value for key, value in recipe.items() if key not in replaced}
         parser.set_defaults(**refuse_local_names(address, kept) if address.startswith("hf://") else kept)
     values = _parse(parser, argv, recipe_fields())
-    values["output_dir"] = values["output_dir"] or _default_output_dir(values)
+    given = values["output_dir"]
+    values["output_dir"] = given or _default_output_dir(values)
     try:
-        return parser.parse_dict(values)
+        model_args, data_args, args = parser.parse_dict(values)
+        args.has_default_output_dir = not given
+        return model_args, data_args, args
     except (ValueError, TypeError, ImportError) as error:  # from the Trainer's checks of its arguments, and from ours
         raise UserError(" ".join(str(error).split())) from error
 
@@ -255,7 +260,25 @@ def resolved_recipe(model_args: ModelArguments, data_args: DataArguments, args: 
     values, default = args.to_dict(), defaults.to_dict()
     wanted = (ALWAYS_WRITTEN_FIELDS | {name for name in values if values[name] != default[name]}) - UNWRITTEN_FIELDS
     recipe |= {name: value for name, value in values.items() if name in wanted}
-    return recipe | {"package_versions": {name: version(name) for name in PACKAGES}, "hardware": _hardware(args)}
+    versions = {name: version(name) for name in PACKAGES}
+    return recipe | {"package_versions": versions, "hardware": _hardware(args), "code": code_version()}
+
+
+def code_version() -> dict[str, Any]:
+    """Return the address of this project by `CITATION.cff`, its commit, and whether files were modified since.
+
+    The last two are missing outside of a git repository.
+    """
+    citation = (PROJECT / "CITATION.cff").read_text(encoding="utf-8") if (PROJECT / "CITATION.cff").is_file() else ""
+    stated = re.search(r"""^repository-code: *["']?([^\s"']+)""", citation, re.MULTILINE)
+    found: dict[str, Any] = {"address": stated[1]} if stated else {}
+    with suppress(OSError, subprocess.SubprocessError):
+        if (PROJECT / ".git").exists():  # not a repository that the project merely lies in
+            git = ["git", "--no-optional-locks", "-C", str(PROJECT), "describe", "--always", "--dirty", "--abbrev=40"]
+            git = subprocess.run([*git, "--exclude=*"], capture_output=True, check=True, text=True, timeout=30)
+            commit = git.stdout.strip()
+            found |= {"commit": commit.removesuffix("-dirty"), "modified": commit.endswith("-dirty")}
+    return found
 
 
 def _hardware(args: CaptioningArguments) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What ends a training early: NaN or infinity, full memory, a full disk, SIGTERM, too many unreadable images.
+"""What ends a training early: NaN or infinity, full memory, a full disk, a signal, too many unreadable images.
 
 Each becomes a `UserError`, one line that says what happened, where, and how to go on from the last checkpoint.
 `command_line.py` prints it, and handles signals outside of the training.
@@ -8,6 +8,7 @@ import json
 import logging
 import multiprocessing
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
+from captioning.command_line import full_disk
 from captioning.errors import UserError, causes, is_disk_full
 from captioning.training.checkpoints import last_complete_checkpoint
 
@@ -58,10 +60,10 @@ def full_is_user_error(output_dir: str, batch_size: int, what: str) -> Iterator[
         raise
     except Exception as error:
         if is_disk_full(error) or _torch_found_disk_full(error, output_dir):
-            path = getattr(error, "filename", None) or output_dir
+            where = full_disk(error, output_dir, "free some, or set a lower --save_total_limit,")
+            kept = "complete checkpoints are kept"
             raise UserError(
-                f"no space left to write '{path}'; free some, or set a lower --save_total_limit, and run again with "
-                "--resume_from_checkpoint true: complete checkpoints are kept"
+                f"no space left {where} and run again with --resume_from_checkpoint true: {kept}"
             ) from error
         out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)  # of a GPU, or of the machine
         if out_of_memory or any(text in str(error) for text in MEMORY_FULL):
@@ -79,31 +81,30 @@ def _torch_found_disk_full(error: Exception, folder: str) -> bool:
     return True
 
 
-# --- SIGTERM --------------------------------------------------------------------------------------------------
+# --- Signals --------------------------------------------------------------------------------------------------
 
 
-class StopOnSigterm(TrainerCallback):
-    """On SIGTERM, finish the current step, save a checkpoint and stop; it is enough if one process gets it."""
+class StopOnSignal(TrainerCallback):
+    """On a signal, finish the current step, save a checkpoint and stop; it is enough if one process gets it."""
 
     def __init__(self):
-        self.received = False  # by this process; after `agree`, by any process
+        self.received = 0  # the signal that this process got, 0: none; after `agree`, that of any process
         self.stopping = False  # the training was told to end
 
-    def receive(self) -> None:
-        """Handle the signal, for `on_sigterm`."""
-        self.received = True
-        # Not by `logging`, whose lock the interrupted code may hold
-        os.write(
-            2, b"SIGTERM: when the current step or evaluation is finished, a checkpoint is saved and the run ends\n"
-        )
+    def receive(self, number: signal.Signals) -> None:
+        """Handle the signal, for `on_stop_signals`."""
+        self.received = number
+        again = "; Ctrl-C again ends it at once" if number == signal.SIGINT else ""
+        what = "when the current step or evaluation is finished, a checkpoint is saved and the run ends"
+        os.write(2, f"{number.name}: {what}{again}\n".encode())  # not by `logging`, whose lock may be held
 
     def agree(self, args) -> bool:
-        """Return whether any process has received the signal; all processes must call this."""
+        """Return whether any process has received a signal; all processes must call this."""
         if args.world_size > 1:
-            received = torch.tensor(float(self.received), device=args.device)
+            received = torch.tensor(self.received, device=args.device)
             torch.distributed.all_reduce(received, op=torch.distributed.ReduceOp.MAX)
-            self.received = bool(received)
-        return self.received
+            self.received = int(received)
+        return self.received > 0
 
     def on_step_end(self, args, state, control, **kwargs):
         """Ask for a checkpoint and the end; at the end of an epoch the evaluation comes first, as in any run."""

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,14 +17,15 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, GenerationConfig, Seq2SeqTrainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from captioning.command_line import on_sigterm
+from captioning.command_line import on_stop_signals
 from captioning.data.streaming import is_streamed
 from captioning.errors import Stopped, UserError, as_user_error
 from captioning.files import to_json, without_nan, write_whole
 from captioning.models.captioner import Captioner
 from captioning.models.load import nan_weights, refuse_nan_weights
 from captioning.training.checkpoints import last_complete_checkpoint
-from captioning.training.safeguards import StopOnSigterm, full_is_user_error, not_finite
+from captioning.training.fingerprint import FINGERPRINT_FILE
+from captioning.training.safeguards import StopOnSignal, full_is_user_error, not_finite
 from captioning.training.samplers import PaddedRows, PaddedSampler, SetEpoch, StreamingSampler
 
 
@@ -84,8 +86,8 @@ class CaptioningTrainer(Seq2SeqTrainer):
         self.model_accepts_loss_kwargs = True
         # Tied weights are stored once; without this, loading a checkpoint warns that they are missing
         self.model._keys_to_ignore_on_save = list(self.model._tied_weights_keys or ())
-        self.stop_on_sigterm = StopOnSigterm()
-        self.add_callback(self.stop_on_sigterm)
+        self.stop_on_signal = StopOnSignal()
+        self.add_callback(self.stop_on_signal)
         self.add_callback(LogBeforeCheckpoint())
 
     # --- Training ---------------------------------------------------------------------------------------------
@@ -162,11 +164,11 @@ class CaptioningTrainer(Seq2SeqTrainer):
 
         Raises:
             UserError: the loss is NaN or infinity, or memory or disk are full.
-            Stopped: SIGTERM came; a checkpoint is saved.
+            Stopped: a signal came; a checkpoint is saved.
         """
-        stop = self.stop_on_sigterm
+        stop = self.stop_on_signal
         full = full_is_user_error(self.args.output_dir, self._train_batch_size, "train")
-        with on_sigterm(stop.receive), full:
+        with on_stop_signals(stop.receive), full:
             output = super().train(*args, **kwargs)
             if stop.stopping:
                 raise self._stopped()
@@ -179,6 +181,8 @@ class CaptioningTrainer(Seq2SeqTrainer):
         """Save as the stock Trainer does; in the output folder each file appears whole, the weights last."""
         if output_dir is not None:  # a checkpoint, which is complete when its `trainer_state.json` is there
             super().save_model(output_dir, _internal_call)
+            if self.args.should_save and self.args.fingerprint:
+                write_whole(Path(output_dir) / FINGERPRINT_FILE, json.dumps(self.args.fingerprint, indent=2) + "\n")
             return
         folder = Path(self.args.output_dir)
         staged = folder / "model.tmp"
@@ -200,26 +204,31 @@ class CaptioningTrainer(Seq2SeqTrainer):
 
         Raises:
             UserError: a weight is NaN or infinity after the last update, which no loss has shown yet.
-            Stopped: SIGTERM came.
+            Stopped: a signal came.
         """
         if nan_weights(self.model):
             what = f"step {self.state.global_step} made weights NaN or infinite, and no checkpoint is saved"
             raise not_finite(what, self.args.output_dir)
+        folder, was_there = self.args.output_dir, os.path.isdir(self.args.output_dir)
         super()._save_checkpoint(model, trial)
-        if self.stop_on_sigterm.stopping:
+        if not was_there:
+            go_on = "a checkpoint is saved there: go on from it with --resume_from_checkpoint true"
+            raise UserError(f"output folder '{folder}' was removed during the training; {go_on}")
+        if self.stop_on_signal.stopping:
             raise self._stopped()
 
     def stop_if_told(self) -> None:
-        """Raise `Stopped` if SIGTERM came after the last step of the training, whose model is saved by now."""
-        if self.stop_on_sigterm.agree(self.args):
+        """Raise `Stopped` if a signal came after the last step of the training, whose model is saved by now."""
+        if self.stop_on_signal.agree(self.args):
             raise self._stopped()
 
     def _stopped(self) -> Stopped:
         self.accelerator.wait_for_everyone()
-        last = last_complete_checkpoint(self.args.output_dir)
+        last, number = last_complete_checkpoint(self.args.output_dir), self.stop_on_signal.received
         return Stopped(
-            f"stopped by SIGTERM after step {self.state.global_step} of {self.state.max_steps}; go on with the same "
-            f"command and --resume_from_checkpoint true{f', from {last}' if last else ''}"
+            f"stopped by {signal.Signals(number).name} after step {self.state.global_step} of {self.state.max_steps}; "
+            f"go on with the same command and --resume_from_checkpoint true{f', from {last}' if last else ''}",
+            number,
         )
 
     def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
@@ -253,8 +262,17 @@ class CaptioningTrainer(Seq2SeqTrainer):
         return is_new
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        """Load the weights as the stock Trainer does; those of another model, or of NaN, are a one-line error."""
+        mend = "resume from another checkpoint, or set another --output_dir"
+        with as_user_error(f"the weights in '{resume_from_checkpoint}' are not those of this model", mend):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         refuse_nan_weights(self.model, resume_from_checkpoint)
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        super()._issue_warnings_after_load(load_result)  # ties the weights that are stored once
+        missing = set(load_result.missing_keys) - set(self.model._keys_to_ignore_on_save)
+        if unlike := sorted({*missing, *load_result.unexpected_keys}):
+            raise KeyError(f"{len(unlike)} are missing or unknown, such as {unlike[0]}")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load them as the stock Trainer does, with torch's `weights_only`; a failure is a one-line error."""

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -413,6 +414,27 @@ repository.push(print)
 """
         result = served[2].run(["-c", code], code=1, timeout=60)
     assert "the Hub has been silent for 0.5 s: POST " in result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_push_ends_it_at_once_with_the_command_that_pushes(served, finished, number):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        code = f"""
+import functools, signal
+import run_captioning
+from captioning.command_line import exit_on_user_error
+from captioning.hub import repository
+signal.signal(signal.SIGINT, signal.default_int_handler)
+repository.HfApi = functools.partial(repository.HfApi, endpoint="http://127.0.0.1:{silent.getsockname()[1]}")
+exit_on_user_error(lambda: run_captioning.main(["--push_only", {str(finished)!r}, "--hub_model_id", "a/b"]))
+"""
+        process = served[2].start(["-c", code])
+        silent.accept()
+        process.send_signal(number)
+        errors = process.communicate(timeout=30)[1]
+    assert process.returncode == 128 + number
+    assert errors.strip().splitlines()[-1].startswith(f"error: stopped by {number.name} during the push")
+    assert errors.rstrip().endswith(f"python run_captioning.py --push_only {finished} --hub_model_id a/b")
 
 
 def test_the_name_of_the_repository_is_checked_before_training(home, local_run):

@@ -132,7 +132,8 @@ def test_data_and_license(folder, parquet_folder):
 
 
 def test_paths_of_the_machine_are_not_in_the_card(folder):
-    change(folder, dataset_name="/home/me/my data", config_name="/home/me/tiny.json", tokenizer_name="/home/me/vocab")
+    local = {"config_name": "/home/me/tiny.json", "config": None, "tokenizer_name": "/home/me/vocab"}
+    change(folder, dataset_name="/home/me/my data", **local)
     card = render(folder)
     assert "/home/me" not in card and "`--config_name`" in card and "`--tokenizer_name`" in card
     change(folder, model_name_or_path="/home/me/start", config_name=None)

@@ -4,20 +4,27 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from multiprocessing import popen_fork
 from pathlib import Path
 
+import multiprocess
 import pytest
 import torch
-from helpers import flags, outcome, run, signal_when, start
+from datasets import Dataset
+from helpers import flags, make_rows, outcome, run, signal_when, start
+from processes import server
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from captioning import files
-from captioning.command_line import exit_on_user_error
-from captioning.errors import Stopped, UserError
+from captioning.command_line import STOP_SIGNALS, exit_on_user_error, on_stop_signals
+from captioning.errors import Stopped, UserError, as_user_error
 from captioning.training import safeguards
 from captioning.training.checkpoints import last_complete_checkpoint
 from captioning.training.trainer import CaptioningTrainer
@@ -99,15 +106,24 @@ def test_sigterm_saves_a_checkpoint_and_says_how_to_go_on(config_file, parquet_f
 
 
 @pytest.fixture
-def sigterm_at(monkeypatch):
-    """Return a function that has SIGTERM sent when a method of the Trainer is called in a step."""
+def heard(monkeypatch):
+    """Have no signal ignored, as a shell ignores them for what it starts in the background."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
-    def send_at(method: str, step: int | None = None) -> None:
+
+@pytest.fixture
+def signal_at(monkeypatch, heard):
+    """Return a function that has a signal sent when a method of the Trainer is called in a step."""
+
+    def send_at(method: str, step: int | None = None, number: int = signal.SIGTERM) -> None:
         original = getattr(CaptioningTrainer, method)
 
         def sending(self, *args, **kwargs):
             if step in (None, self.state.global_step):
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), number)
             return original(self, *args, **kwargs)
 
         monkeypatch.setattr(CaptioningTrainer, method, sending)
@@ -115,26 +131,118 @@ def sigterm_at(monkeypatch):
     return send_at
 
 
-@pytest.mark.parametrize(("step", "evaluated"), [(2, []), (5, [6])], ids=["middle", "end of an epoch"])
-def test_sigterm_stops_before_the_next_step_and_after_the_evaluation_of_a_finished_epoch(
-    make_trainer, sigterm_at, step, evaluated
+@pytest.mark.parametrize(
+    ("number", "step", "evaluated"),
+    [("TERM", 2, []), ("INT", 2, []), ("HUP", 2, []), ("USR1", 5, [6])],
+    ids=["terminated", "Ctrl-C", "terminal closed", "Slurm, at the end of an epoch"],
+)
+def test_a_signal_stops_before_the_next_step_and_after_the_evaluation_of_a_finished_epoch(
+    make_trainer, signal_at, capfd, number, step, evaluated
 ):
     """The run that goes on from the end of an epoch begins the next one, and would never make up for it."""
+    number = signal.Signals[f"SIG{number}"]
     trainer = make_trainer(num_train_epochs=2, per_device_train_batch_size=4, logging_steps=1, save_total_limit=1)
-    sigterm_at("training_step", step)
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Stopped, match=rf"after step {step + 1} of 12.*checkpoint-{step + 1}"):
+    signal_at("training_step", step, number)
+    with pytest.raises(Stopped, match=rf"{number.name} after step {step + 1} of 12.*checkpoint-{step + 1}") as stopped:
         trainer.train()
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert stopped.value.number == number
+    assert signal.getsignal(number) == signal.SIG_DFL
     assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == evaluated
     assert trainer.state.best_global_step == (evaluated[0] if evaluated else None)
     assert last_complete_checkpoint(trainer.args.output_dir).endswith(f"checkpoint-{step + 1}")
+    assert ("Ctrl-C again ends it at once" in capfd.readouterr().err) == (number == signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_while_workers_start_saves_a_checkpoint(
+    make_trainer, heard, monkeypatch, capfd, number
+):
+    """A terminal signals the workers too, and so does Slurm: the step that goes on needs their rows."""
+    launch = popen_fork.Popen._launch
+
+    def launch_and_signal(self, *args):
+        launch(self, *args)
+        group = [self.pid] if trainer.stop_on_signal.received else [self.pid, os.getpid()]
+        subprocess.run(["kill", f"-{number}", *map(str, group)], check=True)  # not by the parent, whose SIGTERM counts
+
+    trainer = make_trainer(num_train_epochs=1, dataloader_num_workers=2, per_device_train_batch_size=4)
+    monkeypatch.setattr(popen_fork.Popen, "_launch", launch_and_signal)
+    with pytest.raises(Stopped, match="after step 1 of 6"):
+        trainer.train()
+    assert last_complete_checkpoint(trainer.args.output_dir).endswith("checkpoint-1")
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_processes_that_check_rows_end_with_the_command_and_without_a_word(heard, capfd):
+    def interrupt():
+        processes.extend(multiprocess.active_children())
+        for process in (*(process.pid for process in processes), os.getpid()):
+            os.kill(process, signal.SIGINT)
+
+    processes: list = []
+    threading.Timer(1, interrupt).start()
+    with pytest.raises(SystemExit):
+        exit_on_user_error(lambda: make_rows(4).map(lambda row: time.sleep(60), num_proc=2))
+    assert len(processes) > 1
+    assert not any(process.is_alive() for process in processes)
+    errors = capfd.readouterr().err
+    assert "Traceback" not in errors
+    assert error_line(errors).startswith("error: stopped by SIGINT; ")
+
+
+def test_a_second_ctrl_c_ends_the_process_at_once():
+    code = """
+import time, signal
+from captioning.command_line import STOP_SIGNALS, exit_on_user_error, on_stop_signals, on_stop_signals
+def main():
+    with on_stop_signals(lambda number: print("first", flush=True)):
+        print("ready", flush=True)
+        time.sleep(60)
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+exit_on_user_error(main)
+"""
+    process = server().start(["-c", code])
+    for word in (b"ready", b"first"):
+        signal_when(lambda word=word: word in process.output(), signal.SIGINT, process)
+    began = time.monotonic()
+    output, errors = process.communicate(timeout=30)
+    assert time.monotonic() - began < 10
+    assert (process.returncode, output.split()) == (128 + signal.SIGINT, ["ready", "first"])
+    assert error_line(errors).startswith("error: ended by a second SIGINT; complete checkpoints are kept")
+
+
+def test_an_upload_goes_on_after_a_signal_and_ends_by_another():
+    code = """
+import threading, time, signal
+from captioning.command_line import exit_on_user_error
+def main():
+    threading.Thread(target=time.sleep, args=(60,)).start()
+    print("ready", flush=True)
+    time.sleep(60)
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+exit_on_user_error(main)
+"""
+    process = server().start(["-c", code])
+    signal_when(lambda: b"ready" in process.output(), signal.SIGINT, process)
+    signal_when(lambda: b"error: " in process.output(error=True), signal.SIGINT, process)
+    errors = process.communicate(timeout=30)[1]
+    assert process.returncode == 128 + signal.SIGINT
+    assert error_line(errors).endswith("an upload still goes on, a signal ends it")
+    assert "Traceback" not in errors
+
+
+def test_what_nohup_ignores_stays_ignored(heard):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with on_stop_signals(lambda number: None):
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def test_sigterm_in_the_last_evaluation_ends_the_run_when_its_model_is_saved(
-    config_file, parquet_folder, tmp_path, sigterm_at
+    config_file, parquet_folder, tmp_path, signal_at
 ):
-    sigterm_at("evaluation_loop")
+    signal_at("evaluation_loop")
     arguments = {"num_train_epochs": 1, "save_strategy": "no", "load_best_model_at_end": False}
     with pytest.raises(Stopped, match="after step 6 of 6"):
         main(flags(config_file, parquet_folder, tmp_path / "run", **arguments))
@@ -161,20 +269,20 @@ def test_a_write_that_breaks_off_leaves_the_old_file(tmp_path, monkeypatch):
     assert (tmp_path / "a.json").read_text() == "old"
 
 
-def test_sigterm_ends_any_command_and_its_handler_is_restored(capsys):
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_ends_any_command_and_its_handler_is_restored(heard, capsys, number):
     def swallowing():
         try:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             time.sleep(5)
         except Exception:
             pytest.fail("an except clause of a library caught it")
 
-    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as error:
         exit_on_user_error(swallowing)
-    assert error.value.code == 143
-    assert capsys.readouterr().err.startswith("error: stopped by SIGTERM; ")
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert error.value.code == 128 + number
+    assert capsys.readouterr().err.startswith(f"error: stopped by {number.name}; ")
+    assert signal.getsignal(number) == signal.SIG_DFL
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -225,7 +333,7 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_resumes(config_file, parquet_folder, tmp_path, small_disk):
     folder = small_disk / "run"
-    arguments = flags(config_file, parquet_folder, folder, num_train_epochs=8, save_total_limit=20, report_to="none")
+    arguments = flags(config_file, parquet_folder, folder, num_train_epochs=8, save_total_limit=20)
     failed = run(arguments, code=2)
     assert "Traceback" not in failed.stderr
     line = error_line(failed.stderr)
@@ -236,6 +344,83 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_resumes(config_file, pa
     assert subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)]).returncode == 0
     resumed = run([*arguments, "--resume_from_checkpoint", "true"])
     assert f"Resuming from {checkpoint}" in resumed.stderr
+
+
+def test_a_full_cache_is_named_as_that(small_disk, capsys):
+    def main():
+        with as_user_error("dataset 'a' cannot be loaded"):
+            rows = Dataset.from_dict({"text": ["a" * 10_000] * 300})
+            rows.map(lambda row: {"copy": row["text"]}, cache_file_name=str(small_disk / "cache.arrow"))
+
+    with pytest.raises(SystemExit):
+        exit_on_user_error(main)
+    line = error_line(capsys.readouterr().err)
+    assert line.startswith(f"error: no space left in the cache '{small_disk}'; free some, or set HF_DATASETS_CACHE to")
+
+
+def test_an_output_folder_that_is_removed_gets_the_next_checkpoint_and_one_line(make_trainer, monkeypatch):
+    step = CaptioningTrainer.training_step
+
+    def remove_and_step(self, *args, **kwargs):
+        if self.state.global_step == 1:
+            shutil.rmtree(self.args.output_dir)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(CaptioningTrainer, "training_step", remove_and_step)
+    trainer = make_trainer(num_train_epochs=2, per_device_train_batch_size=4)
+    with pytest.raises(UserError, match=r"output folder '.*' was removed during the training; a checkpoint is saved"):
+        trainer.train()
+    assert last_complete_checkpoint(trainer.args.output_dir).endswith("checkpoint-6")
+
+
+def damage(value: object, *keys: str):
+    """Return a function that sets a field of `trainer_state.json`."""
+
+    def edit(checkpoint: Path) -> None:
+        path = checkpoint / "trainer_state.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | dict.fromkeys(keys, value)))
+
+    return edit
+
+
+def other_weights(checkpoint: Path) -> None:
+    save_file({"weight": torch.ones(9)}, checkpoint / "model.safetensors")
+
+
+def smaller_weights(checkpoint: Path) -> None:
+    weights = load_file(checkpoint / "model.safetensors")
+    save_file({name: value[:1].clone() for name, value in weights.items()}, checkpoint / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (damage("abc", "global_step"), "trainer_state.json is missing or damaged"),
+        (damage([1], "log_history"), "trainer_state.json is missing or damaged"),
+        (damage(1, "unknown"), "trainer_state.json is missing or damaged"),
+        (lambda checkpoint: (checkpoint / "tokenizer.json").write_text("{"), "tokenizer.json is missing or damaged"),
+        (lambda checkpoint: (checkpoint / "scheduler.pt").unlink(), "scheduler.pt is missing"),
+        (other_weights, "the weights in '.*' are not those of this model: .* missing or unknown, such as "),
+        (smaller_weights, "the weights in '.*' are not those of this model: RuntimeError"),
+    ],
+)
+def test_a_damaged_checkpoint_is_one_line(short_run, tmp_path, edit, said):
+    arguments, checkpoint = short_run
+    shutil.copytree(checkpoint, tmp_path / "checkpoint-2")
+    edit(tmp_path / "checkpoint-2")
+    options = {"output_dir": tmp_path / "run", "resume_from_checkpoint": tmp_path / "checkpoint-2"}
+    with pytest.raises(UserError, match=said):
+        main([*arguments, *(str(item) for name, value in options.items() for item in (f"--{name}", value))])
+
+
+@pytest.fixture(scope="module")
+def short_run(config_file, parquet_folder, tmp_path_factory):
+    """The flags of a run, and its checkpoint."""
+    folder = tmp_path_factory.mktemp("short") / "run"
+    options = {"max_steps": 2, "do_eval": False, "do_predict": False, "num_train_epochs": None, "report_to": "none"}
+    arguments = flags(config_file, parquet_folder, folder, **options)
+    main(arguments)
+    return arguments, folder / "checkpoint-2"
 
 
 @pytest.mark.parametrize(
