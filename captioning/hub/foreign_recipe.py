@@ -2,6 +2,7 @@
 
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 from captioning.errors import UserError
@@ -11,7 +12,8 @@ from captioning.hub.private_strings import texts_in
 
 
 NAME_FIELDS = ("model_name_or_path", "config_name", "tokenizer_name", "dataset_name", "bertscore_model")
-TEXT_FIELDS = ("prompt", "license", "language", "package_versions", "hardware")
+LOCAL_FIELDS = ("image_folder",)  # what is in such a field is on this machine, whatever it looks like
+TEXT_FIELDS = ("prompt", "license", "language", "package_versions", "hardware", "code", "fingerprint")
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 OTHER_PATH = re.compile(r"(?<!\w)(~[\w.-]*[/\\]|[A-Za-z]:[/\\]|\\\\|file:)")
 
@@ -28,7 +30,11 @@ def refuse_local_names(address: str, recipe: dict[str, Any]) -> dict[str, Any]:
             in a stranger's name, and might publish their captions.
     """
     for key, value in recipe.items():
-        if value and key in NAME_FIELDS:
+        if value and key in LOCAL_FIELDS:
+            raise _refusal(address, key, value)
+        if key == "config_name" and recipe.get("config"):
+            recipe = recipe | {key: Path(value).name}  # a label: the recipe brings the config itself
+        elif value and key in NAME_FIELDS:
             own = _config_of_project(value) if key == "config_name" else None
             if own is None and not HUB_ID.fullmatch(value):
                 raise _refusal(address, key, value)
