@@ -65,6 +65,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             push_finished_run(push_args.push_only, push_args.hub_model_id, push_args.hub_private_repo)
         return {}
     model_args, data_args, args = parse_arguments(argv)
+    if args.push_to_hub:
+        Repository(args.output_dir, args.hub_model_id)  # a name that it cannot have is told before anything is written
     with own_output_dir(args) as checkpoint:
         return run(model_args, data_args, args, checkpoint)
 
@@ -169,10 +171,10 @@ def load_model(
         if not args.do_train:
             warn_of_other_settings(captioner.model.generation_config, args.decoding())
     else:
-        model_args.config = read_config(model_args.config_name, model_args.config)
+        model_args.model_config = read_config(model_args.config_name, model_args.model_config)
         tokenizer = changed or model_args.tokenizer_name or checkpoint
         captioner = build_captioner(
-            model_args.config_name, args.seed, tokenizer, captions, model_args.vocab_size, model_args.config
+            model_args.config_name, args.seed, tokenizer, captions, model_args.vocab_size, model_args.model_config
         )
     captioner.adapt(
         model_args.image_size, model_args.label_smoothing, model_args.freeze_vision_model, model_args.fast_blip

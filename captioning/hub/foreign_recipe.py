@@ -32,7 +32,7 @@ def refuse_local_names(address: str, recipe: dict[str, Any]) -> dict[str, Any]:
     for key, value in recipe.items():
         if value and key in LOCAL_FIELDS:
             raise _refusal(address, key, value)
-        if key == "config_name" and recipe.get("config"):
+        if key == "config_name" and recipe.get("model_config"):
             recipe = recipe | {key: Path(value).name}  # a label: the recipe brings the config itself
         elif value and key in NAME_FIELDS:
             own = _config_of_project(value) if key == "config_name" else None

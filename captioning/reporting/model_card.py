@@ -224,7 +224,7 @@ def _missing_flags(record: RunRecord) -> list[str]:
     local = {
         "`--dataset_name`": record.data_kind != "phantoms" and not record.data.revision,
         "`--model_name_or_path` (to train again)": start and recipe["do_train"] and not start.revision,
-        "`--config_name`": not recipe.get("config")
+        "`--config_name`": not recipe.get("model_config")
         and not (PROJECT / (recipe["config_name"] or "")).is_relative_to(PROJECT),
         "`--tokenizer_name`": Path(recipe["tokenizer_name"] or "").is_absolute(),
     }

@@ -99,7 +99,7 @@ class ModelArguments:
     freeze_vision_model: bool = HfArg(default=False, help="Train only what follows the vision model.")
     label_smoothing: float | None = HfArg(default=None, help="Smoothing of the training loss. Default: the model's.")
     fast_blip: bool = HfArg(default=True, help="The same numbers by faster code, for BLIP; false: stock transformers.")
-    config: dict | None = HfArg(default=None, help="Written into recipe.json: the config that config_name held.")
+    model_config: dict | None = HfArg(default=None, help="Written into recipe.json: the config that config_name held.")
 
     def __post_init__(self):
         """Check the values that can be checked alone."""
@@ -108,8 +108,8 @@ class ModelArguments:
                 "give either --model_name_or_path (a checkpoint, e.g. Salesforce/blip-image-captioning-base) "
                 "or --config_name (a config to build from, e.g. recipes/configs/blip_small.json)"
             )
-        if self.config and not self.config_name:
-            raise UserError("config is the content of config_name, which is missing; set --config_name")
+        if self.model_config and not self.config_name:
+            raise UserError("model_config is the content of config_name, which is missing; set --config_name")
         if self.tokenizer_name and self.model_name_or_path:
             raise UserError("tokenizer_name goes with config_name only: a checkpoint has its own tokenizer")
         _check_ranges(self)

@@ -40,7 +40,7 @@ def fingerprint(dataset: DatasetDict, captioner: Captioner, model_args: ModelArg
     found["tokenizer"] = _digest(sorted(captioner.tokenizer.get_vocab().items()))
     name, revision = model_args.model_name_or_path, model_args.model_revision
     if not name:
-        found["model"] = _digest(model_args.config)
+        found["model"] = _digest(model_args.model_config)
     elif COMMIT_HASH.fullmatch(revision or ""):
         found["model"] = revision
     elif os.path.isdir(name):

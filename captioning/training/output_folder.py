@@ -158,8 +158,8 @@ def write_recipe(
         with as_user_error(f"'{path}' of the run to resume cannot be read", "delete it"):
             before = json.loads(path.read_text(encoding="utf-8"))
         other = {key for key in recipe.keys() | before.keys() if recipe.get(key) != before.get(key)}
-        # `config` is missing where an earlier version wrote the recipe
-        for key in sorted(other - {"fingerprint"} - ({"config"} - before.keys())):
+        # `model_config` is missing where an earlier version wrote the recipe
+        for key in sorted(other - {"fingerprint"} - ({"model_config"} - before.keys())):
             if hasattr(model_args, key) and key != "label_smoothing":
                 change = f"{key} was {before.get(key)}, is {recipe.get(key)}"
                 raise UserError(f"cannot resume in '{folder}': {change}; set it back, or another --output_dir")

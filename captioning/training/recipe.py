@@ -46,8 +46,8 @@ PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "ev
 DATACLASSES = (ModelArguments, DataArguments, CaptioningArguments)
 # By flag, the keys of a recipe that belong to what the flag replaces
 REPLACED_BY_FLAG = {
-    "model_name_or_path": ("model_revision", "config_name", "config", "tokenizer_name"),
-    "config_name": ("config", "model_name_or_path", "model_revision"),
+    "model_name_or_path": ("model_revision", "config_name", "model_config", "tokenizer_name"),
+    "config_name": ("model_config", "model_name_or_path", "model_revision"),
     "dataset_name": ("dataset_revision",),
 }
 # Where a run's output and logs go

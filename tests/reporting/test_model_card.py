@@ -132,7 +132,7 @@ def test_data_and_license(folder, parquet_folder):
 
 
 def test_paths_of_the_machine_are_not_in_the_card(folder):
-    local = {"config_name": "/home/me/tiny.json", "config": None, "tokenizer_name": "/home/me/vocab"}
+    local = {"config_name": "/home/me/tiny.json", "model_config": None, "tokenizer_name": "/home/me/vocab"}
     change(folder, dataset_name="/home/me/my data", **local)
     card = render(folder)
     assert "/home/me" not in card and "`--config_name`" in card and "`--tokenizer_name`" in card
@@ -196,7 +196,8 @@ def test_a_run_that_only_scored_has_its_own_settings(finished, parquet_folder, t
     monkeypatch.chdir(finished.parent)  # where the card's "run" is
     code_repeats(card, check / "predictions" / "test.jsonl")
     change(check, model_name_or_path="user/model", model_revision="0" * 40)
-    assert 'name = "user/model"' in render(check) and 'cached_file("user/model", "sample.png")' in render(check)
+    card = render(check, "me/scored")
+    assert 'name = "user/model"' in card and 'cached_file("me/scored", "sample.png")' in card
     change(check, num_beams=1, no_repeat_ngram_size=0)
     assert "alone does not" in render(check), "its config was not written by this run"
 

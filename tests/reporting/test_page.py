@@ -188,7 +188,7 @@ def test_score_tables_have_values_intervals_baselines_and_what_is_missing(page):
         ["ROUGE-L", "0.635 0.610 – 0.650", "R C N I 0 0.8", "0.370", "–", "~ 0.620", "0.360", "▲ 0.700", "–"],
         ["CIDEr", "2.500", "0 2.5", *["–"] * 6],
         ["Modality", "–", "", *["–"] * 6],
-        ["Concept", "0.800", "max 0 1", *["–"] * 5, "0.900"],
+        ["Concept", "0.800", "ref 0 1", *["–"] * 5, "0.900"],
     ]
     modalities = [["CT", "4", "0 0.8", "0.600 0.500 – 0.700"], ["(unknown)", "2", "0 0.8", "0.700"]]
     assert page.eval_on_selector_all(".scroll tbody tr", script) == modalities

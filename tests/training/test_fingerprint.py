@@ -114,7 +114,7 @@ def test_a_resume_from_a_changed_start_is_an_error(tiny_captioner, copied, edit,
 
 def test_a_run_of_an_earlier_version_resumes(config_file, copied):
     recipe = read_json(copied / "run" / "recipe.json")
-    new = {"fingerprint", "config", "code"}
+    new = {"fingerprint", "model_config", "code"}
     assert new <= recipe.keys()
     (copied / "run" / "recipe.json").write_text(json.dumps({key: recipe[key] for key in recipe.keys() - new}))
     (copied / "run" / "checkpoint-3" / FINGERPRINT_FILE).unlink()
@@ -133,7 +133,7 @@ def test_a_rerun_says_what_differs_and_goes_on(copied, caplog):
 
 def test_a_rerun_builds_the_model_of_the_recipe_though_the_file_has_changed(config_file, trained, tmp_path, caplog):
     recipe = read_json(trained / "run" / "recipe.json")
-    assert recipe["config"] == read_json(config_file)
+    assert recipe["model_config"] == read_json(config_file)
     changed = json.loads(config_file.read_text())
     changed["text_config"]["intermediate_size"] = 128
     (tmp_path / "tiny.json").write_text(json.dumps(changed))
