@@ -24,7 +24,8 @@ def score_table(scores: Mapping[str, Any]) -> str:
         row += f"  {four_digits(entry['low'])} - {four_digits(entry['high']):<8}"
         row += "".join(f"{four_digits(entry['baselines'].get(key)):>13}" for key in baselines)
         lines += [row + (f"   references {four_digits(entry['references'])}" if "references" in entry else "")]
-    lines += [""]
+    counted = {name: entry for name, entry in scores["scores"].items() if "stated" in entry}
+    lines += ["", *(f"{name}: {items_in_words(entry)}" for name, entry in counted.items()), ""]
     for key, note in scores["baselines"].items():
         among = f", found among {note['found_among']}" if "found_among" in note else ""
         lines += [f"{BASELINES[key].heading}: {note['what']}{among}"]
@@ -43,14 +44,26 @@ def comparison_table(result: Mapping[str, Any]) -> str:
     first, second = result["systems"]
     width = max(len(name) for name in result["scores"]) + 2
     lines = [f"{result['captions']:,} captions; first: {first}; second: {second}", ""]
-    lines += [f"{'':<{width}}{'first':>8}{'second':>8}{'difference':>12}  {'95 % interval':<20}{'p':>8}"]
+    lines += [f"{'':<{width}}{'first':>8}{'second':>8}{'difference':>12}  {'95 % interval':<20}{'p':>9}{'p, Holm':>9}"]
     for name, row in result["scores"].items():
         difference, low, high = (four_digits(row[key], sign="+") for key in ("difference", "low", "high"))
         values = f"{four_digits(row['first']):>8}{four_digits(row['second']):>8}{difference:>12}"
-        lines += [f"{name:<{width}}{values}  {f'{low} to {high}':<20}{four_digits(row['p_value']):>8}"]
+        p_values = "".join(f"{four_digits(row[key]):>9}" for key in ("p_value", "p_holm"))
+        lines += [f"{name:<{width}}{values}  {f'{low} to {high}':<20}{p_values}"]
     lines += ["", *not_computed(result)]
-    lines += ["p: approximate randomization, two-sided; the difference is the first score minus the second."]
+    lines += ["p: approximate randomization, two-sided, and corrected for the number of scores by Holm's method."]
+    lines += ["The difference is the first score minus the second."]
     return "\n".join(lines)
+
+
+def items_in_words(entry: Mapping[str, Any]) -> str:
+    """Say how often an attribute is stated, and how often rightly."""
+    if not entry["stated"]:
+        return f"no reference states one, the captions {entry['predicted']:,}"
+    if not entry["predicted"]:
+        return f"the captions never state one, the references {entry['stated']:,}"
+    shares = f"precision {entry['precision']:.3f}, recall {entry['recall']:.3f}"
+    return f"{shares}; stated by the captions {entry['predicted']:,} times, by the references {entry['stated']:,}"
 
 
 def four_digits(value: float | None, sign: str = "") -> str:

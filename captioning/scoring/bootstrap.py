@@ -6,7 +6,7 @@ randomization (Noreen, Computer-Intensive Methods for Testing Hypotheses, 1989).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -112,6 +112,15 @@ class Comparison:
     low: float
     high: float
     p_value: float
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values corrected for their number: Holm, Scandinavian Journal of Statistics 6:65, 1979."""
+    order = np.argsort(p_values)
+    corrected = np.empty(len(order))
+    steps = np.asarray(p_values, dtype=np.float64)[order] * np.arange(len(order), 0, -1)
+    corrected[order] = np.minimum(np.maximum.accumulate(steps), 1) if len(order) else steps
+    return corrected.tolist()
 
 
 def compare(first: Score, second: Score, counts: np.ndarray) -> Comparison:

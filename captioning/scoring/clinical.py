@@ -380,10 +380,22 @@ def item_agreement(attribute: str, predicted: Sequence[Set[str]], stated: Sequen
     return Score(np.array(rows, float).reshape(-1, 3), micro_f1)
 
 
+def item_counts(score: Score) -> dict[str, float | int | None]:
+    """Return precision and recall behind an F1 of `item_agreement`, and how many items were predicted and stated."""
+    common, predicted, stated = score.statistics.sum(axis=0)
+    return {
+        "precision": common / predicted if predicted else None,
+        "recall": common / stated if stated else None,
+        "predicted": int(predicted),
+        "stated": int(stated),
+    }
+
+
 # --- The modality of an image --------------------------------------------------------------------------------------
 
 # The first one of an image counts, so the more specific come first: a PET comes with a CT, an angiogram is made of
 # X-rays, and a combined image takes the modality with more contrast of soft tissue.
+UNKNOWN = "unknown"
 MODALITY_CUIS = {
     "C0032743": "PET",
     "C0002978": "angiography",
@@ -395,9 +407,9 @@ MODALITY_CUIS = {
 
 
 def modality_of(cuis: Sequence[str], caption: str) -> str:
-    """Return an image's modality, a key of `MODALITY` or "unknown".
+    """Return an image's modality, a key of `MODALITY`, or `UNKNOWN`, which is no class.
 
     It is the first of `MODALITY_CUIS` among its `cuis`, else the first that its `caption` names.
     """
     known = [modality for cui, modality in MODALITY_CUIS.items() if cui in set(cuis)]
-    return next(iter(known or _mentions("modality", plain_text(caption))), "unknown")
+    return next(iter(known or _mentions("modality", plain_text(caption))), UNKNOWN)

@@ -7,7 +7,8 @@
 `scores.json` the dict stands under the name of its split:
 
     captions, unique_captions, verdict, beats_constant
-    scores      name -> value, low and high (95 % confidence interval), baselines (key -> value), references
+    scores      name -> value, low and high (95 % confidence interval), baselines (key -> value), references;
+                of attributes also precision, recall, and how many items were predicted and stated
     baselines   key -> what it is, its caption or captions, among what it was found
     modalities  name -> captions, and scores as above
     missing     name -> what a score that was not computed needs
@@ -25,9 +26,18 @@ import numpy as np
 from captioning.errors import UserError
 from captioning.scoring.baselines import BASELINES, baseline_captions
 from captioning.scoring.bertscore import bertscore
-from captioning.scoring.bootstrap import LEVEL, Score, compare, interval, num_decimals, resampled, resampling_counts
+from captioning.scoring.bootstrap import (
+    LEVEL,
+    Score,
+    compare,
+    holm,
+    interval,
+    num_decimals,
+    resampled,
+    resampling_counts,
+)
 from captioning.scoring.captions import Captions
-from captioning.scoring.clinical import ATTRIBUTES, agreement, modality_of
+from captioning.scoring.clinical import ATTRIBUTES, UNKNOWN, agreement, item_counts, modality_of
 from captioning.scoring.coco import TOKENIZERS, coco_scores
 from captioning.scoring.concepts import concept_f1, known_concepts
 from captioning.scoring.constants import constant_values
@@ -83,6 +93,8 @@ def score(
         others = {"constant": finite(of_constants[name])} if name in of_constants else {}
         others |= {key: finite(scores[key][name].value) for key in baselines if name in scores[key]}
         entries[name]["baselines"] = others
+        if name.removesuffix("_f1") in ATTRIBUTES:
+            entries[name] |= item_counts(own)
     if "concept_f1" in entries:
         references = _concept_scores({"": captions.references}, captions, training, {})[""]
         entries["concept_f1"]["references"] = finite(references.value)
@@ -175,7 +187,7 @@ def finite(value: float) -> float | None:
 
 
 def _by_modality(scores: Mapping[str, Score], modalities: Sequence[str], counts: np.ndarray) -> dict[str, Any]:
-    of_image, sizes = np.array(modalities), Counter(modalities)
+    of_image, sizes = np.array(modalities), Counter(name for name in modalities if name != UNKNOWN)
     shown = [key for key in BY_MODALITY if key in scores]
     return {
         name: {"captions": sizes[name], **{key: _entry(scores[key], counts, of_image == name) for key in shown}}
@@ -243,6 +255,8 @@ def compare_captions(
 ) -> dict[str, Any]:
     """Return the `scores` of two systems, each with the difference, its interval and p-value; and what is `missing`.
 
+    `p_holm` is the p-value corrected for the number of scores.
+
     Args:
         first: the captions of one system.
         second: those of another for the same images in the same order.
@@ -259,4 +273,7 @@ def compare_captions(
         other = scores["second"][name]
         values = {"first": own.value, "second": other.value, **vars(compare(own, other, counts))}
         rows[name] = {key: finite(value) for key, value in values.items()}
+    known = {name: row["p_value"] for name, row in rows.items() if row["p_value"] is not None}
+    corrected = dict(zip(known, holm([*known.values()]), strict=True))
+    rows = {name: row | {"p_holm": corrected.get(name)} for name, row in rows.items()}
     return {"scores": rows, "missing": missing}

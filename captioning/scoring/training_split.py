@@ -8,7 +8,7 @@ import numpy as np
 
 from captioning.errors import UserError
 from captioning.scoring.captions import check_ids, read_csv, split_cuis
-from captioning.scoring.clinical import modality_of
+from captioning.scoring.clinical import UNKNOWN, modality_of
 from captioning.scoring.concepts import ConceptExtractor
 from captioning.scoring.constant_caption import typical_captions
 from captioning.scoring.constants import Constants, find_constants
@@ -52,7 +52,8 @@ class Training:
     def typical(self) -> dict[str, str]:
         """The best constant caption of each modality for ROUGE-L, among its own captions."""
         modalities = [modality_of(cuis, caption) for cuis, caption in zip(self.cuis, self.captions, strict=True)]
-        return typical_captions(self.captions, modalities)
+        known = [row for row, modality in enumerate(modalities) if modality != UNKNOWN]
+        return typical_captions([self.captions[row] for row in known], [modalities[row] for row in known])
 
     @cached_property
     def extractor(self) -> ConceptExtractor:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from captioning.scoring.bootstrap import RESAMPLES, Score, compare, interval, resampled, resampling_counts
+from captioning.scoring.bootstrap import RESAMPLES, Score, compare, holm, interval, resampled, resampling_counts
 
 
 def ratio(sums, number):
@@ -100,3 +100,9 @@ def test_randomizations_without_a_value_count_neither_way():
     found = compare(Score(first, ratio), Score(second, ratio), resampling_counts(8))
     assert found.difference == 1
     assert found.p_value == 1, "all swaps that have a value have this difference"
+
+
+def test_p_values_are_corrected_for_their_number():
+    """Worked by hand: the smallest counts for all four, and no p-value falls below that of a smaller one."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1, 1] and holm([0.2]) == [0.2] and holm([]) == []

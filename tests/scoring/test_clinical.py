@@ -8,7 +8,7 @@ from helpers import SHARED, real_captions
 
 from captioning.data import phantoms
 from captioning.scoring import clinical
-from captioning.scoring.clinical import agreement, modality_of, stated_attributes
+from captioning.scoring.clinical import agreement, item_counts, modality_of, stated_attributes
 
 
 def read(caption: str, attribute: str) -> str:
@@ -210,3 +210,9 @@ def test_agreement_rejects_lists_of_unequal_length():
 )
 def test_modality_of_an_image(cuis, caption, expected):
     assert modality_of(cuis, caption) == expected
+
+
+def test_precision_recall_and_numbers_stand_behind_an_f1():
+    found = agreement(["left lung", "no effusion", "lung"], ["left lung", "right lung, no effusion", "left kidney"])
+    assert item_counts(found["laterality"]) == {"precision": 1, "recall": 1 / 3, "predicted": 1, "stated": 3}
+    assert item_counts(found["measurement"]) == {"precision": None, "recall": None, "predicted": 0, "stated": 0}
