@@ -127,6 +127,8 @@ def parse_push_arguments(argv: list[str] | None = None) -> PushArguments | None:
 
 
 def _parse(parser: RecipeParser, argv: list[str], known: Iterable[str]) -> dict[str, Any]:
+    if refused := sorted(_flags(argv) & REPLACED_FIELDS.keys()):  # whatever the value, also one of another type
+        raise UserError(f"{refused[0]} is not used here; {REPLACED_FIELDS[refused[0]]}")
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].split("=")[0]
@@ -134,8 +136,6 @@ def _parse(parser: RecipeParser, argv: list[str], known: Iterable[str]) -> dict[
             raise UserError(f"'{flag}' is not a flag; the recipe goes first, then --flag value")
         hint = _meant(flag.lstrip("-"), known).replace("did you mean '", "did you mean '--")
         raise UserError(f"unknown flag '{flag}'{hint}")
-    if refused := sorted(_flags(argv) & REPLACED_FIELDS.keys()):  # whatever the value
-        raise UserError(f"{refused[0]} is not used here; {REPLACED_FIELDS[refused[0]]}")
     return vars(namespace)
 
 
@@ -143,7 +143,7 @@ def _meant(name: str, known: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the field that other programs call `name`, or a similar one, else ""."""
     fields_of = {other: field for field, others in OTHER_NAMES.items() for other in (*others.split(), _plain(field))}
     field = fields_of.get(_plain(name))
-    return f"; did you mean '{field}'?" if field in known else did_you_mean(name, known)
+    return f"; did you mean '{field}'?" if field in known else did_you_mean(name, set(known) - REPLACED_FIELDS.keys())
 
 
 def _plain(name: str) -> str:

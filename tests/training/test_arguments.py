@@ -215,6 +215,21 @@ def test_trainer_fields_that_would_mislead_are_refused(recipe, name, value, inst
         assert "hf_secret" not in str(error.value)
 
 
+@pytest.mark.parametrize("values", [["none"], ["{}"], [""], []])
+@pytest.mark.parametrize("name", REPLACED_FIELDS)
+def test_a_refused_flag_is_refused_before_its_value_is_read(name, values):
+    with pytest.raises(UserError, match=f"^{name} is not used here"):
+        parse_arguments([*MODEL, f"--{name}", *values])
+
+
+def test_no_hint_leads_to_a_field_that_is_refused(recipe):
+    for name in ("token", "generation_beams", "fsdp_conf"):
+        for argv in ([*MODEL, f"--{name}", "x"], [recipe({name: 1}), *MODEL]):
+            with pytest.raises(UserError, match="unknown") as error:
+                parse_arguments(argv)
+            assert not any(f"'{dash}{field}'" in str(error.value) for field in REPLACED_FIELDS for dash in ("", "--"))
+
+
 def test_a_field_that_is_fixed_is_refused_at_every_other_value(recipe):
     for name, (needed, _) in FIXED_FIELDS.items():
         for value in (not needed, int(not needed), None):
