@@ -20,7 +20,7 @@ from captioning.errors import UserError
 
 FILE = "file name"  # a column: what a table calls the image, below the folder of the images
 OUTSIDE = "image outside of the dataset's folder"
-LOCAL_PATH = r"^(/|~|\.\.?/|\\|[A-Za-z]:[\\/]|file:)"  # how an id starts that is a path
+LOCAL_PATH = r"^\s*(/|~|\.\.?/|\\|[A-Za-z]:[\\/]|file:)"  # how an id starts that is a path
 IMAGE_ENDINGS = {ending for ending, name in PIL.registered_extensions().items() if name in FORMATS}
 
 

@@ -117,11 +117,7 @@ def load_tables(name: str, tables: Mapping[str, Path], layout: Layout) -> Marked
         there = list(dict.fromkeys(key for row in rows for key in row if key is not None))
         columns = choose_columns(there, layout, f"'{table}'", ids_name_images=True)
         chosen.append(columns)
-        of_row = [split] * len(rows)
-        if split == WHOLE:
-            key = next((key for key in there if key.strip().lower() == "split"), "")
-            named = [str(row.get(key) or row.get(columns["image"])).split("/")[0].strip().lower() for row in rows]
-            of_row = [SPLIT_NAMES[part] for part in named] if set(named) <= set(SPLIT_NAMES) else of_row
+        of_row = _named_splits(rows, there, columns, f"'{table}'") if split == WHOLE else [split] * len(rows)
         for part in dict.fromkeys(of_row):
             own = [_texts(row, columns) for row, its in zip(rows, of_row, strict=True) if its == part]
             features = Features({key: List(TEXT) if key == "cui" else TEXT for key in own[0]})
@@ -130,6 +126,21 @@ def load_tables(name: str, tables: Mapping[str, Path], layout: Layout) -> Marked
             )
     log_columns(name, chosen)
     return MarkedSplits(splits)
+
+
+def _named_splits(
+    rows: Sequence[Mapping[str | None, Any]], there: Sequence[str], columns: Mapping[str, str], where: str
+) -> list[str]:
+    """Return the split that each row names in a column `split`, else by the first folder of its image; or `WHOLE`."""
+    key = next((key for key in there if key.strip().lower() == "split"), "")
+    stated = {str(row.get(key) or "").strip().lower() for row in rows} - {""}
+    if wrong := sorted(stated - SPLIT_NAMES.keys()):  # drawing splits instead would mix the rows of the user's own
+        mend = f"write {', '.join(SPLITS)}, or give the column another name"
+        raise UserError(f"{where}: column '{key}' holds '{wrong[0][:200]}', which is no split; {mend}")
+    paths = [str(row.get(columns["image"])).strip().replace("\\", "/").removeprefix("./") for row in rows]
+    folders = [path.split("/")[0] for path in paths]
+    named = [str(row.get(key) or folder).strip().lower() for row, folder in zip(rows, folders, strict=True)]
+    return [SPLIT_NAMES[part] for part in named] if set(named) <= set(SPLIT_NAMES) else [WHOLE] * len(rows)
 
 
 def _texts(row: Mapping[str | None, Any], columns: Mapping[str, str]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from captioning.data.own_data import (
     use_columns,
 )
 from captioning.data.phantoms import load_phantoms
-from captioning.data.splits import with_splits
+from captioning.data.splits import warn_of_shared_groups, with_splits
 from captioning.data.streaming import STORED, hub_shards, index_shards, is_streamed, read_footer
 from captioning.data.tables import TABLE_ENDINGS
 from captioning.data.zenodo import UNUSABLE, MarkedSplits, is_inside, load_zenodo
@@ -95,6 +95,8 @@ def load_source(
         checked[split] = rows
     log_columns(name, chosen)
     complete = with_splits(with_ids(checked), name, layout, is_whole)
+    if not streaming:  # where a column `group` is none of ours
+        warn_of_shared_groups(complete)
     ours = {split: [name for name in (GROUP, FILE) if name in rows.column_names] for split, rows in complete.items()}
     return DatasetDict({split: rows.remove_columns(ours[split]) for split, rows in complete.items()})
 
@@ -172,6 +174,7 @@ def _load_folder(folder: Path, streaming: bool, layout: Layout) -> DatasetDict |
         if tables:
             return load_tables(str(folder), tables, layout)
     found = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in TABLE_ENDINGS]
+    found = [path for path in found if path.name != "rejected.jsonl"]  # of `prepare`
     raise UserError(
         f"dataset folder '{folder}' holds none of dataset_dict.json (save_to_disk), [data/]<split>-*.parquet, "
         "<split>_captions.csv (Zenodo), metadata.csv or .jsonl, captions.csv or .jsonl; see docs/data.md"

@@ -148,6 +148,17 @@ def with_splits(splits: Mapping[str, Dataset], name: str, layout: Layout, is_who
     return parts
 
 
+def warn_of_shared_groups(splits: Mapping[str, Dataset]) -> None:
+    """Log how many groups of a split are in an earlier one too, as where the data came split by image."""
+    earlier: set[str] = set()
+    for split in [split for split in SPLITS if split in splits and GROUP in splits[split].column_names]:
+        groups = {str(group).strip() for group in splits[split].unique(GROUP) if group is not None} - {""}
+        if shared := len(groups & earlier):
+            mean = "the scores may be too high"
+            logger.warning("%s: %d of %d groups are also in an earlier split: %s", split, shared, len(groups), mean)
+        earlier |= groups
+
+
 def _keys(rows: Dataset) -> list[str]:
     """Return for each row what must not be in two splits: its group, else its file, else its id."""
     columns = [rows[column][:] for column in (GROUP, FILE, "image_id") if column in rows.column_names]

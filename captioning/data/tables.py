@@ -71,6 +71,7 @@ def read_csv_rows(path: str, needed: Sequence[str] = ()) -> Iterator[dict[str | 
                 raise UserError(f"'{path}' has column '{repeated[0][:300]}' twice; rename one")
             if delimiter != ",":
                 logger.info("'%s' is read with %r between its fields", path, delimiter)
+            lines.clear()  # of the header
             for row in rows:
                 if len(lines) > 1 and _ends_in_quotes(lines, delimiter):
                     first = rows.line_num - len(lines) + 1

@@ -196,6 +196,7 @@ def test_an_image_that_changed_is_checked_again(tmp_path):
         (["/home/x/a/1.png", "/home/x/b/1.png"], ["a/1.png", "b/1.png"]),
         (["/home/x/a/1.png", "1.png"], ["a/1.png", "1.png"]),
         (["/home/x/1.png", "C:\\Users\\x\\2.png", "~/3.png", "../4.png"], ["1.png", "2.png", "3.png", "4.png"]),
+        ([" /home/x/1.png", "2.png"], ["1.png", "2.png"]),
         (["/home/x/1.png", "study/7", "8"], ["1.png", "study/7", "8"]),
     ],
 )
@@ -284,6 +285,27 @@ def test_the_split_of_a_run_does_not_follow_its_seed(tmp_path):
     assert splits == [whole, whole], "else a model scored with another seed would be scored on what it has learned"
 
 
+@pytest.mark.parametrize("path", ["{0}/{1}.png", "./{0}/{1}.png", "{0}\\{1}.png", ".\\{0}\\{1}.png"])
+def test_splits_in_paths_are_kept_however_the_path_is_written(tmp_path, path):
+    write_images(tmp_path, *NINE)
+    rows = [{"path": path.format(*name[:-4].split("/")), "text": "A cyst", "split": ""} for name in NINE]
+    write_table(tmp_path / "metadata.csv", *rows)
+    assert ids(load(tmp_path)) == {
+        split: [f"{name}/{i}.png" for i in range(3)]
+        for split, name in (("train", "train"), ("validation", "val"), ("test", "test"))
+    }
+
+
+def test_groups_in_two_splits_of_data_that_came_split_are_said(tmp_path, caplog):
+    write_images(tmp_path, *NINE)
+    rows = [{"path": name, "text": "A cyst", "patient_id": f"p{i % 4}"} for i, name in enumerate(NINE)]
+    write_table(tmp_path / "metadata.csv", *rows)
+    with caplog.at_level("WARNING", "captioning"):
+        load(tmp_path)
+    said = "validation: 2 of 3 groups are also in an earlier split", "test: 3 of 3 groups are also in an earlier split"
+    assert all(text in caplog.text for text in said)
+
+
 def test_a_missing_split_is_drawn_from_train_only_if_asked_for(tmp_path):
     DatasetDict(train=make_rows(10), test=make_rows(3, 20)).save_to_disk(str(tmp_path / "data"))
     assert set(load(tmp_path / "data")) == {"train", "test"}
@@ -320,12 +342,14 @@ def test_fractions_are_shares(values):
         ),
         ("x.csv", "path,b\n1,2\n", "column 'caption' is missing, it has path, b; .* by --caption_column"),
         ("x.csv", "path,path,text\n1,2,3\n", "column 'path' twice"),
-        ("x.csv", 'path,text\na.png,"open\nb.png,c\n', "line 1: a double quote is not closed"),
+        ("x.csv", 'path,text\na.png,"open\nb.png,c\n', "line 2: a double quote is not closed"),
         ("x.csv", "path,text\na.png,\xff\n", "is not UTF-8"),
         ("x.csv", "path,text\nb.png,A cyst\n", r"none of its 1 images .* 'b\.png' \(missing image file\)"),
         ("x.jsonl", "{}\n[1]\n", r"x\.jsonl', line 2 is not a JSON object"),
         ("x.jsonl", "[" * 100_000, "line 1 is not a JSON object"),
         ("x.txt", "path,text\n", "is no table"),
+        ("x.csv", "path,text,split\na.png,b,train\na.png,c,unused\n", "column 'split' holds 'unused', .* no split"),
+        ("x.csv", "path,text,Split\na.png,b,training\n", "column 'Split' holds 'training', .* no split"),
     ],
 )
 def test_a_table_that_cannot_be_used_is_named(tmp_path, name, content, message):
@@ -420,6 +444,12 @@ def test_a_folder_that_prepare_did_not_finish_names_itself(tmp_path, capsys):
     shutil.rmtree(folder)
     main(words)
     assert set(load(folder)) == {"train", "validation", "test"}
+
+
+def test_a_folder_of_rejected_rows_alone_does_not_offer_them_as_a_table(tmp_path):
+    (tmp_path / "rejected.jsonl").write_text("{}")
+    with pytest.raises(UserError, match=r"see docs/data\.md$"):
+        load(tmp_path)
 
 
 def test_prepare_goes_on_in_a_folder_that_holds_rejected_rows_only(tmp_path):
