@@ -140,7 +140,12 @@ def _named_splits(
     paths = [str(row.get(columns["image"])).strip().replace("\\", "/").removeprefix("./") for row in rows]
     folders = [path.split("/")[0] for path in paths]
     named = [str(row.get(key) or folder).strip().lower() for row, folder in zip(rows, folders, strict=True)]
-    return [SPLIT_NAMES[part] for part in named] if set(named) <= set(SPLIT_NAMES) else [WHOLE] * len(rows)
+    if others := [path for path, part in zip(paths, named, strict=True) if part not in SPLIT_NAMES]:
+        if known := len(rows) - len(others):
+            drawn = f"'{others[0][:200]}' is in none: splits are drawn anew"
+            logger.warning("%s: %d of %d images are in the folder of a split, but %s", where, known, len(rows), drawn)
+        return [WHOLE] * len(rows)
+    return [SPLIT_NAMES[part] for part in named]
 
 
 def _texts(row: Mapping[str | None, Any], columns: Mapping[str, str]) -> dict[str, Any]:

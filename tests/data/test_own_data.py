@@ -296,6 +296,14 @@ def test_splits_in_paths_are_kept_however_the_path_is_written(tmp_path, path):
     }
 
 
+def test_images_outside_of_the_folders_of_splits_are_said(tmp_path, caplog):
+    write_images(tmp_path, *NINE, "more/1.png")
+    write_table(tmp_path / "metadata.csv", *({"path": name, "text": "A cyst"} for name in [*NINE, "more/1.png"]))
+    with caplog.at_level("WARNING", "captioning"):
+        load(tmp_path)
+    assert "9 of 10 images are in the folder of a split, but 'more/1.png' is in none: splits are drawn" in caplog.text
+
+
 def test_groups_in_two_splits_of_data_that_came_split_are_said(tmp_path, caplog):
     write_images(tmp_path, *NINE)
     rows = [{"path": name, "text": "A cyst", "patient_id": f"p{i % 4}"} for i, name in enumerate(NINE)]
