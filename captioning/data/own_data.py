@@ -7,7 +7,7 @@ names the images, `splits.py` draws splits, and `sources.load_source` applies al
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -132,14 +132,11 @@ def _named_splits(
     rows: Sequence[Mapping[str | None, Any]], there: Sequence[str], columns: Mapping[str, str], where: str
 ) -> list[str]:
     """Return the split that each row names in a column `split`, else by the first folder of its image; or `WHOLE`."""
-    key = next((key for key in there if key.strip().lower() == "split"), "")
-    stated = {str(row.get(key) or "").strip().lower() for row in rows} - {""}
-    if wrong := sorted(stated - SPLIT_NAMES.keys()):  # drawing splits instead would mix the rows of the user's own
-        mend = f"write {', '.join(SPLITS)}, or give the column another name"
-        raise UserError(f"{where}: column '{key}' holds '{wrong[0][:200]}', which is no split; {mend}")
+    key = _split_column(there) or ""
+    _refuse_other_splits({_normal(row.get(key)) for row in rows} - {""}, key, where)
     paths = [str(row.get(columns["image"])).strip().replace("\\", "/").removeprefix("./") for row in rows]
     folders = [path.split("/")[0] for path in paths]
-    named = [str(row.get(key) or folder).strip().lower() for row, folder in zip(rows, folders, strict=True)]
+    named = [_normal(row.get(key) or folder) for row, folder in zip(rows, folders, strict=True)]
     if others := [path for path, part in zip(paths, named, strict=True) if part not in SPLIT_NAMES]:
         if known := len(rows) - len(others):
             drawn = f"'{others[0][:200]}' is in none: splits are drawn anew"
@@ -165,6 +162,37 @@ def _texts(row: Mapping[str | None, Any], columns: Mapping[str, str]) -> dict[st
 
 def _well_formed(value: Any) -> str:
     return str(value).encode("utf-8", "replace").decode()  # JSON can hold an unpaired surrogate
+
+
+def rows_by_split(rows: Dataset, where: str) -> dict[str, Dataset]:
+    """Return the rows of each split that a column `split` names, nothing if there is no such column.
+
+    Raises:
+        UserError: the column holds something else.
+    """
+    key = _split_column(rows.column_names)
+    if key is None:
+        return {}
+    named = [_normal(value) for value in rows.select_columns(key)[:][key]]
+    _refuse_other_splits(set(named), key, where)
+    of_split: dict[str, list[int]] = {}
+    for row, name in enumerate(named):
+        of_split.setdefault(SPLIT_NAMES[name], []).append(row)
+    return {split: rows.select(found) for split, found in of_split.items()}
+
+
+def _split_column(names: Iterable[str]) -> str | None:
+    return next((name for name in names if name.strip().lower() == "split"), None)
+
+
+def _normal(value: Any) -> str:
+    return str(value or "").strip().lower()
+
+
+def _refuse_other_splits(stated: Set[str], key: str, where: str) -> None:
+    if wrong := sorted(stated - SPLIT_NAMES.keys()):  # drawing splits instead would mix the rows of the user's own
+        mend = f"write {', '.join(SPLITS)}, or give the column another name"
+        raise UserError(f"{where}: column '{key}' holds '{wrong[0][:200]}', which is no split; {mend}")
 
 
 # --- Columns --------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from captioning.data.own_data import (
     find_tables,
     load_tables,
     log_columns,
+    rows_by_split,
     use_columns,
 )
 from captioning.data.phantoms import load_phantoms
@@ -74,6 +75,8 @@ def load_source(
     splits = _load(name, revision, streaming, layout)
     splits = DatasetDict({WHOLE: splits}) if isinstance(splits, Dataset) else splits
     is_whole = len(splits) == 1 and next(iter(splits)).lower() not in SPLIT_NAMES and not streaming
+    if is_whole and (parts := rows_by_split(next(iter(splits.values())), f"dataset '{name}'")):
+        splits, is_whole = DatasetDict(parts), False
     names = {"train" if is_whole else SPLIT_NAMES.get(split.lower(), split): split for split in splits}
     if len(names) < len(splits):
         raise UserError(f"dataset '{name}' has split 'validation' under two names: {', '.join(splits)}; keep one")

@@ -165,6 +165,24 @@ def test_other_sources_with_columns_of_other_names(tmp_path, caplog, source):
     assert len(set(numbers)) == len(numbers), "ids are numbers where there are no files, and unique over all splits"
 
 
+@pytest.mark.parametrize("source", ["parquet", "saved"])
+def test_a_column_of_splits_is_obeyed_in_any_source(tmp_path, source):
+    rows = make_rows(6).add_column("Split", ["train", "test", "val", "train", "Test", "train"])
+    if source == "parquet":
+        (tmp_path / "data").mkdir()
+        rows.to_parquet(str(tmp_path / "data" / "rows-0.parquet"))
+    else:
+        rows.save_to_disk(str(tmp_path / "data"))
+    dataset = load(tmp_path / "data")
+    numbers = {split: [int(name[-4:]) for name in rows["image_id"][:]] for split, rows in dataset.items()}
+    assert numbers == {"train": [0, 3, 5], "validation": [2], "test": [1, 4]}
+    assert not rejected(dataset, tmp_path)
+    rows = make_rows(2).add_column("split", ["train", "unused"])
+    rows.save_to_disk(str(tmp_path / "other"))
+    with pytest.raises(UserError, match="column 'split' holds 'unused', which is no split"):
+        load(tmp_path / "other")
+
+
 def test_parquet_of_paths_finds_its_images(tmp_path):
     write_images(tmp_path / "data" / "scans", "a.png", "b.png")
     rows = {
