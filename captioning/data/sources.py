@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Image, LargeList, List, Value, load_dataset, load_from_disk
 from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetGenerationError
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from captioning.data.image_files import FILE, OUTSIDE, ImageFiles, with_files, with_ids
@@ -220,6 +221,8 @@ def _parquet_files(folder: Path) -> dict[str, list[str]]:
 
 
 def _load_from_hub(name: str, revision: str | None, streaming: bool) -> DatasetDict:
+    if name in _PACKAGED_DATASETS_MODULES:  # a recipe of a stranger may name one
+        raise UserError(f"dataset '{name}' is a format, of which the working folder would be read; give the folder")
     logger.info("Loading dataset '%s' from the Hub", name)
     at = f" at revision '{revision}'" if revision else ""
     hint = did_you_mean(name, ["phantoms", "eltorio/ROCOv2-radiology"]).removeprefix("; ")

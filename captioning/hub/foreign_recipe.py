@@ -33,7 +33,8 @@ def refuse_local_names(address: str, recipe: dict[str, Any]) -> dict[str, Any]:
         if value and key in LOCAL_FIELDS:
             raise _refusal(address, key, value)
         if key == "config_name" and recipe.get("model_config"):
-            recipe = recipe | {key: Path(value).name}  # a label: the recipe brings the config itself
+            # A label, which names no file here: the recipe brings the config itself
+            recipe = recipe | {key: f"{address.removesuffix('/recipe.json')}/{Path(value).name}"}
         elif value and key in NAME_FIELDS:
             own = _config_of_project(value) if key == "config_name" else None
             if own is None and not HUB_ID.fullmatch(value):

@@ -11,11 +11,14 @@ import os
 import re
 import zipfile
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from huggingface_hub import get_token
+from PIL import Image
 
 from captioning.errors import UserError, printable
 from captioning.files import PROJECT
@@ -32,10 +35,15 @@ TOKENS = (
 SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)$")
 MIN_SECRET = 12  # characters; a shorter value in the environment may be a word
 ROOTS = "home|Users|root|mnt|media|Volumes|private|tmp|var|srv|opt|usr|data|scratch|nfs|gpfs|lustre|work|workspace"
-PATH_IN_TEXT = rf"(?<![\w.:/\\<-])/(?:{ROOTS})/[\w.~-]"
-PATH_IN_BYTES = rf"/(?:{ROOTS})/[\w.-][\w./-]{{9,}}"
+# Inside of a text: a path below a usual root, to a file of any root, of a home, a Windows drive or server
+PATHS_IN_TEXT = (
+    rf"(?<![\w./\\<-])/(?:{ROOTS})/[\w.~-]", r"(?<![^\s=:])(?:/[^\s/]+){2,}\.[A-Za-z]\w{1,4}\b", r"file:/+\w",
+    r"(?<![^\s=])~/[\w.]", r"(?<![\w/])[A-Za-z]:(?:\\+[\w.$-]+(?:\\|\.\w)|/\w+/)", r"(?<![\w\\])\\\\\w[\w.-]*\\+\w",
+)  # fmt: skip
+PATHS_IN_BYTES = rf"/(?:{ROOTS})/[\w.-][\w./-]{{9,}}", r"[A-Za-z]:\\{1,2}\w[\w .\\-]{11,}"
 WHOLE_PATH = re.compile(
-    r"\s*(file:/|~\w*(?<!\d)/\w|(\.\./)+\w|[A-Za-z]:(\\+\w|/\w+/)|\\\\\w|/[^\s/]{2,}/[^\s/]|/[^\s/]+\.\w{2,4}\s*$)"
+    r"\s*(~\w*(?<!\d)/\w|(\.\./)+\w|/[^\s/]{2,}/[^\s/]|/[^\s/]+\.\w{2,4}\s*$|/\S([^\n]*\S)?\.[A-Za-z]\w{1,3}\s*$"
+    r"|[A-Za-z]:\\+[\w.-]+\s*$)"
 )
 CELL_END, ESCAPE = re.compile(r"[|`]"), re.compile(r"\\([^\w\s]|_)")  # of Markdown
 Found = Iterator[tuple[int, str]]  # strings with their lines; the line is 0 where it is not known
@@ -49,23 +57,30 @@ def refuse_private_strings(folder: Path, output_dir: Path) -> None:
     """
     places = {place for given in (Path.home(), Path.cwd(), PROJECT, output_dir) for place in (given, given.resolve())}
     known = sorted(str(place) for place in places if place.is_absolute() and len(place.parts) > 1)
-    # /root alone is not private, what is below it is
-    names = (re.escape(path[1:]) + (r"(?![\w-])" if path.count("/") > 1 else r"/[\w.-]{2}") for path in known)
-    ours = f"/(?:{'|'.join(names)})"  # `re` looks for the slash, ten times as fast as for several beginnings
+    # /root alone is not private, what is below it is, and `scans/root/x` in a text is another
+    deep = [re.escape(path[1:]) + r"(?![\w-])" for path in known if path.count("/") > 1]
+    flat = [re.escape(path[1:]) + r"/[\w.-]{2}" for path in known if path.count("/") == 1]
+    ours = f"/(?:{'|'.join(deep + flat)})"  # `re` looks for the slash, ten times as fast as for several beginnings
+    ours_in_text = [*(f"/{path}" for path in deep), *(rf"(?<![\w./-])/{path}" for path in flat)]
     secrets = [value for name, value in os.environ.items() if SECRET_NAME.search(name.upper())]
     secrets = [re.escape(value) for value in secrets if len(value) >= MIN_SECRET] + [
         re.escape(get_token() or "-" * 99)
     ]
-    in_text = [rf"(?:{ours}|{PATH_IN_TEXT})[^\s\"'`|,;)]*", rf"(?<!\w)(?:{'|'.join([*TOKENS, *secrets])})"]
+    in_text = [re.compile(pattern) for pattern in (
+        rf"(?:{'|'.join([*ours_in_text, *PATHS_IN_TEXT])})[^\s\"'`|,;)]*",
+        rf"(?<![A-Za-z0-9])(?:{'|'.join([*TOKENS, *secrets])})",
+    )]  # fmt: skip
     for name, file in _files(folder):
         path = Path(name)
         if path.suffix in TEXT and path.name not in VOCABULARIES:
-            found = _in_values(_values(file, path.suffix), [re.compile(pattern) for pattern in in_text])
+            found = _in_values(_values(file, path.suffix), in_text)
         else:
-            found = _in_bytes(file, [ours, *secrets], TOKENS + (PATH_IN_BYTES,) * (path.name not in VOCABULARIES))
+            found = _in_bytes(file, [ours, *secrets], TOKENS + PATHS_IN_BYTES * (path.name not in VOCABULARIES))
+        if path.suffix == ".png":  # its texts may be compressed
+            found = chain(found, _in_values(((0, str(text)) for text in _texts_of_png(file)), in_text))
         for line, value in found:
             where = f"'{name}', line {line}," if line else f"'{name}'"
-            if re.fullmatch(in_text[1], value):
+            if in_text[1].fullmatch(value):
                 raise UserError(f"{where} holds a token, '{value[:6]}…': remove it, and revoke it; it is not pushed")
             mend = f"shorten it in '{output_dir}' to what others may see, then push again"
             raise UserError(f"{where} holds a path, '{printable(value, 200)}': {mend}")
@@ -96,6 +111,15 @@ def _in_bytes(file: BinaryIO, exact: Iterable[str], long: Iterable[str]) -> Foun
         tail = chunk[-OVERLAP:]
 
 
+def _texts_of_png(file: BinaryIO) -> Iterator[Any]:
+    """Yield the texts of a PNG, none of a damaged one."""
+    with suppress(OSError, ValueError, SyntaxError):
+        file.seek(0)
+        with Image.open(file) as image:
+            image.load()  # they may stand behind the pixels
+            yield from image.info.values()
+
+
 def _printable_parts(content: bytes) -> bytes:
     """Return the parts with at least 15 printable characters in a row, which fill 8 bytes at a multiple of 8."""
     codes = np.frombuffer(content, np.uint8, count=len(content) // 8 * 8)
@@ -115,7 +139,7 @@ def _in_values(values: Found, patterns: list[re.Pattern[str]]) -> Found:
 
 
 def _values(file: BinaryIO, suffix: str) -> Found:
-    lines = io.TextIOWrapper(file, encoding="utf-8", errors="replace", newline="")
+    lines = io.TextIOWrapper(file, encoding="utf-8-sig", errors="replace", newline="")
     if suffix == ".csv":
         yield from ((number, cell) for number, row in enumerate(csv.reader(lines), 1) for cell in row)
         return

@@ -260,6 +260,7 @@ def _origin(recipe_file: Path) -> list[Any] | None:
     """Return what a model was made from, None for a broken recipe; runs of one origin may share a repository."""
     try:
         recipe = json.loads(without_local_paths(recipe_file.read_text(encoding="utf-8")))
-        return [recipe[name] for name in ORIGIN_FIELDS]
+        config = Path(recipe["config_name"] or "").name  # where it was read from does not matter
+        return [config if name == "config_name" else recipe[name] for name in ORIGIN_FIELDS]
     except (ValueError, KeyError, TypeError):
         return None

@@ -9,6 +9,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ SCORE_COLUMNS = {
     "gen_len": "length",
     "unique_captions": "distinct",
 }
+DECIMALS = {"perplexity": 1, "gen_len": 1, "unique_captions": 2}  # of columns without an interval; else 3
 # By the kind of the data; the template has the reasons
 LICENSES = {"rocov2": "cc-by-nc-sa-4.0", "phantoms": "apache-2.0", "other": "other"}
 
@@ -107,6 +109,7 @@ def render_card(record: RunRecord, name: str) -> str:
         has_curve=(record.folder / "training_curve.png").is_file(),
         digits=four_digits,
         in_digits=_in_digits,
+        show_result=partial(_show_result, record),
         markdown=markdown,
     )
     return str(card)
@@ -169,6 +172,14 @@ def _in_digits(entry: Mapping[str, Any]) -> Callable[[float | None], str]:
     """Return a function that shows a score with the decimals that the interval of `entry` deserves."""
     digits = num_decimals(entry["low"], entry["high"])
     return lambda value: "-" if value is None else f"{value:.{digits}f}"
+
+
+def _show_result(record: RunRecord, split: str, key: str, value: float | None) -> str:
+    """Return a metric of a split with the decimals that its interval deserves, a dash for None, NaN and infinity."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    entry = record.scores.get(split, {"scores": {}})["scores"].get(key)
+    return _in_digits(entry)(value) if entry and entry["value"] is not None else f"{value:.{DECIMALS.get(key, 3)}f}"
 
 
 def _examples(record: RunRecord) -> dict[str, dict[str, Any]]:
@@ -237,11 +248,11 @@ def _run_facts(record: RunRecord) -> dict[str, Any]:
     batch_size = recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] * hardware["processes"]
     schedule = f"learning rate {recipe['learning_rate']:g}, {recipe['lr_scheduler_type']}"
     facts: dict[str, Any] = {key: markdown(value) for key, value in record.facts(COMMIT_DIGITS).items()}
-    facts |= {"parameters": _num_parameters(record) or "-", "image size": record.image_size or "-"}
+    facts |= {"parameters": _num_parameters(record), "image size": record.image_size}
     if recipe["do_train"]:
         smoothing = recipe["label_smoothing"]
         facts |= {
-            "epochs": f"{recipe['num_train_epochs']:g}",
+            "epochs": _num_epochs(record),
             "captions per step": batch_size,
             "optimizer": f"{recipe['optim']}, {schedule}",
             "label smoothing": "as in the config of the start" if smoothing is None else smoothing,
@@ -252,11 +263,20 @@ def _run_facts(record: RunRecord) -> dict[str, Any]:
     on_cpu = hardware["device"] == "cpu"
     stages = {"train": "training", "eval": "validation", "predict": "test"}
     took = [f"{stages[key]} {_duration(results[f'{key}_runtime'])}" for key in stages if f"{key}_runtime" in results]
-    return facts | {
+    facts |= {
         "hardware": processor if on_cpu else f"{hardware['processes']} x {hardware['device']}, {processor}",
-        "time": ", ".join(took) or "-",
+        "time": ", ".join(took),
         "packages": ", ".join(f"{name} {version}" for name, version in recipe["package_versions"].items()),
     }
+    return {name: value for name, value in facts.items() if value not in (None, "")}
+
+
+def _num_epochs(record: RunRecord) -> str:
+    """Return the epochs of the training, which `max_steps` may have set, against `num_train_epochs`."""
+    steps = record.recipe.get("max_steps", -1)
+    if steps <= 0:
+        return f"{record.recipe['num_train_epochs']:g}"
+    return f"{record.results['epoch']:.2g} ({steps:,} steps)" if "epoch" in record.results else f"{steps:,} steps"
 
 
 def _num_parameters(record: RunRecord) -> str | None:

@@ -184,6 +184,12 @@ def test_unknown_datasets(name, message):
         load_source(name)
 
 
+def test_the_name_of_a_format_does_not_read_the_working_folder(parquet_folder, monkeypatch):
+    monkeypatch.chdir(parquet_folder)
+    with pytest.raises(UserError, match="dataset 'parquet' is a format, of which the working folder would be read"):
+        load_source("parquet")
+
+
 def test_a_folder_that_holds_no_dataset(tmp_path):
     with pytest.raises(UserError, match=r"holds none of dataset_dict\.json"):
         load_source(str(tmp_path))

@@ -7,6 +7,7 @@ import pytest
 from processes import ROOT
 
 from captioning.errors import UserError
+from captioning.models.load import read_config
 from captioning.training import recipe as recipes
 from captioning.training.recipe import parse_arguments
 
@@ -80,6 +81,15 @@ def test_what_is_on_the_hub_or_in_the_project_may_be_named(parse):
     assert model.config_name == str(ROOT / name), "not the file of the user"
     with pytest.raises(UserError, match="config_name is '"):
         parse({"config_name": "./recipes/configs/none.json", "dataset_name": "phantoms"})
+
+
+@pytest.mark.parametrize("name", ["/a/data", "./data", "data", "recipes/configs/blip_small.json"])
+def test_a_recipe_that_brings_its_config_opens_no_file_of_its_name(parse, name):
+    if name.endswith(".json"):
+        Path(Path(name).name).write_text("{}")
+    model, *_ = parse({"config_name": name, "model_config": {"vision_config": {}}, "dataset_name": "phantoms"})
+    assert Path(model.config_name).name == Path(name).name and not Path(model.config_name).exists()
+    assert read_config(model.config_name, model.model_config) == {"vision_config": {}}
 
 
 def test_a_flag_of_the_user_supplies_a_local_name(parse):

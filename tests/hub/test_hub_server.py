@@ -142,3 +142,12 @@ def test_faults_occur_at_their_step_as_often_as_asked(hub):
     assert (status, headers["Content-Range"], body) == (206, "bytes 3-5/10", b"345")
     assert raw(hub, "GET", resolve, Range="bytes=10-")[0] == 416
     assert hub.problems == []
+
+
+def test_two_files_with_the_same_bytes_are_both_uploaded(hub):
+    hub.add_repository("tester/model", {})
+    item = {"oid": sha256(b"same"), "size": 4}
+    answer = raw(hub, "POST", "/tester/model.git/info/lfs/objects/batch", {"objects": [item, item]})[2]
+    addresses = [each["actions"]["upload"]["href"] for each in json.loads(answer)["objects"]]
+    statuses = [raw(hub, "PUT", address.removeprefix(hub.url), b"same", None)[0] for address in addresses]
+    assert statuses == [200, 200] and not hub.problems

@@ -5,6 +5,7 @@ import json
 import pickle
 import tracemalloc
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,9 +25,9 @@ def jsonl(**values) -> bytes:
     return (json.dumps({"image_id": "ok_1", "prediction": "x"}) + "\n" + json.dumps(values) + "\n").encode()
 
 
-def png(text: str) -> bytes:
+def png(text: str, **options) -> bytes:
     buffer, info = io.BytesIO(), PngImagePlugin.PngInfo()
-    info.add_text("Source", text)
+    info.add_text("Source", text, **options)
     Image.new("L", (8, 8)).save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
 
@@ -69,6 +70,16 @@ def look(tmp_path, monkeypatch):
         ("predictions/test.jsonl", jsonl(image_id=r"\\server\scans"), "server"),
         ("predictions/test.jsonl", jsonl(image_id="file:///scans/1.png"), "'file:///scans/1.png'"),
         ("predictions/test.jsonl", jsonl(prediction="seen in /mnt/pacs/1.png, left"), "'/mnt/pacs/1.png'"),
+        ("predictions/test.jsonl", jsonl(image_id="/My scans/1.png"), "'/My scans/1.png'"),
+        ("predictions/test.jsonl", b"\xef\xbb\xbf" + jsonl(image_id="/nas1/1.png"), "'/nas1/1.png'"),
+        ("predictions/test.jsonl", jsonl(prediction="as in /nas1/pacs/1.dcm, left"), "'/nas1/pacs/1.dcm'"),
+        ("predictions/test.jsonl", jsonl(prediction=r"as in C:\Users\x\1.png"), r"'C:\Users\x\1.png'"),
+        ("predictions/test.jsonl", jsonl(prediction=r"as in \\server\scans"), r"'\\server\scans'"),
+        ("README.md", b"as in ~/scans/1.png and\n", "'~/scans/1.png'"),
+        ("README.md", b"[scan](file:///scans/1.png)\n", "'file:///scans/1.png'"),
+        ("README.md", f"MY_{TOKEN}".encode(), "holds a token, 'hf_AbC…'"),
+        ("training_curve.png", png("/nas1/scans/1", zip=True), "'/nas1/scans/1'"),
+        ("examples/best.jpg", b"\xff" * 80 + rb"C:\Users\someone\scans" + b"\xff" * 80, r"'C:\Users\someone\scans'"),
         ("scores.json", json.dumps({"missing": {"meteor": "no HOME/java, sorry"}}).encode(), "hömë/java'"),
         ("scores.json", b'{"missing": {"meteor": "ESCAPED/java"}}', "hömë/java'"),
         ("config.json", json.dumps({"_name_or_path": "/nas1/models/blip"}).encode(), "'/nas1/models/blip'"),
@@ -107,11 +118,13 @@ def test_a_path_in_the_header_of_weights_is_found(look, tmp_path):
 CAPTIONS = (
     "AP/PA view, 5 mg/dl and/or 3/4 of it", "/ findings: none", "~3/4 of the lung, ~1/2", "T2:/FLAIR", "5 mg /kg/day",
     "see https://example.org/home/x and http://a.b/mnt/c", "A: B\n\nC", "w/o contrast", "a /b", "(L/R)/home", "../..",
+    "scans/data/x", "./data/x", r"A:\nB: none", r"\alpha\beta", "M/F:/x",
     "high-risk-pulmonary-embolism-and-its-management-in-2019", "C: /D", "r/o TB; s/p CABG", "hf_short", "",
 )  # fmt: skip
 
 
-def test_captions_links_and_vocabularies_are_not_taken_for_paths(look):
+def test_captions_links_and_vocabularies_are_not_taken_for_paths(look, monkeypatch):
+    monkeypatch.setattr(Path, "cwd", lambda: Path("/data"))  # "scans/data/x" is below another
     captions = [*CAPTIONS, *real_captions()]
     rows = (json.dumps({"image_id": f"scans/{i}.png", "prediction": text}) for i, text in enumerate(captions))
     look("predictions/test.jsonl", "\n".join(rows).encode())

@@ -31,6 +31,9 @@ def folder(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "run")
 
 
+ROUGE = ("rougeL", "rouge1", "rouge2")
+
+
 def change(folder, file="recipe.json", **values):
     (folder / file).write_text(json.dumps(read_json(folder / file) | values))
 
@@ -146,8 +149,12 @@ def test_paths_of_the_machine_are_not_in_the_card(folder):
 
 def test_scores_stand_beside_split_beams_and_number_of_captions(folder):
     results = read_json(folder / "all_results.json")
-    row = f"| test | 7 | {results['predict_rougeL']:.4f} | {results['predict_rouge1']:.4f} |"
-    assert row in render(folder)
+    scores = read_json(folder / "scores.json")["test"]["scores"]
+    cells = [f"{results[f'predict_{key}']:.{num_decimals(scores[key]['low'], scores[key]['high'])}f}" for key in ROUGE]
+    loss, perplexity, length = (results[f"predict_{key}"] for key in ("loss", "perplexity", "gen_len"))
+    cells += [f"{loss:.3f}", f"{perplexity:.1f}", f"{length:.1f}"]
+    assert f"| test | 7 | {' | '.join(cells)} |" in render(folder)
+    assert f"| epochs | {results['epoch']:.2g} (4 steps) |" in render(folder), "max_steps has set them"
     names = {"ROUGE-L": "rougeL", "ROUGE-1": "rouge1", "ROUGE-2": "rouge2", "Loss": "loss"}
     names |= {"ImageCLEF ROUGE-1": "imageclef_rouge1"}
     found = {result.metric_name: result.metric_value for result in metadata(folder).eval_results}
@@ -192,6 +199,7 @@ def test_a_run_that_only_scored_has_its_own_settings(finished, parquet_folder, t
     run_captioning.main(score_flags(finished, parquet_folder, check, **settings))
     card = (check / "README.md").read_text()
     assert "`run`, scored on" in card and "alone does not" in card
+    assert "| parameters |" not in card and "| image size |" not in card, "no model was saved"
     assert "| epochs |" not in card and "## Training" not in card
     monkeypatch.chdir(finished.parent)  # where the card's "run" is
     code_repeats(card, check / "predictions" / "test.jsonl")
