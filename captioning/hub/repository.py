@@ -14,8 +14,9 @@ import shlex
 import shutil
 import tempfile
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -168,10 +169,12 @@ class Repository:
         enable_progress_bars()
         try:
             if self.repo_id is None:
+                with self._staged_run() as stage:  # so that a push that is refused leaves no empty repository
+                    refuse_private_strings(stage, self.output_dir)
                 self.open()
             write_card(self.repo_id)
-            stage = self._stage(_select(self.output_dir, MODEL_FILES + RECORD_FILES))
-            return self._upload(stage, "End of training")
+            with self._staged_run() as stage:
+                return self._upload(stage, "End of training")
         except Exception as error:
             raise UserError(
                 f"the model is complete in '{self.output_dir}' but not on the Hub: {describe_fault(error)}; push it "
@@ -183,6 +186,14 @@ class Repository:
         flags = {"push_only": self.output_dir, "hub_model_id": name or self.model_id, "hub_private_repo": self.private}
         given = [f"--{flag} {shlex.quote(str(value))}" for flag, value in flags.items() if value is not None]
         return f"python run_captioning.py {' '.join(given)}"
+
+    @contextmanager
+    def _staged_run(self) -> Iterator[Path]:
+        stage = self._stage(_select(self.output_dir, MODEL_FILES + RECORD_FILES))
+        try:
+            yield stage
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
 
     def _stage(self, files: dict[str, Path]) -> Path:
         """Collect what is pushed in a folder of its own: training may rewrite or delete its files meanwhile."""
