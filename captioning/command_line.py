@@ -78,11 +78,15 @@ def end_now(message: str, number: int) -> NoReturn:
 # A terminal and a job scheduler send a signal to all processes of a group. The workers that load data and check rows
 # must outlive it: the main process decides when it stops, and needs them until then
 _handlers: list[Callable] = []
+_masking = False  # Python prints and drops what is raised while it forks
 
 
 def _mask(how: int) -> None:
+    global _masking
     if _handlers:
+        _masking = True
         signal.pthread_sigmask(how, STOP_SIGNALS)
+        _masking = False
 
 
 def _follow_parent() -> None:
@@ -135,7 +139,8 @@ def _stop(number: signal.Signals) -> None:
     # Again until it arrives: libraries drop an exception that comes while they pickle or delete an object
     signal.signal(signal.SIGALRM, lambda *_: _stop(number))
     signal.alarm(1)
-    raise Stopped(f"stopped by {number.name}; all files are complete: {AGAIN}", number)
+    if not _masking:
+        raise Stopped(f"stopped by {number.name}; all files are complete: {AGAIN}", number)
 
 
 def _ending(error: BaseException) -> tuple[str | None, int]:

@@ -211,6 +211,30 @@ exit_on_user_error(main)
     assert error_line(errors).startswith("error: ended by a second SIGINT; complete checkpoints are kept")
 
 
+def test_a_signal_while_a_process_is_forked_is_one_line():
+    """Python prints and drops an exception that is raised there."""
+    code = """
+import multiprocessing, os, signal, time
+from captioning.command_line import exit_on_user_error
+mask = signal.pthread_sigmask
+def send_and_unblock(how, numbers):
+    if how == signal.SIG_UNBLOCK and numbers:
+        os.kill(os.getpid(), signal.SIGINT)
+    mask(how, numbers)
+def main():
+    signal.pthread_sigmask = send_and_unblock
+    multiprocessing.get_context("fork").Process(target=os.getpid).start()
+    time.sleep(60)
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+exit_on_user_error(main)
+"""
+    process = server().start(["-c", code])
+    errors = process.communicate(timeout=30)[1]
+    assert process.returncode == 128 + signal.SIGINT
+    assert "Traceback" not in errors
+    assert error_line(errors).startswith("error: stopped by SIGINT; ")
+
+
 def test_an_upload_goes_on_after_a_signal_and_ends_by_another():
     code = """
 import threading, time, signal
