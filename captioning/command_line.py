@@ -117,7 +117,7 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
     error is a fault of the program and keeps its traceback.
     """
     try:
-        with on_stop_signals(_stop):
+        with on_stop_signals(_stop), _without_repetition():
             main()
             sys.stdout.flush()
     except BrokenPipeError:  # such as `... | head`; Python would raise it again when it closes stdout
@@ -133,6 +133,17 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
             signal.signal(number, lambda number, frame: os._exit(status))
         _print_error(f"{message}; an upload still goes on, a signal ends it" if uploads else message)
         sys.exit(status)
+
+
+@contextmanager
+def _without_repetition() -> Iterator[None]:
+    """Print no traceback of TensorBoard's thread: the main thread raises its error, such as of a full disk, too."""
+    before = threading.excepthook
+    threading.excepthook = lambda args: type(args.thread).__module__.startswith("tensorboard") or before(args)
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def _stop(number: signal.Signals) -> None:
