@@ -78,11 +78,15 @@ def end_now(message: str, number: int) -> NoReturn:
 # A terminal and a job scheduler send a signal to all processes of a group. The workers that load data and check rows
 # must outlive it: the main process decides when it stops, and needs them until then
 _handlers: list[Callable] = []
+_masking = False  # Python prints and drops what is raised while it forks
 
 
 def _mask(how: int) -> None:
+    global _masking
     if _handlers:
+        _masking = True
         signal.pthread_sigmask(how, STOP_SIGNALS)
+        _masking = False
 
 
 def _follow_parent() -> None:
@@ -113,7 +117,7 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
     error is a fault of the program and keeps its traceback.
     """
     try:
-        with on_stop_signals(_stop):
+        with on_stop_signals(_stop), _without_repetition():
             main()
             sys.stdout.flush()
     except BrokenPipeError:  # such as `... | head`; Python would raise it again when it closes stdout
@@ -131,11 +135,23 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
         sys.exit(status)
 
 
+@contextmanager
+def _without_repetition() -> Iterator[None]:
+    """Print no traceback of TensorBoard's thread: the main thread raises its error, such as of a full disk, too."""
+    before = threading.excepthook
+    threading.excepthook = lambda args: type(args.thread).__module__.startswith("tensorboard") or before(args)
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
 def _stop(number: signal.Signals) -> None:
     # Again until it arrives: libraries drop an exception that comes while they pickle or delete an object
     signal.signal(signal.SIGALRM, lambda *_: _stop(number))
     signal.alarm(1)
-    raise Stopped(f"stopped by {number.name}; all files are complete: {AGAIN}", number)
+    if not _masking:
+        raise Stopped(f"stopped by {number.name}; all files are complete: {AGAIN}", number)
 
 
 def _ending(error: BaseException) -> tuple[str | None, int]:

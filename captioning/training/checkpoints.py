@@ -43,7 +43,9 @@ def checkpoint_fault(folder: Path, step: int | None = None) -> str | None:
         path = folder / "trainer_state.json"
         state = TrainerState.load_from_json(str(path))
         found = state.global_step
-        if not all(isinstance(entry["step"], int) for entry in [*state.log_history, {"step": found}]):
+        numbers = [found, state.max_steps, state.train_batch_size, *(entry["step"] for entry in state.log_history)]
+        is_whole = all(isinstance(number, int) for number in numbers) and isinstance(state.epoch, int | float)
+        if not is_whole or "TrainerControl" not in state.stateful_callbacks:
             raise ValueError
     except Exception:  # whatever a damaged file makes of the fields
         return f"{path.name} is missing or damaged"

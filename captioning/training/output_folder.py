@@ -5,7 +5,7 @@ import logging
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def own_output_dir(args: CaptioningArguments) -> Iterator[str | None]:
     """Hold the output folder for this run; the value is the checkpoint to resume from, if any.
 
     A run whose folder has the default name gets one of its own, with a number behind the name if need be, and resumes
-    in the last of these that holds a checkpoint. `args.output_dir` is set to it, in all processes.
+    in the last of these in which a training has begun. `args.output_dir` is set to it, in all processes.
 
     Raises:
         UserError: the folder cannot be written, is in use, holds another run, or the checkpoint is incomplete.
@@ -51,10 +51,9 @@ def own_output_dir(args: CaptioningArguments) -> Iterator[str | None]:
 
 
 def _take_folder(args: CaptioningArguments, stack: ExitStack) -> str:
-    wanted, resume = args.output_dir, args.resume_from_checkpoint
-    seeks = args.has_default_output_dir and not resume
-    if args.has_default_output_dir and resume:
-        wanted = _folder_to_resume(wanted, resume)
+    wanted, seeks = args.output_dir, args.has_default_output_dir
+    if seeks and args.resume_from_checkpoint and (found := _folder_to_resume(wanted, args.resume_from_checkpoint)):
+        wanted, seeks = found, False
     for name in chain([wanted], (f"{wanted}-{number}" for number in count(2))):
         with as_user_error(f"output folder '{name}' cannot be written", "set --output_dir"):
             Path(name).mkdir(parents=True, exist_ok=True)
@@ -74,19 +73,29 @@ def _take_folder(args: CaptioningArguments, stack: ExitStack) -> str:
         return name
 
 
-def _folder_to_resume(name: str, checkpoint: str) -> str:
-    """Return the folder of `checkpoint`; 'true': of the last of `name` and `name-<number>` that holds one."""
+def _folder_to_resume(name: str, checkpoint: str) -> str | None:
+    """Return that of `name` and `name-<number>` that holds `checkpoint`, if any; 'true': the last with a training.
+
+    A run that was killed before its first checkpoint must not go on from that of another run.
+    """
     number = re.compile(re.escape(Path(name).name) + r"-(\d+)")
     found = {
         int(match[1]): str(path) for path in Path(name).parent.glob("*") if (match := number.fullmatch(path.name))
     }
     folders = [name, *(found[key] for key in sorted(found))]
     if checkpoint.lower() != "true":
-        return next((folder for folder in folders if Path(folder) == Path(checkpoint).parent), name)
-    last = next((folder for folder in reversed(folders) if last_complete_checkpoint(folder)), name)
+        there = Path(checkpoint).resolve().parent
+        return next((folder for folder in folders if Path(folder).resolve() == there), None)
+    last = next(filter(_holds_training, reversed(folders)), name)
     if found:
         logger.info("Of '%s' to '%s', '%s' is continued; set --output_dir for another", name, folders[-1], last)
     return last
+
+
+def _holds_training(folder: str) -> bool:
+    with suppress(OSError, ValueError, AttributeError):  # missing or damaged
+        return json.loads((Path(folder) / "recipe.json").read_text(encoding="utf-8")).get("do_train", True)
+    return last_complete_checkpoint(folder) is not None
 
 
 def checkpoint_to_resume(args: CaptioningArguments) -> str | None:

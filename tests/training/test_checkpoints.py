@@ -7,14 +7,8 @@ from captioning.training.checkpoints import last_complete_checkpoint
 
 
 def test_incomplete_checkpoints_are_skipped(tmp_path, caplog):
-    states = (
-        '{"global_step": 10}',
-        '{"global_step": 15}',
-        '{"global_st',
-        None,
-        *['{"global_step": %d}'] * 4,
-        '{"global_step": 9}',
-    )
+    state = '{"global_step": %d, "epoch": 1, "train_batch_size": 4, "stateful_callbacks": {"TrainerControl": {}}}'
+    states = (state, state, '{"global_st', None, *[state] * 4, state.replace("%d", "9"))
     for step, content in zip(range(10, 55, 5), states, strict=True):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()

@@ -211,6 +211,41 @@ exit_on_user_error(main)
     assert error_line(errors).startswith("error: ended by a second SIGINT; complete checkpoints are kept")
 
 
+def test_an_output_folder_that_is_removed_is_one_line_beside_tensorboard(config_file, parquet_folder, tmp_path):
+    folder = tmp_path / "run"
+    process = start(flags(config_file, parquet_folder, folder, num_train_epochs=50, logging_steps=1))
+    signal_when(lambda: any(folder.glob("checkpoint-*/trainer_state.json")), 0, process)
+    folder.rename(tmp_path / "removed")
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 2
+    assert "Traceback" not in errors
+    assert " was removed " in error_line(errors)
+
+
+def test_a_signal_while_a_process_is_forked_is_one_line():
+    """Python prints and drops an exception that is raised there."""
+    code = """
+import multiprocessing, os, signal, time
+from captioning.command_line import exit_on_user_error
+mask = signal.pthread_sigmask
+def send_and_unblock(how, numbers):
+    if how == signal.SIG_UNBLOCK and numbers:
+        os.kill(os.getpid(), signal.SIGINT)
+    mask(how, numbers)
+def main():
+    signal.pthread_sigmask = send_and_unblock
+    multiprocessing.get_context("fork").Process(target=os.getpid).start()
+    time.sleep(60)
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+exit_on_user_error(main)
+"""
+    process = server().start(["-c", code])
+    errors = process.communicate(timeout=30)[1]
+    assert process.returncode == 128 + signal.SIGINT
+    assert "Traceback" not in errors
+    assert error_line(errors).startswith("error: stopped by SIGINT; ")
+
+
 def test_an_upload_goes_on_after_a_signal_and_ends_by_another():
     code = """
 import threading, time, signal
@@ -398,6 +433,10 @@ def smaller_weights(checkpoint: Path) -> None:
         (damage("abc", "global_step"), "trainer_state.json is missing or damaged"),
         (damage([1], "log_history"), "trainer_state.json is missing or damaged"),
         (damage(1, "unknown"), "trainer_state.json is missing or damaged"),
+        (damage("x", "epoch"), "trainer_state.json is missing or damaged"),
+        (damage(None, "max_steps"), "trainer_state.json is missing or damaged"),
+        (damage("x", "train_batch_size"), "trainer_state.json is missing or damaged"),
+        (damage([], "stateful_callbacks"), "trainer_state.json is missing or damaged"),
         (lambda checkpoint: (checkpoint / "tokenizer.json").write_text("{"), "tokenizer.json is missing or damaged"),
         (lambda checkpoint: (checkpoint / "scheduler.pt").unlink(), "scheduler.pt is missing"),
         (other_weights, "the weights in '.*' are not those of this model: .* missing or unknown, such as "),

@@ -1,5 +1,6 @@
 """A folder is written by one run at a time; runs that name no folder get one each."""
 
+import json
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,6 +72,7 @@ def arguments_for(folder: Path, resume: str | None = None, default: bool = True)
 
 
 def test_runs_without_a_folder_of_their_own_get_one_each(tmp_path, caplog):
+    caplog.set_level("INFO", "captioning")
     name = tmp_path / "model-data"
     with own_output_dir(arguments_for(name)), own_output_dir(second := arguments_for(name)):
         assert second.output_dir == f"{name}-2"  # the first is in use, and empty
@@ -88,24 +90,32 @@ def test_runs_without_a_folder_of_their_own_get_one_each(tmp_path, caplog):
         assert named.output_dir == str(name)
 
 
-def test_a_run_without_a_folder_of_its_own_resumes_in_the_last_with_a_checkpoint(tmp_path, monkeypatch, caplog):
+def test_a_run_without_a_folder_of_its_own_resumes_in_the_last_that_has_trained(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "captioning")
     name = tmp_path / "model-data"
     for folder in ("model-data", "model-data-2", "model-data-10", "model-data-11", "model-data-set"):
         (tmp_path / folder).mkdir()
+        (tmp_path / folder / "rejected.jsonl").write_text("")
+    for folder in ("model-data", "model-data-2", "model-data-10"):
+        (tmp_path / folder / "recipe.json").write_text("{}")
     with_checkpoint = {str(name): "a", f"{name}-2": "b", f"{name}-10": "c", f"{name}-set": "d"}
     monkeypatch.setattr("captioning.training.output_folder.last_complete_checkpoint", with_checkpoint.get)
     monkeypatch.setattr("captioning.training.output_folder.checkpoint_fault", lambda folder: None)
     for resume, expected in (
         ("true", f"{name}-10"),
         (f"{name}-2/checkpoint-5", f"{name}-2"),
-        ("elsewhere/checkpoint-5", str(name)),
+        (f"{name}/../model-data-2/checkpoint-5", f"{name}-2"),
+        ("elsewhere/checkpoint-5", f"{name}-3"),  # all others are of other runs
     ):
         with own_output_dir(args := arguments_for(name, resume)) as checkpoint:
             assert (args.output_dir, checkpoint) == (expected, "c" if resume == "true" else resume)
     assert f"Of '{name}' to '{name}-11', '{name}-10' is continued; set --output_dir for another" in caplog.text
-    with_checkpoint.clear()
+    # A run that was killed before its first checkpoint, and one that only scores
+    for number, recipe in ((11, {}), (12, {"do_train": False})):
+        (tmp_path / f"model-data-{number}").mkdir(exist_ok=True)
+        (tmp_path / f"model-data-{number}" / "recipe.json").write_text(json.dumps(recipe))
     with own_output_dir(args := arguments_for(name, "true")) as checkpoint:
-        assert (args.output_dir, checkpoint) == (str(name), None)
+        assert (args.output_dir, checkpoint) == (f"{name}-11", None)
 
 
 def test_all_processes_of_a_run_write_to_the_folder_that_the_first_chose(config_file, parquet_folder, tmp_path):
