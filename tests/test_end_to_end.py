@@ -402,6 +402,8 @@ def test_a_resumed_run_logs_what_changed_in_its_recipe(config_file, parquet_fold
     resume = {"num_train_epochs": 1, "resume_from_checkpoint": True, "num_beams": 2}
     run_captioning.main(flags(config_file, parquet_folder, folder, **resume))
     assert "Resuming with another recipe: num_beams was 3, is 2" in caplog.text
+    assert read_json(folder / "recipe.json")["changed_on_resume"] == {"num_beams": [3, 2]}
+    assert r"| changed on resume | num\_beams 3, then 2 |" in (folder / "README.md").read_text()
     with pytest.raises(UserError, match=r"cannot resume in .*: image_size was None, is 64"):
         run_captioning.main(flags(config_file, parquet_folder, folder, **resume, image_size=64))
 

@@ -13,7 +13,9 @@ from captioning.hub.private_strings import texts_in
 
 NAME_FIELDS = ("model_name_or_path", "config_name", "tokenizer_name", "dataset_name", "bertscore_model")
 LOCAL_FIELDS = ("image_folder",)  # what is in such a field is on this machine, whatever it looks like
-TEXT_FIELDS = ("prompt", "license", "language", "package_versions", "hardware", "code", "fingerprint")
+TEXT_FIELDS = (
+    "prompt", "license", "language", "package_versions", "hardware", "code", "fingerprint", "changed_on_resume",
+)  # fmt: skip
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 OTHER_PATH = re.compile(r"(?<!\w)(~[\w.-]*[/\\]|[A-Za-z]:[/\\]|\\\\|file:)")
 

@@ -258,6 +258,7 @@ def _run_facts(record: RunRecord) -> dict[str, Any]:
             "label smoothing": "as in the config of the start" if smoothing is None else smoothing,
             "precision": _autocast(recipe) or "float32",
             "seed": recipe["seed"],
+            "changed on resume": markdown(_changes_on_resume(recipe)),
         }
     processor = f"{hardware['processor']}, {hardware['threads']} threads"
     on_cpu = hardware["device"] == "cpu"
@@ -269,6 +270,11 @@ def _run_facts(record: RunRecord) -> dict[str, Any]:
         "packages": ", ".join(f"{name} {version}" for name, version in recipe["package_versions"].items()),
     }
     return {name: value for name, value in facts.items() if value not in (None, "")}
+
+
+def _changes_on_resume(recipe: Mapping[str, Any]) -> str:
+    changed = recipe.get("changed_on_resume") or {}
+    return "; ".join(f"{key} {', then '.join(map(str, values))}" for key, values in changed.items())
 
 
 def _num_epochs(record: RunRecord) -> str:

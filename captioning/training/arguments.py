@@ -204,6 +204,7 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
     hardware: dict | None = HfArg(default=None, help="Written into recipe.json: device, processor and threads.")
     code: dict | None = HfArg(default=None, help="Written into recipe.json: address and commit of this project.")
     fingerprint: dict | None = HfArg(default=None, help="Written into recipe.json: digests of data, tokenizer, model.")
+    changed_on_resume: dict | None = HfArg(default=None, help="Written into recipe.json: values before and after.")
     has_default_output_dir: bool = field(default=False, init=False)  # no folder was named
 
     def __post_init__(self):

@@ -153,6 +153,9 @@ def write_recipe(
         logger.warning("The recipe ran with something else: %s; the numbers will differ", change)
     if given and not unlike:
         logger.info("Data, tokenizer and model are those that the recipe ran with")
+    if args.changed_on_resume:
+        keys = ", ".join(args.changed_on_resume)
+        logger.warning("The recipe's run was resumed with other values of %s; the numbers will differ", keys)
     args.fingerprint = found
     recipe = resolved_recipe(model_args, data_args, args) | {"fingerprint": found}
     _log_differences("package", args.package_versions, recipe["package_versions"])
@@ -166,6 +169,7 @@ def write_recipe(
     if resumes and path.is_file():
         with as_user_error(f"'{path}' of the run to resume cannot be read", "delete it"):
             before = json.loads(path.read_text(encoding="utf-8"))
+        history = before.pop("changed_on_resume", None) or {}
         other = {key for key in recipe.keys() | before.keys() if recipe.get(key) != before.get(key)}
         # `model_config` is missing where an earlier version wrote the recipe
         for key in sorted(other - {"fingerprint"} - ({"model_config"} - before.keys())):
@@ -173,6 +177,9 @@ def write_recipe(
                 change = f"{key} was {before.get(key)}, is {recipe.get(key)}"
                 raise UserError(f"cannot resume in '{folder}': {change}; set it back, or another --output_dir")
             logger.warning("Resuming with another recipe: %s was %s, is %s", key, before.get(key), recipe.get(key))
+            if key not in (*STAGE_FIELDS, "code"):
+                history[key] = [*history.get(key, [before.get(key)]), recipe.get(key)]
+        recipe |= {"changed_on_resume": history} if history else {}
     if args.should_save:
         write_whole(path, to_json(recipe, indent=2) + "\n")
 

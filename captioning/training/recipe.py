@@ -55,10 +55,10 @@ DESTINATION_FIELDS = {
     "output_dir", "resume_from_checkpoint", "run_name", "push_to_hub", "hub_model_id", "hub_strategy",
     "hub_private_repo", "hub_always_push", "hub_token", "report_to", "project", "trackio_space_id",
 }  # fmt: skip
-# Not written, so that a rerun does not depend on them; the last six are written under another name, or anew
+# Not written, so that a rerun does not depend on them; the last seven are written under another name, or anew
 UNWRITTEN_FIELDS = DESTINATION_FIELDS | {
     "disable_tqdm", "local_rank", "log_level", "log_level_replica", "resume_despite_changes", "gradient_checkpointing",
-    "gradient_checkpointing_kwargs", "package_versions", "hardware", "code", "fingerprint",
+    "gradient_checkpointing_kwargs", "package_versions", "hardware", "code", "fingerprint", "changed_on_resume",
 }  # fmt: skip
 # Written even where they are at their default: what a reader of a recipe looks for first
 ALWAYS_WRITTEN_FIELDS = {
