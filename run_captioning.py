@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         return {}
     model_args, data_args, args = parse_arguments(argv)
     if args.push_to_hub:
-        Repository(args.output_dir, args.hub_model_id)  # a name that it cannot have is told before anything is written
+        Repository(args.output_dir, args.hub_model_id)  # refuses an impossible name before anything is written
     with own_output_dir(args) as checkpoint:
         return run(model_args, data_args, args, checkpoint)
 

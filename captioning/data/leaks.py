@@ -45,7 +45,7 @@ def find_leaks(splits: Mapping[str, Dataset]) -> dict[str, dict[str, dict[str, i
 def leaks_in_words(split: str, number: int, leaks: Leaks) -> list[str]:
     """Return a sentence for each leak of a split of `number` rows, and one where pixels were not compared.
 
-    Captions alone are no leak, since short ones repeat; they are told where nothing more is known.
+    Captions alone are no leak, since short ones repeat; they are reported where nothing more is known.
     """
     sentences = []
     for other, counts in leaks.items():

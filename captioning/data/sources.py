@@ -221,7 +221,7 @@ def _parquet_files(folder: Path) -> dict[str, list[str]]:
 
 
 def _load_from_hub(name: str, revision: str | None, streaming: bool) -> DatasetDict:
-    if name in _PACKAGED_DATASETS_MODULES:  # a recipe of a stranger may name one
+    if name in _PACKAGED_DATASETS_MODULES:  # a recipe from the Hub may name one
         raise UserError(f"dataset '{name}' is a format, of which the working folder would be read; give the folder")
     logger.info("Loading dataset '%s' from the Hub", name)
     at = f" at revision '{revision}'" if revision else ""

@@ -1,4 +1,4 @@
-"""A recipe from the Hub is a stranger's: it may name what is on the Hub, and nothing that is on this machine."""
+"""A recipe from the Hub was written by somebody else: it may name what is on the Hub, and nothing on this machine."""
 
 import os
 import re
@@ -29,7 +29,7 @@ def refuse_local_names(address: str, recipe: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         UserError: a value is a path, or names something in the working folder: a run would read the user's own files
-            in a stranger's name, and might publish their captions.
+            on behalf of its author, and might publish their captions.
     """
     for key, value in recipe.items():
         if value and key in LOCAL_FIELDS:
