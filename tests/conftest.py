@@ -23,6 +23,7 @@ from helpers import TINY_CONFIG, make_captions, make_rows
 from captioning.data.checks import check_rows, usable
 from captioning.data.tokenize_captions import tokenize
 from captioning.models.blip import BlipCaptioner
+from captioning.models.load import build_captioner
 from captioning.training.arguments import CaptioningArguments
 from captioning.training.trainer import CaptioningTrainer
 from collator import CaptioningCollator
@@ -56,7 +57,7 @@ def config_file(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_captioner(config_file) -> BlipCaptioner:
     """Shared by all tests: they must not change it."""
-    return BlipCaptioner.from_config(str(config_file), 0, None, make_captions(20), vocab_size=200)
+    return build_captioner(str(config_file), 0, None, make_captions(20), vocab_size=200)
 
 
 @pytest.fixture

@@ -70,7 +70,7 @@ class StubCaptioner(Captioner):
         return cls(StubModel.from_pretrained(name), PreTrainedTokenizerFast.from_pretrained(name))
 
     @classmethod
-    def from_config(cls, name, seed, tokenizer_name, captions, vocab_size, config=None):
+    def from_config(cls, config, name, seed, tokenizer_name, captions, vocab_size):
         special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<eos>"}
         words = Tokenizer(models.WordLevel(unk_token="<unk>"))
         words.normalizer, words.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.WhitespaceSplit()
@@ -78,7 +78,7 @@ class StubCaptioner(Captioner):
         words.train_from_iterator(captions, trainer)
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **special)
         torch.manual_seed(seed)
-        return cls(StubModel(StubConfig.from_pretrained(name, vocab_size=len(tokenizer))).eval(), tokenizer)
+        return cls(StubModel(StubConfig.from_dict(config | {"vocab_size": len(tokenizer)})).eval(), tokenizer)
 
     def adapt(self, image_size=None, label_smoothing=None, freeze_vision_model=False, fast=True):
         self.model.look.requires_grad_(not freeze_vision_model)

@@ -153,20 +153,19 @@ class BlipCaptioner(Captioner):
     @classmethod
     def from_config(
         cls,
+        config: dict[str, Any],
         name: str,
         seed: int,
         tokenizer_name: str | None,
         captions: Iterable[str],
         vocab_size: int,
-        config: dict[str, Any] | None = None,
     ) -> "BlipCaptioner":
         """See `Captioner.from_config`; vocabulary size and special tokens come from the tokenizer."""
         with as_user_error(f"config '{name}' cannot be loaded", "recipes/configs/ has examples"):
-            content = config or BlipConfig.get_config_dict(name)[0]
-            if not content.keys() & {"text_config", "vision_config"}:
+            if not config.keys() & {"text_config", "vision_config"}:
                 # Stock would build what its defaults say
                 raise UserError(f"config '{name}' does not describe a BLIP; recipes/configs/ has examples")
-            config = BlipConfig.from_dict(deepcopy(content))
+            config = BlipConfig.from_dict(deepcopy(config))
             _check_size(config, name)
         # After the config, whose faults need not wait until the captions are checked
         tokenizer = load_tokenizer(tokenizer_name) if tokenizer_name else train_tokenizer(captions, vocab_size)

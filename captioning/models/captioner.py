@@ -98,22 +98,22 @@ class Captioner(ABC):
     @abstractmethod
     def from_config(
         cls,
+        config: dict[str, Any],
         name: str,
         seed: int,
         tokenizer_name: str | None,
         captions: Iterable[str],
         vocab_size: int,
-        config: dict[str, Any] | None = None,
     ) -> "Captioner":
         """Build a model with random weights, in evaluation mode.
 
         Args:
-            name: a config: a JSON file, a folder or a Hub id.
+            config: the content of a config.
+            name: where it came from, for messages.
             seed: of the weights.
             tokenizer_name: Hub id or folder of a tokenizer; None trains one.
             captions: what the tokenizer is trained on, if it is.
             vocab_size: the most entries of a trained tokenizer.
-            config: the content of the config; None: it is read.
 
         Raises:
             UserError: config or tokenizer cannot be read, or do not describe a model of this family.

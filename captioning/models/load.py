@@ -81,7 +81,7 @@ def build_captioner(
     """See `Captioner.from_config`; `config_name` may also be a path relative to this project."""
     config = config or read_config(config_name)
     found = captioner_class(config.get("model_type") or "blip", config_name)
-    return found.from_config(config_name, seed, tokenizer_name, captions, vocab_size, config)
+    return found.from_config(config, config_name, seed, tokenizer_name, captions, vocab_size)
 
 
 def class_in_folder(folder: Path) -> type[Captioner]:

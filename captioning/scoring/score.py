@@ -265,8 +265,7 @@ def compare_captions(
         bertscore_model: see `score`.
     """
     systems = {"first": first.predictions, "second": second.predictions}
-    found = _scores_of_systems(systems, first, training, tokenizer, {}, bertscore_model, list(systems))
-    scores, missing, _ = found
+    scores, missing, _ = _scores_of_systems(systems, first, training, tokenizer, {}, bertscore_model, list(systems))
     counts = resampling_counts(len(first))
     rows = {}
     for name, own in scores["first"].items():

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 
-from captioning.models.blip import BlipCaptioner
 from captioning.models.fast_blip.modules import use_fast_blip
+from captioning.models.load import build_captioner
 
 
 @pytest.fixture(scope="session")
@@ -13,7 +13,7 @@ def build_model(tiny_captioner, config_file, tmp_path_factory):
     """Return a function from a seed to a stock BLIP with random weights."""
     folder = str(tmp_path_factory.mktemp("tokenizer"))
     tiny_captioner.tokenizer.save_pretrained(folder)
-    return lambda seed=0, config=config_file: BlipCaptioner.from_config(str(config), seed, folder, (), 0).model
+    return lambda seed=0, config=config_file: build_captioner(str(config), seed, folder, (), 0).model
 
 
 @pytest.fixture

@@ -1,12 +1,11 @@
 """All scores of a set of captions beside their baselines, and their table."""
 
-import importlib.util
 import json
-import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from helpers import needs_java
 
 from captioning.data import phantoms
 from captioning.reporting.score_table import score_table
@@ -16,12 +15,6 @@ from captioning.scoring.captions import Captions
 from captioning.scoring.constant_caption import constant_caption
 from captioning.scoring.score import finite, flat, score
 from metrics import rouge
-
-
-needs_java = pytest.mark.skipif(
-    importlib.util.find_spec("pycocoevalcap") is None or shutil.which("java") is None,
-    reason="pycocoevalcap or a Java runtime is not installed",
-)
 
 
 @pytest.fixture(scope="module")
