@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
 from captioning.files import PROJECT, write_whole
+from captioning.models.lora import WEIGHT_FILES
 from captioning.reporting.card_images import chosen_examples
 from captioning.reporting.run_record import SPLITS, RunRecord
 from captioning.reporting.score_table import four_digits
@@ -27,6 +28,7 @@ from captioning.training.decoding import decode_settings
 
 
 TEMPLATE = Path(__file__).parent / "model_card_template.md"
+TAGS = ("image-captioning", "radiology", "medical", "generated_from_trainer")
 CAPTION_WIDTH = 300  # characters of a caption in the table of examples
 COMMIT_DIGITS = 40
 # The scores of the `model-index`: type of the metric, and name
@@ -63,7 +65,7 @@ def write_model_card(record: RunRecord, name: str | None = None) -> None:
 
 def render_card(record: RunRecord, name: str) -> str:
     """Return the card of a run as Markdown with YAML metadata; `name`: of the model, or `<user>/<name>` on the Hub."""
-    recipe, family = record.recipe, record.captioner_class.card
+    recipe, family = record.recipe, record.card_facts
     base = record.start and record.start.id
     if not base and not recipe["do_train"]:
         base = Path(recipe["config_name"]).stem  # random weights were scored as they are
@@ -74,12 +76,13 @@ def render_card(record: RunRecord, name: str) -> str:
     metadata = ModelCardData(
         language=recipe["language"],
         license=recipe["license"] or license,
-        library_name="transformers",
+        library_name="peft" if record.is_adapter else "transformers",
         pipeline_tag="image-to-text",
         base_model=base if base_on_hub else None,
+        base_model_relation="adapter" if base_on_hub and record.is_adapter else None,
         datasets=[record.data.id] if record.data.revision else None,
         metrics=["rouge"],
-        tags=[*family.tags, "image-captioning", "radiology", "medical", "generated_from_trainer"],
+        tags=[*family.tags, *(["lora"] if record.is_adapter else []), *TAGS],
         model_name=name.split("/")[-1],
         eval_results=[result for stage in stages[:1] for result in _eval_results(record, *stage)] or None,
     )
@@ -206,8 +209,15 @@ def _usage(record: RunRecord, name: str) -> str:
     recipe = record.recipe
     settings = ", ".join(f"{key}={value!r}" for key, value in decode_settings(recipe).items())
     model = name if recipe["do_train"] or not record.start else record.start.id
-    return jinja2.Template(record.captioner_class.card.usage).render(
+    start, revision = record.start, record.start and record.start.revision
+    adapter_of = record.is_adapter and _python_string(start.id) + (f', revision="{revision}"' if revision else "")
+    arguments = record.sample.get("prompt") or {}
+    return jinja2.Template(record.card_facts.usage).render(
         name=_python_string(model),
+        adapter_of=adapter_of,
+        arguments=", ".join(f"{key}={value!r}" for key, value in arguments.items()),
+        is_encoder_decoder=record.is_encoder_decoder,
+        dtype=None if recipe["torch_dtype"] == "float32" else f'"{recipe["torch_dtype"]}"',
         settings=settings,
         holder="name" if model == name else _python_string(name),
         prompt=recipe["prompt"] and repr(recipe["prompt"]),
@@ -220,9 +230,9 @@ def _python_string(text: str) -> str:
 
 
 def _plain_generate(record: RunRecord) -> str:
-    family = record.captioner_class
-    suffices = record.recipe["do_train"] and family.plain_generate_suffices(record.decoding)
-    return jinja2.Template(family.card.plain_generate).render(prompt=record.recipe["prompt"], suffices=suffices)
+    can = record.recipe["do_train"] and not record.is_adapter
+    suffices = can and record.captioner_class.plain_generate_suffices(record.decoding)
+    return jinja2.Template(record.card_facts.plain_generate).render(prompt=record.recipe["prompt"], suffices=suffices)
 
 
 def _autocast(recipe: Mapping[str, Any]) -> str | None:
@@ -286,12 +296,12 @@ def _num_epochs(record: RunRecord) -> str:
 
 
 def _num_parameters(record: RunRecord) -> str | None:
-    path = record.folder / "model.safetensors"
-    if not path.is_file():
+    path = next((path for name in WEIGHT_FILES if (path := record.folder / name).is_file()), None)
+    if path is None:
         return None
     with safe_open(path, framework="pt") as weights:
         number = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
-    return f"{number / 1e6:.{2 if number < 1e8 else 0}f} million"
+    return f"{number / 1e6:.{2 if number < 1e8 else 0}f} million{' in the adapter' if record.is_adapter else ''}"
 
 
 def _duration(seconds: float) -> str:
