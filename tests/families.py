@@ -6,7 +6,7 @@
 from pathlib import Path
 
 import torch
-from helpers import make_captions, save_captioner
+from helpers import make_captions
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
@@ -41,7 +41,9 @@ from captioning.models.processor import build_processor
 
 
 SIDE = {"height": 32, "width": 32}
-VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8)
+VISION = dict(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8
+)
 CHAT = "{% for m in messages %}{{ m.role + ': ' }}{% for part in m.content %}{% if part.type == 'image' %}{{ '%s' }}{% else %}{{ part.text }}{% endif %}{% endfor %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 
 
@@ -52,7 +54,9 @@ def make_tokenizer(**special: str) -> PreTrainedTokenizerFast:
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokens = [*named.values(), *special.values()]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=tokens, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, special_tokens=tokens, initial_alphabet=alphabet, show_progress=False
+    )
     bpe.train_from_iterator(make_captions(20), trainer)
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=bpe, extra_special_tokens=special, **named)
@@ -60,8 +64,15 @@ def make_tokenizer(**special: str) -> PreTrainedTokenizerFast:
 
 def _language(tokenizer: PreTrainedTokenizerFast, model_type: str, **more) -> dict:
     ids = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0, vocab_size=len(tokenizer))
-    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    return dict(model_type=model_type, max_position_embeddings=512, head_dim=8, initializer_range=0.2) | shape | ids | more
+    shape = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    return (
+        dict(model_type=model_type, max_position_embeddings=512, head_dim=8, initializer_range=0.2)
+        | shape
+        | ids
+        | more
+    )
 
 
 def _opt(tokenizer, dropout=0.0) -> dict:
@@ -99,7 +110,9 @@ def _blip2(text, kind="blip-2"):
 def _llava():
     tokenizer = make_tokenizer(image_token="<image>")
     images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=SIDE)
-    processor = LlavaProcessor(images, tokenizer, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1)
+    processor = LlavaProcessor(
+        images, tokenizer, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
     vision = VISION | {"model_type": "clip_vision_model", "projection_dim": 32, "initializer_factor": 10.0}
     image = tokenizer.convert_tokens_to_ids("<image>")
     config = dict(text_config=_language(tokenizer, "llama"), vision_config=vision, image_token_index=image)
@@ -122,15 +135,43 @@ def _llava_onevision():
 
 def _qwen(number):
     special = {f"{name}_token": f"<|{name}|>" for name in ("vision_start", "vision_end", "image_pad", "video_pad")}
-    special = {"vision_start_token": "<|vision_start|>", "vision_end_token": "<|vision_end|>", "image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+    special = {
+        "vision_start_token": "<|vision_start|>",
+        "vision_end_token": "<|vision_end|>",
+        "image_token": "<|image_pad|>",
+        "video_token": "<|video_pad|>",
+    }
     tokenizer = make_tokenizer(**special)
     size = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
     patch = 14 if number == 2 else 16
     images = Qwen2VLImageProcessorPil(patch_size=patch, size=size)
     template = CHAT.replace("%s", "<|vision_start|><|image_pad|><|vision_end|>")
-    processor = build_processor(Qwen2_5_VLProcessor if number == 2 else Qwen3VLProcessor, image_processor=images, tokenizer=tokenizer, chat_template=template)
-    vision = dict(depth=2, hidden_size=32, num_heads=4, intermediate_size=64, patch_size=patch, spatial_merge_size=2, temporal_patch_size=2, out_hidden_size=32, initializer_range=0.2)
-    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(token) for name, token in (("image", "<|image_pad|>"), ("video", "<|video_pad|>"), ("vision_start", "<|vision_start|>"), ("vision_end", "<|vision_end|>"))}
+    processor = build_processor(
+        Qwen2_5_VLProcessor if number == 2 else Qwen3VLProcessor,
+        image_processor=images,
+        tokenizer=tokenizer,
+        chat_template=template,
+    )
+    vision = dict(
+        depth=2,
+        hidden_size=32,
+        num_heads=4,
+        intermediate_size=64,
+        patch_size=patch,
+        spatial_merge_size=2,
+        temporal_patch_size=2,
+        out_hidden_size=32,
+        initializer_range=0.2,
+    )
+    ids = {
+        f"{name}_token_id": tokenizer.convert_tokens_to_ids(token)
+        for name, token in (
+            ("image", "<|image_pad|>"),
+            ("video", "<|video_pad|>"),
+            ("vision_start", "<|vision_start|>"),
+            ("vision_end", "<|vision_end|>"),
+        )
+    }
     rope = dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2])
     if number == 3:
         rope["mrope_interleaved"] = True
@@ -143,12 +184,20 @@ def _qwen(number):
 
 
 def _gemma3():
-    tokenizer = make_tokenizer(image_token="<image_soft_token>", boi_token="<start_of_image>", eoi_token="<end_of_image>")
+    tokenizer = make_tokenizer(
+        image_token="<image_soft_token>", boi_token="<start_of_image>", eoi_token="<end_of_image>"
+    )
     images = Gemma3ImageProcessorPil(size=SIDE)
-    processor = Gemma3Processor(images, tokenizer, image_seq_length=4, chat_template="{{ bos_token }}" + CHAT.replace("%s", "<start_of_image>"))
+    processor = Gemma3Processor(
+        images, tokenizer, image_seq_length=4, chat_template="{{ bos_token }}" + CHAT.replace("%s", "<start_of_image>")
+    )
     vision = VISION | {"model_type": "siglip_vision_model", "vision_use_head": False}
     text = _language(tokenizer, "gemma3_text", sliding_window=64)
-    names = {"image_token_index": "<image_soft_token>", "boi_token_index": "<start_of_image>", "eoi_token_index": "<end_of_image>"}
+    names = {
+        "image_token_index": "<image_soft_token>",
+        "boi_token_index": "<start_of_image>",
+        "eoi_token_index": "<end_of_image>",
+    }
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
     return dict(text_config=text, vision_config=vision, mm_tokens_per_image=4, initializer_range=0.2, **ids), processor
 
@@ -161,20 +210,39 @@ def _paligemma():
     vision = VISION | {"model_type": "siglip_vision_model", "vision_use_head": False, "projection_dim": 32}
     text = _language(tokenizer, "gemma", num_image_tokens=16)
     image = tokenizer.convert_tokens_to_ids("<image>")
-    return dict(text_config=text, vision_config=vision, image_token_index=image, projection_dim=32, hidden_size=32), processor
+    return dict(
+        text_config=text, vision_config=vision, image_token_index=image, projection_dim=32, hidden_size=32
+    ), processor
 
 
 def _idefics(kind):
-    special = {"image_token": "<image>", "fake_image_token": "<fake_token_around_image>", "global_image_token": "<global-img>", "end_of_utterance_token": "<end_of_utterance>"}
+    special = {
+        "image_token": "<image>",
+        "fake_image_token": "<fake_token_around_image>",
+        "global_image_token": "<global-img>",
+        "end_of_utterance_token": "<end_of_utterance>",
+    }
     rows = {f"row_{r}_{c}": f"<row_{r}_col_{c}>" for r in (1, 2) for c in (1, 2)}
     tokenizer = make_tokenizer(**special | rows)
-    images_of, processor_of = (Idefics3ImageProcessorPil, Idefics3Processor) if kind == "idefics3" else (SmolVLMImageProcessorPil, SmolVLMProcessor)
+    images_of, processor_of = (
+        (Idefics3ImageProcessorPil, Idefics3Processor)
+        if kind == "idefics3"
+        else (SmolVLMImageProcessorPil, SmolVLMProcessor)
+    )
     images = images_of(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
-    processor = build_processor(processor_of, image_processor=images, tokenizer=tokenizer, image_seq_len=4, chat_template=CHAT.replace("%s", "<image>"))
+    processor = build_processor(
+        processor_of,
+        image_processor=images,
+        tokenizer=tokenizer,
+        image_seq_len=4,
+        chat_template=CHAT.replace("%s", "<image>"),
+    )
     vision = VISION | {"model_type": "idefics3_vision" if kind == "idefics3" else "smolvlm_vision"}
     image = tokenizer.convert_tokens_to_ids("<image>")
     text = _language(tokenizer, "llama")
-    return dict(text_config=text, vision_config=vision, image_token_id=image, scale_factor=2, pad_token_id=0), processor
+    return dict(
+        text_config=text, vision_config=vision, image_token_id=image, scale_factor=2, pad_token_id=0
+    ), processor
 
 
 def _git():
@@ -183,13 +251,19 @@ def _git():
     processor = GitProcessor(CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=SIDE), tokenizer)
     text = _language(tokenizer, "git", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     del text["model_type"], text["head_dim"], text["num_key_value_heads"]
-    return dict(vision_config=VISION | {"projection_dim": 32, "initializer_factor": 10.0}, num_image_with_embedding=None, **text), processor
+    return dict(
+        vision_config=VISION | {"projection_dim": 32, "initializer_factor": 10.0},
+        num_image_with_embedding=None,
+        **text,
+    ), processor
 
 
 def _vit_gpt2():
     tokenizer = make_tokenizer()
     processor = VisionTextDualEncoderProcessor(ViTImageProcessorPil(size=SIDE), tokenizer)
-    encoder = VISION | dict(model_type="vit", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.2)
+    encoder = VISION | dict(
+        model_type="vit", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.2
+    )
     decoder = dict(
         model_type="gpt2", n_embd=32, n_layer=2, n_head=4, n_positions=128, vocab_size=len(tokenizer), is_decoder=True,
         add_cross_attention=True, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=0.2,

@@ -54,7 +54,7 @@ def add_lora(
     if targets == ["all-linear"]:
         targets = "all-linear"
     config = LoraConfig(  # without a task type: peft's wrappers for them do not pass images on
-        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, revision=revision
+        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets
     )
     tied = set(captioner.model._tied_weights_keys or ())
     with as_user_error("LoRA cannot be added", "set --lora_target_modules to names of linear layers"):
@@ -67,7 +67,9 @@ def add_lora(
             )
     # Where it was loaded from, which peft takes, may be a snapshot in a cache
     config = model.peft_config[model.active_adapter]
-    config.base_model_name_or_path = os.path.abspath(name) if os.path.exists(name) else name
+    is_local = os.path.exists(name)
+    config.base_model_name_or_path = os.path.abspath(name) if is_local else name
+    config.revision = None if is_local else revision
     captioner.model = model
 
 
