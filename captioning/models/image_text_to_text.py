@@ -171,9 +171,11 @@ class ImageTextToTextCaptioner(Captioner):
         return card_facts(model_type)
 
     def _with_special_tokens(self, config: GenerationConfig) -> GenerationConfig:
-        config, known = deepcopy(config), self.model.generation_config
+        config, text = deepcopy(config), self.config.get_text_config(decoder=True)
         config.eos_token_id, config.pad_token_id = self.end_token_ids, self.tokenizer.pad_token_id
-        config.bos_token_id, config.decoder_start_token_id = known.bos_token_id, known.decoder_start_token_id
+        config.bos_token_id = getattr(text, "bos_token_id", None)
+        starts = (getattr(known, "decoder_start_token_id", None) for known in (self.config, text))
+        config.decoder_start_token_id = next((start for start in starts if start is not None), None)
         return config
 
     def _find_end_tokens(self) -> list[int]:
@@ -218,7 +220,7 @@ class ImageTextToTextCaptioner(Captioner):
         self.prompt_length = len(ids)
         after_image = ids[is_image[-1] + 1 if is_image else 0 :]
         self._length_after_image = len(after_image)
-        self._last_word = re.search(r"\S*$", self.tokenizer.decode(after_image, skip_special_tokens=True))[0]
+        self._last_word = re.search(r"\S*\Z", self.tokenizer.decode(after_image, skip_special_tokens=True))[0]
 
     @property
     def _image_token_id(self) -> int | None:
