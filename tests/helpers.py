@@ -214,11 +214,11 @@ def losses(folder: Path) -> list[float]:
     return [entry["loss"] for entry in read_json(folder / "trainer_state.json")["log_history"] if "loss" in entry]
 
 
-def outcome(folder: Path) -> dict:
+def outcome(folder: Path, weights: str = "model.safetensors") -> dict:
     """All that a run decides: weights, scores, predictions, the logged history; no times."""
     state = read_json(folder / "trainer_state.json")
     return {
-        "weights": {name: value.tolist() for name, value in load_file(folder / "model.safetensors").items()},
+        "weights": {name: value.tolist() for name, value in load_file(folder / weights).items()},
         "results": without_times(read_json(folder / "all_results.json")),
         "predictions": {path.name: path.read_text() for path in (folder / "predictions").iterdir()},
         "history": [without_times(entry) for entry in state["log_history"] if "train_runtime" not in entry],

@@ -16,6 +16,7 @@ from captioning.data.leaks import Leaks, leaks_in_words
 from captioning.hub.revisions import COMMIT_HASH
 from captioning.models.captioner import Captioner, CardFacts
 from captioning.models.load import class_in_folder
+from captioning.models.lora import BASE_CONFIG
 from captioning.scoring.captions import read_predictions
 from captioning.training.decoding import generation_config, in_words
 
@@ -102,9 +103,13 @@ class RunRecord:
         return self._read("sample.json")
 
     @cached_property
+    def _config(self) -> Mapping[str, Any]:
+        return self._read("config.json") or self._read(BASE_CONFIG)
+
+    @cached_property
     def image_size(self) -> int | None:
         """The side of the images in pixels by the saved `config.json`, None if no model was saved."""
-        return self._read("config.json").get("vision_config", {}).get("image_size")
+        return self._config.get("vision_config", {}).get("image_size")
 
     def predictions(self, split: str) -> list[dict[str, Any]]:
         """Return the rows of `predictions/<split>.jsonl`, none if the split was not captioned."""
@@ -132,12 +137,12 @@ class RunRecord:
     @cached_property
     def card_facts(self) -> CardFacts:
         """What the card says of the family of the model; BLIP's where no model was saved."""
-        return self.captioner_class.card_facts(self._read("config.json").get("model_type", "blip"))
+        return self.captioner_class.card_facts(self._config.get("model_type", "blip"))
 
     @property
     def is_encoder_decoder(self) -> bool:
         """Whether new tokens come without the prompt."""
-        config = self._read("config.json")
+        config = self._config
         return bool(config.get("is_encoder_decoder") or config.get("text_config", {}).get("is_encoder_decoder"))
 
     @property

@@ -10,9 +10,24 @@ import pytest
 import torch
 from datasets import DatasetDict
 from families import FAMILIES, save_tiny
-from helpers import make_noise, make_rows, one_step
+from helpers import (
+    flags,
+    losses,
+    make_noise,
+    make_rows,
+    one_step,
+    outcome,
+    predictions,
+    read_json,
+    run,
+    run_ranks,
+    score_flags,
+    signal_when,
+    start,
+)
 from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 
+import run_captioning
 from captioning.data.checks import usable
 from captioning.data.images import open_image
 from captioning.data.tokenize_captions import tokenize
@@ -232,6 +247,62 @@ def test_a_resumed_training_ends_with_the_same_weights(make_trainer, captioner, 
     first = f"{trainer.args.output_dir}/checkpoint-3"
     make_trainer(captioner=start, splits=splits, **short).train(resume_from_checkpoint=first)
     assert all(torch.equal(value, expected[name]) for name, value in weights(start.model).items())
+
+
+# --- Runs of the script ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["qwen3_vl", "blip-2-t5", "llava"])
+def tiny(request, tmp_path_factory):
+    """Images of several sizes in one batch; an encoder-decoder; weights that no loss depends on."""
+    return save_tiny(request.param, tmp_path_factory.mktemp("start") / request.param)
+
+
+def train_flags(tiny, data, folder, **values):
+    return flags(None, data, folder, model_name_or_path=tiny, vocab_size=None, logging_steps=1, **values)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, parquet_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    run(train_flags(tiny, parquet_folder, folder))
+    return folder
+
+
+def test_a_run_has_scores_a_page_a_card_and_a_recipe_that_repeats_it(trained, parquet_folder, tmp_path):
+    scores, card = read_json(trained / "scores.json")["test"], (trained / "README.md").read_text()
+    assert scores["scores"]["rougeL"]["baselines"]["nearest_image"] is not None, "it needs features of the images"
+    assert '"attention":{}' in (trained / "report.html").read_text().replace(" ", "")
+    assert f"A {read_json(trained / 'config.json')['model_type']} model that writes" in card and "BLIP " not in card
+    run_captioning.main([str(trained / "recipe.json"), "--output_dir", str(tmp_path / "again")])
+    assert outcome(tmp_path / "again") == outcome(trained)
+    scored = run_captioning.main(score_flags(trained, parquet_folder, tmp_path / "check"))
+    assert scored["predict_loss"] == read_json(trained / "all_results.json")["predict_loss"]
+    assert predictions(tmp_path / "check") == predictions(trained)
+
+
+def test_the_code_of_its_card_repeats_the_caption_of_the_sample(trained, monkeypatch, capsys):
+    if read_json(trained / "config.json")["model_type"] == "qwen3_vl":
+        pytest.skip("stock's processor of this family needs torchvision, which is not there for this PyTorch")
+    code = re.search(r"```python\n(.*?)```", (trained / "README.md").read_text(), re.DOTALL)[1]
+    monkeypatch.chdir(trained.parent)
+    capsys.readouterr()
+    exec(compile(code, "card", "exec"), {})
+    assert capsys.readouterr().out == read_json(trained / "sample.json")["caption"] + "\n"
+
+
+@pytest.mark.slow
+def test_a_killed_run_is_resumed_to_the_same_weights_and_two_processes_train_as_one(
+    tiny, trained, parquet_folder, tmp_path
+):
+    command = train_flags(tiny, parquet_folder, tmp_path / "killed")
+    process = start(command)
+    signal_when(lambda: (tmp_path / "killed/checkpoint-6/trainer_state.json").is_file(), signal.SIGKILL, process)
+    process.communicate()
+    run([*command, "--resume_from_checkpoint", "true"])
+    assert outcome(tmp_path / "killed") == outcome(trained)
+    run_ranks(2, train_flags(tiny, parquet_folder, tmp_path / "two", per_device_train_batch_size=2))
+    assert losses(tmp_path / "two") == pytest.approx(losses(trained), rel=1e-4)
 
 
 # --- What a user may do wrong ---------------------------------------------------------------------------------
