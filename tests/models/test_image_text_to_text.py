@@ -5,6 +5,8 @@ behind it, and nothing of `Captioner` is asked.
 """
 
 import copy
+import re
+import signal
 
 import pytest
 import torch
@@ -317,7 +319,7 @@ def test_what_does_not_fit_is_one_line(captioner, checkpoint):
         ):
             captioner.check_lengths(40, 9000)
     if captioner.family.image_size is None:
-        with pytest.raises(UserError, match="takes images of .* leave out --image_size"):
+        with pytest.raises(UserError, match=r"takes images of .* leave out --image_size"):
             captioner.adapt(image_size=48)
     if not captioner.family.takes_prompt:
         with pytest.raises(UserError, match="takes no prompt; leave out --prompt"):
