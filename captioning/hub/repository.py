@@ -37,7 +37,7 @@ MODEL_FILES = (
     "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
     "processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "chat_template.jinja",
-    "qformer_tokenizer/*", "adapter_config.json", "adapter_model.safetensors", "adapter/*",
+    "qformer_tokenizer/*", "adapter_config.json", "adapter_model.safetensors", "base_config.json", "adapter/*",
 )  # fmt: skip
 # Without report.html: it holds the images, which the user may not have the right to publish
 RECORD_FILES = (

@@ -171,9 +171,11 @@ class ImageTextToTextCaptioner(Captioner):
         return card_facts(model_type)
 
     def _with_special_tokens(self, config: GenerationConfig) -> GenerationConfig:
-        config, known = deepcopy(config), self.model.generation_config
+        config, text = deepcopy(config), self.config.get_text_config(decoder=True)
         config.eos_token_id, config.pad_token_id = self.end_token_ids, self.tokenizer.pad_token_id
-        config.bos_token_id, config.decoder_start_token_id = known.bos_token_id, known.decoder_start_token_id
+        config.bos_token_id = getattr(text, "bos_token_id", None)
+        starts = (getattr(known, "decoder_start_token_id", None) for known in (self.config, text))
+        config.decoder_start_token_id = next((start for start in starts if start is not None), None)
         return config
 
     def _find_end_tokens(self) -> list[int]:
@@ -216,7 +218,9 @@ class ImageTextToTextCaptioner(Captioner):
             kind = self.config.model_type
             raise UserError(f"the prompt '{self.prompt_text}' of this {kind} has no place for the image")
         self.prompt_length = len(ids)
-        self._length_after_image = len(ids) - (is_image[-1] + 1 if is_image else 0)
+        after_image = ids[is_image[-1] + 1 if is_image else 0 :]
+        self._length_after_image = len(after_image)
+        self._last_word = re.search(r"\S*\Z", self.tokenizer.decode(after_image, skip_special_tokens=True))[0]
 
     @property
     def _image_token_id(self) -> int | None:
@@ -243,20 +247,14 @@ class ImageTextToTextCaptioner(Captioner):
         room = max_length - 1
         if room < 1:
             raise UserError(f"max_caption_length {max_length} leaves no room for a caption; set it to 2 or more")
-        last_word = re.search(r"\S*$", self._before_caption)[0]
-        start = self._tokens([last_word])[0] if last_word else []
-        texts = [caption.strip() for caption in captions]
-        tokens = self._tokens([f"{last_word} {text}" for text in texts] if last_word else texts)
-        tokens = [own[len(start) :] for own in tokens]
+        texts, word = [caption.strip() for caption in captions], self._last_word
+        tokens = self._tokens([f"{word} {text}" for text in texts] if word else texts)
+        start = len(self._tokens([word])[0]) if word else 0
+        tokens = [own[start:] for own in tokens]
         return [[*own[:room], self.end_token_id] for own in tokens], [len(own) > room for own in tokens]
 
     def _tokens(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-
-    @property
-    def _before_caption(self) -> str:
-        """What a caption continues."""
-        return self.prompt_text
 
     # --- Batches ----------------------------------------------------------------------------------------------
 
@@ -385,8 +383,6 @@ class ImageTextToTextCaptioner(Captioner):
 class EncoderDecoderCaptioner(ImageTextToTextCaptioner):
     """An encoder reads image and prompt, a decoder writes the caption; labels are not shifted."""
 
-    _before_caption = ""
-
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin):
         super().__init__(model, processor)
         self.takes_logits_to_keep = False
@@ -398,7 +394,7 @@ class EncoderDecoderCaptioner(ImageTextToTextCaptioner):
             super().set_prompt(prompt)
         elif prompt:
             raise UserError(f"a {self.config.model_type} takes no prompt; leave out --prompt")
-        self.prompt_length = 1  # the start token of the decoder
+        self.prompt_length, self._last_word = 1, ""  # the decoder begins with its start token
 
     def _prompt_inputs(self, images: Sequence[Image.Image]) -> Batch:
         if self.family.takes_prompt:

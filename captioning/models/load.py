@@ -3,12 +3,10 @@
 import logging
 import os
 from collections.abc import Iterable
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoImageProcessor, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from captioning.errors import UserError
 from captioning.files import PROJECT
@@ -17,7 +15,7 @@ from captioning.models.blip import BlipCaptioner
 from captioning.models.captioner import Captioner
 from captioning.models.families import FAMILIES
 from captioning.models.image_text_to_text import ImageTextToTextCaptioner
-from captioning.models.lora import base_of_adapter, merge_adapter
+from captioning.models.lora import base_of_adapter, load_adapter
 
 
 logger = logging.getLogger(__name__)
@@ -35,7 +33,7 @@ def captioner_class(model_type: str | None, name: str) -> type[Captioner]:
 def load_captioner(name: str, revision: str | None = None, dtype: str = "float32") -> Captioner:
     """See `Captioner.from_pretrained`; an unsupported type and weights that are NaN are `UserError`s, too.
 
-    Of an adapter, the model that it adapts is loaded, and the adapter merged into it.
+    Of an adapter, the model that it adapts is loaded, and the adapter put into it.
     """
     adapts = base_of_adapter(name, revision)
     base, base_revision = adapts or (name, revision)
@@ -46,11 +44,8 @@ def load_captioner(name: str, revision: str | None = None, dtype: str = "float32
     captioner = found.from_pretrained(base, base_revision, getattr(torch, dtype))
     refuse_nan_weights(captioner.model, base)
     if adapts:
-        merge_adapter(captioner, name, revision)
+        load_adapter(captioner, name, revision)
         refuse_nan_weights(captioner.model, name)
-        with suppress(OSError):  # an adapter of others need not hold a processor
-            images = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")
-            captioner.processor.image_processor = images
     return captioner
 
 
@@ -99,10 +94,3 @@ def build_captioner(
     config = config or read_config(config_name)
     found = captioner_class(config.get("model_type") or "blip", config_name)
     return found.from_config(config, config_name, seed, tokenizer_name, captions, vocab_size)
-
-
-def class_in_folder(folder: Path) -> type[Captioner]:
-    """Return the class of the model that is saved in a folder; BLIP's where there is none."""
-    if not (folder / "config.json").is_file():
-        return BlipCaptioner
-    return captioner_class(PreTrainedConfig.get_config_dict(folder)[0].get("model_type"), str(folder))

@@ -1,18 +1,19 @@
 """Low-rank adapters (LoRA, Hu and others 2021, arXiv:2106.09685) by peft: little is learned, stored and published.
 
-What peft saves is what stock `PeftModel.from_pretrained` loads. Beside it lies the config of the model, by which
-others, and we, know what it is an adapter of.
+What is saved is what stock `PeftModel.from_pretrained` loads, and `from_pretrained` of the model's own class, too.
 """
 
 import json
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import AutoImageProcessor, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
@@ -22,6 +23,8 @@ from captioning.models.captioner import Captioner
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 WEIGHT_FILES = ("model.safetensors", ADAPTER_WEIGHTS)  # one of them is in each saved model
+# The config of what is adapted. A `config.json` would make transformers take the folder for a whole model
+BASE_CONFIG = "base_config.json"
 
 
 def add_lora(
@@ -54,7 +57,7 @@ def add_lora(
     if targets == ["all-linear"]:
         targets = "all-linear"
     config = LoraConfig(  # without a task type: peft's wrappers for them do not pass images on
-        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, revision=revision
+        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets
     )
     tied = set(captioner.model._tied_weights_keys or ())
     with as_user_error("LoRA cannot be added", "set --lora_target_modules to names of linear layers"):
@@ -67,7 +70,9 @@ def add_lora(
             )
     # Where it was loaded from, which peft takes, may be a snapshot in a cache
     config = model.peft_config[model.active_adapter]
-    config.base_model_name_or_path = os.path.abspath(name) if os.path.exists(name) else name
+    is_local = os.path.exists(name)
+    config.base_model_name_or_path = os.path.abspath(name) if is_local else name
+    config.revision = None if is_local else revision
     captioner.model = model
 
 
@@ -83,8 +88,8 @@ def text_layers(captioner: Captioner) -> str:
 
 
 def save_config(captioner: Captioner, folder: str | Path) -> None:
-    """Complete the adapter that peft has saved by the configs of the model; remove its card, which has local paths."""
-    captioner.model.base_model.model.config.save_pretrained(folder)
+    """Complete the adapter that peft has saved by the model's configs, and remove its card, which has local paths."""
+    captioner.model.base_model.model.config.to_json_file(Path(folder) / BASE_CONFIG)
     captioner.model.generation_config.save_pretrained(folder)
     (Path(folder) / "README.md").unlink(missing_ok=True)
 
@@ -107,14 +112,23 @@ def base_of_adapter(name: str, revision: str | None) -> tuple[str, str | None] |
         return config["base_model_name_or_path"], config.get("revision")
 
 
-def merge_adapter(captioner: Captioner, name: str | None = None, revision: str | None = None) -> None:
-    """Add the adapters to the weights, after which the model is a plain one; `name`: load them from there first."""
-    if name is not None:
-        with as_user_error(f"adapter '{name}' cannot be loaded", "it must be one of this model"):
-            captioner.model = PeftModel.from_pretrained(captioner.model, name, revision=revision)
-    settings = captioner.model.generation_config
+def load_adapter(captioner: Captioner, name: str, revision: str | None) -> None:
+    """Put the saved adapters `name` into the model, as they were in training, and take over what lies beside them.
+
+    Raises:
+        UserError: they are not those of this model.
+    """
+    with as_user_error(f"adapter '{name}' cannot be loaded", "it must be one of this model"):
+        captioner.model = PeftModel.from_pretrained(captioner.model, name, revision=revision)
+    with suppress(OSError):  # those of others need not have such files
+        images = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")
+        captioner.processor.image_processor = images
+        captioner.model.generation_config = GenerationConfig.from_pretrained(name, revision=revision)
+
+
+def merge_adapter(captioner: Captioner) -> None:
+    """Add the adapters to the weights, after which the model is a plain one."""
     captioner.model = captioner.model.merge_and_unload()
-    captioner.model.generation_config = settings
 
 
 def count_learning(model: nn.Module) -> str:

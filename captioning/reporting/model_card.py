@@ -3,12 +3,9 @@
 It is made from the files of the run alone, so that a push can write it again under the name of the repository.
 """
 
-import html
 import json
 import math
-import re
-import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,15 +18,13 @@ from captioning.files import PROJECT, write_whole
 from captioning.models.lora import WEIGHT_FILES
 from captioning.reporting.card_images import chosen_examples
 from captioning.reporting.run_record import SPLITS, RunRecord
-from captioning.reporting.score_table import four_digits
+from captioning.reporting.score_table import in_digits, markdown, number_text, score_cells
 from captioning.scoring.baselines import BASELINES
-from captioning.scoring.bootstrap import num_decimals
 from captioning.training.decoding import decode_settings
 
 
 TEMPLATE = Path(__file__).parent / "model_card_template.md"
 TAGS = ("image-captioning", "radiology", "medical", "generated_from_trainer")
-CAPTION_WIDTH = 300  # characters of a caption in the table of examples
 COMMIT_DIGITS = 40
 # The scores of the `model-index`: type of the metric, and name
 INDEXED_SCORES = {
@@ -110,22 +105,12 @@ def render_card(record: RunRecord, name: str) -> str:
         facts=_run_facts(record),
         sizes=_sizes(record),
         has_curve=(record.folder / "training_curve.png").is_file(),
-        digits=four_digits,
-        in_digits=_in_digits,
+        digits=number_text,
+        in_digits=in_digits,
         show_result=partial(_show_result, record),
         markdown=markdown,
     )
     return str(card)
-
-
-def markdown(text: str) -> str:
-    """Return text from the data so that it shows as it is in a Markdown table: on one line, no markup, no HTML."""
-    visible = "".join(" " if unicodedata.category(char) in ("Cc", "Cf") else char for char in text)
-    short = " ".join(visible.split())
-    if len(short) > CAPTION_WIDTH:
-        short = short[: CAPTION_WIDTH - 1].rstrip() + "…"
-    escaped = re.sub(r"([\\`*_{}\[\]|~$#!@])", r"\\\1", html.escape(short, quote=False))
-    return escaped.replace("://", r"\://").replace("www.", r"www\.")  # GitHub's Markdown makes links of bare addresses
 
 
 # --- Scores ---------------------------------------------------------------------------------------------------
@@ -152,37 +137,17 @@ def _eval_results(record: RunRecord, split: str, prefix: str) -> list[EvalResult
     ]
 
 
-def _main_scores(scores: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Return the rows of the small table: a score, its interval, and the highest of its baselines."""
-    rows = []
-    for key in MAIN_SCORES:
-        entry = scores["scores"].get(key)
-        if not entry or entry["value"] is None:
-            continue
-        show = _in_digits(entry)
-        known = {name: value for name, value in entry["baselines"].items() if value is not None}
-        best = max(known, key=known.get, default=None)
-        rows.append({
-            "title": INDEXED_SCORES[key][1],
-            "value": show(entry["value"]),
-            "interval": f"{show(entry['low'])} to {show(entry['high'])}",
-            "baseline": f"{show(known[best])} ({BASELINES[best].name})" if best else "-",
-        })  # fmt: skip
-    return rows
-
-
-def _in_digits(entry: Mapping[str, Any]) -> Callable[[float | None], str]:
-    """Return a function that shows a score with the decimals that the interval of `entry` deserves."""
-    digits = num_decimals(entry["low"], entry["high"])
-    return lambda value: "-" if value is None else f"{value:.{digits}f}"
+def _main_scores(scores: Mapping[str, Any]) -> list[list[str]]:
+    """Return the rows of the small table: the name of a score, and its `score_cells`."""
+    known = {key: entry for key, entry in scores["scores"].items() if entry["value"] is not None}
+    return [[INDEXED_SCORES[key][1], *score_cells(known[key])] for key in MAIN_SCORES if key in known]
 
 
 def _show_result(record: RunRecord, split: str, key: str, value: float | None) -> str:
     """Return a metric of a split with the decimals that its interval deserves, a dash for None, NaN and infinity."""
-    if value is None or not math.isfinite(value):
-        return "-"
     entry = record.scores.get(split, {"scores": {}})["scores"].get(key)
-    return _in_digits(entry)(value) if entry and entry["value"] is not None else f"{value:.{DECIMALS.get(key, 3)}f}"
+    scored = entry and entry["value"] is not None
+    return in_digits(entry)(value) if scored else number_text(value, DECIMALS.get(key, 3))
 
 
 def _examples(record: RunRecord) -> dict[str, dict[str, Any]]:
@@ -216,7 +181,6 @@ def _usage(record: RunRecord, name: str) -> str:
         name=_python_string(model),
         adapter_of=adapter_of,
         arguments=", ".join(f"{key}={value!r}" for key, value in arguments.items()),
-        is_encoder_decoder=record.is_encoder_decoder,
         dtype=None if recipe["torch_dtype"] == "float32" else f'"{recipe["torch_dtype"]}"',
         settings=settings,
         holder="name" if model == name else _python_string(name),

@@ -7,7 +7,7 @@ from captioning.errors import UserError
 from captioning.hub.revisions import pin_revision
 from captioning.models.captioner import Captioner
 from captioning.models.load import build_captioner, load_captioner, read_config
-from captioning.models.lora import add_lora, base_of_adapter, count_learning
+from captioning.models.lora import add_lora, count_learning, is_adapted, merge_adapter
 from captioning.training.arguments import CaptioningArguments, DataArguments, ModelArguments
 from captioning.training.decoding import warn_of_other_settings
 
@@ -44,7 +44,7 @@ def load_model(
         captioner = build_captioner(
             model_args.config_name, args.seed, tokenizer, captions, model_args.vocab_size, model_args.model_config
         )
-    _adapt(captioner, model_args, args.do_train)
+    _adapt(captioner, model_args, args)
     captioner.set_prompt(data_args.prompt)
     data_args.prompt = captioner.prompt
     captioner.check_lengths(data_args.max_caption_length, args.max_new_tokens)
@@ -52,23 +52,30 @@ def load_model(
     return captioner
 
 
-def _adapt(captioner: Captioner, model_args: ModelArguments, trains: bool) -> None:
+def _adapt(captioner: Captioner, model_args: ModelArguments, args: CaptioningArguments) -> None:
+    if args.do_train and is_adapted(captioner.model):
+        if model_args.use_peft:
+            raise UserError(
+                f"'{model_args.model_name_or_path}' is an adapter, and one of it could not be loaded; train it with "
+                "--merge_lora true first, or leave out --use_peft to train all weights"
+            )
+        merge_adapter(captioner)
+        captioner.model.requires_grad_(True)
     shapes = {name: value.shape for name, value in captioner.model.named_parameters()}
     captioner.adapt(
         model_args.image_size, model_args.label_smoothing, model_args.freeze_vision_model, model_args.fast_blip
     )
-    if not trains:
+    if not args.do_train:
         return
     if model_args.use_peft:
+        if (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise UserError(
+                "gradient_checkpointing_kwargs: use_reentrant must be false with use_peft: inputs do not learn"
+            )
         name, revision = model_args.model_name_or_path, model_args.model_revision
         if {name: value.shape for name, value in captioner.model.named_parameters()} != shapes:
             raise UserError(
                 f"image_size {model_args.image_size} changes weights that an adapter does not hold; leave it out"
-            )
-        if base_of_adapter(name, revision):
-            raise UserError(
-                f"'{name}' is an adapter, and an adapter of it could not be loaded; train it with --merge_lora true "
-                "first, or leave out --use_peft to train all weights"
             )
         add_lora(
             captioner, name, revision, model_args.lora_r, model_args.lora_alpha, model_args.lora_dropout,

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, Seq2SeqTrainingArguments
 from transformers.hf_argparser import HfArg
 
-from captioning.data.own_data import Layout
+from captioning.data.layout import Layout
 from captioning.errors import UserError, as_user_error, did_you_mean
 from captioning.hub.licenses import check_license
 from captioning.training.decoding import generation_config

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from datasets import Dataset
 from PIL import Image
+from safetensors import safe_open
+from torch.nn.modules.module import _IncompatibleKeys
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, GenerationConfig, Seq2SeqTrainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
@@ -23,7 +25,14 @@ from captioning.errors import Stopped, UserError, as_user_error
 from captioning.files import to_json, without_nan, write_whole
 from captioning.models.captioner import Captioner
 from captioning.models.load import nan_weights, refuse_nan_weights
-from captioning.models.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapted, merge_adapter, save_config
+from captioning.models.lora import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    WEIGHT_FILES,
+    is_adapted,
+    merge_adapter,
+    save_config,
+)
 from captioning.training.checkpoints import last_complete_checkpoint
 from captioning.training.fingerprint import FINGERPRINT_FILE
 from captioning.training.safeguards import StopOnSignal, full_is_user_error, not_finite
@@ -88,7 +97,7 @@ class CaptioningTrainer(Seq2SeqTrainer):
         # not divide by the accumulation steps again
         self.model_accepts_loss_kwargs, self._loss_shifts_labels = True, False
         # Tied weights are stored once; without this, loading a checkpoint warns that they are missing
-        self.model._keys_to_ignore_on_save = list(self.model._tied_weights_keys or ())
+        self.model._keys_to_ignore_on_save = list(self.model.all_tied_weights_keys)
         self.stop_on_signal = StopOnSignal()
         self.add_callback(self.stop_on_signal)
         self.add_callback(LogBeforeCheckpoint())
@@ -285,8 +294,30 @@ class CaptioningTrainer(Seq2SeqTrainer):
         """Load the weights as the stock Trainer does; those of another model, or of NaN, are a one-line error."""
         mend = "resume from another checkpoint, or set another --output_dir"
         with as_user_error(f"the weights in '{resume_from_checkpoint}' are not those of this model", mend):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if not self._loads_by_old_names(resume_from_checkpoint):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
         refuse_nan_weights(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if not self._loads_by_old_names(self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+    def _loads_by_old_names(self, folder: str) -> bool:
+        """Load the weights of a checkpoint if they are saved under other names than those in the model (T18).
+
+        `save_pretrained` writes many families under the names that transformers 4 gave them, which `from_pretrained`
+        knows. The Trainer does not: it would load none of them, warn, and go on from the weights that are there.
+        """
+        file = Path(folder) / WEIGHT_FILES[0]
+        if is_adapted(self.model) or not file.is_file():
+            return False
+        with safe_open(file, "pt") as weights:
+            if set(weights.keys()) <= self.model.state_dict().keys():
+                return False
+        saved, loading = type(self.model).from_pretrained(folder, dtype=self.model.dtype, output_loading_info=True)
+        self._issue_warnings_after_load(_IncompatibleKeys(loading["missing_keys"], loading["unexpected_keys"]))
+        self.model.load_state_dict(saved.state_dict())
+        return True
 
     def _issue_warnings_after_load(self, load_result) -> None:
         super()._issue_warnings_after_load(load_result)  # ties the weights that are stored once
