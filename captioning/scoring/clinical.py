@@ -10,7 +10,6 @@ Words are looked up in the tables below, made for English captions as published,
 """
 
 import functools
-import itertools
 import re
 import unicodedata
 from collections.abc import Sequence, Set
@@ -22,231 +21,275 @@ from captioning.scoring.bootstrap import Score
 
 ATTRIBUTES = ("modality", "region", "laterality", "negation", "measurement")
 
-# --- Words: regular expressions of a whole word, on lower-case text without accents ------------------------------
+# --- Words: regular expressions of whole words, on lower-case text without accents; "_" is a space ---------------
 
-_MR_STUDY = (
-    r"imag|scan|angio|veno|cholangio|spectro|arthro|entero|uro|stud|exam|sequence|slice|view|of the|show|reveal"
-)
+# A CT angiogram is a CT and an MR cholangiogram an MRI, and ROCOv2's modality classes agree
+_STUDY = r"(?:[_-](?:(?!and_|or_|with_)\w+[_-]){0,2}?(?:angio|veno|arterio|uro|myelo|arthro|cholangio)\w*gra\w+)?"
 MODALITY = {
-    "PET": (r"pet|positron emission|(?:18f?-?)?fdg",),
-    # Of catheters only: CT and MR angiography are CT and MRI, and ROCOv2's modality classes agree
-    "angiography": (
-        r"(?<!tomography )(?<!tomographic )(?<!resonance )(?<!mr )(?<!mr-)(?<!ct )(?<!ct-)angiogra\w+",
-        r"dsa|arteriogra\w+|aortogra\w+|phlebogra\w+|(?<!resonance )(?<!mr )(?<!ct )venogra\w+",
-        r"ventriculogra(?:m|ms|phy)|cine-?angiogra\w+",
-    ),
-    "CT": (
-        r"(?:hr|md|cb|ce|nc|cc|micro-?)?ct(?:a|s)?|cat(?= scan)",
-        r"comput\w+(?: axial)?(?:-aided)? tomogra\w+|computed-tomogra\w+|comput\w+(?=-tomogra)",
-    ),
-    "MRI": (
-        rf"(?:f|c|mp)?mris?|cmr|mr[av]|mrcp|mr(?=[ -](?:{_MR_STUDY}))|magnetic[ -]resonance",
-        r"t[12][ -]?(?:w|wi|wis|weighted|weighed|flair|fse|tse|space|stir|fs)",
-        r"flair|stir|dwi|diffusion[ -]weighted|gadolinium\w*",
-    ),
-    "ultrasound": (
-        r"ultra-?so(?:und|no)\w*|sonogra\w+|us(?= (?:image|scan|exam|show|reveal|of the))",
-        r"echo-?cardiogra\w+|echogra\w+|echo|doppler|t[te]e|(?:iv|e)us|[bm]-mode",
-    ),
+    "PET": r"pet positron_emission (?:18f?-?)?fdg",
+    # Of catheters, not of the eye
+    "angiography": r"""(?:cine-?|(?<!tomography_)(?<!fluorescein_)(?<!green_))angiogra\w+ dsa (?:arterio|aorto)gra\w+
+        (?:phlebo|veno|cavo|ventriculo)gra(?:m|ms|phy) digital_subtraction""",
+    "CT": rf"""
+        (?:(?:hr|q|md|ms|ld|cb|ce|ne|nc|cc|micro-?)?ct[acs]?|comput\w+(?:_axial)?(?:-aided)?[_-]tomogra\w+){_STUDY}
+        c\.[_]?t(?=\.) c_t(?=_scan) cat(?=_scan)""",
+    "MRI": rf"""
+        (?:(?:f|c|mp)?mris?|magnetic[_-]resonance|mr(?=[_-](?:angio|veno|uro|arthro|cholangio)))(?:_imag\w+)?{_STUDY}
+        cmr mr[av] mrcp (?<=brain_)mr flair stir [ds]wi dti ssfp gre steady[_-]state_free gadolinium\w*
+        proton[_-]density
+        mr(?=[_-](?:imag|scan|spectro|entero|stud|exam|sequence|slice|view|of_the|show|reveal|demonstrat|axial|coronal))
+        t[12][_-]?(?:w|wi|wis|a|weighted|weighed|flair|fse|tse|space|stir|fs) (?:diffusion|susceptibility)[_-]weighted
+        (?:gradient|spin|field)[_-]echo [tf]se tractogra\w+""",
+    "ultrasound": r"""ultra-?so(?:und|no|nic)\w* (?:endo)?sonogra\w+ us(?=_(?:image|scan|exam|show|reveal|of_the)) usg
+        echo-?cardiogra\w+ echogra\w+ echo(?!-planar|_planar|_time|_train) doppler duplex t[te]e (?:iv|e)us [bm]-mode
+        ceus ubm""",
     # Projections of every kind: ROCOv2 has no class of its own for mammograms and fluoroscopy
-    "X-ray": (
-        r"x[ -]?rays?|radiogra(?:ph|m)\w*|ro?entgen\w*|cxr|kub|(?:plain|chest) films?|mammogra\w+",
-        r"orthopantomogra\w+|opg|dpt|cephalogra\w+|fluorosco\w+|barium|upper gi|gastrografin",
-        r"(?:cysto|urethro|cystourethro|uro|pyelo|myelo|fistulo|hysterosalpingo|esophago|oesophago)gra(?:m|ms|phy)",
-        r"mcu|mcug|vcug|ivu|ivp|ercp|skiagram",
-    ),
+    "X-ray": r"""x[_-]?rays? radiogra(?:ph|m)\w* ro?ent(?:gen|o)\w* [ca]xr kub (?:plain|chest)_films? mammogra\w+
+        skiagram (?:ortho)?pant(?:om)?ogra\w+ opg dpt cephalogra\w+ fluorosco\w+ barium upper_gi gastrografin iopa rvg
+        [mv]cug? iv[up]
+        (?:(?:urethro)?cysto|(?:cysto)?urethro|uro|pyelo|myelo|fistulo|hysterosalpingo|o?esophago)gra(?:m|ms|phy)
+        (?:cholangio|nephrosto|sialo|arthro|dacryocysto|lymphangio|galacto|defeco)gra(?:m|ms|phy) ercp hsg
+        retrograde_cholangio\w+""",
 }
+# What belongs to one modality only; read where no modality is named
+IMPLIED_MODALITY = {
+    "MRI": r"""(?:hyper|hypo|iso)-?intens\w+ (?:in|on)_t[12] t[12](?=_(?:hyper|hypo|axial|coronal|sag|imag|seq))
+        phase-contrast""",
+    "ultrasound": r"""(?:hypo|hyper|iso|an)-?echo(?:ic|genic)\w* echo(?:ic|genic\w*|texture) transducer
+        e?-?fast(?=_(?:view|exam|scan)) (?:parasternal|subcostal|suprasternal)(?=_(?:[\w-]+_){0,4}view)
+        apical_(?:two|three|four|five|[2-5])[_-]chamber""",
+    "CT": r"hounsfield (?:hypo|hyper)-?(?:dens|attenuat)\w+ (?<!coherence_)(?<!emission_)tomogra\w+",
+    "X-ray": r"""radio-?(?:lucen|opa[qc])\w+
+        (?:antero|postero|anterior|posterior)-?(?:posterior|anterior)_(?:view|proj)\w* [ap][ap]_(?:view|projection)
+        panoramic(?!_(?:ultra|sono)) peri-?apical bite-?wing cobb image_intensifier""",
+    "angiography": r"[lr]ao (?:left|right)_anterior_oblique cardiac_catheteri[sz]ation",
+}
+# Before any word of a region, but for "trans-" and "endo-", which tell the way in
+_PREFIX = r"(?:(?:peri|para|pre|retro|sub|supra|infra|inter|intra|extra|meso|hemi|bi|ad|pneumo|ha?emo|hydro)-?){0,2}"
 REGION = {
-    "head": (
-        r"(?<!femoral )(?<!humeral )(?<!radial )(?<!arrow )(?<!pancreatic )(?<!metatarsal )(?<!metacarpal )"
-        r"heads?(?! of | and body)",
-        r"skull|cranium|cranio(?!-?caud)\w+|cranial (?:nerve|fossa|vault|bone|ct|mr|comp|magn|base)\w*",
-        r"(?:intra|extra)-?cranial|brains?|brainstem|midbrain",
-        r"cerebr\w+|cerebell\w+|hemispher\w+|thalam\w+|hippocamp\w+|basal ganglia|pons|pontine|corpus callosum",
-        r"pituitary|hypophys\w+|sellar?|suprasellar|cavernous sinus\w*|white matter|gr[ae]y matter|choroid plexus",
-        r"(?:frontal|temporal|parietal|occipital)(?= (?:lobe|region|bone|horn|area|cortex|sinus|gyrus|mass|hemorr))",
-        r"(?:fronto|temporo|parieto|occipito)-?(?:parietal|temporal|occipital|frontal|basal)|occipital",
-        r"(?:lateral|third|fourth|3rd|4th|cerebral) ventricles?|hydrocephal\w+|subdural|subarachnoid|mening\w+",
-        r"orbit(?:s|al)?|optic nerves?|eyes?|ocular|globe|nas(?:al|i)|naso(?:septal|ethmoid\w*)|paranasal|sinonasal",
-        r"maxill\w+|mandib(?:le|ul)\w*|jaws?|zygoma\w*|facial|sphenoid\w*|ethmoid\w*|mastoid\w*|temporomandibular",
-        r"teeth|tooth|(?:pre)?molars?|incisors?|dental|orthopantomogra\w+|opg|cochlea\w*|auditory|palat(?:e|al)",
-        r"middle cerebral|circle of willis|scalp|clivus|pterygo\w+|tongue",
-    ),
-    "chest": (
-        r"chests?|cxr|thorax|hemi-?thorax|intra-?thoracic|thoraco-?abdominal",
-        r"(?<!trans)thoracic(?! (?:spin|vertebr|cord|level|region of the spin|kypho))",
-        r"lungs?|pulmonary(?! (?:valve|steno))|intrapulmonary|pleur\w+|mediastin\w+|hil(?:ar|um) (?:lymph|aden)\w*",
-        r"bronch\w+|pneumo(?:thora\w+|nia|mediastinum|nitis)|hydro-?pneumothora\w+",
-        r"(?:pneumo-?)?ha?emo-?thora\w+|empyema",
-        r"ribs?|stern(?:um|al)|lingula\w*|middle lobe|hemi-?diaphragm\w*|costophrenic|cardiothoracic",
-    ),
-    "heart": (
-        r"hearts?|cardi(?:ac|omegaly|omyopathy)|echo-?cardiogra\w+|intracardiac|myocard\w+|endocard\w+",
-        r"(?:hemo)?pericardi\w+|atri(?:um|a|al)|interatrial|interventricular|biventricular|mitral|tricuspid",
-        r"(?:left|right) ventric\w+|ventricular (?:septal|septum)|(?:aortic|pulmonary) valves?",
-        r"coronar(?:y|ies)|[lr]v(?:ot)?",
-    ),
-    "breast": (r"breasts?", r"mammogra\w+", r"(?<!internal )mammary"),
-    "abdomen": (
-        r"abdom\w+|intra-?abdom\w+|thoraco-?abdominal|liver|(?:intra|extra)?-?hepat(?:ic|o)\w*|hepatitis",
-        r"spleen|splen(?:ic|omegaly)|(?:peri)?pancrea\w+|kidneys?|(?:peri|supra|infra|ad|pararenal)?-?renal|nephr\w+",
-        r"hydro-?nephro\w+|gall-?bladder|gall bladder|bil(?:e|iary)|cholecyst\w+|choledoch\w+|cholangio\w+|stomach",
-        r"gastric|duoden\w+|jejun\w+|ile(?:um|al|us)|ileo\w+|colon(?:ic|ogra\w+)?|colitis|ca?ec(?:um|al)|intestin\w+|bowels?",
-        r"appendi(?:x|ci\w+|ceal)|mesenter\w+|(?:retro|intra)?-?perito?n\w+|ureter(?:s|ic|al)?|celiac|omental|omentum",
-        r"portal (?:vein|venous)|kub|flanks?|subphrenic|porta hepatis",
-    ),
-    "pelvis": (
-        r"(?<!renal )pelvi[sc]|hemi-?pelvis|uter(?:us|ine)|ovar(?:y|ies|ian)|(?<!gall )bladder|prostat\w+",
-        r"(?:peri|ano)?-?rect(?:um|al)|vagina\w*|adnexa\w*|endometri(?:um|al)|myometri\w+|scrot(?:um|al)",
-        r"testi(?:s|c\w+|s)|testes|hips?|acetabul\w+|ischi(?:um|al)|pub(?:is|ic)|sacro-?iliac|sacr(?:um|al)|coccyx",
-        r"ili(?:ac|um)|urethr(?:a|al|ogram)|c(?:o)?ysto-?(?:urethro)?gra\w+|cervix|cervical (?:canc|carc)\w+|penile",
-        r"inguinal|groins?",
-    ),
-    "spine": (
-        r"(?<!iliac )(?<!scapular )spines?|spinal|vertebra(?:e|l(?! arter))?|inter-?vertebral|paravertebral",
-        "paraspinal",
-        r"(?:thoraco|dorso)?-?lumbar|lumbo-?sacral|spondyl\w+|scolio\w+|kypho\w+|odontoid|atlanto-?\w+|myelogra\w+",
-        r"l[1-5][-/](?:l?[2-5]|s1)|c[2-7][-/]c?[3-7]|t\d{1,2}[-/]t?\d{1,2}",
-    ),
-    "neck": (
-        r"(?<!femoral )(?<!bladder )(?<!humeral )(?<!radial )(?<!surgical )(?<!anatomical )(?<!aneurysm )(?<!wide )"
-        r"necks?(?! of )",
-        r"(?:para)?thyroid\w*|(?:naso|oro|hypo|para|retro)?-?pharyn\w+|laryn\w+|(?:epi|supra|sub)?glotti\w+",
-        r"jugular|common carotid|carotid (?:bifurcation|sheath|bulb)|submandibular|parotid|hyoid|tonsil\w*",
-        r"cervical(?! (?:canc|carc|vagin|os\b|intraep|spin|vertebr|cord|disc|syrin|myel|kypho|lordo))",
-    ),
-    "upper limb": (
-        r"upper (?:limb|extremit)\w*|arms?|forearms?|elbows?|wrists?|fingers?|thumbs?|shoulders?|clavic\w+",
-        r"(?<!other )(?<!right-)(?<!left-)hands?(?![ -]side)|humer(?:us|al|i)|(?:distal|proximal) radi(?:us|al)",
-        r"radial heads?|radius and ulna|ulnar?|carpal|metacarp\w+|scaphoid|lunate|scapula\w*|glen(?:oid|ohumeral)",
-        r"acromio\w*|rotator cuff|supraspinatus|brachial",
-    ),
-    "lower limb": (
-        r"lower (?:limb|extremit)\w*|legs?|thighs?|knees?|femur|femora|femoral|tibi(?:a|al|as)|tibio\w+|fibul\w+",
-        r"patell\w+|ankles?|foot|feet|toes?|calcan\w+|tal(?:us|ar|onavicular)|metatars\w+|tarsal|menisc\w+|cruciate",
-        r"malleol\w+|perone(?:al|us)|achilles|popliteal|heels?|hallux|calf|calves",
-    ),
+    "head": r"""
+        (?<!oral_)(?<!meral_)(?<!dial_)(?<!rsal_)(?<!rpal_)(?<!row_)(?<!creatic_)(?<!creas_)heads?(?!_of_|_and_body|-down|-neck)
+        skull crani(?:um|o(?!-?caud)\w+) calvari\w+ scalp clivus pterygo\w+ (?:posterior|middle)_fossa
+        cranial(?=_(?:nerve|fossa|vault|bone|ct|mr|comp|magn|base)) (?<=intra)cranial (?<=extra)cranial sphenoid\w*
+        ethmoid\w* brain(?:s|-?stem)? midbrain mesenceph\w+ cerebr\w+ cerebell\w+ hemispher\w+ (?:hypo)?thalam\w+
+        hippocamp\w+ pons pontine basal_ganglia corpus_callosum putamen caudate(?!_lobe) pallidus internal_capsule
+        medulla_oblongata bulbo-medullary gyr(?:us|i) sulc(?:al|i|us(?!_angle)) mca sylvian tentori\w+ amygdala\w*
+        (?:neuro)?hypophys\w+ pituitary sellar? pineal choroid_plexus (?<=peri)ventricular (?<=intra)ventricular
+        (?:lateral|third|fourth|3rd|4th|cerebral)_ventricles? (?:white|gr[ae]y)_matter cephalus
+        (?<!intra)(?<!extra)dural?(?!_sac) arachnoid mening\w+ cistern encephal\w+ aqueduct glio(?:ma|blast)\w*
+        basilar_(?:art|tip|trunk|invag)\w* tmj (?<!inter)(?<!de_)face facial
+        (?:frontal|temporal|parietal|occipital)(?=_(?:lobe|region|bone|horn|area|cortex|gyrus|mass|hemorr)) occipital
+        temporalis (?:fronto|temporo|parieto|occipito)-?(?:parietal|temporal|occipital|frontal|basal)\w*
+        circle_of_willis masseter internal_carotid ica carotid[_-](?:cavern\w+|siphon)
+        (?:anterior|posterior)_communicating (?:acoustic|vestibular)_\w+oma
+        (?:sagittal|transverse|sigmoid|venous|dural|cavernous|frontal|maxillary)_sinus\w* sinuses(?!_of|_tract)
+        sinusitis orbit(?:s|al)? retina[le]? cataract cornea\w* irido\w+ iris pupil\w* vitre\w+ macula\w* fovea\w*
+        choroid(?:al)? sclera\w* globe ocular optic ophthalm\w+ eye(?:s|balls?)? (?<=retro)bulbar conjunctiv\w+
+        glaucoma nas(?:al|i) naso(?:septal|ethmoid\w*) nose turbinates? sinonasal ears? mastoid\w* tympan\w+ petrous
+        petrosal cochlea\w* auditory maxill\w+ (?<!sub)mandib(?:le|ul)\w* jaws? zygoma\w* temporomandibular
+        palat(?:e|al) tongue mouth teeth tooth (?:pre)?molars? incisors? canines? dent(?:al|in\w*|ition)
+        (?:ortho)?pant(?:om)?ogra\w+ opg iopa panoramic(?!_(?:ultra|sono)) apical(?<=periapical) bite-?wing enamel
+        pulp\w* cephalo(?:gra|metr)\w+ (?:endo|ortho)dont\w+ odont(?!oid)\w+ root_canals? gingiv\w+ oral(?<=intraoral)
+        oral(?<=intra-oral) oral_cavity buccal occlusal(?=_(?:radio|view|x)) alveolar_(?:bone|ridge|crest|process)""",
+    "chest": r"""chests? cxr thora(?:x|co(?!lumbar)\w+|ces)
+        thoracic(?!_(?:spin|vertebr|cord|level|region_of_the_spin|kypho|disc)) lungs? pulmonary(?!_(?:valve|steno))
+        pleur\w+ pneumo(?:nia|nitis) mediastin(?!um_testis)\w+ (?:endo|tracheo)?bronch\w+ hila
+        (?:peri)?hil(?:ar|um)(?=_(?:lymph|aden|mass|opac|enlarg|region|node|area)) trachea\w* tracheo(?!s?to)\w+
+        carina\w* empyema thym(?:us|ic|oma) (?<!trans-)(?<!mid-)o?esophag\w+ ribs? (?<!sub)costal costo\w+
+        cardiothoracic stern(?:um|otomy) (?<!para)(?<!supra)sternal diaphragm\w* lingula\w*
+        (?:upper|middle|lower)_lobes?(?!_of_(?:the_)?(?:thyr|liver)) [lr][uml]l subclavian azyg\w+ pectoral\w+
+        alveolar_(?:infil|hemo|opac)\w+ aortic_arch arch_of_the_aorta (?:ascending|descending)_aorta svc
+        superior_venae?_cava innominate brachio-?cephalic""",
+    "heart": r"""hearts? (?<!cm_)cardi(?:ac|omegaly|omyopathy) echo-?cardiogra\w+
+        (?:epi|endo|myo)?card(?:ium|ial|itis|iocent\w+) atri(?:um|a|al) (?<=inter)ventricular (?<=bi)ventricular mitral
+        tricuspid bicuspid leaflets? papillary_muscles? cmr asd vsd (?:left|right)_ventric\w+(?!_system)
+        (?<!lateral_)ventricular_(?:sept\w+|outflow) (?:aortic|pulmonary)_(?:valv\w+|regurg\w+) coronar(?:y|ies)
+        septal_(?:defect|wall|leaflet|hyper\w+) aortic_(?:root|annul\w+|cusp|steno\w+|insuff\w+) [lr]v(?:ot)? lad rca
+        lcx ccta t[te]e circumflex obtuse_marginal (?:two|three|four|five|[2-5])[_-]chamber""",
+    "breast": r"breasts? mammogra\w+ (?<!internal_)mammary nipples? areol\w+ mastectom\w+",
+    "abdomen": r"""abdom\w+ thoraco-?abdominal axr liver hepat(?:ic|o)\w* hepatitis spleen splen\w+ pancrea\w+ kidneys?
+        renal nephr\w+ gall-?(?:bladder|stone)s? gall_bladder bile bili\w* chole(?:cyst|doch|lith)\w+ cholangio\w+
+        stomach gastr(?:ic|itis) gastro(?!cnem|grafin)\w+ duoden\w+ jejun\w+ ile(?:um|al|us) ileo\w+ entero(?:cl|gr)\w+
+        colon(?:ic|ogra\w+)? colic colitis colo(?:rect|st)\w+ colectomy ca?ec(?:um|al) sigmoid(?!_sinus) intestin\w+
+        bowels? appendi(?:x|ci\w+|ceal) mesenter\w+ diverticulitis intussuscept\w+ enema perito?n\w+ ascites ureter\w*
+        pyelo\w+ caly(?:x|c\w+) pelvi-?caly\w+ c?oeliac celiac oment(?:al|um) portal_(?:vein|venous) porta_hepatis kub
+        iv[up] flanks? (?<=sub)phrenic epigastr\w+ psoas iliopsoas (?:right|left)_(?:upper|lower)_quadrant
+        umbilic(?:al|us)(?!_(?:cord|art|vein|ven)) inferior_venae?_cava ivc ercp mrcp
+        (?:common|cystic|pancreatic)_(?:bile_)?ducts?""",
+    "pelvis": r"""(?<!renal_)pelvi[sc] uter(?:us|ine|o\w+) ovar(?:y|ies|ian) (?<!gall_)bladder prostat\w+ cervix
+        buttocks? glute\w+ (?<!trans-)(?<!endo-)(?:ano)?rect(?:um|al|o\w+) anal anus vagina\w* adnexa\w* endometri\w+
+        myometri\w+ fallopian (?:hystero)?salpin\w+ hsg perine(?:um|al) scrot(?:um|al) test(?:is|ic\w+|es) epididym\w+
+        penile penis urethr\w+ vesic(?:al|o\w+) placent\w+ gestational_sacs? umbilical_(?:cord|art\w+|vein) amniotic
+        hips? acetabul\w+ ischi(?:um|al|o\w+) pub(?:is|ic) coccyx sacr(?:um|al|o-?\w+) ili(?:ac|um)
+        c(?:o)?ysto-?(?:urethro)?gra\w+ cervical_(?:canc|carc)\w+ inguin\w+ groins?""",
+    "spine": r"""(?<!iliac_)(?<!scapular_)(?<!nasal_)(?<!tibial_)spines? spinal spinous vertebra(?:e|l)?(?!_arter)
+        thecal conus(?=_medull) (?:thoraco|dorso)?-?lumbar lumbo-?sacral spondyl\w+ scolio\w+ kypho\w+ lordo\w+
+        odontoid atlanto-?\w+ cauda_equina facet(?=_(?:joint|arthr|hyper))
+        (?<!optic_)dis[ck]s?(?=_(?:hern|prot|prol|space|bulg|deg|height|extr)) myelo(?:pathy|gra\w+|mening\w+|malacia)
+        myelitis syrin\w+ laminectomy pedicle_screws? l[1-5][-/](?:l?[2-5]|s1) c[1-7][-/]c?[2-7] t\d{1,2}[-/]t?\d{1,2}
+        [tcl]\d{1,2}_(?:to|through)_[tcl]\d{1,2}""",
+    "neck": r"""
+        (?<!oral_)(?<!dder_)(?<!meral_)(?<!dial_)(?<!gical_)(?<!mical_)(?<!rysm_)(?<!wide_)(?<!head-)necks?(?!_of_)
+        thyro\w+ (?:naso|oro|hypo)?-?pharyn\w+ laryn\w+ (?:epi)?glotti\w+ jugular vertebral_arter\w+ submandibular
+        (?<!internal_)(?<!cavernous_)carotids?(?![_-](?:cavern|siphon)) submental parotid\w* salivary sialo\w+ hyoid
+        tonsil\w* adenoids? vocal_(?:cord|fold)s? arytenoid\w* cricoid\w* goiter supraclavicular
+        cervical(?!_(?:canc|carc|vagin|os\b|intraep|spin|vertebr|cord|disc|syrin|myel|kypho|lordo))""",
+    "upper limb": r"""upper_(?:limb|extremit)\w* (?<!c-)arms? forearms? elbows? wrists? fingers? thumbs? shoulders?
+        (?<!supra)clavic\w+ axill\w+ (?<!other_)(?<!right-)(?<!left-)hands?(?![_-]side) humer(?:us|al|i)
+        (?:distal|proximal)_radi(?:us|al) ulnar? radial_(?:head|neck|art\w+|nerve|styloid|fract\w+) radius_and_ulna
+        radio-?(?:ulnar|carpal)\w* olecranon carp(?:al|us) metacarp\w+ scapho\w+ lunate pisiform capitate hamate
+        triquetr\w+ phalan\w+(?!_of_(?:the_)?\w+_toe) [dp]ip mcp scapula\w* glen(?:oid|ohumeral) acromi\w* coraco\w+
+        rotator_cuff (?:supra|infra)spinatus scapularis brachial deltoid biceps bicipital triceps""",
+    "lower limb": r"""lower_(?:limb|extremit)\w* legs? thighs? knees? femur femora
+        (?:patello|popliteo)?-?femor(?:al|o)\w* tibi(?:a|al|as|o\w+) fibul\w+ patell\w+ ankles?
+        (?:fore|hind|mid)?-?foot feet toes? hallux calcan\w+ tal(?:us|ar|onavicular) navicular metatars\w+ tarsal
+        cuboid malleol\w+ menisc\w+ cruciate acl (?:per)?trochant\w+ perone(?:al|us) achilles popliteal heels? plantar
+        calf calves gastrocnem\w+ soleus quadriceps saphen\w+(?!_(?:vein|venous)_graft)""",
 }
 # Where "left" and "right" are not a side of the patient: layout of the figure, arrows, projections, the verb "leave"
-_LAYOUT = (
-    r"arrow\w*|panels?|images?|pictures?|figures?|photo\w*|columns?|curves?|rows?|corner|inset|frame|star|asterisk"
-)
+_LAYOUT = r"arrow\w*|panels?|images?|pictures?|figures?|photo\w*|columns?|curves?|rows?|corner|inset|frame|star|screen"
 _BETWEEN = (
     r"upper|lower|top|bottom|most|side|small|big|large|thick|thin|short|long|white|black|red|blue|green|yellow|orange"
-    r"|open|solid|curved|dotted|dashed|hand|hand side"
+    r"|open|solid|curved|dotted|dashed|hand|hand_side|and_right|and_left"
 )
 _NO_SIDE_AFTER = (
-    rf"(?![ -](?:(?:{_BETWEEN})[ -])*(?:{_LAYOUT})\b|[ -]?(?:side|part|half) of (?:the|each|this) (?:{_LAYOUT}|screen)"
-    r"|[ -](?:anterior|posterior) oblique|[ -]lateral (?:decubitus|view|radio|x|chest|proj)|[ -]to[ -](?:right|left)\b"
-    r"|[ -](?:after|before|now|away|angle\w*|handed|untreated|alone|behind|unrepaired|open\b|in (?:place|situ)|over\b)"
-    r"|\s*[:=])"
+    rf"(?![_-](?:(?:{_BETWEEN})[_-])*(?:{_LAYOUT})\b|(?:[_-]?(?:hand_)?(?:side|part|half|edge|border))?_(?:of|in)_(?:the_|each_"
+    rf"|this_)?(?:{_LAYOUT})|[_-](?:anterior|posterior)_oblique|[_-]lateral_(?:decubitus|recumb|view|radio|x|chest|proj)"
+    r"|[_-](?:after|before|now|away|angle\w*|handed|untreated|alone|behind|unrepaired|open\b|in_(?:place|situ)|over\b)"
+    r"|[_-]to[_-](?:right|left)\b|\s*[:=])"
 )
 _NO_SIDE_BEFORE = "".join(
-    rf"(?<!{word} )"
-    for word in ("top", "bottom", "was", "were", "been", "had", "right to", "left to", "image on the", "figure on the")
+    rf"(?<!{word}_)"
+    for word in ("top", "bottom", "was", "were", "been", "had", "right_to", "left_to", "image_on_the", "figure_on_the")
 ) + "".join(rf"(?<!{word}-to-)" for word in ("right", "left"))
 _PAIRED = (
     r"lungs?|kidneys?|sides?|hips?|knees?|breasts?|lobes?|femurs?|femora|femoral|legs?|feet|hands?|eyes?|orbits?|hila"
-    r"|ovar(?:y|ies)|adrenals?|hemispher\w+|shoulders?|ureters?|thalam\w+|hemithora\w+|ankles?|maxill\w+|testes"
+    r"|ovar(?:y|ies)|adrenals?|hemispher\w+|shoulders?|ureters?|thalam\w+|hemithora\w+|ankles?|maxill\w+|test\w+|arter(?:y|ies)"
+    r"|ventricles|atria|wrists?|elbows?|arms?|ears?|tubes|veins|thighs?|heels?|joints?|sinuses|ethmoid\w*|carotids?"
 )
 LATERALITY = {
-    "left": (rf"{_NO_SIDE_BEFORE}left{_NO_SIDE_AFTER}",),
-    "right": (rf"{_NO_SIDE_BEFORE}right{_NO_SIDE_AFTER}",),
-    "bilateral": (r"bilat\w*", rf"both(?: the)?(?: \w+)? (?:{_PAIRED})"),
+    "left": rf"{_NO_SIDE_BEFORE}left(?:-?wards?)?{_NO_SIDE_AFTER} lt l(?=_(?:{_PAIRED}))",
+    "right": rf"""{_NO_SIDE_BEFORE}right(?:-?wards?)?{_NO_SIDE_AFTER} (?<!at_)(?<!after_)rt(?=[_.-])
+        r(?=_(?:{_PAIRED}))""",
+    "bilateral": rf"bilat\w* b/l both(?:_the)?(?:_\w+){{0,2}}?_(?:{_PAIRED})",
 }
 
 
-def _compile(words: dict[str, Sequence[str]]) -> tuple[re.Pattern, tuple[str, ...]]:
+# Passed over at once, for speed
+_COMMON = r"(?!(?:the|of|an?|and|with|in|at|on|to|is|was|by|for|from|as|show\w*|images?|arrows?|scan|patient) )"
+
+
+def _compile(words: dict[str, str], prefix: str = "") -> tuple[re.Pattern, tuple[str, ...]]:
     """Return one pattern with a group per value, in the order of the values."""
-    groups = "|".join(f"({'|'.join(fragments)})" for fragments in words.values())
-    return re.compile(rf"(?<![a-z0-9])(?:{groups})(?![a-z0-9])"), tuple(words)
+    groups = "|".join(f"({'|'.join(text.split()).replace('_', ' ')})" for text in words.values())
+    return re.compile(rf"(?<![a-z0-9]){_COMMON}{prefix}(?:{groups})(?![a-z0-9])"), tuple(words)
 
 
-_READERS = {"modality": _compile(MODALITY), "region": _compile(REGION), "laterality": _compile(LATERALITY)}
+_READERS = {
+    "modality": _compile(MODALITY),
+    "region": _compile(REGION, _PREFIX),
+    "laterality": _compile(LATERALITY),
+}
+_IMPLIED_READER = _compile(IMPLIED_MODALITY)
 
-# --- Negation: the triggers of NegEx that captions use (Chapman et al., J Biomed Inform 34:301, 2001) ----------
+# --- Negation: triggers, pseudo-triggers and terminations that captions use of NegEx (Chapman et al., J Biomed Inform
+# 34:301, 2001) and ConText (Harkema et al., J Biomed Inform 42:839, 2009), as in negspacy 1.1 -----------------------
 
+_SEE = r"(?:show|reveal|demonstrate|identify|detect|disclose|visuali[sz]e|find|exhibit|display|contain|cause)"
 _SHOWN = (
-    r"(?:seen|visible|visuali[sz]ed|identified|detected|observed|noted|present|found|demonstrated|demonstrable|evident"
-    r"|apparent|depicted|appreciated|recogni[sz]ed|perceived)"
+    r"(?:seen|visible|visuali[sz]ed|identifi(?:ed|able)|detect(?:ed|able)|observed|noted|present|found|demonstra(?:ted|ble)"
+    r"|evident|apparent|depicted|apprecia(?:ted|ble)|recogni[sz](?:ed|able)|perceived|discern[ai]ble|showed)"
 )
-_SIGNS = r"(?:\w+ )?(?:evidence|signs?|features|indications?) (?:of|for)"
 _BEFORE = re.compile(
-    r"\b(?<![-.])(?:(?:no|without)(?! (?:longer|more|change|changes|only)\b)(?![-.:])(?: (?:any|further))?"
-    r"|(?:absence|lack) of|absent|negative for|free of|neither|(?:ruled|ruling|rules|rule) out|exclud\w+(?= an?y?\b)"
-    rf"|(?:does|do|did) not (?:show|reveal|demonstrate)|not (?:showing|revealing|demonstrating)|lacking)(?: {_SIGNS})?"
-    r"(?: |$)"
+    r"\b(?<![-.])(?:(?:no|without)(?! (?:longer|more|only)\b)(?![-.:])|(?:absence|lack|devoid|free) of|absent|lacking"
+    r"|negative for|neither|rul(?:ed|es|ing) out|exclud\w+(?= an?y?\b)|(?:not|n't|fail\w* to|cannot) "
+    + _SEE
+    + r"|not (?:showing|revealing|demonstrating|causing|associated with)|non-?visuali[sz]ation of)(?: |$)"
 )
 _AFTER = re.compile(
-    rf"\b(?:(?:(?:is|are|was|were|could|can|has|have)(?: be| been)? )?(?:not|no longer|never)"
-    rf"(?: be| been)?(?: \w+ly)? {_SHOWN}|cannot be {_SHOWN}"
-    r"|(?:is|are|was|were) (?:absent|excluded(?! from)|ruled out))\b"
+    rf"\b(?:(?:not|n't|no longer|never|cannot)(?: be| been)?(?: (?!clear|ful|complete|entire|direct)\w+ly)? {_SHOWN}"
+    r"|(?:is|are|was|were) (?:absent|missing|lacking|excluded(?! from)|ruled out))\b"
+)
+_SIGNS = re.compile(
+    r"\b(?:evidence|signs?|features?|indications?|suggestions?|visuali[sz]ation|presence|traces?) (?:of|for) "
 )
 _SCOPE = 6  # words after a trigger that it can negate, as in NegEx
 # Words that end the noun phrase that names a finding
 _STOP = re.compile(
     r"in|on|of|at|with|within|from|to|for|by|after|before|during|between|along|around|into|through|near|over|under|or"
-    r"|and|nor|but|however|although|though|except|despite|while|whereas|which|that|this|these|those|who|where|when|as"
-    r"|than|is|are|was|were|be|been|being|has|have|had|can|could|may|due|because|since|if|then|also|only|it|its|there"
-    r"|seen|noted|visible|identified|found|present|observed|detected|demonstrat\w+|show\w*|reveal\w*|display\w*"
-    r"|confirm\w*|suggest\w*|indicat\w+|consistent|associated|involving|causing|following|compatible|compared"
-    r"|extending|arising|secondary|caused|occurred|occurring|surrounding|requiring|related|prior|suitable"
-    r"|obtained|continuing|presents|results"
+    r"|and|nor|and/or|but|however|although|though|except|despite|while|whereas|which|that|this|these|those|who|where"
+    r"|when|as|than|is|are|was|were|be|been|being|has|have|had|can|could|may|due|because|since|if|then|also|only|it|its"
+    r"|there|beyond|below|above|across|against|still|yet|nevertheless|apart|aside|show\w*|reveal\w*|suggest\w*|confirm\w*"
+    r"|presents|results|up|down|out|demonstrate[sd]?|demonstrating|display(?:s|ing)?"
 )
-_DETERMINERS = frozenset(("a", "an", "the", "any", "other", "further", "obvious", "apparent"))
-# Not heads where they end the phrase: "no flow distal to", "no residual or recurrent disease"
+# They too, but only behind a noun: "no associated effusion", "no effusion associated with"
+_STOP_AFTER_NOUN = re.compile(
+    r"\w{3,}ed|seen|visible|present|found|secondary|consistent|compatible|prior|suitable|adjacent|demonstrable"
+    r"|(?:surround|involv|caus|follow|extend|aris|occurr|requir|continu|indicat|suggest|compress|invad)ing"
+)
+_JOINERS = frozenset((",", "and", "or", "nor", "and/or"))
+_DETERMINERS = frozenset(("a", "an", "the", "any", "other", "further", "obvious", "apparent", "such"))
+# Not heads where they end the phrase: "no flow distal to", "no pulmonary or recurrent disease"
 _ADJECTIVES = re.compile(
-    r"distal|proximal|lateral|medial|anterior|posterior|elsewhere|outside|anywhere|residual|recurrent|new|local|acute"
-    r"|active|focal|left|right|bilateral\w*|primary|clear|definite|significant|intravenous|iv|oral|free|else|well"
-    r"|yet|more|beyond|\w+ly"
+    r"(?!signal|canal|interval|removal|metal|material|ovary|molar|calcar)\w{2,}(?:al|[ln]ar|ic|ous|ive|ary)|(?!anomaly)\w+ly"
+    r"|anterior|posterior|superior|inferior|elsewhere|outside|anywhere|recurrent|new|acute|left|right|clear|definite"
+    r"|significant|iv|free|else|well|yet|more|bony|apparent|evident|\w{3,}ed|secondary"
 )
 # "Without contrast" says how an image was made, not what is absent from it
 _NO_FINDING = re.compile(
     r"contrast|gadolinium|injection|agents?|medium|material|administration|use|need|history|complications?|time|case"
-    r"|patients?|symptoms?|changes?|difference|way|one|doubt|success|assumptions?|surgery|treatment|evidence|signs?"
+    r"|patients?|symptoms?|complaints?|changes?|variations?|difference|way|one|doubt|success|assumptions?|surgery|treatment|therapy"
+    r"|evidence|signs?|risks?|tests?|(?:in|de)crease|improvement|progression"
 )
-_WORD = re.compile(r"[a-z][a-z0-9'/-]*|\d+|[,.;:()]")
+_WORD = re.compile(r"[a-z](?:[a-z0-9'/-]*[a-z0-9])?|\d+|[,.;:()]")
 _CLAUSE_START = re.compile(r"[,.;:()]|\b(?:and|but|while|which|that|where|with|showing|shows?)\b")
+_PLURALS = (("ies", "y"), ("eses", "esis"), ("ases", "asis"), ("oses", "osis"), ("sses", "ss"), ("teeth", "tooth"))
 
 
 def _singular(word: str) -> str:
-    for ending, singular in (("ies", "y"), ("eses", "esis"), ("ases", "asis"), ("oses", "osis"), ("sses", "ss")):
-        if word.endswith(ending) and len(word) > len(ending) + 2:
+    for ending, singular in _PLURALS:
+        if word.endswith(ending) and len(word) > len(singular):
             return word[: -len(ending)] + singular
     return word[:-1] if word.endswith("s") and len(word) > 3 and not word.endswith(("ss", "us", "is")) else word
 
 
-def _ends(word: str) -> bool:
-    return not word[0].isalpha() or _STOP.fullmatch(word) is not None
+def _noun(phrase: Sequence[str]) -> str:
+    nouns = (word for word in reversed(phrase) if word not in _DETERMINERS and not _ADJECTIVES.fullmatch(word))
+    return next(nouns, "")
 
 
-def _head(words: Sequence[str]) -> str | None:
-    """Return the last noun, singular, of the phrase that `words` begin with; None if it does not name a finding."""
-    phrase = [word for word in itertools.takewhile(lambda word: not _ends(word), words) if word not in _DETERMINERS]
-    while phrase and _ADJECTIVES.fullmatch(phrase[-1]):
-        phrase.pop()
-    if not phrase or len(phrase[-1]) < 3 or _NO_FINDING.fullmatch(phrase[-1]):
-        return None
-    return _singular(phrase[-1])
+def _head(phrase: Sequence[str]) -> str | None:
+    """Return the last noun, singular, of a noun phrase; None if it does not name a finding."""
+    noun = _noun(phrase)
+    return None if len(noun) < 2 or _NO_FINDING.fullmatch(noun) else _singular(noun)
+
+
+def _noun_phrase(words: Sequence[str]) -> list[str]:
+    """Return the words up to the first that ends a noun phrase, at most `_SCOPE`."""
+    phrase = []
+    for word in words[:_SCOPE]:
+        if not word[0].isalpha() or _STOP.fullmatch(word) or (_STOP_AFTER_NOUN.fullmatch(word) and _noun(phrase)):
+            break
+        phrase.append(word)
+    return phrase
 
 
 def _negated_after(text: str) -> list[str | None]:
     """Return the heads of the findings that the beginning of `text` lists: "fracture, dislocation or effusion in"."""
-    words = [*_WORD.findall(text[:160]), "."]
-    heads, start = [], 0
-    for position, word in enumerate(words):
-        joins = word in (",", "and", "or", "nor")
-        if not joins and not _ends(word) and position - start < _SCOPE:
-            continue
-        if position > start:
-            heads.append(_head(words[start:position]))
-        following = words[position + 1 : position + 2 + _SCOPE]
-        # A comma continues the list only if an "or" closes it; "and a" and "and the" begin something else
-        end = next((other for other in following if other != "," and _ends(other)), None)
-        closed = word != "," or following[0] == "and" or end in ("or", "nor")
-        if not joins or not closed or (word in (",", "and") and following[0] in ("a", "an", "the", "normal")):
+    words = [*_WORD.findall(_SIGNS.sub("", text[:200])), "."]
+    heads, pending, joiner = [], [], "or"
+    while phrase := _noun_phrase(words):
+        # After a comma the list goes on only if an "or" follows
+        pending.append(_head(phrase))
+        if joiner != ",":
+            heads, pending = heads + pending, []
+        joiner, *words = words[len(phrase) :]
+        if joiner == "," and words[0] in _JOINERS:
+            joiner, *words = words
+        if joiner not in _JOINERS or words[0] in ("normal", "no") or (joiner == "and" and pending):
             break
-        start = position + 1
+        if joiner in (",", "and") and words[0] in ("a", "an", "the"):  # begins something else
+            break
     return heads
 
 
@@ -254,7 +297,7 @@ def _negations(text: str) -> set[str]:
     heads = {head for match in _BEFORE.finditer(text) for head in _negated_after(text[match.end() :])}
     for match in _AFTER.finditer(text):  # of a clause: "the fistulous tract to the anorectum" [is not seen]
         clause = _CLAUSE_START.split(text[: match.start()][-100:])[-1]
-        heads.add(_head(_WORD.findall(clause)))
+        heads.add(_head(_noun_phrase(_WORD.findall(_SIGNS.sub("", clause)))))
     return heads - {None}
 
 
@@ -263,15 +306,16 @@ def _negations(text: str) -> set[str]:
 # "3. 5" is how BLIP's tokenizer decodes "3.5"
 _NUMBER = r"\d{1,3} ?[.,] ?\d{1,2}|\d{1,4}"
 _LENGTH = re.compile(
-    rf"(?<![\w.,])((?:{_NUMBER})(?: ?(?:x|\*|by|-|/|to|and) ?(?:{_NUMBER})){{0,2}})"
-    r"[ -]{0,2}(mms?|cms?|millimet\w+|centimet\w+)(?![\w/^]| ?hg\b| h2o| ?2\b| ?3\b)"
+    rf"(?<![\w.,])((?:{_NUMBER})(?: ?(?:x|\*|by|-|/|to|and|or) ?(?:{_NUMBER})){{0,2}})"
+    r"[ -]{0,2}(mms?|cms?|millimet\w+|centimet\w+)( ?\^?3\b)?(?!(?!x ?\d)[\w/^]| ?hg\b| h2o| ?2\b)"
 )
 # Words before and after lengths of the scan or of the printed figure, which are not lengths in the patient
 _TECHNIQUE = re.compile(
-    r"\b(?:slices?|sections?|slab|field of view|fov|collimation|scale|bar|interval|spacing|pixel|voxel)\b"
+    r"\b(?:(?:slice|section|slab)s?(?:[ -]thick\w*)?(?: of| at| is| was)?[ =:,(]*"
+    r"|(?:field of view|fov|collimation|scale|bar|interval|spacing|pixel|voxel|resolutions?|matrix)\b[^.;]*)$"
 )
 _TECHNIQUE_AFTER = re.compile(
-    r"[ -](?:\w+[ -])?(?:slices?|sections?|mip|fov|collimation|tomograms?)\b| \(\d+ ?x ?\d+ dpi"
+    r"[ -](?:\w+[ -])?(?:slices?|sections?|images?|mip|fov|field of view|collimation|tomograms?)\b| \(\d+ ?x ?\d+ dpi"
 )
 TOLERANCE = 0.1  # of the larger length: about what rounding to half a centimeter or moving the calipers changes
 
@@ -281,6 +325,8 @@ def _measurements(text: str) -> set[str]:
     for match in _LENGTH.finditer(text):
         before = text[max(0, match.start() - 25) : match.start()]
         if _TECHNIQUE.search(before) or _TECHNIQUE_AFTER.match(text, match.end()):
+            continue
+        if match[3] and not re.search(r"x|\*|by", match[1]):  # a volume; "2 x 3 cm3" has lengths
             continue
         scale = 10 if match[2].startswith("c") else 1
         for number in re.findall(_NUMBER, match[1]):
@@ -297,19 +343,24 @@ _GLUED = re.compile(r"(?<=[a-z]{2})(?=[A-Z][a-z]{2})")
 
 def plain_text(caption: str) -> str:
     """Return `caption` as the tables are written: lower case, no accents, one kind of dash."""
-    caption = _GLUED.sub(" ", caption)
+    caption = _GLUED.sub(" ", caption.replace(" mM", " mmol"))
     if not caption.isascii():
         caption = unicodedata.normalize("NFKD", caption)
         caption = "".join(c for c in caption if not unicodedata.combining(c))
         caption = re.sub(r"\s*[–—]\s+", ", ", caption)  # a dash between clauses, not within a word
         caption = caption.translate({ord(c): "-" for c in "–—−‐‑‒"} | {ord("×"): "x", ord("’"): "'"})
     # "x - ray", as BLIP decodes it, becomes "x-ray"
-    return re.sub(r" ?([-/]) ?", r"\1", " ".join(caption.lower().split()))
+    caption = " ".join(caption.lower().split())
+    return caption.replace(" -", "-").replace("- ", "-").replace(" /", "/").replace("/ ", "/")
 
 
 def _mentions(attribute: str, text: str) -> list[str]:
     pattern, values = _READERS[attribute]
-    return [values[match.lastindex - 1] for match in pattern.finditer(text)]
+    found = [values[match.lastindex - 1] for match in pattern.finditer(text)]
+    if attribute == "modality" and not found:
+        pattern, values = _IMPLIED_READER
+        found = [values[match.lastindex - 1] for match in pattern.finditer(text)][:1]
+    return found
 
 
 # Cached because baselines repeat captions, and each system is compared with the same references
