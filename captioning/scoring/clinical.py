@@ -6,7 +6,8 @@ r"""Clinical agreement of captions without a license or a download: attributes r
     agreement(predictions, references)["laterality"].value     # F1, from 0 to 1
 
 Words are looked up in the tables below, made for English captions as published, and as BLIP decodes them (lower case,
-"x - ray", "3. 5 cm"). What is read is what a caption says, not what its image shows: words, not their meaning.
+"x - ray", "3. 5 cm"). What is read is what a caption says, not what its image shows: `docs/metrics.md` defines the
+labels and says how often the readers are right.
 """
 
 import functools
@@ -32,151 +33,158 @@ MODALITY = {
         (?:phlebo|veno|cavo|ventriculo)gra(?:m|ms|phy) digital_subtraction""",
     "CT": rf"""
         (?:(?:hr|q|md|ms|ld|cb|ce|ne|nc|cc|micro-?)?ct[acs]?|comput\w+(?:_axial)?(?:-aided)?[_-]tomogra\w+){_STUDY}
-        c\.[_]?t(?=\.) c_t(?=_scan) cat(?=_scan)""",
+        c\._?t(?=[.:]) c_t(?=_scan) cat(?=_scan)""",
     "MRI": rf"""
-        (?:(?:f|c|mp)?mris?|magnetic[_-]resonance|mr(?=[_-](?:angio|veno|uro|arthro|cholangio)))(?:_imag\w+)?{_STUDY}
-        cmr mr[av] mrcp (?<=brain_)mr flair stir [ds]wi dti ssfp gre steady[_-]state_free gadolinium\w*
-        proton[_-]density
-        mr(?=[_-](?:imag|scan|spectro|entero|stud|exam|sequence|slice|view|of_the|show|reveal|demonstrat|axial|coronal))
+        (?:[fcm]?p?mris?|magnetic[_-]resonance|mr(?=[_-](?:angio|veno|uro|arthro|cholangio)))(?:_imag\w+)?{_STUDY} cmr
+        mr[av] mrcp mr(?<=brain_mr) flair stir [ds]wi dti ssfp gre steady[_-]state_free gadolinium\w* proton[_-]density
+        mr(?=[_-](?:imag|scan|spectro|entero|stud|exam|sequence|slice|view|of_the|show|reveal|demonstr|axial|coronal))
         t[12][_-]?(?:w|wi|wis|a|weighted|weighed|flair|fse|tse|space|stir|fs) (?:diffusion|susceptibility)[_-]weighted
         (?:gradient|spin|field)[_-]echo [tf]se tractogra\w+""",
     "ultrasound": r"""ultra-?so(?:und|no|nic)\w* (?:endo)?sonogra\w+ us(?=_(?:image|scan|exam|show|reveal|of_the)) usg
         echo-?cardiogra\w+ echogra\w+ echo(?!-planar|_planar|_time|_train) doppler duplex t[te]e (?:iv|e)us [bm]-mode
         ceus ubm""",
     # Projections of every kind: ROCOv2 has no class of its own for mammograms and fluoroscopy
-    "X-ray": r"""x[_-]?rays? radiogra(?:ph|m)\w* ro?ent(?:gen|o)\w* [ca]xr kub (?:plain|chest)_films? mammogra\w+
-        skiagram (?:ortho)?pant(?:om)?ogra\w+ opg dpt cephalogra\w+ fluorosco\w+ barium upper_gi gastrografin iopa rvg
-        [mv]cug? iv[up]
+    "X-ray": r"""x[_-]?rays? (?:ortho|tele)?radiogra(?:ph|m)\w* (?:ortho)?ro?ent(?:gen|o)\w* [ca]?xr kub
+        (?:plain|chest)_films? mammogra\w+ skiagram (?:ortho)?pant(?:om)?ogra\w+ opg dpt cephalogra\w+ fluorosco\w+
+        barium upper_gi gastrografin iopa rvg [mv]cug? iv[up]
         (?:(?:urethro)?cysto|(?:cysto)?urethro|uro|pyelo|myelo|fistulo|hysterosalpingo|o?esophago)gra(?:m|ms|phy)
-        (?:cholangio|nephrosto|sialo|arthro|dacryocysto|lymphangio|galacto|defeco)gra(?:m|ms|phy) ercp hsg
+        (?:cholangio|nephrosto|sialo|arthro|dacryocysto|lymphangio|galacto|defeco|disco|colo)gra(?:m|ms|phy) ercp hsg
         retrograde_cholangio\w+""",
 }
 # What belongs to one modality only; read where no modality is named
 IMPLIED_MODALITY = {
-    "MRI": r"""(?:hyper|hypo|iso)-?intens\w+ (?:in|on)_t[12] t[12](?=_(?:hyper|hypo|axial|coronal|sag|imag|seq))
-        phase-contrast""",
+    "MRI": r"""(?:hyper|hypo|iso)-?intens\w+ t(?<=in_t)[12] t(?<=on_t)[12] (?:axial|coronal|sagittal)_t[12]
+        t[12](?=_(?:hyper|hypo|axial|coronal|sag|imag|seq|fat)) tesla phase-contrast""",
     "ultrasound": r"""(?:hypo|hyper|iso|an)-?echo(?:ic|genic)\w* echo(?:ic|genic\w*|texture) transducer
         e?-?fast(?=_(?:view|exam|scan)) (?:parasternal|subcostal|suprasternal)(?=_(?:[\w-]+_){0,4}view)
         apical_(?:two|three|four|five|[2-5])[_-]chamber""",
-    "CT": r"hounsfield (?:hypo|hyper)-?(?:dens|attenuat)\w+ (?<!coherence_)(?<!emission_)tomogra\w+",
+    "CT": r"hounsfield (?:hypo|hyper)-?(?:dens|attenuat)\w+ (?<!coherence_)(?<!emission_)(?:angio)?tomogra\w+",
     "X-ray": r"""radio-?(?:lucen|opa[qc])\w+
         (?:antero|postero|anterior|posterior)-?(?:posterior|anterior)_(?:view|proj)\w* [ap][ap]_(?:view|projection)
-        panoramic(?!_(?:ultra|sono)) peri-?apical bite-?wing cobb image_intensifier""",
+        panoramic(?!_(?:ultra|sono)) peri-?apical bite-?wing cobb (?:cranio-?caudal|mediolateral)(?:_oblique)?_views?
+        image_intensifier""",
     "angiography": r"[lr]ao (?:left|right)_anterior_oblique cardiac_catheteri[sz]ation",
 }
 # Before any word of a region, but for "trans-" and "endo-", which tell the way in
 _PREFIX = r"(?:(?:peri|para|pre|retro|sub|supra|infra|inter|intra|extra|meso|hemi|bi|ad|pneumo|ha?emo|hydro)-?){0,2}"
 REGION = {
-    "head": r"""
-        (?<!oral_)(?<!meral_)(?<!dial_)(?<!rsal_)(?<!rpal_)(?<!row_)(?<!creatic_)(?<!creas_)heads?(?!_of_|_and_body|-down|-neck)
-        skull crani(?:um|o(?!-?caud)\w+) calvari\w+ scalp clivus pterygo\w+ (?:posterior|middle)_fossa
-        cranial(?=_(?:nerve|fossa|vault|bone|ct|mr|comp|magn|base)) (?<=intra)cranial (?<=extra)cranial sphenoid\w*
-        ethmoid\w* brain(?:s|-?stem)? midbrain mesenceph\w+ cerebr\w+ cerebell\w+ hemispher\w+ (?:hypo)?thalam\w+
-        hippocamp\w+ pons pontine basal_ganglia corpus_callosum putamen caudate(?!_lobe) pallidus internal_capsule
+    "head": r"""head(?<!arrow_head)s?(?!_of_|_and_body|-down|-neck) skull crani(?:um|o(?!-?caud)\w+) calvari\w+ scalp
+        clivus pterygo\w+ (?:posterior|middle)_fossa cranial(?=_(?:nerve|fossa|vault|bone|ct|mr|comp|magn|base))
+        cranial(?<=intracranial) cranial(?<=extracranial) sphenoid\w* ethmoid\w* brain(?:s|-?stem)? midbrain
+        mesenceph\w+ cerebr\w+ cerebell\w+ hemispher\w+ (?:hypo)?thalam\w+ hippocamp\w+ pons pontine basal_ganglia
+        corpus_callosum putamen lentiform substantia_nigra centrum_semiovale caudate(?!_lobe) pallidus internal_capsule
         medulla_oblongata bulbo-medullary gyr(?:us|i) sulc(?:al|i|us(?!_angle)) mca sylvian tentori\w+ amygdala\w*
-        (?:neuro)?hypophys\w+ pituitary sellar? pineal choroid_plexus (?<=peri)ventricular (?<=intra)ventricular
-        (?:lateral|third|fourth|3rd|4th|cerebral)_ventricles? (?:white|gr[ae]y)_matter cephalus
-        (?<!intra)(?<!extra)dural?(?!_sac) arachnoid mening\w+ cistern encephal\w+ aqueduct glio(?:ma|blast)\w*
-        basilar_(?:art|tip|trunk|invag)\w* tmj (?<!inter)(?<!de_)face facial
+        (?:neuro)?hypophys\w+ pituitary sellar? pineal choroid_plexus ventricular(?<=periventricular)
+        ventricular(?<=intraventricular) (?:lateral|third|fourth|3rd|4th|cerebral)_ventricles? (?:white|gr[ae]y)_matter
+        cephalus dura(?<!intradura)(?<!extradura)l?(?!_sac) arachnoid mening\w+ cistern (?:an|por)?encephal\w+ aqueduct
+        glio(?:ma|blast)\w* basilar_(?:art|tip|trunk|invag)\w* tmj face(?<!interface)(?<!de_face) facial
         (?:frontal|temporal|parietal|occipital)(?=_(?:lobe|region|bone|horn|area|cortex|gyrus|mass|hemorr)) occipital
         temporalis (?:fronto|temporo|parieto|occipito)-?(?:parietal|temporal|occipital|frontal|basal)\w*
         circle_of_willis masseter internal_carotid ica carotid[_-](?:cavern\w+|siphon)
         (?:anterior|posterior)_communicating (?:acoustic|vestibular)_\w+oma
         (?:sagittal|transverse|sigmoid|venous|dural|cavernous|frontal|maxillary)_sinus\w* sinuses(?!_of|_tract)
         sinusitis orbit(?:s|al)? retina[le]? cataract cornea\w* irido\w+ iris pupil\w* vitre\w+ macula\w* fovea\w*
-        choroid(?:al)? sclera\w* globe ocular optic ophthalm\w+ eye(?:s|balls?)? (?<=retro)bulbar conjunctiv\w+
-        glaucoma nas(?:al|i) naso(?:septal|ethmoid\w*) nose turbinates? sinonasal ears? mastoid\w* tympan\w+ petrous
-        petrosal cochlea\w* auditory maxill\w+ (?<!sub)mandib(?:le|ul)\w* jaws? zygoma\w* temporomandibular
-        palat(?:e|al) tongue mouth teeth tooth (?:pre)?molars? incisors? canines? dent(?:al|in\w*|ition)
-        (?:ortho)?pant(?:om)?ogra\w+ opg iopa panoramic(?!_(?:ultra|sono)) apical(?<=periapical) bite-?wing enamel
-        pulp\w* cephalo(?:gra|metr)\w+ (?:endo|ortho)dont\w+ odont(?!oid)\w+ root_canals? gingiv\w+ oral(?<=intraoral)
-        oral(?<=intra-oral) oral_cavity buccal occlusal(?=_(?:radio|view|x)) alveolar_(?:bone|ridge|crest|process)""",
+        choroid(?:al)? sclera\w* globe ocular optic ophthalm\w+ eye(?:s|balls?)? bulbar(?<=retrobulbar) conjunctiv\w+
+        glaucoma anterior_chamber nas(?:al|i) naso(?:septal|ethmoid\w*) nose turbinates? sinonasal ears? mastoid\w*
+        tympan\w+ petrous petrosal cochlea\w* auditory maxill\w+ mandib(?<!submandib)(?:le|ul)\w* jaws? zygoma\w*
+        temporomandibular palat(?:e|al) tongue mouth teeth tooth (?:pre|disto)?molars? incisors? canines?
+        dent(?:al|in\w*|ition) (?:ortho)?pant(?:om)?ogra\w+ opg iopa panoramic(?!_(?:ultra|sono)) apical(?<=periapical)
+        bite-?wing enamel pulp\w* cephalo(?:gra|metr)\w+ (?:endo|ortho)dont\w+ odont(?!oid)\w+ root_canals? gingiv\w+
+        oral(?<=intraoral) oral(?<=intra-oral) oral_cavity buccal occlusal(?=_(?:radio|view|x))
+        alveolar_(?:bone|ridge|crest|process)""",
     "chest": r"""chests? cxr thora(?:x|co(?!lumbar)\w+|ces)
         thoracic(?!_(?:spin|vertebr|cord|level|region_of_the_spin|kypho|disc)) lungs? pulmonary(?!_(?:valve|steno))
         pleur\w+ pneumo(?:nia|nitis) mediastin(?!um_testis)\w+ (?:endo|tracheo)?bronch\w+ hila
         (?:peri)?hil(?:ar|um)(?=_(?:lymph|aden|mass|opac|enlarg|region|node|area)) trachea\w* tracheo(?!s?to)\w+
-        carina\w* empyema thym(?:us|ic|oma) (?<!trans-)(?<!mid-)o?esophag\w+ ribs? (?<!sub)costal costo\w+
-        cardiothoracic stern(?:um|otomy) (?<!para)(?<!supra)sternal diaphragm\w* lingula\w*
+        carina\w* empyema thym(?:us|ic|oma) (?<!trans-)(?<!mid-)o?esophag\w+ ribs? costal(?<!subcostal) costo\w+
+        cardiothoracic stern(?:um|otomy|oclav\w+) sternal(?<!parasternal)(?<!suprasternal) diaphragm\w* lingula\w*
         (?:upper|middle|lower)_lobes?(?!_of_(?:the_)?(?:thyr|liver)) [lr][uml]l subclavian azyg\w+ pectoral\w+
         alveolar_(?:infil|hemo|opac)\w+ aortic_arch arch_of_the_aorta (?:ascending|descending)_aorta svc
         superior_venae?_cava innominate brachio-?cephalic""",
-    "heart": r"""hearts? (?<!cm_)cardi(?:ac|omegaly|omyopathy) echo-?cardiogra\w+
-        (?:epi|endo|myo)?card(?:ium|ial|itis|iocent\w+) atri(?:um|a|al) (?<=inter)ventricular (?<=bi)ventricular mitral
-        tricuspid bicuspid leaflets? papillary_muscles? cmr asd vsd (?:left|right)_ventric\w+(?!_system)
-        (?<!lateral_)ventricular_(?:sept\w+|outflow) (?:aortic|pulmonary)_(?:valv\w+|regurg\w+) coronar(?:y|ies)
-        septal_(?:defect|wall|leaflet|hyper\w+) aortic_(?:root|annul\w+|cusp|steno\w+|insuff\w+) [lr]v(?:ot)? lad rca
-        lcx ccta t[te]e circumflex obtuse_marginal (?:two|three|four|five|[2-5])[_-]chamber""",
-    "breast": r"breasts? mammogra\w+ (?<!internal_)mammary nipples? areol\w+ mastectom\w+",
-    "abdomen": r"""abdom\w+ thoraco-?abdominal axr liver hepat(?:ic|o)\w* hepatitis spleen splen\w+ pancrea\w+ kidneys?
-        renal nephr\w+ gall-?(?:bladder|stone)s? gall_bladder bile bili\w* chole(?:cyst|doch|lith)\w+ cholangio\w+
-        stomach gastr(?:ic|itis) gastro(?!cnem|grafin)\w+ duoden\w+ jejun\w+ ile(?:um|al|us) ileo\w+ entero(?:cl|gr)\w+
-        colon(?:ic|ogra\w+)? colic colitis colo(?:rect|st)\w+ colectomy ca?ec(?:um|al) sigmoid(?!_sinus) intestin\w+
-        bowels? appendi(?:x|ci\w+|ceal) mesenter\w+ diverticulitis intussuscept\w+ enema perito?n\w+ ascites ureter\w*
-        pyelo\w+ caly(?:x|c\w+) pelvi-?caly\w+ c?oeliac celiac oment(?:al|um) portal_(?:vein|venous) porta_hepatis kub
-        iv[up] flanks? (?<=sub)phrenic epigastr\w+ psoas iliopsoas (?:right|left)_(?:upper|lower)_quadrant
-        umbilic(?:al|us)(?!_(?:cord|art|vein|ven)) inferior_venae?_cava ivc ercp mrcp
+    "heart": r"""hearts? cardi(?<!cm_cardi)(?:ac|omegaly|omyopathy) echo-?cardiogra\w+
+        (?:epi|endo|myo)?card(?:ium|ial|itis|iocent\w+) atri(?:um|a|al) ventricular(?<=interventricular)
+        ventricular(?<=biventricular) mitral tricuspid bicuspid leaflets? papillary_muscles? cmr asd vsd
+        (?:left|right)_ventric\w+(?!_system) ventricular(?<!lateral_ventricular)_(?:sept\w+|outflow)
+        (?:aortic|pulmonary)_(?:valv\w+|regurg\w+) coronar(?:y|ies) septal_(?:defect|wall|leaflet|hyper\w+)
+        aortic_(?:root|annul\w+|cusp|steno\w+|insuff\w+) [lr]v(?:ot)? lad rca lcx ccta t[te]e circumflex
+        obtuse_marginal (?:two|three|four|five|[2-5])[_-]chamber""",
+    "breast": r"breasts? mammogra\w+ mammary(?<!internal_mammary) nipples? areol\w+ mastectom\w+",
+    "abdomen": r"""abdom\w+ thoraco-?abdominal axr liver hepat(?:ic|o)\w* hepatitis spleen splen\w+
+        pancrea\w+(?:_(?:head|neck)s?)? kidneys? renal nephr\w+ gall[_-]?(?:bladder|stone)s?(?:_neck)? bile bili\w*
+        chole(?:cyst|doch|lith)\w+ cholangio\w+ stomach gastr(?:ic|itis) gastro(?!cnem|grafin)\w+ duoden\w+ jejun\w+
+        ile(?:um|al|us) ileo\w+ entero(?:cl|gr)\w+ colon(?:ic|ogra\w+)? colic colitis colo(?:rect|st)\w+ colectomy
+        ca?ec(?:um|al) sigmoid(?!_sinus) intestin\w+ bowels? appendi(?:x|ci\w+|ceal) mesenter\w+ diverticulitis
+        intussuscept\w+ enema perito?n\w+ ascites ureter\w* pyelo\w+ caly(?:x|c\w+) pelvi-?caly\w+ c?oeliac celiac
+        oment(?:al|um) portal_(?:vein|venous) porta_hepatis kub iv[up] flanks? phrenic(?<=subphrenic) epigastr\w+ psoas
+        iliopsoas (?:right|left)_(?:upper|lower)_quadrant umbilic(?:al|us)(?!_(?:cord|art|vein|ven)) urach(?:al|us)
+        cardia rectus_(?:sheath|abd\w+) inferior_venae?_cava ivc ercp mrcp
         (?:common|cystic|pancreatic)_(?:bile_)?ducts?""",
-    "pelvis": r"""(?<!renal_)pelvi[sc] uter(?:us|ine|o\w+) ovar(?:y|ies|ian) (?<!gall_)bladder prostat\w+ cervix
-        buttocks? glute\w+ (?<!trans-)(?<!endo-)(?:ano)?rect(?:um|al|o\w+) anal anus vagina\w* adnexa\w* endometri\w+
-        myometri\w+ fallopian (?:hystero)?salpin\w+ hsg perine(?:um|al) scrot(?:um|al) test(?:is|ic\w+|es) epididym\w+
-        penile penis urethr\w+ vesic(?:al|o\w+) placent\w+ gestational_sacs? umbilical_(?:cord|art\w+|vein) amniotic
-        hips? acetabul\w+ ischi(?:um|al|o\w+) pub(?:is|ic) coccyx sacr(?:um|al|o-?\w+) ili(?:ac|um)
-        c(?:o)?ysto-?(?:urethro)?gra\w+ cervical_(?:canc|carc)\w+ inguin\w+ groins?""",
-    "spine": r"""(?<!iliac_)(?<!scapular_)(?<!nasal_)(?<!tibial_)spines? spinal spinous vertebra(?:e|l)?(?!_arter)
-        thecal conus(?=_medull) (?:thoraco|dorso)?-?lumbar lumbo-?sacral spondyl\w+ scolio\w+ kypho\w+ lordo\w+
-        odontoid atlanto-?\w+ cauda_equina facet(?=_(?:joint|arthr|hyper))
-        (?<!optic_)dis[ck]s?(?=_(?:hern|prot|prol|space|bulg|deg|height|extr)) myelo(?:pathy|gra\w+|mening\w+|malacia)
-        myelitis syrin\w+ laminectomy pedicle_screws? l[1-5][-/](?:l?[2-5]|s1) c[1-7][-/]c?[2-7] t\d{1,2}[-/]t?\d{1,2}
-        [tcl]\d{1,2}_(?:to|through)_[tcl]\d{1,2}""",
-    "neck": r"""
-        (?<!oral_)(?<!dder_)(?<!meral_)(?<!dial_)(?<!gical_)(?<!mical_)(?<!rysm_)(?<!wide_)(?<!head-)necks?(?!_of_)
-        thyro\w+ (?:naso|oro|hypo)?-?pharyn\w+ laryn\w+ (?:epi)?glotti\w+ jugular vertebral_arter\w+ submandibular
-        (?<!internal_)(?<!cavernous_)carotids?(?![_-](?:cavern|siphon)) submental parotid\w* salivary sialo\w+ hyoid
-        tonsil\w* adenoids? vocal_(?:cord|fold)s? arytenoid\w* cricoid\w* goiter supraclavicular
-        cervical(?!_(?:canc|carc|vagin|os\b|intraep|spin|vertebr|cord|disc|syrin|myel|kypho|lordo))""",
-    "upper limb": r"""upper_(?:limb|extremit)\w* (?<!c-)arms? forearms? elbows? wrists? fingers? thumbs? shoulders?
-        (?<!supra)clavic\w+ axill\w+ (?<!other_)(?<!right-)(?<!left-)hands?(?![_-]side) humer(?:us|al|i)
-        (?:distal|proximal)_radi(?:us|al) ulnar? radial_(?:head|neck|art\w+|nerve|styloid|fract\w+) radius_and_ulna
-        radio-?(?:ulnar|carpal)\w* olecranon carp(?:al|us) metacarp\w+ scapho\w+ lunate pisiform capitate hamate
-        triquetr\w+ phalan\w+(?!_of_(?:the_)?\w+_toe) [dp]ip mcp scapula\w* glen(?:oid|ohumeral) acromi\w* coraco\w+
-        rotator_cuff (?:supra|infra)spinatus scapularis brachial deltoid biceps bicipital triceps""",
+    "pelvis": r"""pelvi(?<!renal_pelvi)[sc] uter(?:us|ine|o\w+) ovar(?:y|ies|ian) bladder(?<!gall_bladder)(?:_neck)?
+        prostat\w+ cervix buttocks? glute\w+ (?<!trans-)(?<!endo-)(?:ano)?rect(?:um|al|o\w+) anal anus vagina\w*
+        adnexa\w* endometri\w+ myometri\w+ fallopian (?:hystero)?salpin\w+ hsg perine(?:um|al) scrot(?:um|al)
+        test(?:is|ic\w+|es) epididym\w+ penile penis urethr\w+ vesic(?:al|o\w+) placent\w+ gestational_sacs?
+        umbilical_(?:cord|art\w+|vein) amniotic hips? acetabul\w+ ischi(?:um|al|o\w+) pub(?:is|ic) coccyx
+        sacr(?:um|al|o-?\w+) ili(?:ac|um) c(?:o)?ysto-?(?:urethro)?gra\w+ cervical_(?:canc|carc)\w+ inguin\w+ groins?
+        """,
+    "spine": r"""spine(?<!iliac_spine)(?<!scapular_spine)(?<!nasal_spine)(?<!tibial_spine)s? spinal spinous
+        vertebra(?:e|l)?(?!_arter) thecal conus(?=_medull) (?:thoraco|dorso)?-?lumbar lumbo-?sacral spondyl\w+
+        scolio\w+ kypho\w+ lordo\w+ odontoid atlanto-?\w+ cauda_equina facet(?=_(?:joint|arthr|hyper))
+        dis(?<!optic_dis)[ck]s?(?=_(?:hern|prot|prol|space|bulg|deg|height|extr))
+        myelo(?:pathy|gra\w+|mening\w+|malacia) myelitis syrin\w+ laminectomy pedicle_screws? l[1-5][-/](?:l?[2-5]|s1)
+        c[1-7][-/]c?[2-7] t\d{1,2}[-/]t?\d{1,2} [tcl]\d{1,2}_(?:to|through)_[tcl]\d{1,2}""",
+    "neck": r"""neck(?<!rysm_neck)(?<!wide_neck)(?<!head-neck)s?(?!_of_) thyro\w+ (?:naso|oro|hypo)?-?pharyn\w+
+        laryn\w+ (?:epi)?glotti\w+ jugular vertebral_arter\w+ submandibular
+        carotid(?<!internal_carotid)(?<!cavernous_carotid)s?(?![_-](?:cavern|siphon)) submental parotid\w* salivary
+        sialo\w+ hyoid tonsil\w* adenoids? vocal_(?:cord|fold)s? arytenoid\w* cricoid\w* goiter supraclavicular
+        sternocleido\w+ cervical(?!_(?:canc|carc|vagin|os\b|intraep|spin|vertebr|cord|disc|syrin|myel|kypho|lordo))""",
+    "upper limb": r"""upper_(?:limb|extremit)\w* arm(?<!c-arm)s? forearms? elbows? wrists? fingers? thumbs? shoulders?
+        clavic(?<!supraclavic)\w+ axill\w+ hand(?<!other_hand)(?<!right-hand)(?<!left-hand)s?(?![_-]side)
+        humer(?:us|al|i)(?:_(?:head|neck)s?)? (?:surgical|anatomical)_neck (?:distal|proximal)_radi(?:us|al) ulnar?
+        radial_(?:head|neck|art\w+|nerve|styloid|fract\w+) radius_and_ulna radio-?(?:ulnar|carpal)\w* olecranon
+        carp(?:al|us) metacarp\w+(?:_(?:head|neck)s?)? scapho\w+ lunate pisiform capit(?:ate|ell\w+) hamate triquetr\w+
+        phalan\w+(?!_of_(?:the_)?\w+_toe) [dp]ip mcp scapula\w* glen(?:oid|ohumeral) acromi\w* coraco\w+ rotator_cuff
+        (?:supra|infra)spinatus scapularis brachial deltoid biceps bicipital triceps""",
     "lower limb": r"""lower_(?:limb|extremit)\w* legs? thighs? knees? femur femora
-        (?:patello|popliteo)?-?femor(?:al|o)\w* tibi(?:a|al|as|o\w+) fibul\w+ patell\w+ ankles?
-        (?:fore|hind|mid)?-?foot feet toes? hallux calcan\w+ tal(?:us|ar|onavicular) navicular metatars\w+ tarsal
-        cuboid malleol\w+ menisc\w+ cruciate acl (?:per)?trochant\w+ perone(?:al|us) achilles popliteal heels? plantar
-        calf calves gastrocnem\w+ soleus quadriceps saphen\w+(?!_(?:vein|venous)_graft)""",
+        (?:patello|popliteo)?-?femor(?:al|o)\w*(?:_(?:head|neck)s?(?:_and_neck)?)? tibi(?:a|al|as|o\w+) fibul\w+
+        patell\w+ ankles? (?:fore|hind|mid)?-?foot feet toes? hallux calcan\w+ tal(?:us|ar|onavicular) navicular
+        metatars\w+(?:_(?:head|neck)s?)? tarsal cuboid malleol\w+ menisc\w+ cruciate acl (?:per)?trochant\w+
+        perone(?:al|us) achilles popliteal heels? plantar calf calves gastrocnem\w+ soleus adductor\w* quadriceps
+        saphen\w+(?!_(?:vein|venous)_graft)""",
 }
 # Where "left" and "right" are not a side of the patient: layout of the figure, arrows, projections, the verb "leave"
-_LAYOUT = r"arrow\w*|panels?|images?|pictures?|figures?|photo\w*|columns?|curves?|rows?|corner|inset|frame|star|screen"
+_LAYOUT = r"arrow\w*|panels?|images?|pictures?|figures?|photo\w*|columns?|curves?|rows?|corner|inset|frame|star"
 _BETWEEN = (
-    r"upper|lower|top|bottom|most|side|small|big|large|thick|thin|short|long|white|black|red|blue|green|yellow|orange"
-    r"|open|solid|curved|dotted|dashed|hand|hand_side|and_right|and_left"
+    r"upper|lower|superior|inferior|top|bottom|most|side|small|big|large|thick|thin|short|long|white|black|red|blue"
+    r"|green|yellow|orange|open|solid|curved|dotted|dashed|hand|hand_side|and_right|and_left"
 )
 _NO_SIDE_AFTER = (
-    rf"(?![_-](?:(?:{_BETWEEN})[_-])*(?:{_LAYOUT})\b|(?:[_-]?(?:hand_)?(?:side|part|half|edge|border))?_(?:of|in)_(?:the_|each_"
-    rf"|this_)?(?:{_LAYOUT})|[_-](?:anterior|posterior)_oblique|[_-]lateral_(?:decubitus|recumb|view|radio|x|chest|proj)"
+    rf"(?![_-](?:(?:{_BETWEEN})[_-])*(?:{_LAYOUT})\b"
+    rf"|(?:[_-]?(?:hand_)?(?:side|part|half|edge|border))?_(?:of|in)_(?:the_|each_|this_)?(?:{_LAYOUT}|screen)\b"
+    r"|[_-](?:anterior|posterior)_oblique|[_-]lateral_(?:decubitus|recumb|view|radio|x|chest|proj)"
     r"|[_-](?:after|before|now|away|angle\w*|handed|untreated|alone|behind|unrepaired|open\b|in_(?:place|situ)|over\b)"
     r"|[_-]to[_-](?:right|left)\b|\s*[:=])"
 )
-_NO_SIDE_BEFORE = "".join(
-    rf"(?<!{word}_)"
-    for word in ("top", "bottom", "was", "were", "been", "had", "right_to", "left_to", "image_on_the", "figure_on_the")
-) + "".join(rf"(?<!{word}-to-)" for word in ("right", "left"))
+_NO_SIDE_BEFORE = (
+    *("top_", "bottom_", "was_", "were_", "been_", "had_", "image_on_the_", "figure_on_the_"),
+    *("left_to_", "right_to_", "left-to-", "right-to-"),
+)
 _PAIRED = (
     r"lungs?|kidneys?|sides?|hips?|knees?|breasts?|lobes?|femurs?|femora|femoral|legs?|feet|hands?|eyes?|orbits?|hila"
-    r"|ovar(?:y|ies)|adrenals?|hemispher\w+|shoulders?|ureters?|thalam\w+|hemithora\w+|ankles?|maxill\w+|test\w+|arter(?:y|ies)"
-    r"|ventricles|atria|wrists?|elbows?|arms?|ears?|tubes|veins|thighs?|heels?|joints?|sinuses|ethmoid\w*|carotids?"
+    r"|ovar(?:y|ies)|adrenals?|hemispher\w+|shoulders?|ureters?|thalam\w+|hemithora\w+|ankles?|maxill\w+|test\w+"
+    r"|arter(?:y|ies)|ventricles|atria|wrists?|elbows?|arms?|ears?|tubes|veins|thighs?|heels?|joints?|sinuses"
+    r"|ethmoid\w*|carotids?"
 )
 LATERALITY = {
-    "left": rf"{_NO_SIDE_BEFORE}left(?:-?wards?)?{_NO_SIDE_AFTER} lt l(?=_(?:{_PAIRED}))",
-    "right": rf"""{_NO_SIDE_BEFORE}right(?:-?wards?)?{_NO_SIDE_AFTER} (?<!at_)(?<!after_)rt(?=[_.-])
-        r(?=_(?:{_PAIRED}))""",
-    "bilateral": rf"bilat\w* b/l both(?:_the)?(?:_\w+){{0,2}}?_(?:{_PAIRED})",
-}
+    side: f"{side}{''.join(f'(?<!{word}{side})' for word in _NO_SIDE_BEFORE)}(?:-?wards?)?{_NO_SIDE_AFTER}"
+    rf" {side[0]}t(?<!at_rt)(?<!after_rt)(?=[_.-]) {side[0]}(?=_(?:{_PAIRED}))"
+    for side in ("left", "right")
+} | {"bilateral": rf"bilat\w* b/l both(?:_the)?(?:_\w+){{0,2}}?_(?:{_PAIRED})"}
 
-
-# Passed over at once, for speed
-_COMMON = r"(?!(?:the|of|an?|and|with|in|at|on|to|is|was|by|for|from|as|show\w*|images?|arrows?|scan|patient) )"
+# Common words that begin none of the above, passed over at once
+_COMMON = (
+    r"(?!(?:the|of|and|an?|in|with|show\w*|arrows?|to|is|at|on|mass|view|was|after|patient|from|by|as|artery|lesions?"
+    r"|scan|large|years?|are|for|old|[cm]m|seen|no|this|that|there|which|normal)[^a-z0-9])"
+)
 
 
 def _compile(words: dict[str, str], prefix: str = "") -> tuple[re.Pattern, tuple[str, ...]]:
@@ -189,22 +197,22 @@ _READERS = {
     "modality": _compile(MODALITY),
     "region": _compile(REGION, _PREFIX),
     "laterality": _compile(LATERALITY),
+    "implied modality": _compile(IMPLIED_MODALITY),
 }
-_IMPLIED_READER = _compile(IMPLIED_MODALITY)
 
 # --- Negation: triggers, pseudo-triggers and terminations that captions use of NegEx (Chapman et al., J Biomed Inform
 # 34:301, 2001) and ConText (Harkema et al., J Biomed Inform 42:839, 2009), as in negspacy 1.1 -----------------------
 
 _SEE = r"(?:show|reveal|demonstrate|identify|detect|disclose|visuali[sz]e|find|exhibit|display|contain|cause)"
 _SHOWN = (
-    r"(?:seen|visible|visuali[sz]ed|identifi(?:ed|able)|detect(?:ed|able)|observed|noted|present|found|demonstra(?:ted|ble)"
-    r"|evident|apparent|depicted|apprecia(?:ted|ble)|recogni[sz](?:ed|able)|perceived|discern[ai]ble|showed)"
+    r"(?:seen|visible|visuali[sz]ed|identifi(?:ed|able)|detect(?:ed|able)|observed|noted|present|found|demonstrated"
+    r"|evident|apparent|depicted|revealed|apprecia(?:ted|ble)|recogni[sz](?:ed|able)|discern[ai]ble|showed)"
 )
 _BEFORE = re.compile(
-    r"\b(?<![-.])(?:(?:no|without)(?! (?:longer|more|only)\b)(?![-.:])|(?:absence|lack|devoid|free) of|absent|lacking"
-    r"|negative for|neither|rul(?:ed|es|ing) out|exclud\w+(?= an?y?\b)|(?:not|n't|fail\w* to|cannot) "
-    + _SEE
-    + r"|not (?:showing|revealing|demonstrating|causing|associated with)|non-?visuali[sz]ation of)(?: |$)"
+    r"\b(?<![-.])(?:(?:no|without)(?! (?:longer(?! any)|more|only)\b)(?![-.:])|(?:absence|lack|devoid|free) of|absent"
+    r"|lack(?:s|ing)|(?<!of )missing|negative for|neither|rul(?:ed|es|ing) out|(?<!not )exclud\w+(?= an?y?\b)"
+    rf"|(?:not|n't|fail\w* to|cannot) {_SEE}|not (?:showing|revealing|demonstrating|causing|associated with)"
+    r"|non-?visuali[sz]ation of)(?: |$)"
 )
 _AFTER = re.compile(
     rf"\b(?:(?:not|n't|no longer|never|cannot)(?: be| been)?(?: (?!clear|ful|complete|entire|direct)\w+ly)? {_SHOWN}"
@@ -217,38 +225,40 @@ _SCOPE = 6  # words after a trigger that it can negate, as in NegEx
 # Words that end the noun phrase that names a finding
 _STOP = re.compile(
     r"in|on|of|at|with|within|from|to|for|by|after|before|during|between|along|around|into|through|near|over|under|or"
-    r"|and|nor|and/or|but|however|although|though|except|despite|while|whereas|which|that|this|these|those|who|where"
-    r"|when|as|than|is|are|was|were|be|been|being|has|have|had|can|could|may|due|because|since|if|then|also|only|it|its"
-    r"|there|beyond|below|above|across|against|still|yet|nevertheless|apart|aside|show\w*|reveal\w*|suggest\w*|confirm\w*"
-    r"|presents|results|up|down|out|demonstrate[sd]?|demonstrating|display(?:s|ing)?"
+    r"|and|nor|but|however|although|though|except|despite|while|whereas|which|that|this|these|those|who|where|when|as"
+    r"|than|is|are|was|were|be|been|being|has|have|had|can|could|may|due|because|since|if|then|also|only|it|its|there"
+    r"|not|do|does|did|beyond|below|above|across|against|still|yet|nevertheless|up|down|out|show\w*|reveal\w*"
+    r"|suggest\w*|confirm\w*|demonstrate[sd]?|demonstrating|display(?:s|ing)?|presents|results"
 )
 # They too, but only behind a noun: "no associated effusion", "no effusion associated with"
 _STOP_AFTER_NOUN = re.compile(
     r"\w{3,}ed|seen|visible|present|found|secondary|consistent|compatible|prior|suitable|adjacent|demonstrable"
     r"|(?:surround|involv|caus|follow|extend|aris|occurr|requir|continu|indicat|suggest|compress|invad)ing"
 )
-_JOINERS = frozenset((",", "and", "or", "nor", "and/or"))
+_JOINERS = frozenset((",", "and", "or", "nor"))
 _DETERMINERS = frozenset(("a", "an", "the", "any", "other", "further", "obvious", "apparent", "such"))
 # Not heads where they end the phrase: "no flow distal to", "no pulmonary or recurrent disease"
 _ADJECTIVES = re.compile(
-    r"(?!signal|canal|interval|removal|metal|material|ovary|molar|calcar)\w{2,}(?:al|[ln]ar|ic|ous|ive|ary)|(?!anomaly)\w+ly"
-    r"|anterior|posterior|superior|inferior|elsewhere|outside|anywhere|recurrent|new|acute|left|right|clear|definite"
-    r"|significant|iv|free|else|well|yet|more|bony|apparent|evident|\w{3,}ed|secondary"
+    r"(?!signal|canal|interval|removal|metal|material|ovary|molar|calcar)\w{2,}(?:al|[ln]ar|ic|ous|ive|ary)"
+    r"|(?!\w*(?:maly|galy))\w+ly|[\w-]{3,}ed|anterior|posterior|superior|inferior|elsewhere|outside|longer|new"
+    r"|recurrent|acute|left|right|clear|definite|significant|iv|free|else|well|more|bony|apparent|evident|secondary"
 )
 # "Without contrast" says how an image was made, not what is absent from it
 _NO_FINDING = re.compile(
-    r"contrast|gadolinium|injection|agents?|medium|material|administration|use|need|history|complications?|time|case"
-    r"|patients?|symptoms?|complaints?|changes?|variations?|difference|way|one|doubt|success|assumptions?|surgery|treatment|therapy"
-    r"|evidence|signs?|risks?|tests?|(?:in|de)crease|improvement|progression"
+    r"contrast|dye|gadolinium|injection|agents?|medium|material|administration|use|need|history|complications?|time"
+    r"|case|patients?|symptoms?|complaints?|pain|changes?|variations?|difference|way|one|doubt|success|assumptions?"
+    r"|surgery|treatment|therapy|evidence|signs?|risks?|tests?|(?:in|de)crease|improvement|progression"
 )
-_WORD = re.compile(r"[a-z](?:[a-z0-9'/-]*[a-z0-9])?|\d+|[,.;:()]")
+_WORD = re.compile(r"[a-z](?:[a-z0-9'-]*[a-z0-9])?|\d+|[,.;:()]")
 _CLAUSE_START = re.compile(r"[,.;:()]|\b(?:and|but|while|which|that|where|with|showing|shows?)\b")
-_PLURALS = (("ies", "y"), ("eses", "esis"), ("ases", "asis"), ("oses", "osis"), ("sses", "ss"), ("teeth", "tooth"))
+_PLURALS = (("ies", "y"), ("eses", "esis"), ("ases", "asis"), ("oses", "osis"), ("sses", "ss"))
 
 
 def _singular(word: str) -> str:
+    if word == "teeth":
+        return "tooth"
     for ending, singular in _PLURALS:
-        if word.endswith(ending) and len(word) > len(singular):
+        if word.endswith(ending) and len(word) > len(ending) + 2:
             return word[: -len(ending)] + singular
     return word[:-1] if word.endswith("s") and len(word) > 3 and not word.endswith(("ss", "us", "is")) else word
 
@@ -276,7 +286,7 @@ def _noun_phrase(words: Sequence[str]) -> list[str]:
 
 def _negated_after(text: str) -> list[str | None]:
     """Return the heads of the findings that the beginning of `text` lists: "fracture, dislocation or effusion in"."""
-    words = [*_WORD.findall(_SIGNS.sub("", text[:200])), "."]
+    words = [*_WORD.findall(_SIGNS.sub("", text[:200]).replace("/", " or ")), "."]
     heads, pending, joiner = [], [], "or"
     while phrase := _noun_phrase(words):
         # After a comma the list goes on only if an "or" follows
@@ -286,6 +296,8 @@ def _negated_after(text: str) -> list[str | None]:
         joiner, *words = words[len(phrase) :]
         if joiner == "," and words[0] in _JOINERS:
             joiner, *words = words
+        if joiner == "," and not _noun(phrase):  # between adjectives
+            joiner = "or"
         if joiner not in _JOINERS or words[0] in ("normal", "no") or (joiner == "and" and pending):
             break
         if joiner in (",", "and") and words[0] in ("a", "an", "the"):  # begins something else
@@ -357,10 +369,7 @@ def plain_text(caption: str) -> str:
 def _mentions(attribute: str, text: str) -> list[str]:
     pattern, values = _READERS[attribute]
     found = [values[match.lastindex - 1] for match in pattern.finditer(text)]
-    if attribute == "modality" and not found:
-        pattern, values = _IMPLIED_READER
-        found = [values[match.lastindex - 1] for match in pattern.finditer(text)][:1]
-    return found
+    return found if found or attribute != "modality" else _mentions("implied modality", text)[:1]
 
 
 # Cached because baselines repeat captions, and each system is compared with the same references
@@ -373,7 +382,7 @@ def stated_attributes(caption: str) -> dict[str, frozenset[str]]:
     millimeters, as text: "35", "12.5".
     """
     text = plain_text(caption)
-    found = {name: frozenset(_mentions(name, text)) for name in _READERS}
+    found = {name: frozenset(_mentions(name, text)) for name in ATTRIBUTES[:3]}
     return found | {"negation": frozenset(_negations(text)), "measurement": frozenset(_measurements(text))}
 
 
