@@ -11,6 +11,7 @@ labels and says how often the readers are right.
 """
 
 import functools
+import itertools
 import re
 import unicodedata
 from collections.abc import Sequence, Set
@@ -25,7 +26,7 @@ ATTRIBUTES = ("modality", "region", "laterality", "negation", "measurement")
 # --- Words: regular expressions of whole words, on lower-case text without accents; "_" is a space ---------------
 
 # A CT angiogram is a CT and an MR cholangiogram an MRI, and ROCOv2's modality classes agree
-_STUDY = r"(?:[_-](?:(?!and_|or_|with_)\w+[_-]){0,2}?(?:angio|veno|arterio|uro|myelo|arthro|cholangio)\w*gra\w+)?"
+_STUDY = r"(?:[_-](?:(?!and_|or_|with_)\w+[_-]){0,2}?(?:\w*(?:angio|veno|rio|uro|myelo|arthro)gra|fluorosco)\w+)?"
 MODALITY = {
     "PET": r"pet positron_emission (?:18f?-?)?fdg",
     # Of catheters, not of the eye
@@ -39,7 +40,7 @@ MODALITY = {
         mr[av] mrcp mr(?<=brain_mr) flair stir [ds]wi dti ssfp gre steady[_-]state_free gadolinium\w* proton[_-]density
         mr(?=[_-](?:imag|scan|spectro|entero|stud|exam|sequence|slice|view|of_the|show|reveal|demonstr|axial|coronal))
         t[12][_-]?(?:w|wi|wis|a|weighted|weighed|flair|fse|tse|space|stir|fs) (?:diffusion|susceptibility)[_-]weighted
-        (?:gradient|spin|field)[_-]echo [tf]se tractogra\w+""",
+        (?:gradient|spin|field|stimulated)[_-]echo [tf]se tractogra\w+""",
     "ultrasound": r"""ultra-?so(?:und|no|nic)\w* (?:endo)?sonogra\w+ us(?=_(?:image|scan|exam|show|reveal|of_the)) usg
         echo-?cardiogra\w+ echogra\w+ echo(?!-planar|_planar|_time|_train) doppler duplex t[te]e (?:iv|e)us [bm]-mode
         ceus ubm""",
@@ -73,11 +74,12 @@ REGION = {
         cranial(?<=intracranial) cranial(?<=extracranial) sphenoid\w* ethmoid\w* brain(?:s|-?stem)? midbrain
         mesenceph\w+ cerebr\w+ cerebell\w+ hemispher\w+ (?:hypo)?thalam\w+ hippocamp\w+ pons pontine basal_ganglia
         corpus_callosum putamen lentiform substantia_nigra centrum_semiovale caudate(?!_lobe) pallidus internal_capsule
-        medulla_oblongata bulbo-medullary gyr(?:us|i) sulc(?:al|i|us(?!_angle)) mca sylvian tentori\w+ amygdala\w*
+        medulla_oblongata bulbo-medullary gyr(?:us|i) sulc(?:al|i) central_sulcus mca sylvian tentori\w+ amygdala\w*
         (?:neuro)?hypophys\w+ pituitary sellar? pineal choroid_plexus ventricular(?<=periventricular)
-        ventricular(?<=intraventricular) (?:lateral|third|fourth|3rd|4th|cerebral)_ventricles? (?:white|gr[ae]y)_matter
-        cephalus dura(?<!intradura)(?<!extradura)l?(?!_sac) arachnoid mening\w+ cistern (?:an|por)?encephal\w+ aqueduct
-        glio(?:ma|blast)\w* basilar_(?:art|tip|trunk|invag)\w* tmj face(?<!interface)(?<!de_face) facial
+        ventricular(?<=intraventricular)(?!_sept) (?:lateral|third|fourth|3rd|4th|cerebral)_ventricles?
+        (?:white|gr[ae]y)_matter cephalus dura(?<!intradura)(?<!extradura)l?(?!_sac) arachnoid mening\w+ cistern
+        (?:an|por)?encephal\w+ aqueduct glio(?:ma|blast)\w* basilar_(?:art|tip|trunk|invag)\w* tmj
+        face(?<!interface)(?<!de_face) facial
         (?:frontal|temporal|parietal|occipital)(?=_(?:lobe|region|bone|horn|area|cortex|gyrus|mass|hemorr)) occipital
         temporalis (?:fronto|temporo|parieto|occipito)-?(?:parietal|temporal|occipital|frontal|basal)\w*
         circle_of_willis masseter internal_carotid ica carotid[_-](?:cavern\w+|siphon)
@@ -132,8 +134,8 @@ REGION = {
         dis(?<!optic_dis)[ck]s?(?=_(?:hern|prot|prol|space|bulg|deg|height|extr))
         myelo(?:pathy|gra\w+|mening\w+|malacia) myelitis syrin\w+ laminectomy pedicle_screws? l[1-5][-/](?:l?[2-5]|s1)
         c[1-7][-/]c?[2-7] t\d{1,2}[-/]t?\d{1,2} [tcl]\d{1,2}_(?:to|through)_[tcl]\d{1,2}""",
-    "neck": r"""neck(?<!rysm_neck)(?<!wide_neck)(?<!head-neck)s?(?!_of_) thyro\w+ (?:naso|oro|hypo)?-?pharyn\w+
-        laryn\w+ (?:epi)?glotti\w+ jugular vertebral_arter\w+ submandibular
+    "neck": r"""neck(?<!rysm_neck)(?<!wide_neck)(?<!head-neck)s?(?!_of_|[_-]shaft) thyro\w+
+        (?:naso|oro|hypo)?-?pharyn\w+ laryn\w+ (?:epi)?glotti\w+ jugular vertebral_arter\w+ submandibular
         carotid(?<!internal_carotid)(?<!cavernous_carotid)s?(?![_-](?:cavern|siphon)) submental parotid\w* salivary
         sialo\w+ hyoid tonsil\w* adenoids? vocal_(?:cord|fold)s? arytenoid\w* cricoid\w* goiter supraclavicular
         sternocleido\w+ cervical(?!_(?:canc|carc|vagin|os\b|intraep|spin|vertebr|cord|disc|syrin|myel|kypho|lordo))""",
@@ -145,9 +147,9 @@ REGION = {
         phalan\w+(?!_of_(?:the_)?\w+_toe) [dp]ip mcp scapula\w* glen(?:oid|ohumeral) acromi\w* coraco\w+ rotator_cuff
         (?:supra|infra)spinatus scapularis brachial deltoid biceps bicipital triceps""",
     "lower limb": r"""lower_(?:limb|extremit)\w* legs? thighs? knees? femur femora
-        (?:patello|popliteo)?-?femor(?:al|o)\w*(?:_(?:head|neck)s?(?:_and_neck)?)? tibi(?:a|al|as|o\w+) fibul\w+
-        patell\w+ ankles? (?:fore|hind|mid)?-?foot feet toes? hallux calcan\w+ tal(?:us|ar|onavicular) navicular
-        metatars\w+(?:_(?:head|neck)s?)? tarsal cuboid malleol\w+ menisc\w+ cruciate acl (?:per)?trochant\w+
+        (?:patello|popliteo|coxo|ilio)?-?femor(?:al|o)\w*(?:_(?:head|neck)s?(?:_and_neck)?)? tibi(?:a|al|as|o\w+)
+        fibul\w+ patell\w+ ankles? (?:fore|hind|mid)?-?foot feet toes? hallux calcan\w+ tal(?:us|ar|onavicular)
+        navicular metatars\w+(?:_(?:head|neck)s?)? tarsal cuboid malleol\w+ menisc\w+ cruciate acl (?:per)?trochant\w+
         perone(?:al|us) achilles popliteal heels? plantar calf calves gastrocnem\w+ soleus adductor\w* quadriceps
         saphen\w+(?!_(?:vein|venous)_graft)""",
 }
@@ -193,12 +195,8 @@ def _compile(words: dict[str, str], prefix: str = "") -> tuple[re.Pattern, tuple
     return re.compile(rf"(?<![a-z0-9]){_COMMON}{prefix}(?:{groups})(?![a-z0-9])"), tuple(words)
 
 
-_READERS = {
-    "modality": _compile(MODALITY),
-    "region": _compile(REGION, _PREFIX),
-    "laterality": _compile(LATERALITY),
-    "implied modality": _compile(IMPLIED_MODALITY),
-}
+_READERS = {"modality": _compile(MODALITY), "region": _compile(REGION, _PREFIX), "laterality": _compile(LATERALITY)}
+_READERS["implied modality"] = _compile(IMPLIED_MODALITY)
 
 # --- Negation: triggers, pseudo-triggers and terminations that captions use of NegEx (Chapman et al., J Biomed Inform
 # 34:301, 2001) and ConText (Harkema et al., J Biomed Inform 42:839, 2009), as in negspacy 1.1 -----------------------
@@ -211,11 +209,11 @@ _SHOWN = (
 _BEFORE = re.compile(
     r"\b(?<![-.])(?:(?:no|without)(?! (?:longer(?! any)|more|only)\b)(?![-.:])|(?:absence|lack|devoid|free) of|absent"
     r"|lack(?:s|ing)|(?<!of )missing|negative for|neither|rul(?:ed|es|ing) out|(?<!not )exclud\w+(?= an?y?\b)"
-    rf"|(?:not|n't|fail\w* to|cannot) {_SEE}|not (?:showing|revealing|demonstrating|causing|associated with)"
+    rf"|(?:not|\w+n't|fail\w* to|cannot) {_SEE}|not (?:showing|revealing|demonstrating|causing|associated with)"
     r"|non-?visuali[sz]ation of)(?: |$)"
 )
 _AFTER = re.compile(
-    rf"\b(?:(?:not|n't|no longer|never|cannot)(?: be| been)?(?: (?!clear|ful|complete|entire|direct)\w+ly)? {_SHOWN}"
+    rf"\b(?:(?:not|\w+n't|no longer|never|cannot)(?: be| been)?(?: (?!clear|ful|comple|entire|direct)\w+ly)? {_SHOWN}"
     r"|(?:is|are|was|were) (?:absent|missing|lacking|excluded(?! from)|ruled out))\b"
 )
 _SIGNS = re.compile(
@@ -250,7 +248,7 @@ _NO_FINDING = re.compile(
     r"|surgery|treatment|therapy|evidence|signs?|risks?|tests?|(?:in|de)crease|improvement|progression"
 )
 _WORD = re.compile(r"[a-z](?:[a-z0-9'-]*[a-z0-9])?|\d+|[,.;:()]")
-_CLAUSE_START = re.compile(r"[,.;:()]|\b(?:and|but|while|which|that|where|with|showing|shows?)\b")
+_CLAUSE_START = re.compile(r"[,.;:()]|\b(?:and|but|(?:al)?though|while|which|that|where|with|showing|shows?)\b")
 _PLURALS = (("ies", "y"), ("eses", "esis"), ("ases", "asis"), ("oses", "osis"), ("sses", "ss"))
 
 
@@ -309,7 +307,8 @@ def _negations(text: str) -> set[str]:
     heads = {head for match in _BEFORE.finditer(text) for head in _negated_after(text[match.end() :])}
     for match in _AFTER.finditer(text):  # of a clause: "the fistulous tract to the anorectum" [is not seen]
         clause = _CLAUSE_START.split(text[: match.start()][-100:])[-1]
-        heads.add(_head(_noun_phrase(_WORD.findall(_SIGNS.sub("", clause)))))
+        words = itertools.dropwhile(_STOP.fullmatch, _WORD.findall(_SIGNS.sub("", clause)))
+        heads.add(_head(_noun_phrase(list(words))))
     return heads - {None}
 
 
