@@ -28,7 +28,7 @@ ATTRIBUTES = ("modality", "region", "laterality", "negation", "measurement")
 # A CT angiogram is a CT and an MR cholangiogram an MRI, and ROCOv2's modality classes agree
 _STUDY = r"(?:[_-](?:(?!and_|or_|with_)\w+[_-]){0,2}?(?:\w*(?:angio|veno|rio|uro|myelo|arthro)gra|fluorosco)\w+)?"
 MODALITY = {
-    "PET": r"pet positron_emission (?:18f?-?)?fdg",
+    "PET": r"pet positron_emission (?:18f?-?)?fdg \w*fluoro-?\w*-?deoxy\w*",
     # Of catheters, not of the eye
     "angiography": r"""(?:cine-?|(?<!tomography_)(?<!fluorescein_)(?<!green_))angiogra\w+ dsa (?:arterio|aorto)gra\w+
         (?:phlebo|veno|cavo|ventriculo)gra(?:m|ms|phy) digital_subtraction""",
@@ -37,63 +37,64 @@ MODALITY = {
         c\._?t(?=[.:]) c_t(?=_scan) cat(?=_scan)""",
     "MRI": rf"""
         (?:[fcm]?p?mris?|magnetic[_-]resonance|mr(?=[_-](?:angio|veno|uro|arthro|cholangio)))(?:_imag\w+)?{_STUDY} cmr
-        mr[av] mrcp mr(?<=brain_mr) flair stir [ds]wi dti ssfp gre steady[_-]state_free gadolinium\w* proton[_-]density
+        mr[av] mrcp mr(?<=brain_mr) flair stir [ds]wi dti ssfp gre fiesta haste f?spgr steady[_-]state_free
         mr(?=[_-](?:imag|scan|spectro|entero|stud|exam|sequence|slice|view|of_the|show|reveal|demonstr|axial|coronal))
         t[12][_-]?(?:w|wi|wis|a|weighted|weighed|flair|fse|tse|space|stir|fs) (?:diffusion|susceptibility)[_-]weighted
-        (?:gradient|spin|field|stimulated)[_-]echo [tf]se tractogra\w+""",
+        (?:gradient|spin|field|stimulated)[_-]echo [tf]se tractogra\w+ gadolinium\w* proton[_-]density""",
     "ultrasound": r"""ultra-?so(?:und|no|nic)\w* (?:endo)?sonogra\w+ us(?=_(?:image|scan|exam|show|reveal|of_the)) usg
-        echo-?cardiogra\w+ echogra\w+ echo(?!-planar|_planar|_time|_train) doppler duplex t[te]e (?:iv|e)us [bm]-mode
-        ceus ubm""",
+        us(?<=or_us) us(?<=scale_us) echo-?cardiogra\w+ echogra\w+ echo(?!-planar|_planar|_time|_train) doppler duplex
+        t[te]e (?:iv|e)us [bm]-mode ceus ubm""",
     # Projections of every kind: ROCOv2 has no class of its own for mammograms and fluoroscopy
     "X-ray": r"""x[_-]?rays? (?:ortho|tele)?radiogra(?:ph|m)\w* (?:ortho)?ro?ent(?:gen|o)\w* [ca]?xr kub
-        (?:plain|chest)_films? mammogra\w+ skiagram (?:ortho)?pant(?:om)?ogra\w+ opg dpt cephalogra\w+ fluorosco\w+
-        barium upper_gi gastrografin iopa rvg [mv]cug? iv[up]
-        (?:(?:urethro)?cysto|(?:cysto)?urethro|uro|pyelo|myelo|fistulo|hysterosalpingo|o?esophago)gra(?:m|ms|phy)
+        (?:plain|chest)_films? mammogra\w+ skiagram (?:ortho)?pant(?:om)?ogra\w+ opg panorex dpt cephalogra\w+
+        fluorosco\w+ barium upper_gi gastrografin iopa rvg [mv]cug? iv[up]
+        (?:(?:urethro)?cysto|(?:cysto)?urethro|uro|pyelo|myelo|fistulo|sino|hysterosalpingo|o?esophago)gra(?:m|ms|phy)
         (?:cholangio|nephrosto|sialo|arthro|dacryocysto|lymphangio|galacto|defeco|disco|colo)gra(?:m|ms|phy) ercp hsg
         retrograde_cholangio\w+""",
 }
 # What belongs to one modality only; read where no modality is named
 IMPLIED_MODALITY = {
     "MRI": r"""(?:hyper|hypo|iso)-?intens\w+ t(?<=in_t)[12] t(?<=on_t)[12] (?:axial|coronal|sagittal)_t[12]
-        t[12](?=_(?:hyper|hypo|axial|coronal|sag|imag|seq|fat)) tesla phase-contrast""",
+        t[12](?=_(?:hyper|hypo|axial|coronal|sag|imag|seq|fat)) tesla adc phase-contrast""",
     "ultrasound": r"""(?:hypo|hyper|iso|an)-?echo(?:ic|genic)\w* echo(?:ic|genic\w*|texture) transducer
         e?-?fast(?=_(?:view|exam|scan)) (?:parasternal|subcostal|suprasternal)(?=_(?:[\w-]+_){0,4}view)
         apical_(?:two|three|four|five|[2-5])[_-]chamber""",
-    "CT": r"hounsfield (?:hypo|hyper)-?(?:dens|attenuat)\w+ (?<!coherence_)(?<!emission_)(?:angio)?tomogra\w+",
-    "X-ray": r"""radio-?(?:lucen|opa[qc])\w+
+    "CT": r"hounsfield \d+_?hu (?:hypo|hyper)-?(?:dens|attenuat)\w+ (?<!coherence_)(?<!emission_)(?:angio)?tomogra\w+",
+    "X-ray": r"""radio-?(?:lucen|opa[qc])\w+ image_intensifier
         (?:antero|postero|anterior|posterior)-?(?:posterior|anterior)_(?:view|proj)\w* [ap][ap]_(?:view|projection)
         panoramic(?!_(?:ultra|sono)) peri-?apical bite-?wing cobb (?:cranio-?caudal|mediolateral)(?:_oblique)?_views?
-        image_intensifier""",
-    "angiography": r"[lr]ao (?:left|right)_anterior_oblique cardiac_catheteri[sz]ation",
+        """,
+    "angiography": r"[lr]ao (?:left|right)_anterior_oblique (?:cardiac|heart|selective|diagnostic)_catheteri[sz]ation",
 }
 # Before any word of a region, but for "trans-" and "endo-", which tell the way in
 _PREFIX = r"(?:(?:peri|para|pre|retro|sub|supra|infra|inter|intra|extra|meso|hemi|bi|ad|pneumo|ha?emo|hydro)-?){0,2}"
 REGION = {
-    "head": r"""head(?<!arrow_head)s?(?!_of_|_and_body|-down|-neck) skull crani(?:um|o(?!-?caud)\w+) calvari\w+ scalp
+    "head": r"""head(?<!arrow_head)s?(?!_of_|_and_body|-down|-neck) skulls? crani(?:um|o(?!-?caud)\w+) calvari\w+ scalp
         clivus pterygo\w+ (?:posterior|middle)_fossa cranial(?=_(?:nerve|fossa|vault|bone|ct|mr|comp|magn|base))
         cranial(?<=intracranial) cranial(?<=extracranial) sphenoid\w* ethmoid\w* brain(?:s|-?stem)? midbrain
         mesenceph\w+ cerebr\w+ cerebell\w+ hemispher\w+ (?:hypo)?thalam\w+ hippocamp\w+ pons pontine basal_ganglia
-        corpus_callosum putamen lentiform substantia_nigra centrum_semiovale caudate(?!_lobe) pallidus internal_capsule
-        medulla_oblongata bulbo-medullary gyr(?:us|i) sulc(?:al|i) central_sulcus mca sylvian tentori\w+ amygdala\w*
-        (?:neuro)?hypophys\w+ pituitary sellar? pineal choroid_plexus ventricular(?<=periventricular)
-        ventricular(?<=intraventricular)(?!_sept) (?:lateral|third|fourth|3rd|4th|cerebral)_ventricles?
-        (?:white|gr[ae]y)_matter cephalus dura(?<!intradura)(?<!extradura)l?(?!_sac) arachnoid mening\w+ cistern
-        (?:an|por)?encephal\w+ aqueduct glio(?:ma|blast)\w* basilar_(?:art|tip|trunk|invag)\w* tmj
-        face(?<!interface)(?<!de_face) facial
-        (?:frontal|temporal|parietal|occipital)(?=_(?:lobe|region|bone|horn|area|cortex|gyrus|mass|hemorr)) occipital
-        temporalis (?:fronto|temporo|parieto|occipito)-?(?:parietal|temporal|occipital|frontal|basal)\w*
+        corpus_callosum putamen lenti(?:form|cular)(?=_nucl) striatum vermis substantia_nigra centrum_semiovale
+        caudate(?!_lobe) pallidus internal_capsule medulla_oblongata (?:cervico|bulbo)-?medullary gyr(?:us|i)
+        sulc(?:al|i) central_sulcus mca sylvian tentori\w+ amygdala\w* (?:neuro)?hypophys\w+ pituitary sellar? pineal
+        choroid_plexus ventricular(?<=periventricular) ventricular(?<=intraventricular)(?!_sept)
+        (?:lateral|third|fourth|3rd|4th|cerebral)_ventricles? (?:white|gr[ae]y)_matter cephalus
+        dura(?<!intradura)(?<!extradura)l?(?!_sac) arachnoid mening\w+ cistern(?:s|al)? (?:an|por)?encephal\w+ aqueduct
+        glio(?:ma|blast)\w* basilar_(?:art|tip|trunk|invag)\w* tmj face(?<!interface)(?<!de_face) facial
+        (?:frontal|temporal|parietal|occipital)(?=_(?:lobe|region|bone|horn|area|cortex|gyrus|mass|hem|fossa|art|musc))
+        occipital temporalis (?:fronto|temporo|parieto|occipito)-?(?:parietal|temporal|occipital|frontal|basal)\w*
         circle_of_willis masseter internal_carotid ica carotid[_-](?:cavern\w+|siphon)
         (?:anterior|posterior)_communicating (?:acoustic|vestibular)_\w+oma
         (?:sagittal|transverse|sigmoid|venous|dural|cavernous|frontal|maxillary)_sinus\w* sinuses(?!_of|_tract)
         sinusitis orbit(?:s|al)? retina[le]? cataract cornea\w* irido\w+ iris pupil\w* vitre\w+ macula\w* fovea\w*
         choroid(?:al)? sclera\w* globe ocular optic ophthalm\w+ eye(?:s|balls?)? bulbar(?<=retrobulbar) conjunctiv\w+
-        glaucoma anterior_chamber nas(?:al|i) naso(?:septal|ethmoid\w*) nose turbinates? sinonasal ears? mastoid\w*
-        tympan\w+ petrous petrosal cochlea\w* auditory maxill\w+ mandib(?<!submandib)(?:le|ul)\w* jaws? zygoma\w*
-        temporomandibular palat(?:e|al) tongue mouth teeth tooth (?:pre|disto)?molars? incisors? canines?
-        dent(?:al|in\w*|ition) (?:ortho)?pant(?:om)?ogra\w+ opg iopa panoramic(?!_(?:ultra|sono)) apical(?<=periapical)
-        bite-?wing enamel pulp\w* cephalo(?:gra|metr)\w+ (?:endo|ortho)dont\w+ odont(?!oid)\w+ root_canals? gingiv\w+
-        oral(?<=intraoral) oral(?<=intra-oral) oral_cavity buccal occlusal(?=_(?:radio|view|x))
-        alveolar_(?:bone|ridge|crest|process)""",
+        glaucoma anterior_chamber nas(?:al|i) naso(?!phar|gast|jej|duo|ent)\w+ nose turbinates? concha lacrimal
+        dacryo\w+ mesi(?:al|o\w+) sinonasal ears? mastoid\w* tympan\w+ petrous petrosal cochlea\w* auditory maxill\w+
+        mandib(?<!submandib)(?:le|ul)\w* jaws? zygoma\w* temporomandibular palat(?:e|al) tongue mouth teeth tooth
+        (?:pre|disto)?molars? incisors? canines? dent(?:al|in\w*|ition) (?:ortho)?pant(?:om)?ogra\w+ opg panorex iopa
+        panoramic(?!_(?:ultra|sono)) apical(?<=periapical) bite-?wing enamel pulp\w* cephalo(?:gra|metr)\w+
+        (?:endo|ortho)dont\w+ odont(?!oid)\w+ root_canals? gingiv\w+ ranula mylohyoid olfactory stape\w+ ependym\w+
+        coloboma fluorescein rvg obturation oral(?<=intraoral) oral(?<=intra-oral) oral_cavity buccal
+        occlusal(?=_(?:radio|view|x)) alveolar_(?:bone|ridge|crest|process)""",
     "chest": r"""chests? cxr thora(?:x|co(?!lumbar)\w+|ces)
         thoracic(?!_(?:spin|vertebr|cord|level|region_of_the_spin|kypho|disc)) lungs? pulmonary(?!_(?:valve|steno))
         pleur\w+ pneumo(?:nia|nitis) mediastin(?!um_testis)\w+ (?:endo|tracheo)?bronch\w+ hila
@@ -103,58 +104,64 @@ REGION = {
         (?:upper|middle|lower)_lobes?(?!_of_(?:the_)?(?:thyr|liver)) [lr][uml]l subclavian azyg\w+ pectoral\w+
         alveolar_(?:infil|hemo|opac)\w+ aortic_arch arch_of_the_aorta (?:ascending|descending)_aorta svc
         superior_venae?_cava innominate brachio-?cephalic""",
-    "heart": r"""hearts? cardi(?<!cm_cardi)(?:ac|omegaly|omyopathy) echo-?cardiogra\w+
-        (?:epi|endo|myo)?card(?:ium|ial|itis|iocent\w+) atri(?:um|a|al) ventricular(?<=interventricular)
-        ventricular(?<=biventricular) mitral tricuspid bicuspid leaflets? papillary_muscles? cmr asd vsd
-        (?:left|right)_ventric\w+(?!_system) ventricular(?<!lateral_ventricular)_(?:sept\w+|outflow)
-        (?:aortic|pulmonary)_(?:valv\w+|regurg\w+) coronar(?:y|ies) septal_(?:defect|wall|leaflet|hyper\w+)
+    "heart": r"""hearts? dextrocardia cardi(?<!cm_cardi)(?:ac|omegaly|omyopathy) echo-?cardiogra\w+
+        (?:epi|endo|myo)?card(?:ium|ial|itis|iocent\w+) atri(?:um|a|al|o\w+) sinus_of_valsalva
+        ventricular(?<=interventricular) ventricular(?<=biventricular) mitral tricuspid bicuspid leaflets?
+        papillary_muscles? cmr asd vsd (?:left|right)_ventric\w+(?!_system)
+        ventricular(?<!lateral_ventricular)_(?:sept\w+|outflow) (?:aortic|pulmonary)_(?:valv\w+|regurg\w+)
+        (?:aorto)?coronar(?:y|ies) septal_(?:defect|wall|leaflet|hyper\w+)
         aortic_(?:root|annul\w+|cusp|steno\w+|insuff\w+) [lr]v(?:ot)? lad rca lcx ccta t[te]e circumflex
         obtuse_marginal (?:two|three|four|five|[2-5])[_-]chamber""",
-    "breast": r"breasts? mammogra\w+ mammary(?<!internal_mammary) nipples? areol\w+ mastectom\w+",
-    "abdomen": r"""abdom\w+ thoraco-?abdominal axr liver hepat(?:ic|o)\w* hepatitis spleen splen\w+
+    "breast": r"""breasts? mammogra\w+ mammary(?<!internal_mammary) nipples? fibroadenoma ductal_carcinoma dcis
+        areol\w+ mastectom\w+""",
+    "abdomen": r"""abdom\w+ thoraco-?abdominal axr aaa caudate_lobe liver hepat(?:ic|o)\w* hepatitis spleen splen\w+
         pancrea\w+(?:_(?:head|neck)s?)? kidneys? renal nephr\w+ gall[_-]?(?:bladder|stone)s?(?:_neck)? bile bili\w*
-        chole(?:cyst|doch|lith)\w+ cholangio\w+ stomach gastr(?:ic|itis) gastro(?!cnem|grafin)\w+ duoden\w+ jejun\w+
-        ile(?:um|al|us) ileo\w+ entero(?:cl|gr)\w+ colon(?:ic|ogra\w+)? colic colitis colo(?:rect|st)\w+ colectomy
-        ca?ec(?:um|al) sigmoid(?!_sinus) intestin\w+ bowels? appendi(?:x|ci\w+|ceal) mesenter\w+ diverticulitis
-        intussuscept\w+ enema perito?n\w+ ascites ureter\w* pyelo\w+ caly(?:x|c\w+) pelvi-?caly\w+ c?oeliac celiac
-        oment(?:al|um) portal_(?:vein|venous) porta_hepatis kub iv[up] flanks? phrenic(?<=subphrenic) epigastr\w+ psoas
-        iliopsoas (?:right|left)_(?:upper|lower)_quadrant umbilic(?:al|us)(?!_(?:cord|art|vein|ven)) urach(?:al|us)
-        cardia rectus_(?:sheath|abd\w+) inferior_venae?_cava ivc ercp mrcp
-        (?:common|cystic|pancreatic)_(?:bile_)?ducts?""",
+        chole(?:cyst|doch|lith)\w+ cholangio\w+ stomach gastr(?:ic|itis) gastro(?!cnem|grafin)\w+ duoden\w+ pylor\w+
+        volvulus urogra\w+ jejun\w+ ile(?:um|al|us) ileo\w+ entero(?:cl|gr)\w+ colon(?:ic|ogra\w+)? colic colitis
+        colo(?:rect|st)\w+ colectomy ca?ec(?:um|al) sigmoid(?!_sinus) intestin\w+ bowels? appendi(?:x|ci\w+|ceal)
+        (?:aorto)?mesenter\w+ diverticulitis intussuscept\w+ enema perito?n\w+ ascites ureter\w* pyelo\w+
+        caly(?:x|c\w+) pelvi-?caly\w+ c?oeliac celiac oment(?:al|um) portal_(?:vein|venous|thromb|hypert)\w*
+        porta_hepatis kub iv[up] flanks? phrenic(?<=subphrenic) epigastr\w+ psoas iliopsoas
+        (?:right|left)_(?:upper|lower)_quadrant umbilic(?:al|us)(?!_(?:cord|art|vein|ven)) urach(?:al|us) cardia
+        rectus_(?:sheath|abd\w+) inferior_venae?_cava ivc ercp mrcp (?:common|cystic|pancreatic)_(?:bile_)?ducts?""",
     "pelvis": r"""pelvi(?<!renal_pelvi)[sc] uter(?:us|ine|o\w+) ovar(?:y|ies|ian) bladder(?<!gall_bladder)(?:_neck)?
         prostat\w+ cervix buttocks? glute\w+ (?<!trans-)(?<!endo-)(?:ano)?rect(?:um|al|o\w+) anal anus vagina\w*
-        adnexa\w* endometri\w+ myometri\w+ fallopian (?:hystero)?salpin\w+ hsg perine(?:um|al) scrot(?:um|al)
-        test(?:is|ic\w+|es) epididym\w+ penile penis urethr\w+ vesic(?:al|o\w+) placent\w+ gestational_sacs?
-        umbilical_(?:cord|art\w+|vein) amniotic hips? acetabul\w+ ischi(?:um|al|o\w+) pub(?:is|ic) coccyx
-        sacr(?:um|al|o-?\w+) ili(?:ac|um) c(?:o)?ysto-?(?:urethro)?gra\w+ cervical_(?:canc|carc)\w+ inguin\w+ groins?
-        """,
+        adnexa\w* endometri\w+ myometri\w+ adenomyosis hydrometr\w+ douglas fallopian (?:hystero)?salpin\w+ hsg
+        perine(?:um|al) scrot(?:um|al) test(?:is|ic\w+|es) epididym\w+ (?:hydro|varico)cele penile penis urethr\w+
+        vesic(?:al|o\w+) placent\w+ gestational_sacs? umbilical_(?:cord|art\w+|vein) amniotic hips? acetabul(?:um|ar|a)
+        ischi(?:um|al|o\w+) pub(?:is|ic) coccyx sacr(?:um|al|o-?\w+) ili(?:ac|um) c(?:o)?ysto-?(?:urethro)?gra\w+
+        cervical_(?:canc|carc)\w+ inguin\w+ groins?""",
     "spine": r"""spine(?<!iliac_spine)(?<!scapular_spine)(?<!nasal_spine)(?<!tibial_spine)s? spinal spinous
-        vertebra(?:e|l)?(?!_arter) thecal conus(?=_medull) (?:thoraco|dorso)?-?lumbar lumbo-?sacral spondyl\w+
-        scolio\w+ kypho\w+ lordo\w+ odontoid atlanto-?\w+ cauda_equina facet(?=_(?:joint|arthr|hyper))
+        vertebra(?:e|l)?(?!_arter) thecal end-?plates? spina_bifida pars_interart\w+ t1[0-2]
+        [cl][1-7](?=_(?:nerve|root|level|screw|lamin|fract)) transverse_process(?:es)? conus(?=_medull)
+        (?:thoraco|dorso)?-?lumbar lumbo-?sacral spondyl\w+ scolio\w+ kypho\w+ lordo\w+ odontoid atlanto-?\w+
+        cauda_equina facet(?=_(?:joint|arthr|hyper))
         dis(?<!optic_dis)[ck]s?(?=_(?:hern|prot|prol|space|bulg|deg|height|extr))
         myelo(?:pathy|gra\w+|mening\w+|malacia) myelitis syrin\w+ laminectomy pedicle_screws? l[1-5][-/](?:l?[2-5]|s1)
         c[1-7][-/]c?[2-7] t\d{1,2}[-/]t?\d{1,2} [tcl]\d{1,2}_(?:to|through)_[tcl]\d{1,2}""",
-    "neck": r"""neck(?<!rysm_neck)(?<!wide_neck)(?<!head-neck)s?(?!_of_|[_-]shaft) thyro\w+
-        (?:naso|oro|hypo)?-?pharyn\w+ laryn\w+ (?:epi)?glotti\w+ jugular vertebral_arter\w+ submandibular
+    "neck": r"""neck(?<!rysm_neck)(?<!wide_neck)(?<!head-neck)s?(?!_of_|[_-]shaft) thyro(?!globul|xin)\w+
+        (?:naso|oro|hypo)?-?pharyn\w+ laryn\w+ (?:epi)?glotti\w+ jugular ijv vertebral_arter\w+ submandibular
         carotid(?<!internal_carotid)(?<!cavernous_carotid)s?(?![_-](?:cavern|siphon)) submental parotid\w* salivary
-        sialo\w+ hyoid tonsil\w* adenoids? vocal_(?:cord|fold)s? arytenoid\w* cricoid\w* goiter supraclavicular
-        sternocleido\w+ cervical(?!_(?:canc|carc|vagin|os\b|intraep|spin|vertebr|cord|disc|syrin|myel|kypho|lordo))""",
+        sialo\w+ hyoid (?:adeno)?tonsil\w* adenoids? vocal_(?:cord|fold)s? arytenoid\w* cricoid\w* goiter
+        supraclavicular sternocleido\w+
+        cervical(?!_(?:cana|canc|carc|vagin|os\b|intraep|spin|vertebr|cord|disc|syrin|myel|kypho|lordo))""",
     "upper limb": r"""upper_(?:limb|extremit)\w* arm(?<!c-arm)s? forearms? elbows? wrists? fingers? thumbs? shoulders?
         clavic(?<!supraclavic)\w+ axill\w+ hand(?<!other_hand)(?<!right-hand)(?<!left-hand)s?(?![_-]side)
         humer(?:us|al|i)(?:_(?:head|neck)s?)? (?:surgical|anatomical)_neck (?:distal|proximal)_radi(?:us|al) ulnar?
-        radial_(?:head|neck|art\w+|nerve|styloid|fract\w+) radius_and_ulna radio-?(?:ulnar|carpal)\w* olecranon
-        carp(?:al|us) metacarp\w+(?:_(?:head|neck)s?)? scapho\w+ lunate pisiform capit(?:ate|ell\w+) hamate triquetr\w+
-        phalan\w+(?!_of_(?:the_)?\w+_toe) [dp]ip mcp scapula\w* glen(?:oid|ohumeral) acromi\w* coraco\w+ rotator_cuff
-        (?:supra|infra)spinatus scapularis brachial deltoid biceps bicipital triceps""",
-    "lower limb": r"""lower_(?:limb|extremit)\w* legs? thighs? knees? femur femora
+        radial_(?:head|neck|art\w+|nerve|styloid|fract\w+) radius_and_ulna radio-?(?:ulnar|carp|capit)\w* olecranon
+        carp(?:al|us|i) (?:hypo)?thenar bankart ac_joint metacarp\w+(?:_(?:head|neck)s?)? scapho\w+ lunate pisiform
+        capit(?:ate|ell\w+) hamate triquetr\w+ phalan\w+(?!_of_(?:the_)?\w+_toe) [dp]ip mcp scapula\w*
+        glen(?:oid|ohumeral) acromi\w* coraco\w+ rotator_cuff (?:supra|infra)spinatus scapularis brachial deltoid
+        biceps bicipital triceps""",
+    "lower limb": r"""lower_(?:limb|extremit)\w* legs? thighs? knees? femurs? femora
         (?:patello|popliteo|coxo|ilio)?-?femor(?:al|o)\w*(?:_(?:head|neck)s?(?:_and_neck)?)? tibi(?:a|al|as|o\w+)
         fibul\w+ patell\w+ ankles? (?:fore|hind|mid)?-?foot feet toes? hallux calcan\w+ tal(?:us|ar|onavicular)
         navicular metatars\w+(?:_(?:head|neck)s?)? tarsal cuboid malleol\w+ menisc\w+ cruciate acl (?:per)?trochant\w+
-        perone(?:al|us) achilles popliteal heels? plantar calf calves gastrocnem\w+ soleus adductor\w* quadriceps
-        saphen\w+(?!_(?:vein|venous)_graft)""",
+        perone(?:al|us) achilles popliteal heels? plantar calf calves gastrocnem\w+ soleus vastus genicular adductor\w*
+        quadriceps saphen\w+(?!_(?:vein|venous)_graft)""",
 }
-# Where "left" and "right" are not a side of the patient: layout of the figure, arrows, projections, the verb "leave"
-_LAYOUT = r"arrow\w*|panels?|images?|pictures?|figures?|photo\w*|columns?|curves?|rows?|corner|inset|frame|star"
+# Where "left" and "right" are not a side of the patient: layout of the figure, arrows, projections, shunts, "leave"
+_LAYOUT = r"arrow\w*|panels?|maps?|images?|pictures?|figures?|photo\w*|columns?|curves?|rows?|corner|inset|frame|star"
 _BETWEEN = (
     r"upper|lower|superior|inferior|top|bottom|most|side|small|big|large|thick|thin|short|long|white|black|red|blue"
     r"|green|yellow|orange|open|solid|curved|dotted|dashed|hand|hand_side|and_right|and_left"
@@ -166,15 +173,11 @@ _NO_SIDE_AFTER = (
     r"|[_-](?:after|before|now|away|angle\w*|handed|untreated|alone|behind|unrepaired|open\b|in_(?:place|situ)|over\b)"
     r"|[_-]to[_-](?:right|left)\b|\s*[:=])"
 )
-_NO_SIDE_BEFORE = (
-    *("top_", "bottom_", "was_", "were_", "been_", "had_", "image_on_the_", "figure_on_the_"),
-    *("left_to_", "right_to_", "left-to-", "right-to-"),
-)
+_NO_SIDE_BEFORE = ("top_", "bottom_", "was_", "were_", "been_", "image_on_the_", "left_to_", "right_to_", "t-to-")
 _PAIRED = (
     r"lungs?|kidneys?|sides?|hips?|knees?|breasts?|lobes?|femurs?|femora|femoral|legs?|feet|hands?|eyes?|orbits?|hila"
-    r"|ovar(?:y|ies)|adrenals?|hemispher\w+|shoulders?|ureters?|thalam\w+|hemithora\w+|ankles?|maxill\w+|test\w+"
-    r"|arter(?:y|ies)|ventricles|atria|wrists?|elbows?|arms?|ears?|tubes|veins|thighs?|heels?|joints?|sinuses"
-    r"|ethmoid\w*|carotids?"
+    r"|ovar(?:y|ies)|adrenals?|hemispher\w+|shoulders?|ureters?|thalam\w+|hemithora\w+|ankles?|maxill\w+|test\w+|tubes"
+    r"|arter(?:y|ies)|ventricles|atria|wrists?|elbows?|arms?|veins|ears?|thighs?|joints?|sinuses|ethmoid\w*"
 )
 LATERALITY = {
     side: f"{side}{''.join(f'(?<!{word}{side})' for word in _NO_SIDE_BEFORE)}(?:-?wards?)?{_NO_SIDE_AFTER}"
@@ -182,16 +185,20 @@ LATERALITY = {
     for side in ("left", "right")
 } | {"bilateral": rf"bilat\w* b/l both(?:_the)?(?:_\w+){{0,2}}?_(?:{_PAIRED})"}
 
-# Common words that begin none of the above, passed over at once
-_COMMON = (
-    r"(?!(?:the|of|and|an?|in|with|show\w*|arrows?|to|is|at|on|mass|view|was|after|patient|from|by|as|artery|lesions?"
-    r"|scan|large|years?|are|for|old|[cm]m|seen|no|this|that|there|which|normal)[^a-z0-9])"
-)
+# Common words that begin none of the above, passed over for speed
+_COMMON = r"(?!(?:the|of|and|an?|in|with|show\w*|arrows?|to|is|at|on|mass|was|after|patient|from|by|scan)[^a-z0-9])"
+
+
+def _literal_first(fragment: str) -> list[str]:
+    """Return what "(?:a|b)?c" stands for: "ac", "bc", "c"; a search skips faster what begins with a letter."""
+    found = re.match(r"\(\?:([\w|-]+)\)(\??)(.*)", fragment)
+    return [start + found[3] for start in (found[1] + "|" * bool(found[2])).split("|")] if found else [fragment]
 
 
 def _compile(words: dict[str, str], prefix: str = "") -> tuple[re.Pattern, tuple[str, ...]]:
     """Return one pattern with a group per value, in the order of the values."""
-    groups = "|".join(f"({'|'.join(text.split()).replace('_', ' ')})" for text in words.values())
+    fragments = ("|".join(itertools.chain(*map(_literal_first, text.split()))) for text in words.values())
+    groups = "|".join(f"({text.replace('_', ' ')})" for text in fragments)
     return re.compile(rf"(?<![a-z0-9]){_COMMON}{prefix}(?:{groups})(?![a-z0-9])"), tuple(words)
 
 
@@ -202,23 +209,19 @@ _READERS["implied modality"] = _compile(IMPLIED_MODALITY)
 # 34:301, 2001) and ConText (Harkema et al., J Biomed Inform 42:839, 2009), as in negspacy 1.1 -----------------------
 
 _SEE = r"(?:show|reveal|demonstrate|identify|detect|disclose|visuali[sz]e|find|exhibit|display|contain|cause)"
-_SHOWN = (
-    r"(?:seen|visible|visuali[sz]ed|identifi(?:ed|able)|detect(?:ed|able)|observed|noted|present|found|demonstrated"
-    r"|evident|apparent|depicted|revealed|apprecia(?:ted|ble)|recogni[sz](?:ed|able)|discern[ai]ble|showed)"
-)
 _BEFORE = re.compile(
-    r"\b(?<![-.])(?:(?:no|without)(?! (?:longer(?! any)|more|only)\b)(?![-.:])|(?:absence|lack|devoid|free) of|absent"
-    r"|lack(?:s|ing)|(?<!of )missing|negative for|neither|rul(?:ed|es|ing) out|(?<!not )exclud\w+(?= an?y?\b)"
-    rf"|(?:not|\w+n't|fail\w* to|cannot) {_SEE}|not (?:showing|revealing|demonstrating|causing|associated with)"
-    r"|non-?visuali[sz]ation of)(?: |$)"
+    r"\b(?:(?<![-.])(?:no|without)(?! (?:longer(?! any)|more|only|\w+ing the)\b)(?![-.:])|(?:absence|lack|devoid) of"
+    r"|free of|absent|lack(?:s|ing)|(?<!of )missing|negative for|neither|rul(?:ed|es|ing) out|non-?visuali[sz]ation of"
+    rf"|(?<!not )exclud\w+(?= an?y?\b)|(?:not|fail\w* to|cannot) {_SEE}"
+    r"|not (?:showing|revealing|demonstrating|causing|associated with))(?: |$)"
 )
 _AFTER = re.compile(
-    rf"\b(?:(?:not|\w+n't|no longer|never|cannot)(?: be| been)?(?: (?!clear|ful|comple|entire|direct)\w+ly)? {_SHOWN}"
+    r"\b(?:(?:not|no longer|never|cannot)(?: be| been| (?!clear|ful|comple|entire|direct)\w+ly){0,2} (?:seen|visible"
+    r"|visuali[sz]ed|identifi(?:ed|able)|detect(?:ed|able)|observed|noted|present|found|demonstrated|evident|apparent"
+    r"|depicted|revealed|apprecia(?:ted|ble)|recogni[sz](?:ed|able)|perceived|discern[ai]ble|showed)"
     r"|(?:is|are|was|were) (?:absent|missing|lacking|excluded(?! from)|ruled out))\b"
 )
-_SIGNS = re.compile(
-    r"\b(?:evidence|signs?|features?|indications?|suggestions?|visuali[sz]ation|presence|traces?) (?:of|for) "
-)
+_SIGNS = re.compile(r"\b(?:evidence|signs?|features?|indications?|visuali[sz]ation|presence|traces?) (?:of|for) ")
 _SCOPE = 6  # words after a trigger that it can negate, as in NegEx
 # Words that end the noun phrase that names a finding
 _STOP = re.compile(
@@ -231,7 +234,7 @@ _STOP = re.compile(
 # They too, but only behind a noun: "no associated effusion", "no effusion associated with"
 _STOP_AFTER_NOUN = re.compile(
     r"\w{3,}ed|seen|visible|present|found|secondary|consistent|compatible|prior|suitable|adjacent|demonstrable"
-    r"|(?:surround|involv|caus|follow|extend|aris|occurr|requir|continu|indicat|suggest|compress|invad)ing"
+    r"|(?:surround|involv|caus|follow|extend|aris|occurr|requir|continu|indicat|compress|invad)ing"
 )
 _JOINERS = frozenset((",", "and", "or", "nor"))
 _DETERMINERS = frozenset(("a", "an", "the", "any", "other", "further", "obvious", "apparent", "such"))
@@ -249,14 +252,12 @@ _NO_FINDING = re.compile(
 )
 _WORD = re.compile(r"[a-z](?:[a-z0-9'-]*[a-z0-9])?|\d+|[,.;:()]")
 _CLAUSE_START = re.compile(r"[,.;:()]|\b(?:and|but|(?:al)?though|while|which|that|where|with|showing|shows?)\b")
-_PLURALS = (("ies", "y"), ("eses", "esis"), ("ases", "asis"), ("oses", "osis"), ("sses", "ss"))
+_PLURALS = (("ies", "y"), ("eses", "esis"), ("ases", "asis"), ("oses", "osis"), ("sses", "ss"), ("teeth", "tooth"))
 
 
 def _singular(word: str) -> str:
-    if word == "teeth":
-        return "tooth"
     for ending, singular in _PLURALS:
-        if word.endswith(ending) and len(word) > len(ending) + 2:
+        if word.endswith(ending) and (len(word) > len(ending) + 2 or word == "teeth"):
             return word[: -len(ending)] + singular
     return word[:-1] if word.endswith("s") and len(word) > 3 and not word.endswith(("ss", "us", "is")) else word
 
@@ -304,6 +305,7 @@ def _negated_after(text: str) -> list[str | None]:
 
 
 def _negations(text: str) -> set[str]:
+    text = text.replace("n't ", " not ")
     heads = {head for match in _BEFORE.finditer(text) for head in _negated_after(text[match.end() :])}
     for match in _AFTER.finditer(text):  # of a clause: "the fistulous tract to the anorectum" [is not seen]
         clause = _CLAUSE_START.split(text[: match.start()][-100:])[-1]
@@ -335,9 +337,8 @@ def _measurements(text: str) -> set[str]:
     lengths = set()
     for match in _LENGTH.finditer(text):
         before = text[max(0, match.start() - 25) : match.start()]
-        if _TECHNIQUE.search(before) or _TECHNIQUE_AFTER.match(text, match.end()):
-            continue
-        if match[3] and not re.search(r"x|\*|by", match[1]):  # a volume; "2 x 3 cm3" has lengths
+        volume = match[3] and not re.search(r"x|\*|by", match[1])  # "2 x 3 cm3" has lengths
+        if volume or _TECHNIQUE.search(before) or _TECHNIQUE_AFTER.match(text, match.end()):
             continue
         scale = 10 if match[2].startswith("c") else 1
         for number in re.findall(_NUMBER, match[1]):
