@@ -62,9 +62,9 @@ IMPLIED_MODALITY = {
     "CT": r"hounsfield \d+_?hu (?:hypo|hyper)-?(?:dens|attenuat)\w+ (?<!coherence_)(?<!emission_)(?:angio)?tomogra\w+",
     "X-ray": r"""radio-?(?:lucen|opa[qc])\w+ image_intensifier
         (?:antero|postero|anterior|posterior)-?(?:posterior|anterior)_(?:view|proj)\w* [ap][ap]_(?:view|projection)
-        panoramic(?!_(?:ultra|sono)) peri-?apical bite-?wing cobb (?:cranio-?caudal|mediolateral)(?:_oblique)?_views?
-        """,
-    "angiography": r"[lr]ao (?:left|right)_anterior_oblique (?:cardiac|heart|selective|diagnostic)_catheteri[sz]ation",
+        panoramic(?!_(?:ultra|sono)) peri-?apical cobb (?:cranio-?caudal|mediolateral)(?:_oblique)?_views?""",
+    "angiography": r"""timi [lr]ao (?:left|right)_anterior_oblique
+        (?:cardiac|heart|selective|diagnostic)_catheteri[sz]ation""",
 }
 # Before any word of a region, but for "trans-" and "endo-", which tell the way in
 _PREFIX = r"(?:(?:peri|para|pre|retro|sub|supra|infra|inter|intra|extra|meso|hemi|bi|ad|pneumo|ha?emo|hydro)-?){0,2}"
@@ -96,9 +96,9 @@ REGION = {
         coloboma fluorescein rvg obturation oral(?<=intraoral) oral(?<=intra-oral) oral_cavity buccal
         occlusal(?=_(?:radio|view|x)) alveolar_(?:bone|ridge|crest|process)""",
     "chest": r"""chests? cxr thora(?:x|co(?!lumbar)\w+|ces)
-        thoracic(?!_(?:spin|vertebr|cord|level|region_of_the_spin|kypho|disc)) lungs? pulmonary(?!_(?:valve|steno))
-        pleur\w+ pneumo(?:nia|nitis) mediastin(?!um_testis)\w+ (?:endo|tracheo)?bronch\w+ hila
-        (?:peri)?hil(?:ar|um)(?=_(?:lymph|aden|mass|opac|enlarg|region|node|area)) trachea\w* tracheo(?!s?to)\w+
+        thorac(?:ic|al)(?!_(?:spin|vertebr|cord|level|region_of_the_spin|kypho|disc)) lungs?
+        pulmonary(?!_(?:valve|steno)) pleur\w+ pneumo(?:nia|nitis) mediastin(?!um_testis)\w+ (?:endo|tracheo)?bronch\w+
+        hila (?:peri)?hil(?:ar|um)(?=_(?:lymph|aden|mass|opac|enlarg|region|node|area)) trachea\w* tracheo(?!s?to)\w+
         carina\w* empyema thym(?:us|ic|oma) (?<!trans-)(?<!mid-)o?esophag\w+ ribs? costal(?<!subcostal) costo\w+
         cardiothoracic stern(?:um|otomy|oclav\w+) sternal(?<!parasternal)(?<!suprasternal) diaphragm\w* lingula\w*
         (?:upper|middle|lower)_lobes?(?!_of_(?:the_)?(?:thyr|liver)) [lr][uml]l subclavian azyg\w+ pectoral\w+
@@ -126,16 +126,16 @@ REGION = {
         rectus_(?:sheath|abd\w+) inferior_venae?_cava ivc ercp mrcp (?:common|cystic|pancreatic)_(?:bile_)?ducts?""",
     "pelvis": r"""pelvi(?<!renal_pelvi)[sc] uter(?:us|ine|o\w+) ovar(?:y|ies|ian) bladder(?<!gall_bladder)(?:_neck)?
         prostat\w+ cervix buttocks? glute\w+ (?<!trans-)(?<!endo-)(?:ano)?rect(?:um|al|o\w+) anal anus vagina\w*
-        adnexa\w* endometri\w+ myometri\w+ adenomyosis hydrometr\w+ douglas fallopian (?:hystero)?salpin\w+ hsg
-        perine(?:um|al) scrot(?:um|al) test(?:is|ic\w+|es) epididym\w+ (?:hydro|varico)cele penile penis urethr\w+
-        vesic(?:al|o\w+) placent\w+ gestational_sacs? umbilical_(?:cord|art\w+|vein) amniotic hips? acetabul(?:um|ar|a)
-        ischi(?:um|al|o\w+) pub(?:is|ic) coccyx sacr(?:um|al|o-?\w+) ili(?:ac|um) c(?:o)?ysto-?(?:urethro)?gra\w+
-        cervical_(?:canc|carc)\w+ inguin\w+ groins?""",
+        adnexa(?<!orbital_adnexa)\w* endometri\w+ myometri\w+ adenomyosis hydrometr\w+ douglas fallopian tubal
+        (?:hystero)?salpin\w+ hsg perine(?:um|al) scrot(?:um|al) test(?:is|ic\w+|es) epididym\w+ (?:hydro|varico)cele
+        penile penis urethr\w+ vesic(?:al|o\w+) placent\w+ gestational_sacs? umbilical_(?:cord|art\w+|vein) amniotic
+        hips? acetabul(?:um|ar|a) ischi(?:um|al|o\w+) pub(?:is|ic) coccyx sacr(?:um|al|o-?\w+) ili(?:ac|um)
+        c(?:o)?ysto-?(?:urethro)?gra\w+ cervical_(?:canc|carc)\w+ inguin\w+ groins?""",
     "spine": r"""spine(?<!iliac_spine)(?<!scapular_spine)(?<!nasal_spine)(?<!tibial_spine)s? spinal spinous
         vertebra(?:e|l)?(?!_arter) thecal end-?plates? spina_bifida pars_interart\w+ t1[0-2]
         [cl][1-7](?=_(?:nerve|root|level|screw|lamin|fract)) transverse_process(?:es)? conus(?=_medull)
-        (?:thoraco|dorso)?-?lumbar lumbo-?sacral spondyl\w+ scolio\w+ kypho\w+ lordo\w+ odontoid atlanto-?\w+
-        cauda_equina facet(?=_(?:joint|arthr|hyper))
+        (?:thoraco|dorso)?-?lumbar(?!_ureter) lumbo-?sacral spondyl\w+ scolio\w+ kypho\w+ lordo\w+ odontoid
+        atlanto-?\w+ cauda_equina facet(?=_(?:joint|arthr|hyper))
         dis(?<!optic_dis)[ck]s?(?=_(?:hern|prot|prol|space|bulg|deg|height|extr))
         myelo(?:pathy|gra\w+|mening\w+|malacia) myelitis syrin\w+ laminectomy pedicle_screws? l[1-5][-/](?:l?[2-5]|s1)
         c[1-7][-/]c?[2-7] t\d{1,2}[-/]t?\d{1,2} [tcl]\d{1,2}_(?:to|through)_[tcl]\d{1,2}""",
@@ -221,7 +221,7 @@ _AFTER = re.compile(
     r"|depicted|revealed|apprecia(?:ted|ble)|recogni[sz](?:ed|able)|perceived|discern[ai]ble|showed)"
     r"|(?:is|are|was|were) (?:absent|missing|lacking|excluded(?! from)|ruled out))\b"
 )
-_SIGNS = re.compile(r"\b(?:evidence|signs?|features?|indications?|visuali[sz]ation|presence|traces?) (?:of|for) ")
+_SIGNS = re.compile(r"\b(?:evidence|findings?|signs?|features?|indications?|visuali[sz]ation|traces?) (?:of|for) ")
 _SCOPE = 6  # words after a trigger that it can negate, as in NegEx
 # Words that end the noun phrase that names a finding
 _STOP = re.compile(
@@ -324,7 +324,7 @@ _LENGTH = re.compile(
 )
 # Words before and after lengths of the scan or of the printed figure, which are not lengths in the patient
 _TECHNIQUE = re.compile(
-    r"\b(?:(?:slice|section|slab)s?(?:[ -]thick\w*)?(?: of| at| is| was)?[ =:,(]*"
+    r"\b(?:(?:slice|section|slab)s?(?:(?: with an?)?[ -]thick\w*)?(?: of| at| is| was)?[ =:,(]*"
     r"|(?:field of view|fov|collimation|scale|bar|interval|spacing|pixel|voxel|resolutions?|matrix)\b[^.;]*)$"
 )
 _TECHNIQUE_AFTER = re.compile(
@@ -336,7 +336,7 @@ TOLERANCE = 0.1  # of the larger length: about what rounding to half a centimete
 def _measurements(text: str) -> set[str]:
     lengths = set()
     for match in _LENGTH.finditer(text):
-        before = text[max(0, match.start() - 25) : match.start()]
+        before = text[max(0, match.start() - 35) : match.start()]
         volume = match[3] and not re.search(r"x|\*|by", match[1])  # "2 x 3 cm3" has lengths
         if volume or _TECHNIQUE.search(before) or _TECHNIQUE_AFTER.match(text, match.end()):
             continue
