@@ -208,12 +208,11 @@ _READERS["implied modality"] = _compile(IMPLIED_MODALITY)
 # --- Negation: triggers, pseudo-triggers and terminations that captions use of NegEx (Chapman et al., J Biomed Inform
 # 34:301, 2001) and ConText (Harkema et al., J Biomed Inform 42:839, 2009), as in negspacy 1.1 -----------------------
 
-_SEE = r"(?:show|reveal|demonstrate|identify|detect|disclose|visuali[sz]e|find|exhibit|display|contain|cause)"
 _BEFORE = re.compile(
     r"\b(?:(?<![-.])(?:no|without)(?! (?:longer(?! any)|more|only|\w+ing the)\b)(?![-.:])|(?:absence|lack|devoid) of"
     r"|free of|absent|lack(?:s|ing)|(?<!of )missing|negative for|neither|rul(?:ed|es|ing) out|non-?visuali[sz]ation of"
-    rf"|(?<!not )exclud\w+(?= an?y?\b)|(?:not|fail\w* to|cannot) {_SEE}"
-    r"|not (?:showing|revealing|demonstrating|causing|associated with))(?: |$)"
+    r"|(?<!not )exclud\w+(?= an?y?\b)|not (?:showing|revealing|demonstrating|causing|associated with)"
+    r"|(?:not|fail\w* to|cannot) (?:show|reveal|demonstrate|identify|detect|visuali[sz]e|find|contain|cause))(?: |$)"
 )
 _AFTER = re.compile(
     r"\b(?:(?:not|no longer|never|cannot)(?: be| been| (?!clear|ful|comple|entire|direct)\w+ly){0,2} (?:seen|visible"
@@ -293,8 +292,9 @@ def _negated_after(text: str) -> list[str | None]:
         if joiner != ",":
             heads, pending = heads + pending, []
         joiner, *words = words[len(phrase) :]
-        if joiner == "," and words[0] in _JOINERS:
+        if joiner == "," and words[0] in _JOINERS:  # "no fracture, dislocation, and effusion"
             joiner, *words = words
+            heads, pending = heads + pending, []
         if joiner == "," and not _noun(phrase):  # between adjectives
             joiner = "or"
         if joiner not in _JOINERS or words[0] in ("normal", "no") or (joiner == "and" and pending):
