@@ -47,7 +47,7 @@ MODALITY = {
     # Projections of every kind: ROCOv2 has no class of its own for mammograms and fluoroscopy
     "X-ray": r"""x[_-]?rays? (?:ortho|tele)?radiogra(?:ph|m)\w* (?:ortho)?ro?ent(?:gen|o)\w* [ca]?xr kub
         (?:plain|chest)_films? mammogra\w+ skiagram (?:ortho)?pant(?:om)?ogra\w+ opg panorex dpt cephalogra\w+
-        fluorosco\w+ barium upper_gi gastrografin iopa rvg [mv]cug? iv[up]
+        fluorosco\w+ barium upper_gi gastrografin iopar? rvg [mv]cug? iv[up]
         (?:(?:urethro)?cysto|(?:cysto)?urethro|uro|pyelo|myelo|fistulo|sino|hysterosalpingo|o?esophago)gra(?:m|ms|phy)
         (?:cholangio|nephrosto|sialo|arthro|dacryocysto|lymphangio|galacto|defeco|disco|colo)gra(?:m|ms|phy) ercp hsg
         retrograde_cholangio\w+""",
@@ -73,10 +73,10 @@ REGION = {
         clivus pterygo\w+ (?:posterior|middle)_fossa cranial(?=_(?:nerve|fossa|vault|bone|ct|mr|comp|magn|base))
         cranial(?<=intracranial) cranial(?<=extracranial) sphenoid\w* ethmoid\w* brain(?:s|-?stem)? midbrain
         mesenceph\w+ cerebr\w+ cerebell\w+ hemispher\w+ (?:hypo)?thalam\w+ hippocamp\w+ pons pontine basal_ganglia
-        corpus_callosum putamen lenti(?:form|cular)(?=_nucl) striatum vermis substantia_nigra centrum_semiovale
-        caudate(?!_lobe) pallidus internal_capsule medulla_oblongata (?:cervico|bulbo)-?medullary gyr(?:us|i)
-        sulc(?:al|i) central_sulcus mca sylvian tentori\w+ amygdala\w* (?:neuro)?hypophys\w+ pituitary sellar? pineal
-        choroid_plexus ventricular(?<=periventricular) ventricular(?<=intraventricular)(?!_sept)
+        corpus_callosum callosal putamen lenti(?:form|cular)(?=_nucl) striatum vermis substantia_nigra
+        centrum_semiovale caudate(?!_lobe) pallidus internal_capsule medulla_oblongata (?:cervico|bulbo)-?medullary
+        gyr(?:us|i) sulc(?:al|i) central_sulcus mca sylvian tentori\w+ amygdala\w* (?:neuro)?hypophys\w+ pituitary
+        sellar? pineal choroid_plexus ventricular(?<=periventricular) ventricular(?<=intraventricular)(?!_sept)
         (?:lateral|third|fourth|3rd|4th|cerebral)_ventricles? (?:white|gr[ae]y)_matter cephalus
         dura(?<!intradura)(?<!extradura)l?(?!_sac) arachnoid mening\w+ cistern(?:s|al)? (?:an|por)?encephal\w+ aqueduct
         glio(?:ma|blast)\w* basilar_(?:art|tip|trunk|invag)\w* tmj face(?<!interface)(?<!de_face) facial
@@ -90,7 +90,7 @@ REGION = {
         glaucoma anterior_chamber nas(?:al|i) naso(?!phar|gast|jej|duo|ent)\w+ nose turbinates? concha lacrimal
         dacryo\w+ mesi(?:al|o\w+) sinonasal ears? mastoid\w* tympan\w+ petrous petrosal cochlea\w* auditory maxill\w+
         mandib(?<!submandib)(?:le|ul)\w* jaws? zygoma\w* temporomandibular palat(?:e|al) tongue mouth teeth tooth
-        (?:pre|disto)?molars? incisors? canines? dent(?:al|in\w*|ition) (?:ortho)?pant(?:om)?ogra\w+ opg panorex iopa
+        (?:pre|disto)?molars? incisors? canines? dent(?:al|in\w*|ition) (?:ortho)?pant(?:om)?ogra\w+ opg panorex iopar?
         panoramic(?!_(?:ultra|sono)) apical(?<=periapical) bite-?wing enamel pulp\w* cephalo(?:gra|metr)\w+
         (?:endo|ortho)dont\w+ odont(?!oid)\w+ root_canals? gingiv\w+ ranula mylohyoid olfactory stape\w+ ependym\w+
         coloboma fluorescein rvg obturation oral(?<=intraoral) oral(?<=intra-oral) oral_cavity buccal
@@ -111,19 +111,19 @@ REGION = {
         ventricular(?<!lateral_ventricular)_(?:sept\w+|outflow) (?:aortic|pulmonary)_(?:valv\w+|regurg\w+)
         (?:aorto)?coronar(?:y|ies) septal_(?:defect|wall|leaflet|hyper\w+)
         aortic_(?:root|annul\w+|cusp|steno\w+|insuff\w+) [lr]v(?:ot)? lad rca lcx ccta t[te]e circumflex
-        obtuse_marginal (?:two|three|four|five|[2-5])[_-]chamber""",
+        obtuse_marginal parasternal(?!_(?:mass|lymph|region)) (?:two|three|four|five|[2-5])[_-]chamber""",
     "breast": r"""breasts? mammogra\w+ mammary(?<!internal_mammary) nipples? fibroadenoma ductal_carcinoma dcis
         areol\w+ mastectom\w+""",
     "abdomen": r"""abdom\w+ thoraco-?abdominal axr aaa caudate_lobe liver hepat(?:ic|o)\w* hepatitis spleen splen\w+
         pancrea\w+(?:_(?:head|neck)s?)? kidneys? renal nephr\w+ gall[_-]?(?:bladder|stone)s?(?:_neck)? bile bili\w*
         chole(?:cyst|doch|lith)\w+ cholangio\w+ stomach gastr(?:ic|itis) gastro(?!cnem|grafin)\w+ duoden\w+ pylor\w+
-        volvulus urogra\w+ jejun\w+ ile(?:um|al|us) ileo\w+ entero(?:cl|gr)\w+ colon(?:ic|ogra\w+)? colic colitis
-        colo(?:rect|st)\w+ colectomy ca?ec(?:um|al) sigmoid(?!_sinus) intestin\w+ bowels? appendi(?:x|ci\w+|ceal)
-        (?:aorto)?mesenter\w+ diverticulitis intussuscept\w+ enema perito?n\w+ ascites ureter\w* pyelo\w+
-        caly(?:x|c\w+) pelvi-?caly\w+ c?oeliac celiac oment(?:al|um) portal_(?:vein|venous|thromb|hypert)\w*
-        porta_hepatis kub iv[up] flanks? phrenic(?<=subphrenic) epigastr\w+ psoas iliopsoas
-        (?:right|left)_(?:upper|lower)_quadrant umbilic(?:al|us)(?!_(?:cord|art|vein|ven)) urach(?:al|us) cardia
-        rectus_(?:sheath|abd\w+) inferior_venae?_cava ivc ercp mrcp (?:common|cystic|pancreatic)_(?:bile_)?ducts?""",
+        gist urolith\w+ volvulus urogra\w+ jejun\w+ ile(?:um|al|us) ileo\w+ entero(?:cl|gr)\w+ colon(?:ic|ogra\w+)?
+        colic colitis colo(?:rect|st)\w+ colectomy ca?ec(?:um|al) sigmoid(?!_sinus) intestin\w+ bowels?
+        appendi(?:x|ci\w+|ceal) (?:aorto)?mesenter\w+ diverticulitis intussuscept\w+ enema perito?n\w+ ascites
+        ureter\w* pyelo\w+ caly(?:x|c\w+) pelvi-?caly\w+ c?oeliac celiac oment(?:al|um)
+        portal_(?:vein|venous|thromb|hypert)\w* porta_hepatis kub iv[up] flanks? phrenic(?<=subphrenic) epigastr\w+
+        psoas iliopsoas (?:right|left)_(?:upper|lower)_quadrant umbilic(?:al|us)(?!_(?:cord|art|vein|ven))
+        urach(?:al|us) cardia rectus_(?:sheath|abd\w+) inferior_venae?_cava ivc ercp mrcp cystic_duct""",
     "pelvis": r"""pelvi(?<!renal_pelvi)[sc] uter(?:us|ine|o\w+) ovar(?:y|ies|ian) bladder(?<!gall_bladder)(?:_neck)?
         prostat\w+ cervix buttocks? glute\w+ (?<!trans-)(?<!endo-)(?:ano)?rect(?:um|al|o\w+) anal anus vagina\w*
         adnexa(?<!orbital_adnexa)\w* endometri\w+ myometri\w+ adenomyosis hydrometr\w+ douglas fallopian tubal
@@ -133,7 +133,7 @@ REGION = {
         c(?:o)?ysto-?(?:urethro)?gra\w+ cervical_(?:canc|carc)\w+ inguin\w+ groins?""",
     "spine": r"""spine(?<!iliac_spine)(?<!scapular_spine)(?<!nasal_spine)(?<!tibial_spine)s? spinal spinous
         vertebra(?:e|l)?(?!_arter) thecal end-?plates? spina_bifida pars_interart\w+ t1[0-2]
-        [cl][1-7](?=_(?:nerve|root|level|screw|lamin|fract)) transverse_process(?:es)? conus(?=_medull)
+        [cl][1-7](?=_(?:nerve|root|level|screw|lamin|fract|corp)) transverse_process(?:es)? conus(?=_medull)
         (?:thoraco|dorso)?-?lumbar(?!_ureter) lumbo-?sacral spondyl\w+ scolio\w+ kypho\w+ lordo\w+ odontoid
         atlanto-?\w+ cauda_equina facet(?=_(?:joint|arthr|hyper))
         dis(?<!optic_dis)[ck]s?(?=_(?:hern|prot|prol|space|bulg|deg|height|extr))
@@ -142,8 +142,8 @@ REGION = {
     "neck": r"""neck(?<!rysm_neck)(?<!wide_neck)(?<!head-neck)s?(?!_of_|[_-]shaft) thyro(?!globul|xin)\w+
         (?:naso|oro|hypo)?-?pharyn\w+ laryn\w+ (?:epi)?glotti\w+ jugular ijv vertebral_arter\w+ submandibular
         carotid(?<!internal_carotid)(?<!cavernous_carotid)s?(?![_-](?:cavern|siphon)) submental parotid\w* salivary
-        sialo\w+ hyoid (?:adeno)?tonsil\w* adenoids? vocal_(?:cord|fold)s? arytenoid\w* cricoid\w* goiter
-        supraclavicular sternocleido\w+
+        sialo\w+ hyoid (?:adeno)?tonsil(?<!cerebellar_tonsil)\w* adenoids? vocal_(?:cord|fold)s? arytenoid\w*
+        cricoid\w* goiter supraclavicular sternocleido\w+
         cervical(?!_(?:cana|canc|carc|vagin|os\b|intraep|spin|vertebr|cord|disc|syrin|myel|kypho|lordo))""",
     "upper limb": r"""upper_(?:limb|extremit)\w* arm(?<!c-arm)s? forearms? elbows? wrists? fingers? thumbs? shoulders?
         clavic(?<!supraclavic)\w+ axill\w+ hand(?<!other_hand)(?<!right-hand)(?<!left-hand)s?(?![_-]side)

@@ -65,7 +65,7 @@ READ = {
     "negation": {
         "fracture": "no fracture | No acute fractures are seen",
         "effusion": "without pleural effusion | no effusion, the heart is normal | no effusion and a small nodule | "
-        "no effusion but a nodule",
+        "no effusion but a nodule | no effusion, small nodule in the lung",
         "metastasis": "no evidence of pulmonary metastases",
         "invasion": "without any direct signs of invasion of the wall",
         "kidney": "absence of the left kidney",
