@@ -35,10 +35,12 @@ def load_captioner(name: str, revision: str | None = None, dtype: str = "float32
 
     Of an adapter, the model that it adapts is loaded, and the adapter put into it.
     """
-    adapts = base_of_adapter(name, revision)
+    mend = "give the folder of a saved model or a Hub id"
+    with reading_from_hub(f"model '{name}' cannot be loaded", mend):
+        adapts = base_of_adapter(name, revision)
     base, base_revision = adapts or (name, revision)
     what = f"model '{base}'" + (f", which '{name}' adapts," if adapts else "")
-    with reading_from_hub(f"{what} cannot be loaded", "give the folder of a saved model or a Hub id"):
+    with reading_from_hub(f"{what} cannot be loaded", mend):
         model_type = PreTrainedConfig.get_config_dict(base, revision=base_revision)[0].get("model_type")
     found = captioner_class(model_type, base)
     captioner = found.from_pretrained(base, base_revision, getattr(torch, dtype))
