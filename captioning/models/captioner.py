@@ -21,6 +21,9 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import ModelOutput
 
+from captioning.errors import UserError
+from captioning.models.sampling import DrawTokens
+
 
 IGNORE_INDEX = -100  # the label that `torch.nn.functional.cross_entropy` leaves out
 
@@ -265,6 +268,22 @@ class Captioner(ABC):
         """Count the targets of each row of `labels` `[B, L]`: int64 `[B]`."""
         return (labels != IGNORE_INDEX).sum(dim=1)
 
+    def nll_of_captions(self, model: torch.nn.Module, batch: Batch, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Return the negative log-likelihoods of K captions of each image of a batch, with gradients, not smoothed.
+
+        Args:
+            model: see `forward`.
+            batch: from `collate`; its captions are not read.
+            rows: K * B rows of tokens as those of `tokenize`: the first captions of all images, then the second.
+
+        Returns:
+            float64 `[K * B]`, in nats, summed over the targets of a caption.
+
+        Raises:
+            UserError: the family does not have this.
+        """
+        raise UserError(f"a {self.config.model_type} cannot learn from samples; leave out --objective self_critical")
+
     # --- Evaluation -------------------------------------------------------------------------------------------
 
     def evaluation(self) -> AbstractContextManager[None]:
@@ -284,12 +303,32 @@ class Captioner(ABC):
         """
 
     @abstractmethod
-    def generate(self, encoded: Any, config: GenerationConfig) -> torch.Tensor:
+    def generate(self, encoded: Any, config: GenerationConfig, *draw: DrawTokens) -> torch.Tensor:
         """Generate captions from the images and the prompt, never from a reference (T1).
 
         Returns:
             The new tokens int64 `[B, T]`, without the prompt, padded after the end token.
         """
+
+    def sample(self, encoded: Any, config: GenerationConfig, uniforms: torch.Tensor) -> torch.Tensor:
+        """Sample K captions of up to T tokens of each image.
+
+        Args:
+            encoded: B images.
+            config: its `temperature`, `top_k` and `top_p` alone are read.
+            uniforms: float `[B, K, T]` from 0 to 1, the random numbers; zeros make the caption of greedy search.
+
+        Returns:
+            The new tokens int64 `[B, K, up to T]`, without the prompt, padded after the end token.
+        """
+        number, length = uniforms.shape[1:]
+        plain = {"do_sample": True, "num_beams": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        plain |= {"min_new_tokens": 0, "no_repeat_ngram_size": 0}  # else those of the model
+        special = {token for token, added in self.tokenizer.added_tokens_decoder.items() if added.special}
+        plain["suppress_tokens"] = sorted(special.difference(self.end_token_ids))  # such as the place of an image
+        settings = GenerationConfig(num_return_sequences=number, max_new_tokens=length, **plain)
+        draw = DrawTokens(config, uniforms.flatten(0, 1))
+        return self.generate(encoded, settings, draw).unflatten(0, (-1, number))
 
     @abstractmethod
     def image_features(self, encoded: Any) -> torch.Tensor:
