@@ -269,15 +269,10 @@ class Captioner(ABC):
         return (labels != IGNORE_INDEX).sum(dim=1)
 
     def nll_of_captions(self, model: torch.nn.Module, batch: Batch, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Return the negative log-likelihoods of K captions of each image of a batch, with gradients, not smoothed.
+        """Return the negative log-likelihoods of other captions of B images, as `caption_nll` does, with gradients.
 
-        Args:
-            model: see `forward`.
-            batch: from `collate`; its captions are not read.
-            rows: K * B rows of tokens as those of `tokenize`: the first captions of all images, then the second.
-
-        Returns:
-            float64 `[K * B]`, in nats, summed over the targets of a caption.
+        `rows` are K * B rows of tokens as those of `tokenize`: the first captions of all images, then the second. So
+        are the float64 `[K * B]` returned. `model` is that of `forward`.
 
         Raises:
             UserError: the family does not have this.
@@ -311,15 +306,10 @@ class Captioner(ABC):
         """
 
     def sample(self, encoded: Any, config: GenerationConfig, uniforms: torch.Tensor) -> torch.Tensor:
-        """Sample K captions of up to T tokens of each image.
+        """Return K samples of each of B images, as `generate` does, in int64 `[B, K, up to T]`.
 
-        Args:
-            encoded: B images.
-            config: its `temperature`, `top_k` and `top_p` alone are read.
-            uniforms: float `[B, K, T]` from 0 to 1, the random numbers; zeros make the caption of greedy search.
-
-        Returns:
-            The new tokens int64 `[B, K, up to T]`, without the prompt, padded after the end token.
+        `temperature`, `top_k` and `top_p` of `config` say what they are drawn from, `uniforms`, float `[B, K, T]` from
+        0 to 1, by which random numbers; zeros make the caption of greedy search.
         """
         number, length = uniforms.shape[1:]
         plain = {"do_sample": True, "num_beams": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0}

@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import GenerationConfig
 
-from captioning.errors import UserError, as_user_error, did_you_mean
+from captioning.errors import UserError, as_user_error
 from captioning.models.captioner import IGNORE_INDEX, Batch, Captioner
 from captioning.scoring.clinical import ATTRIBUTES, item_agreement, stated_attributes
 from captioning.scoring.concepts import ConceptExtractor, concept_f1, known_concepts
@@ -44,11 +44,8 @@ def parse_reward(text: str) -> dict[str, float]:
     with as_user_error(f"reward '{text}'", "write it as rougeL=0.5,concept_f1=0.5"):
         weights = {name.strip(): float(weight or 1) for name, _, weight in parts}
     for name, weight in weights.items():
-        if name not in REWARDS:
-            hint = did_you_mean(name, REWARDS) or f"; there are {', '.join(REWARDS)}"
-            raise UserError(f"reward '{text}': '{name}' is unknown{hint}")
-        if not 0 < weight < float("inf"):
-            raise UserError(f"reward '{text}': the weight of {name} is {weight}; give a positive number")
+        if name not in REWARDS or not 0 < weight < float("inf"):
+            raise UserError(f"reward '{text}': {name}={weight}; scores are {', '.join(REWARDS)}, weights are positive")
     return weights
 
 
@@ -110,10 +107,9 @@ class SelfCritical:
 
         counts = (labels != IGNORE_INDEX).any(axis=1)
         for i in np.flatnonzero(counts):
-            own, samples = texts[i * len(rows[i]) : (i + 1) * len(rows[i])], rows[i][1:]
-            means = [[len(row) for row in samples], [_repeated_trigrams(text) for text in own[1:]]]
-            values = [rewards[i, 0], *(float(np.mean(each)) for each in (rewards[i, 1:], *means))]
-            self._seen.append((own[0], bool(np.isin(rows[i][0], captioner.end_token_ids).any()), values))
+            own, ends = texts[i * len(rows[i]) :][: len(rows[i])], np.isin(rows[i][0], captioner.end_token_ids).any()
+            each = [rewards[i, 1:], [len(row) for row in rows[i][1:]], [_repeated_trigrams(text) for text in own[1:]]]
+            self._seen.append((own[0], bool(ends), [rewards[i, 0], *(float(np.mean(values)) for values in each)]))
 
         num_tokens, num_images = num_items.tolist()
         rewards, rows = rewards[:, 1:], [of_image[1:] for of_image in rows]
@@ -134,9 +130,8 @@ class SelfCritical:
         for of_image, image_id in zip(uniforms, image_ids, strict=True):
             seed = (args.seed, trainer.state.global_step, zlib.crc32(image_id.encode()))
             of_image[1:] = np.random.default_rng(seed).random(shape, dtype=np.float32)
-        settings = GenerationConfig(
-            temperature=args.sampling_temperature, top_k=args.sampling_top_k, top_p=args.sampling_top_p
-        )
+        truncated = {"top_k": args.sampling_top_k, "top_p": args.sampling_top_p}
+        settings = GenerationConfig(do_sample=True, temperature=args.sampling_temperature, **truncated)
         captioner.model.eval()
         with trainer.accelerator.autocast(), captioner.evaluation():
             uniforms = torch.from_numpy(uniforms).to(batch["labels"].device)

@@ -18,7 +18,7 @@ from captioning.training import self_critical as module
 from captioning.training.self_critical import MIN_JUDGED, Reward, SelfCritical, parse_reward
 
 
-SAMPLED = GenerationConfig(temperature=0.9, top_k=40, top_p=0.85)
+SAMPLED = GenerationConfig(do_sample=True, temperature=0.9, top_k=40, top_p=0.85)
 
 
 @pytest.fixture
