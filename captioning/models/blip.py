@@ -22,7 +22,7 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 from transformers.utils import ModelOutput
 
 from captioning.errors import UserError, as_user_error
-from captioning.models.captioner import IGNORE_INDEX, Batch, Captioner, CardFacts, sum_nll
+from captioning.models.captioner import IGNORE_INDEX, Batch, Captioner, CardFacts, DrawTokens, sum_nll
 from captioning.models.fast_blip.decoding import (
     CaptionDecoder,
     CrossAttention,
@@ -33,7 +33,6 @@ from captioning.models.fast_blip.decoding import (
 from captioning.models.fast_blip.modules import has_shipped_layers, use_fast_blip
 from captioning.models.fast_blip.packed_weights import packed_weights
 from captioning.models.fast_blip.pixel_values import fast_pixel_values
-from captioning.models.sampling import DrawTokens
 from captioning.models.tokenizer import add_blip_tokens, load_tokenizer, match_special_tokens, train_tokenizer
 
 

@@ -33,10 +33,9 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 
 from captioning.errors import UserError, as_user_error
-from captioning.models.captioner import IGNORE_INDEX, Batch, Captioner, CardFacts, sum_nll
+from captioning.models.captioner import IGNORE_INDEX, Batch, Captioner, CardFacts, DrawTokens, sum_nll
 from captioning.models.families import FAMILIES, Family, card_facts
 from captioning.models.processor import load_processor
-from captioning.models.sampling import DrawTokens
 
 
 logger = logging.getLogger(__name__)

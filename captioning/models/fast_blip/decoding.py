@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.models.blip.modeling_blip_text import BlipTextLayer, BlipTextLMHeadModel
 
-from captioning.models.sampling import DrawTokens
+from captioning.models.captioner import DrawTokens
 
 
 CrossAttention = list[tuple[torch.Tensor, torch.Tensor]]
