@@ -14,7 +14,7 @@ from measure import alternate, autocast, build_captioner, make_batch, parser, re
 from transformers import GenerationConfig
 
 
-TARGET = 2.0
+TARGET = 1.1
 SAMPLES, TOKENS = 4, 40
 TRUNCATED = {"temperature": 0.9, "top_k": 40, "top_p": 0.85}
 
