@@ -23,6 +23,7 @@ from captioning.data.sources import UNFINISHED, load_source
 from captioning.errors import UserError, printable
 from captioning.files import to_json
 from captioning.hub.client import limit_waiting
+from captioning.reporting.comparison_page import write_comparison
 from captioning.reporting.score_table import comparison_table, score_table
 from captioning.scoring.captions import in_order_of, read_captions
 from captioning.scoring.coco import TOKENIZERS
@@ -135,6 +136,7 @@ def _add_score(commands) -> None:
     parser.add_argument("--train", help="CSV of ID,Caption of the training split, among which baselines are found")
     parser.add_argument("--train_concepts", help="CSV of ID,CUIs of the training split, for concept_f1")
     parser.add_argument("--against", help="captions of another system for the same images, for a paired test")
+    parser.add_argument("--html", help="page to write with --against: both systems side by side, image by image")
     parser.add_argument(
         "--tokenizer",
         choices=[*TOKENIZERS, "none"],
@@ -148,6 +150,8 @@ def _add_score(commands) -> None:
 def score_captions(arguments: argparse.Namespace) -> None:
     """Print the scores of one system, or of two with the differences."""
     sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal whose encoding lacks a character
+    if arguments.html and not arguments.against:
+        raise UserError("--html compares two systems; add --against with the captions of the other")
     captions = read_captions(arguments.predictions, arguments.references, arguments.concepts)
     training = read_training(arguments.train, arguments.train_concepts)
     tokenizer = None if arguments.tokenizer == "none" else arguments.tokenizer
@@ -156,6 +160,8 @@ def score_captions(arguments: argparse.Namespace) -> None:
         other = read_captions(arguments.against, arguments.references, arguments.concepts)
         other = in_order_of(captions, other, *names)
         result = compare_captions(captions, other, training, tokenizer, arguments.bertscore_model)
+        if arguments.html:
+            write_comparison(arguments.html, result, captions, other, names)
         result = {"captions": len(captions), "systems": names, **result}
     else:
         result = score(captions, training, None, tokenizer, arguments.bertscore_model)
