@@ -1,7 +1,6 @@
 """Two systems side by side as a page: differences with intervals, then wins and losses image by image.
 
-It is made of the template of `report.html`. Images are those that the report page of a run holds, if there is one
-beside its predictions.
+Images are those in the `report.html` of the runs, where there is one.
 """
 
 import json
@@ -15,7 +14,7 @@ from captioning.errors import as_user_error
 from captioning.reporting.page import render_page
 from captioning.reporting.page_captions import Row, caption_row
 from captioning.reporting.page_images import IMAGES_PER_BLOCK
-from captioning.reporting.page_scores import interval_text, score_groups, score_label, three_digits
+from captioning.reporting.page_scores import interval_text, score_label, three_digits
 from captioning.scoring.captions import Captions
 from captioning.scoring.clinical import modality_of
 from captioning.scoring.score import HEADLINE
@@ -23,53 +22,42 @@ from metrics import wording_scores
 
 
 SHOWN = 3  # wins and losses at the top of the page
-OWN_SCALE = "_cider"  # not from 0 to 1
 SCRIPT = re.compile(r'<script type="application/json" id="(payload|images-\d+)">(.*?)</script>', re.DOTALL)
 
 
 def write_comparison(
     file: str, result: Mapping[str, Any], first: Captions, second: Captions, paths: tuple[str, str]
 ) -> None:
-    """Write the page of two systems on the same N images.
+    """Write the page of two systems on the same N images, which the `paths` of their captions name.
 
-    Args:
-        file: the page.
-        result: what `compare_captions` returns.
-        first: the captions of one system.
-        second: those of the other, in the same order.
-        paths: the files of the two, which name them.
+    `result` is what `compare_captions` returns; the captions are in the same order.
 
     Raises:
         UserError: the page cannot be written.
     """
-    names = list(system_names(*paths))
-    wording = [wording_scores(tuple(c.predictions), tuple(first.references))[HEADLINE] for c in (first, second)]
-    columns = zip(wording[0] - wording[1], *wording, strict=True)
-    texts = zip(
-        first.image_ids, first.references, zip(first.predictions, second.predictions, strict=True), strict=True
-    )
-    rows = [
-        caption_row(*text, modality_of(cuis, text[1]), cuis, scores)
-        for text, cuis, scores in zip(texts, first.cuis, columns, strict=True)
-    ]
-    kinds = {"win": f"{names[0]} scores higher", "loss": f"{names[1]} scores higher", "tie": "same ROUGE-L"}
-    for row in rows:
-        row["kinds"] = ["win" if row["scores"][0] > 0 else "loss" if row["scores"][0] < 0 else "tie"]
+    names, references = list(system_names(*paths)), tuple(first.references)
+    ours, theirs = (wording_scores(tuple(own.predictions), references)[HEADLINE] for own in (first, second))
+    rows = []
+    for i, (image_id, reference, cuis) in enumerate(zip(first.image_ids, references, first.cuis, strict=True)):
+        predictions, scores = (first.predictions[i], second.predictions[i]), (ours[i] - theirs[i], ours[i], theirs[i])
+        rows.append(caption_row(image_id, reference, predictions, modality_of(cuis, reference), cuis, scores))
+        rows[i]["kinds"] = ["win" if scores[0] > 0 else "loss" if scores[0] < 0 else "tie"]
     labels = ["ROUGE-L: difference", *(f"ROUGE-L of {name}" for name in names)]
-    images = thumbnails(paths[0]) or thumbnails(paths[1])
-    jpegs = [images.get(image_id) for image_id in first.image_ids] if images else []
-    gallery = {"systems": names, "scores": labels, "onCard": labels, "kinds": kinds, "rows": rows, "attention": {}}
-    gallery |= {"highlights": _largest(rows, names), "hasImages": bool(images)}
-    comparison = {**result, "captions": len(rows), "names": names, "ends": _ends(result["scores"])}
-    comparison["verdict"] = _difference_in_words(result["scores"][HEADLINE], names, rows)
+    images = thumbnails(paths[1]) | thumbnails(paths[0])
+    blocks = [first.image_ids[i : i + IMAGES_PER_BLOCK] for i in range(0, len(rows), IMAGES_PER_BLOCK)]
+    blocks = [[images.get(image_id) for image_id in block] for block in blocks]
+    gallery = {"systems": names, "scores": labels, "onCard": labels, "rows": rows, "attention": {}}
+    gallery |= {"highlights": _largest(rows, names), "hasImages": any(map(any, blocks))}
+    gallery["kinds"] = {"win": f"{names[0]} scores higher", "loss": f"{names[1]} scores higher", "tie": "same ROUGE-L"}
     with as_user_error(f"'{file}' cannot be written", "name a file of a folder that exists"):
         render_page(
             Path(file),
             gallery,
-            lambda _: (jpegs[i : i + IMAGES_PER_BLOCK] for i in range(0, len(jpegs), IMAGES_PER_BLOCK)),
+            lambda _: blocks if gallery["hasImages"] else [],
             name=" against ".join(names),
             split="",
-            comparison=comparison,
+            verdict=_difference_in_words(result["scores"][HEADLINE], names, rows),
+            comparison={**result, "captions": len(rows), "names": names},
         )
 
 
@@ -97,21 +85,12 @@ def thumbnails(predictions: str) -> dict[str, str]:
 def _largest(rows: Sequence[Row], names: Sequence[str]) -> list[dict[str, Any]]:
     ranked = sorted(range(len(rows)), key=lambda i: -rows[i]["scores"][0])
     found = []
-    for name, kind, direction, order in ((names[0], "win", "high", ranked), (names[1], "loss", "low", ranked[::-1])):
-        for row in (i for i in order[:SHOWN] if kind in rows[i]["kinds"]):
+    sides = (names[0], "win", "0 highest", ranked), (names[1], "loss", "0 lowest", ranked[::-1])
+    for name, kind, order, ordered in sides:
+        for row in (i for i in ordered[:SHOWN] if kind in rows[i]["kinds"]):
             title = f"{name} ahead by {abs(rows[row]['scores'][0]):.3f}"
-            found.append({"title": title, "order": "0", "direction": direction, "kind": kind, "row": row})
+            found.append({"title": title, "row": row, "order": order, "kind": kind})
     return found
-
-
-def _ends(scores: Mapping[str, Mapping[str, float | None]]) -> dict[str, float]:
-    """Return where the axis of each difference ends, on one scale for those under one heading; CIDEr has its own."""
-    reach = {key: max(abs(row[end] or 0) for end in ("difference", "low", "high")) for key, row in scores.items()}
-    ends = {}
-    for keys in score_groups(scores).values():
-        common = max((reach[key] for key in keys if not key.endswith(OWN_SCALE)), default=0)
-        ends |= {key: reach[key] if key.endswith(OWN_SCALE) else common for key in keys}
-    return ends
 
 
 def _difference_in_words(row: Mapping[str, float], names: Sequence[str], rows: Sequence[Row]) -> list[str]:

@@ -22,6 +22,7 @@ from captioning.reporting.curves import inline_curves
 from captioning.reporting.page_captions import caption_payload
 from captioning.reporting.page_images import IMAGES_PER_BLOCK, image_blocks, to_base64
 from captioning.reporting.run_record import RunRecord
+from captioning.reporting.score_table import items_in_words
 from captioning.scoring.baselines import BASELINES
 
 
@@ -29,7 +30,7 @@ TEMPLATE = Path(__file__).parent / "page_template.html"
 PAGE_BUDGET = 57_000_000  # bytes of the page; what the captions leave of it goes to the images
 COMMIT_DIGITS = 7
 WORD = re.compile(r"\w")
-EMPTY = {"comparison": None, "summary": {}, "facts": {}, "leaks": [], "splits": {}, "curves": []}  # of the template
+EMPTY = {"comparison": None, "summary": {}, "facts": {}, "verdict": [], "splits": {}, "curves": []}  # of the template
 
 Words = Sequence[tuple[str, np.ndarray]]  # of a caption, each with its attention map
 
@@ -73,7 +74,7 @@ def write_report(
         split=split,
         facts=facts,
         summary=summary,
-        leaks=record.leaks,
+        verdict=[*([summary["verdict"]] if summary else []), *record.leaks],
         splits={name: record.scores[name] for name in sorted(record.scores, key=lambda name: name != split)},
         curves=inline_curves(record.log_history),
     )
@@ -84,11 +85,8 @@ def render_page(
 ) -> None:
     """Write a page of captions, whole or not at all.
 
-    Args:
-        file: the page.
-        gallery: what its script shows.
-        blocks: from the bytes of the gallery to the images as base64 JPEG, in portions of `IMAGES_PER_BLOCK`.
-        content: what the template shows, `EMPTY` where it is not given.
+    `gallery` is what its script shows, `content` what its template shows beside `EMPTY`. `blocks` takes the bytes of
+    the gallery, and returns the images as base64 JPEG, in portions of `IMAGES_PER_BLOCK`.
     """
     source, payload = TEMPLATE.read_text(encoding="utf-8"), _script_json(gallery | {"block": IMAGES_PER_BLOCK})
     environment = jinja2.Environment(
@@ -102,6 +100,7 @@ def render_page(
         EMPTY | content,
         baselines=BASELINES,
         page_scores=page_scores,
+        items_in_words=items_in_words,
         script_hash=_policy_hash(source, "script"),
         style_hash=_policy_hash(source, "style"),
         examples=gallery["highlights"],

@@ -10,7 +10,6 @@ from captioning.scoring.clinical import ATTRIBUTES, MODALITY, MODALITY_CUIS, ite
 from metrics import wording_scores
 
 
-IN_BOTH, IN_REFERENCE, IN_PREDICTION = range(3)  # where a tag stands
 KINDS = {f"{how}_{name}": f"{how} {name}" for how in ("wrong", "missed") for name in ATTRIBUTES}
 KINDS |= {"wrong_laterality": "wrong side", "missed_laterality": "missed side", "wrong_negation": "false negation"}
 KINDS |= {"empty": "empty caption", "none": "no error found"}
@@ -58,9 +57,7 @@ def caption_row(
         "tags": [tags for tags, _ in read],
         "kinds": read[0][1],
         "concepts": [" ".join(filter(None, (cui, MODALITY_CUIS.get(cui)))) for cui in cuis],
-        "scores": [
-            None if number is None or not math.isfinite(number) else round(float(number), 4) for number in scores
-        ],
+        "scores": [round(float(x), 4) if x is not None and math.isfinite(x) else None for x in scores],
     }
 
 
@@ -77,7 +74,7 @@ def _tags_and_errors(prediction: str, reference: str, modality: str) -> tuple[li
         wrong = [value for value in sorted(said[name]) if not _is_among(name, value, known)]
         missed = [value for value in sorted(stated[name]) if not _is_among(name, value, said[name])]
         right = sorted(said[name].difference(wrong))
-        for values, where in ((right, IN_BOTH), (missed, IN_REFERENCE), (wrong, IN_PREDICTION)):
+        for where, values in enumerate((right, missed, wrong)):  # in both texts, the reference, the prediction
             tags += [(UNITS.get(name, "{}").format(value), where) for value in values]
         if wrong and (known or name == "negation"):
             errors.append(f"wrong_{name}")
@@ -95,19 +92,18 @@ def _is_among(attribute: str, value: str, others: Set[str]) -> bool:
 def _highlights(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Return the images that the top of the page shows: best, worst, one of each kind of error, the most repeated.
 
-    Of an error the caption with the highest score is shown, which looks right and is not. `order` and `kind` choose in
-    the gallery what it stands for.
+    Of an error it is the caption with the highest score, which looks right. `order` and `kind` lead to more.
     """
     scored = sorted((row["scores"][0], -i) for i, row in enumerate(rows) if row["scores"][0] is not None)
     ranked = [-i for _, i in reversed(scored)]
     found: list[dict[str, Any]] = []
 
-    def show(title: str, row: int, order: str = "0", direction: str = "high", kind: str = "") -> None:
-        found.append({"title": title, "row": row, "order": order, "direction": direction, "kind": kind})
+    def show(title: str, row: int, order: str = "0 highest", kind: str = "") -> None:
+        found.append({"title": title, "row": row, "order": order, "kind": kind})
 
     if len(ranked) > 1:
         show("Best ROUGE-L", ranked[0])
-        show("Worst ROUGE-L", ranked[-1], direction="low")
+        show("Worst ROUGE-L", ranked[-1], order="0 lowest")
     for kind in SHOWN_KINDS:
         if own := [i for i in ranked if kind in rows[i]["kinds"]]:
             own.sort(key=lambda i: i in [other["row"] for other in found])  # another image than those before

@@ -4,7 +4,6 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from captioning.scoring.baselines import BASELINES
-from captioning.scoring.clinical import ATTRIBUTES
 from captioning.scoring.score import HEADLINE
 
 
@@ -18,7 +17,7 @@ LABELS |= {
     for prefix, tool in {"coco": "pycocoevalcap", "nlgeval": "nlg-eval: pycocoevalcap on words between blanks"}.items()
 }
 CLINICAL = "Content, F1"  # the group of all other scores
-# In this order those at the top of the page, with what they measure
+# The first three of these that there are stand at the top of the page, with what they measure
 HEADLINES = {
     HEADLINE: "words in common with the reference, in its order",
     "coco_cider": "phrases in common, rare ones count more",
@@ -27,7 +26,6 @@ HEADLINES = {
     "modality_f1": "modalities: CT, MRI, X-ray, ...",
     "rouge1": "words in common with the reference, in any order",
 }
-SHOWN_HEADLINES = 3
 
 Score = Mapping[str, Any]  # an entry of `scores` or `modalities` in scores.json
 
@@ -80,36 +78,25 @@ def headline(summary: Mapping[str, Any]) -> str:
     higher = [BASELINES[key].name for key, own in score["baselines"].items() if standing(own, score) == "lost"]
     if not summary["beats_constant"]:
         return "The model does not beat one constant caption for all images"
-    return (
-        f"Better than a constant caption, but below: {', '.join(higher)}" if higher else "Better than every baseline"
-    )
-
-
-def never_stated(key: str, score: Score) -> str:
-    """Return what a bare 0 of an attribute means, empty where the captions state some."""
-    if score.get("predicted") != 0 or not score["stated"]:
-        return ""
-    verb = "negates" if key == "negation_f1" else f"states a {score_label(key).lower()}"
-    return f"The model never {verb}: the references do {score['stated']:,} times"
+    return f"Better than a constant caption, but below: {', '.join(higher)}" if higher else "Above every baseline"
 
 
 # --- Bars -----------------------------------------------------------------------------------------------------
 
 
-def bar(score: Score, end: float, key: str = "value") -> dict[str, float | None]:
-    """Return the geometry of a bar in percent of an axis from 0 to `end`, of a difference from -`end`.
+def bar(score: Score, end: float = 1) -> dict[str, float | None]:
+    """Return a bar in percent of an axis from 0 to `end`: its `start` and `width`, `low` and `span` of its interval.
 
-    `start` and `width` are those of the bar, `low` and `span` of its interval; None where there is none.
+    A difference has a scale of its own, with `zero` in the middle.
     """
-    zero, scale = (50, 50) if key == "difference" else (0, 100)
-
-    def at(number: float | None) -> float | None:
-        return None if number is None else round(zero + scale * max(-1, min(1, number / (end or 1))), 1)
-
-    value, low, high = (at(score.get(name)) for name in (key, "low", "high"))
-    start, stop = sorted((zero, zero if value is None else max(value, 0)))
-    span = None if low is None else max(round(high - low, 1), 0.5)
-    return {"start": start, "width": round(stop - start, 1), "low": low, "span": span, "zero": zero}
+    value, low, zero, scale = score.get("value"), score.get("low"), 0, 100
+    if "difference" in score:
+        value, zero, scale = score["difference"], 50, 50
+        end = max(abs(score[key] or 0) for key in ("difference", "low", "high"))
+    scale /= end or 1
+    start, stop = sorted((zero, zero + scale * (value or 0)))
+    span = None if low is None else max(scale * (score["high"] - low), 0.5)
+    return {"start": start, "width": stop - start, "zero": zero, "low": zero + scale * (low or 0), "span": span}
 
 
 def headline_bars(scored: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -117,26 +104,16 @@ def headline_bars(scored: Mapping[str, Any]) -> list[dict[str, Any]]:
     shown = []
     for key, what in HEADLINES.items():
         score = scored["scores"].get(key, {"value": None})
-        if score["value"] is None or len(shown) == SHOWN_HEADLINES:
-            continue
-        entries = {"this model": score} | {
-            BASELINES[name].name: {"value": v} for name, v in score["baselines"].items()
-        }
-        entries = {name: entry for name, entry in entries.items() if entry["value"] is not None}
-        end = max([1e-9, score["high"] or 0, *(entry["value"] for entry in entries.values())])
-        ranked = sorted(entries.items(), key=lambda item: -item[1]["value"])
-        bars = [{"name": name, "score": entry, "bar": bar(entry, end)} for name, entry in ranked]
-        shown.append({"label": score_label(key, full=True), "what": what, "bars": bars})
-    return shown
+        if score["value"] is not None:
+            others = {BASELINES[name].name: {"value": value} for name, value in score["baselines"].items()}
+            found = [(name, own) for name, own in {"this model": score, **others}.items() if own["value"] is not None]
+            found.sort(key=lambda item: -item[1]["value"])
+            bars = [(name, own, bar(own, max(score["high"] or 0, found[0][1]["value"]))) for name, own in found]
+            shown.append({"label": score_label(key, full=True), "what": what, "bars": bars})
+    return shown[:3]
 
 
 def modality_columns(scored: Mapping[str, Any]) -> dict[str, str]:
     """Return by key the names of the scores that modalities have."""
     keys = next(iter(scored["modalities"].values()), {})
     return {key: score_label(key, full=True) for group in score_groups(keys).values() for key in group}
-
-
-def attributes_of(scored: Mapping[str, Any]) -> dict[str, Score]:
-    """Return the scores of attributes that have a precision and a recall behind them."""
-    keys = (f"{name}_f1" for name in ATTRIBUTES)
-    return {key: scored["scores"][key] for key in keys if "stated" in scored["scores"].get(key, {})}

@@ -220,10 +220,8 @@ def test_score_tables_have_values_intervals_baselines_and_what_is_missing(page):
         ["ROUGE-L rouge_score 0.1.2", "0.635 0.610 – 0.650", "0.370", "–", "~ 0.620", "0.360", "▲ 0.700", "–"],
         ["CIDEr", "2.500", *["–"] * 6],
         ["Modality", "–", *["–"] * 6],
-        ["Negation", "0.000", *["–"] * 6],
+        ["Negation the captions never state one, the references 687", "0.000", *["–"] * 6],
         ["Concept", "0.800", *["–"] * 5, "0.900"],
-        ["Attribute", "F1", "Precision", "Recall", "Support: in the references", "In the predictions"],
-        ["Negation The model never negates: the references do 687 times", "0.000", "–", "0.000", "687", "0"],
         ["Modality", "Captions", "ROUGE-L, from 0 to 1", "ROUGE-L"],
         ["CT", "4", "", "0.600 0.500 – 0.700"],
         ["(unknown)", "2", "", "0.700"],
@@ -282,10 +280,8 @@ def test_a_run_without_scores_and_log_has_its_captions(tmp_path, open_page):
 def test_orders_follow_the_scores_and_the_use_of_a_caption(page):
     assert ids(page) == [f"image_{i}" for i in range(6)]
     # Equal scores in the order of the data, a missing one last
-    for order, direction, indices in (("0", "high", "153024"), ("0", "low", "203154"), ("uses", None, "135024")):
+    for order, indices in {"0 highest": "153024", "0 lowest": "203154", "uses": "135024"}.items():
         page.select_option("#order", order)
-        if direction:
-            page.select_option("#direction", direction)
         assert ids(page) == [f"image_{i}" for i in indices], order
     assert "same caption on 3 images" in page.text_content("#cards .card >> nth=2")
     assert "same caption" not in page.text_content("#cards .card >> nth=3")
@@ -295,11 +291,11 @@ def test_captions_are_sorted_by_any_score_and_by_nats_per_token(tmp_path, open_p
     rows = make_predictions(3, prediction=["reference 0", "reference", "x"], nll=[9.0, 4.0, None])
     page = open_page(make_page(tmp_path / "run", rows, num_tokens=[9, 2, 3]))
     names = ["ROUGE-L", "ROUGE-1", "ROUGE-2", "ImageCLEF ROUGE-1", "NLL", "nats per token"]
-    assert texts(page, "#order option")[2:] == names
+    assert texts(page, "#order option")[2::2] == [f"{name}, highest first" for name in names]
     for label, indices in {"ROUGE-1": "012", "NLL": "012", "nats per token": "102"}.items():
-        page.select_option("#order", label=label)
+        page.select_option("#order", label=f"{label}, highest first")
         assert ids(page) == [f"image_{i}" for i in indices], label
-    assert "NLL 9.0 nats per token 1.000" in page.inner_text("#cards .scores >> nth=1").replace("\n", " ")
+    assert "NLL 9.0nats per token 1.000" in page.text_content("#cards .scores >> nth=1")
 
 
 def test_filter_and_search_count_their_hits(page):
@@ -366,14 +362,6 @@ def test_every_control_is_reached_by_tab(page):
         visible = page.evaluate("getComputedStyle(document.activeElement).outlineWidth")
         assert visible == "3px" or page.evaluate("document.activeElement === document.body")
     assert {"theme", "search", "kind", "modality", "order", "attended", "csv", "open", "scroll", "skip"} <= reached
-
-
-def test_landmarks_and_images_have_names(run, open_page):
-    page = open_page(run, "#image_1")
-    page.wait_for_selector("dialog img")
-    assert page.get_attribute("dialog img", "alt") == "Image image_1, enlarged"
-    for landmark in ("header", "main", "footer", "nav"):
-        assert len(page.query_selector_all(landmark)) == 1
 
 
 def test_a_word_shows_where_the_attention_lay(run, open_page):
@@ -464,20 +452,6 @@ def test_zoom_window_and_level_change_the_image(run, open_page):
     assert page.inner_text("dialog h2") == "Example image_1", "an arrow moves the slider, not to the next example"
     page.click("#view button")
     wait_until(page, "document.querySelector('dialog img').style.filter === ''")
-
-
-def test_axe_finds_nothing(run, odd_run, marked_run, open_page):
-    axe = pytest.importorskip("axe_playwright_python.base", reason="axe-playwright-python is not installed")
-    for folder in (run, odd_run, marked_run):
-        for width, scheme in ((360, "light"), (1366, "dark")):
-            page = open_page(folder, width=width, scheme=scheme, motion="reduce")
-            page.evaluate("for (const fold of document.querySelectorAll('details')) fold.open = true")
-            page.evaluate(axe.AXE_FILE_PATH.read_text())
-            for opened in (False, True):
-                if opened:
-                    page.click("#cards .open")
-                found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
-                assert [(rule["id"], rule["nodes"][0]["html"]) for rule in found] == []
 
 
 # --- Hostile data ---------------------------------------------------------------------------------------------
@@ -603,34 +577,21 @@ def test_of_a_card_higher_than_the_window_the_focus_is_in_view(odd_run, open_pag
 
 # --- Looks ----------------------------------------------------------------------------------------------------
 
-# Contrast (WCAG 2.2, 1.4.3) of every element with text of its own, against the backgrounds laid over each other
-LOW_CONTRAST = """() => {
-  const parse = color => { const [r, g, b, a] = color.match(/[\\d.]+/g).map(Number); return [r, g, b, a ?? 1]; };
-  const over = (top, below) => [0, 1, 2].map(i => top[i] * top[3] + below[i] * (1 - top[3]));
-  const luminance = color => color.map(c => (c /= 255) <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4)
-    .reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], 0);
-  const background = element => element
-    ? over(parse(getComputedStyle(element).backgroundColor), background(element.parentElement)) : [255, 255, 255];
-  const contrast = element => {
-    const style = getComputedStyle(element), behind = background(element);
-    const text = over(parse(element.closest('svg') ? style.fill : style.color), behind);
-    const [light, dark] = [luminance(text), luminance(behind)].sort((a, b) => b - a);
-    return (light + .05) / (dark + .05);
-  };
-  return [...document.querySelectorAll('body *:not(script, noscript, :disabled)')].filter(element =>
-    [...element.childNodes].some(node => node.nodeType === 3 && node.data.trim()) && element.checkVisibility()
-    && contrast(element) < 4.5).map(element => element.outerHTML.slice(0, 80));
-}"""
 
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("folder", ["run", "odd_run"])
-def test_text_is_readable_in_both_schemes(request, open_page, folder, scheme):
-    page = open_page(request.getfixturevalue(folder), scheme=scheme, motion="reduce")
-    assert page.evaluate(LOW_CONTRAST) == []
-    page.click("#cards .open >> nth=1")
-    page.click(".tokens button")
-    assert page.evaluate(LOW_CONTRAST) == []
+@pytest.mark.parametrize("width, scheme", [(360, "light"), (1366, "dark")])
+@pytest.mark.parametrize("folder", ["run", "odd_run", "marked_run"])
+def test_axe_finds_nothing(request, open_page, folder, width, scheme):
+    axe = pytest.importorskip("axe_playwright_python.base", reason="axe-playwright-python is not installed")
+    page = open_page(request.getfixturevalue(folder), width=width, scheme=scheme, motion="reduce")
+    page.evaluate("for (const fold of document.querySelectorAll('details')) fold.open = true")
+    page.evaluate(axe.AXE_FILE_PATH.read_text())
+    for opened in (False, True):
+        if opened:
+            page.click("#cards .open >> nth=1")
+            for word in page.query_selector_all(".tokens button")[:1]:
+                word.click()
+        found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
+        assert [(rule["id"], rule["nodes"][0]["html"]) for rule in found] == []
 
 
 def test_theme_and_motion_follow_the_system_until_the_button_is_pressed(run, open_page):
@@ -681,8 +642,6 @@ def test_print_leaves_the_controls_out_and_is_light(run, open_page):
     assert [page.is_visible(part) for part in (".toolbar", "nav", "#cards .card")] == [False, False, True]
     colors = "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
     assert page.evaluate(colors) == ["rgb(255, 255, 255)", "rgb(26, 32, 39)"]
-    page.evaluate("dispatchEvent(new Event('beforeprint'))")
-    assert page.evaluate("document.querySelectorAll('#cards .open img').length") == 5
 
 
 def test_print_has_all_captions_and_opens_the_tables(tmp_path, open_page):
@@ -690,6 +649,7 @@ def test_print_has_all_captions_and_opens_the_tables(tmp_path, open_page):
     assert (len(ids(page)), page.is_visible(".scroll")) == (24, False)
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert (len(ids(page)), page.is_visible(".scroll")) == (60, True)
+    assert page.evaluate("document.querySelectorAll('#cards .open img').length") == 60
 
 
 # --- Ten thousand ---------------------------------------------------------------------------------------------
@@ -715,7 +675,7 @@ def test_ten_thousand_images_stay_below_60_mb_and_come_as_they_are_scrolled_to(l
         seen |= set(page.eval_on_selector_all("img", "images => images.map(image => image.alt)"))
     assert len(seen) > 70
     assert page.evaluate("document.images.length") < 50, "images out of sight are let go"
-    page.select_option("#order", "0")
+    page.select_option("#order", "0 lowest")
     wait_until(page, "cards.firstChild.getBoundingClientRect().top >= 0")  # the first hit is in view, not the last
 
 

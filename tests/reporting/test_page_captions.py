@@ -2,7 +2,7 @@
 
 import pytest
 
-from captioning.reporting.page_captions import caption_payload, caption_row
+from captioning.reporting.page_captions import caption_row
 
 
 @pytest.mark.parametrize(
@@ -31,11 +31,3 @@ def test_tags_say_where_a_value_stands_and_numbers_are_finite():
     tags = {("chest", 0), ("left", 1), ("right", 2), ("no effusion", 1), ("36 mm", 0)}
     assert set(row["tags"][0]) == tags
     assert (row["concepts"], row["scores"]) == (["C0040405 CT"], [0.5, None])
-
-
-def test_nats_per_token_need_a_number_of_tokens_for_each_caption():
-    rows = [{"image_id": "a", "reference": "x", "prediction": "x", "rougeL": 1.0, "nll": 6.0}]
-    found = caption_payload(rows, ["CT"], [4])
-    assert dict(zip(found["scores"], found["rows"][0]["scores"], strict=True))["nats per token"] == 1.5
-    with pytest.raises(ValueError, match="zip"):
-        caption_payload(rows, ["CT"], [4, 4])
