@@ -1,5 +1,6 @@
 """The captioner of a checkpoint or a config, by its `model_type`."""
 
+import json
 import logging
 import os
 from collections.abc import Iterable
@@ -14,10 +15,13 @@ from captioning.files import PROJECT
 from captioning.hub.faults import reading_from_hub
 from captioning.models.blip import BlipCaptioner
 from captioning.models.captioner import Captioner
+from captioning.models.families import FAMILIES
+from captioning.models.image_text_to_text import ImageTextToTextCaptioner
+from captioning.models.lora import BASE_CONFIG, base_of_adapter, load_adapter
 
 
 logger = logging.getLogger(__name__)
-CAPTIONERS: dict[str, type[Captioner]] = {"blip": BlipCaptioner}
+CAPTIONERS: dict[str, type[Captioner]] = {"blip": BlipCaptioner} | dict.fromkeys(FAMILIES, ImageTextToTextCaptioner)
 
 
 def captioner_class(model_type: str | None, name: str) -> type[Captioner]:
@@ -28,12 +32,22 @@ def captioner_class(model_type: str | None, name: str) -> type[Captioner]:
     return CAPTIONERS[model_type]
 
 
-def load_captioner(name: str, revision: str | None = None) -> Captioner:
-    """See `Captioner.from_pretrained`; an unsupported type and weights that are NaN are `UserError`s, too."""
-    with reading_from_hub(f"model '{name}' cannot be loaded", "give the folder of a saved model or a Hub id"):
-        model_type = PreTrainedConfig.get_config_dict(name, revision=revision)[0].get("model_type")
-    captioner = captioner_class(model_type, name).from_pretrained(name, revision)
-    refuse_nan_weights(captioner.model, name)
+def load_captioner(name: str, revision: str | None = None, dtype: str = "float32") -> Captioner:
+    """See `Captioner.from_pretrained`; an unsupported type and weights that are NaN are `UserError`s, too.
+
+    Of an adapter, the model that it adapts is loaded, and the adapter put into it.
+    """
+    adapts = base_of_adapter(name, revision)
+    base, base_revision = adapts or (name, revision)
+    what = f"model '{base}'" + (f", which '{name}' adapts," if adapts else "")
+    with reading_from_hub(f"{what} cannot be loaded", "give the folder of a saved model or a Hub id"):
+        model_type = PreTrainedConfig.get_config_dict(base, revision=base_revision)[0].get("model_type")
+    found = captioner_class(model_type, base)
+    captioner = found.from_pretrained(base, base_revision, getattr(torch, dtype))
+    refuse_nan_weights(captioner.model, base)
+    if adapts:
+        load_adapter(captioner, name, revision)
+        refuse_nan_weights(captioner.model, name)
     return captioner
 
 
@@ -86,6 +100,8 @@ def build_captioner(
 
 def class_in_folder(folder: Path) -> type[Captioner]:
     """Return the class of the model that is saved in a folder; BLIP's where there is none."""
-    if not (folder / "config.json").is_file():
-        return BlipCaptioner
-    return captioner_class(PreTrainedConfig.get_config_dict(folder)[0].get("model_type"), str(folder))
+    for name in ("config.json", BASE_CONFIG):
+        if (folder / name).is_file():
+            config = json.loads((folder / name).read_text(encoding="utf-8"))
+            return captioner_class(config.get("model_type"), str(folder))
+    return BlipCaptioner

@@ -18,12 +18,12 @@ import numpy as np
 import scipy.sparse as sp
 
 from captioning.errors import UserError
+from captioning.scoring import TOKENIZERS
 from captioning.scoring.bootstrap import Score
 from captioning.scoring.ngrams import NgramTable
 from metrics import lcs_length
 
 
-TOKENIZERS = {"ptb": "coco", "whitespace": "nlgeval"}  # and the prefix of the scores computed on their tokens
 METEOR_CAPTIONS = 20_000  # METEOR takes 0.7 ms a caption, more than all else
 
 INSTALL_JAVA = "install a Java runtime, e.g. `apt install default-jre-headless`"
