@@ -74,7 +74,8 @@ def keep_split(
     record.keep(split, predictions, scores)
     write_whole(folder / "scores.json", to_json(record.scores, indent=2, ensure_ascii=False) + "\n")
     if not scores["beats_constant"]:
-        logger.warning("%s: %s", split, scores["verdict"])
+        next_step = "Look next at the worst and the most repeated captions in report.html"
+        logger.warning("%s: %s %s", split, scores["verdict"], next_step)
     if args.write_submission and split == "test":
         write_submission(folder, captions.image_ids, captions.predictions)
     return flat(scores)

@@ -129,8 +129,8 @@ def test_tables_for_a_paper_have_the_numbers_of_the_json_and_the_escapes_of_thei
         (["."], "argument predictions: '.' is not a file"),
         (["good.jsonl", "--train_concepts", "train_concepts.csv"], "--train_concepts goes with --train"),
         (["good.jsonl", "--train", "train_concepts.csv"], "columns ['ID', 'CUIs']; give a CSV of ID,Caption"),
-        (["good.jsonl", "--against", "short.jsonl"], "119 ids"),
-        (["good.jsonl", "--against", "other.jsonl"], "have different references for 120 images (id0)"),
+        (["good.jsonl", "--against", "short.jsonl"], ": 119 (id1, id2, id3)"),
+        (["good.jsonl", "--against", "other.jsonl"], "differ in the references of images: 120 (id0)"),
         (["good.jsonl", "--tokenizer", "moses"], "invalid choice: 'moses'"),
     ],
 )
