@@ -236,9 +236,7 @@ def test_the_top_has_the_verdict_then_scores_among_their_baselines_then_images_t
     assert texts(page, ".bars caption b") == ["ROUGE-L", "COCO CIDEr", "Concept F1"]
     bars = "rows => rows.map(row => [row.cells[0].innerText, row.querySelector('rect').width.baseVal.value])"
     shown = dict(page.eval_on_selector_all(".bars >> nth=0 >> tr", bars))
-    assert list(shown) == [
-        "shuffled images", "this model", "nearest training image", "constant caption", "shuffled references"
-    ]  # fmt: skip
+    assert [name.split()[0] for name in shown] == ["shuffled", "this", "nearest", "constant", "shuffled"]
     assert list(shown.values()) == pytest.approx([100 * x / 0.7 for x in (0.7, 0.635, 0.62, 0.37, 0.36)], abs=0.1)
     interval = page.query_selector("tr.own .interval").evaluate("bar => [bar.x, bar.width].map(x => x.baseVal.value)")
     assert interval == pytest.approx([100 * 0.61 / 0.7, 100 * 0.04 / 0.7], abs=0.15)
@@ -401,9 +399,8 @@ def test_differing_words_are_marked_and_tags_say_what_each_text_states(marked_ru
     assert page.eval_on_selector("mark", "mark => getComputedStyle(mark).textDecorationLine") == "underline"
     concept, *tags = texts(page, "#cards .card >> nth=0 >> .tags li")
     assert concept == "concept of the image: C0040405 CT"
-    assert tags == [
-        "in both: ✓ CT", "in both: ✓ chest", "only in the reference: – left", "only in the prediction: + right"
-    ]  # fmt: skip
+    assert tags[:2] == ["in both: ✓ CT", "in both: ✓ chest"]
+    assert tags[2:] == ["only in the reference: – left", "only in the prediction: + right"]
 
 
 def test_examples_of_errors_come_first_and_lead_to_all_of_their_kind(marked_run, open_page):
