@@ -1,12 +1,14 @@
 """The captions on the report page: what each states, where it errs, and which ones are shown first."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from captioning.reporting.page_scores import score_label
-from captioning.scoring.clinical import ATTRIBUTES, MODALITY, MODALITY_CUIS, item_agreement, stated_attributes
+from captioning.scoring import clinical
+from captioning.scoring.clinical import ATTRIBUTES, stated_attributes
 from metrics import wording_scores
 
 
@@ -56,7 +58,7 @@ def caption_row(
         "predictions": list(predictions),
         "tags": [tags for tags, _ in read],
         "kinds": read[0][1],
-        "concepts": [" ".join(filter(None, (cui, MODALITY_CUIS.get(cui)))) for cui in cuis],
+        "concepts": [" ".join(filter(None, (cui, clinical.MODALITY_CUIS.get(cui)))) for cui in cuis],
         "scores": [round(float(x), 4) if x is not None and math.isfinite(x) else None for x in scores],
     }
 
@@ -64,19 +66,25 @@ def caption_row(
 def _tags_and_errors(prediction: str, reference: str, modality: str) -> tuple[list[tuple[str, int]], list[str]]:
     """Return the attributes that two captions state, with where each stands, and the errors of the prediction.
 
-    A value is wrong if the reference states another in its place; where it states none, it need not be. Only a
-    negation is wrong beside a reference without one. The modality of an image is known where its reference has none.
+    A value is wrong if the reference states another in its place; where it states none, it need not be. A negation is
+    false if the reference names the finding. The modality of an image is known where its reference has none.
     """
     said, stated = stated_attributes(prediction), stated_attributes(reference)
     tags, errors = [], []
     for name in ATTRIBUTES:
-        known = stated[name] or {modality} & MODALITY.keys() if name == "modality" else stated[name]
+        known = stated[name] or {modality} & clinical.MODALITY.keys() if name == "modality" else stated[name]
         wrong = [value for value in sorted(said[name]) if not _is_among(name, value, known)]
         missed = [value for value in sorted(stated[name]) if not _is_among(name, value, said[name])]
         right = sorted(said[name].difference(wrong))
         for where, values in enumerate((right, missed, wrong)):  # in both texts, the reference, the prediction
             tags += [(UNITS.get(name, "{}").format(value), where) for value in values]
-        if wrong and (known or name == "negation"):
+        if name == "negation":
+            known = {
+                value
+                for value in wrong
+                if re.search(rf"\b{re.escape(value)}(?:e?s)?\b", clinical.plain_text(reference))
+            }
+        if wrong and known:
             errors.append(f"wrong_{name}")
         elif missed:
             errors.append(f"missed_{name}")
@@ -86,7 +94,9 @@ def _tags_and_errors(prediction: str, reference: str, modality: str) -> tuple[li
 def _is_among(attribute: str, value: str, others: Set[str]) -> bool:
     if attribute != "measurement" or value in others:
         return value in others
-    return item_agreement(attribute, [{value}], [others]).statistics[0, 0] > 0  # lengths agree within a tolerance
+    return (
+        clinical.item_agreement(attribute, [{value}], [others]).statistics[0, 0] > 0
+    )  # lengths agree within a tolerance
 
 
 def _highlights(rows: Sequence[Row]) -> list[dict[str, Any]]:

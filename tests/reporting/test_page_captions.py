@@ -14,6 +14,8 @@ from captioning.reporting.page_captions import caption_row
         ("MRI", "an image", "CT", ["wrong_modality"]),  # the modality of the image is known by its concepts
         ("MRI", "an image", "unknown", ["none"]),
         ("no effusion", "an effusion", "unknown", ["wrong_negation"]),
+        ("MRI, no focal lesion", "Normal MRI", "unknown", ["none"]),
+        ("no fracture", "two fractures, no effusion", "unknown", ["wrong_negation"]),
         ("an effusion", "no effusion", "unknown", ["missed_negation"]),
         ("a mass of 36 mm", "a mass of 3.5 cm", "unknown", ["none"]),
         ("a mass of 50 mm", "a mass of 3.5 cm", "unknown", ["wrong_measurement"]),
