@@ -70,7 +70,7 @@ def _tags_and_errors(prediction: str, reference: str, modality: str) -> tuple[li
     false if the reference names the finding. The modality of an image is known where its reference has none.
     """
     said, stated = stated_attributes(prediction), stated_attributes(reference)
-    tags, errors = [], []
+    text, tags, errors = clinical.plain_text(reference), [], []
     for name in ATTRIBUTES:
         known = stated[name] or {modality} & clinical.MODALITY.keys() if name == "modality" else stated[name]
         wrong = [value for value in sorted(said[name]) if not _is_among(name, value, known)]
@@ -78,13 +78,8 @@ def _tags_and_errors(prediction: str, reference: str, modality: str) -> tuple[li
         right = sorted(said[name].difference(wrong))
         for where, values in enumerate((right, missed, wrong)):  # in both texts, the reference, the prediction
             tags += [(UNITS.get(name, "{}").format(value), where) for value in values]
-        if name == "negation":
-            known = {
-                value
-                for value in wrong
-                if re.search(rf"\b{re.escape(value)}(?:e?s)?\b", clinical.plain_text(reference))
-            }
-        if wrong and known:
+        denied = [value for value in wrong if re.search(rf"\b{re.escape(value)}(?:e?s)?\b", text)]
+        if denied if name == "negation" else wrong and known:
             errors.append(f"wrong_{name}")
         elif missed:
             errors.append(f"missed_{name}")

@@ -74,8 +74,7 @@ def keep_split(
     record.keep(split, predictions, scores)
     write_whole(folder / "scores.json", to_json(record.scores, indent=2, ensure_ascii=False) + "\n")
     if not scores["beats_constant"]:
-        next_step = "Look next at the worst and the most repeated captions in report.html"
-        logger.warning("%s: %s %s", split, scores["verdict"], next_step)
+        logger.warning("%s: %s Look next at the worst captions in report.html", split, scores["verdict"])
     if args.write_submission and split == "test":
         write_submission(folder, captions.image_ids, captions.predictions)
     return flat(scores)

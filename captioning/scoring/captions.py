@@ -121,9 +121,7 @@ def read_csv(path: str, *columns: str) -> dict[str, str]:
                 if [name.strip().lower() for name in row[1:]] not in [[column.lower()] for column in columns]:
                     raise UserError(f"'{path}' has the columns {row}; give {what}")
             elif len(row) not in (0, 2):
-                raise UserError(
-                    f"{where}: not 2 fields but {len(row)}; give {what}, texts with a comma in double quotes"
-                )
+                raise UserError(f"{where}: fields: {len(row)}, not 2; give {what}, text with a comma in double quotes")
             elif row and row[0] in texts:
                 raise UserError(f"{where}: id '{row[0]}' occurs twice; keep one")
             elif row:

@@ -75,7 +75,7 @@ def test_an_id_that_would_break_the_submission_is_rejected(tmp_path, image_id):
         ("ID,Caption\nid_1,y\nid_0,x\n", "row 2: id 'id_1' where 'id_0' is expected"),
         ("ID,Caption\nid_0,x\n", "lacks ids of '"),
         ("ID,Caption\nid_0,x\nid_1,y\nid_2,z\n", "has ids that '"),
-        ("ID,Caption\nid_0,x, z\nid_1,y\n", "row 2: not 2 fields but 3"),
+        ("ID,Caption\nid_0,x, z\nid_1,y\n", "row 2: fields: 3, not 2"),
         ('ID,Caption\nid_0,"x, z" \nid_1,y\n', "row 2: the caption has a comma"),
         ("ID,Caption\n id_0,x\nid_1,y\n", "row 2: the id ' id_0' starts or ends with white space"),
         ("ID,CUIs\nid_0,C0040405;\nid_1,\n", "row 2: '' is not a concept"),
