@@ -93,7 +93,7 @@ def run(
     metrics: dict[str, float] = {}
     if args.do_train:
         metrics |= train(trainer, checkpoint, model_args.merge_lora)
-    record = RunRecord(args.output_dir, type(captioner), leaks)
+    record = RunRecord(args.output_dir, captioner.config.model_type, leaks)
     training = training_for_baselines(trainer, dataset, splits, data_args)
     if args.do_eval:
         metrics |= predict(trainer, record, splits["validation"], "validation", training, page=not args.do_predict)

@@ -165,8 +165,9 @@ with torch.autocast(device, torch.{{ autocast }}, enabled=device == "cuda"):  # 
 {% else -%}
 tokens = model.generate(**inputs, **settings)
 {% endif -%}
-{% if arguments and not is_encoder_decoder -%}
-tokens = tokens[:, inputs["input_ids"].shape[1] :]  # without the prompt
+{% if arguments -%}
+if not model.config.is_encoder_decoder:
+    tokens = tokens[:, inputs["input_ids"].shape[1] :]  # without the prompt
 {% endif -%}
 print(processor.tokenizer.decode(tokens[0], skip_special_tokens=True).strip())"""
 BY_MODEL = """{% if suffices %}So does `model.generate(**inputs)` without the settings.

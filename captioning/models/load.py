@@ -1,10 +1,8 @@
 """The captioner of a checkpoint or a config, by its `model_type`."""
 
-import json
 import logging
 import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from captioning.models.blip import BlipCaptioner
 from captioning.models.captioner import Captioner
 from captioning.models.families import FAMILIES
 from captioning.models.image_text_to_text import ImageTextToTextCaptioner
-from captioning.models.lora import BASE_CONFIG, base_of_adapter, load_adapter
+from captioning.models.lora import base_of_adapter, load_adapter
 
 
 logger = logging.getLogger(__name__)
@@ -37,10 +35,12 @@ def load_captioner(name: str, revision: str | None = None, dtype: str = "float32
 
     Of an adapter, the model that it adapts is loaded, and the adapter put into it.
     """
-    adapts = base_of_adapter(name, revision)
+    mend = "give the folder of a saved model or a Hub id"
+    with reading_from_hub(f"model '{name}' cannot be loaded", mend):
+        adapts = base_of_adapter(name, revision)
     base, base_revision = adapts or (name, revision)
     what = f"model '{base}'" + (f", which '{name}' adapts," if adapts else "")
-    with reading_from_hub(f"{what} cannot be loaded", "give the folder of a saved model or a Hub id"):
+    with reading_from_hub(f"{what} cannot be loaded", mend):
         model_type = PreTrainedConfig.get_config_dict(base, revision=base_revision)[0].get("model_type")
     found = captioner_class(model_type, base)
     captioner = found.from_pretrained(base, base_revision, getattr(torch, dtype))
@@ -96,12 +96,3 @@ def build_captioner(
     config = config or read_config(config_name)
     found = captioner_class(config.get("model_type") or "blip", config_name)
     return found.from_config(config, config_name, seed, tokenizer_name, captions, vocab_size)
-
-
-def class_in_folder(folder: Path) -> type[Captioner]:
-    """Return the class of the model that is saved in a folder; BLIP's where there is none."""
-    for name in ("config.json", BASE_CONFIG):
-        if (folder / name).is_file():
-            config = json.loads((folder / name).read_text(encoding="utf-8"))
-            return captioner_class(config.get("model_type"), str(folder))
-    return BlipCaptioner

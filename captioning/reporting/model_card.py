@@ -181,7 +181,6 @@ def _usage(record: RunRecord, name: str) -> str:
         name=_python_string(model),
         adapter_of=adapter_of,
         arguments=", ".join(f"{key}={value!r}" for key, value in arguments.items()),
-        is_encoder_decoder=record.is_encoder_decoder,
         dtype=None if recipe["torch_dtype"] == "float32" else f'"{recipe["torch_dtype"]}"',
         settings=settings,
         holder="name" if model == name else _python_string(name),

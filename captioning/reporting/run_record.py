@@ -15,7 +15,7 @@ from captioning.data.checks import read_rejected, reasons_in_words
 from captioning.data.leaks import Leaks, leaks_in_words
 from captioning.hub.revisions import COMMIT_HASH
 from captioning.models.captioner import Captioner, CardFacts
-from captioning.models.load import class_in_folder
+from captioning.models.load import captioner_class
 from captioning.models.lora import BASE_CONFIG
 from captioning.scoring.captions import read_predictions
 from captioning.training.decoding import generation_config, in_words
@@ -58,18 +58,18 @@ class Origin:
 class RunRecord:
     """A run by the files of its output folder, each of which is read at most once, when it is first asked for.
 
-    The folder has `recipe.json` at least. Ask for `results` after the last of them has been written. The class of the
-    captioner is by default that of the model saved in the folder. `found_leaks`: see `find_leaks`.
+    The folder has `recipe.json` at least. Ask for `results` after the last of them has been written. `model_type` is
+    by default that of the model saved in the folder, BLIP's if there is none. `found_leaks`: see `find_leaks`.
     """
 
     def __init__(
         self,
         folder: str | Path,
-        captioner_class: type[Captioner] | None = None,
+        model_type: str | None = None,
         found_leaks: Mapping[str, Leaks] = {},
     ):
         self.folder = Path(folder)
-        self._captioner_class, self._found_leaks = captioner_class, found_leaks
+        self._model_type, self._found_leaks = model_type, found_leaks
         self._predictions: dict[str, list[dict[str, Any]]] = {}
 
     # --- Files ------------------------------------------------------------------------------------------------
@@ -130,20 +130,19 @@ class RunRecord:
     # --- What was run on what ---------------------------------------------------------------------------------
 
     @cached_property
+    def model_type(self) -> str:
+        """The family of the model."""
+        return self._model_type or self._config.get("model_type") or "blip"
+
+    @cached_property
     def captioner_class(self) -> type[Captioner]:
         """The class of the model."""
-        return self._captioner_class or class_in_folder(self.folder)
+        return captioner_class(self.model_type, str(self.folder))
 
     @cached_property
     def card_facts(self) -> CardFacts:
-        """What the card says of the family of the model; BLIP's where no model was saved."""
-        return self.captioner_class.card_facts(self._config.get("model_type", "blip"))
-
-    @property
-    def is_encoder_decoder(self) -> bool:
-        """Whether new tokens come without the prompt."""
-        config = self._config
-        return bool(config.get("is_encoder_decoder") or config.get("text_config", {}).get("is_encoder_decoder"))
+        """What the card says of the family of the model."""
+        return self.captioner_class.card_facts(self.model_type)
 
     @property
     def is_adapter(self) -> bool:

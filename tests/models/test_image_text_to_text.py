@@ -5,6 +5,9 @@ behind it, and nothing of `Captioner` is asked.
 """
 
 import copy
+import json
+import re
+import signal
 
 import pytest
 import torch
@@ -317,8 +320,23 @@ def test_what_does_not_fit_is_one_line(captioner, checkpoint):
         ):
             captioner.check_lengths(40, 9000)
     if captioner.family.image_size is None:
-        with pytest.raises(UserError, match="takes images of .* leave out --image_size"):
+        with pytest.raises(UserError, match=r"takes images of .* leave out --image_size"):
             captioner.adapt(image_size=48)
     if not captioner.family.takes_prompt:
         with pytest.raises(UserError, match="takes no prompt; leave out --prompt"):
             captioner.set_prompt("Describe.")
+
+
+def test_an_old_processor_of_blip2_gets_its_image_tokens(tmp_path):
+    """T19: without them it would write captions without having seen the image."""
+    save_tiny("blip-2-opt", tmp_path)
+    content = read_json(tmp_path / "processor_config.json")
+    (tmp_path / "processor_config.json").write_text(json.dumps(content | {"num_query_tokens": None}))
+    config = read_json(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text(json.dumps(config | {"image_token_index": None, "image_token_id": None}))
+    captioner = load_captioner(str(tmp_path))
+    ids = captioner.collate([make_noise(0)], [[]])["input_ids"][0]
+    assert int((ids == captioner.tokenizer.convert_tokens_to_ids("<image>")).sum()) == 4
+    captioner.processor.num_query_tokens = 0
+    with pytest.raises(UserError, match="has no place for the image"):
+        captioner.set_prompt("Describe.")
