@@ -26,6 +26,8 @@ from metrics import lcs_length
 TOKENIZERS = {"ptb": "coco", "whitespace": "nlgeval"}  # and the prefix of the scores computed on their tokens
 METEOR_CAPTIONS = 20_000  # METEOR takes 0.7 ms a caption, more than all else
 
+# A process lives for seconds: the second compiler of the JVM costs more than it gains
+JVM_OPTIONS = ("-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1")
 INSTALL_JAVA = "install a Java runtime, e.g. `apt install default-jre-headless`"
 WRONG_ANSWER = f"`java` runs, but its answer is not that of the program: {INSTALL_JAVA}"
 
@@ -288,7 +290,9 @@ def _java(library: ModuleType, options: list[str], lines: list[str]) -> list[str
     """Run a jar that lies beside the module `library`, and return the lines that it answers."""
     text = "\n".join(lines).encode("utf-8", errors="replace")  # JSON can hold an unpaired surrogate
     try:
-        run = subprocess.run(["java", *options], input=text, capture_output=True, cwd=Path(library.__file__).parent)
+        run = subprocess.run(
+            ["java", *JVM_OPTIONS, *options], input=text, capture_output=True, cwd=Path(library.__file__).parent
+        )
     except OSError as error:
         raise UserError(f"`java` cannot be run ({error.strerror}): {INSTALL_JAVA}") from error
     if run.returncode:

@@ -19,6 +19,7 @@ A run adds `leaks`: see `captioning.data.leaks.find_leaks`.
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -136,16 +137,20 @@ def _scores_of_systems(
     with them, since its program takes seconds to start.
     """
     missing, scores, reference_tokens = {}, {}, None
-    for name, texts in systems.items():
-        wording = wording_scores(tuple(texts), tuple(captions.references))
-        scores[name] = {key: Score.of(values) for key, values in wording.items()}
-        scores[name] |= {f"{key}_f1": own for key, own in agreement(texts, captions.references).items()}
-    if tokenizer:
-        constant = constants.get(f"{TOKENIZERS[tokenizer]}_meteor")
-        found, missing, reference_tokens = coco_scores(systems, captions.references, tokenizer, constant)
+    constant = constants.get(f"{TOKENIZERS[tokenizer]}_meteor") if tokenizer else None
+    with ThreadPoolExecutor(max_workers=1) as beside:  # METEOR's program computes meanwhile
+        coco = beside.submit(coco_scores, systems, captions.references, tokenizer, constant) if tokenizer else None
+        for name, texts in systems.items():
+            wording = wording_scores(tuple(texts), tuple(captions.references))
+            scores[name] = {key: Score.of(values) for key, values in wording.items()}
+            scores[name] |= {f"{key}_f1": own for key, own in agreement(texts, captions.references).items()}
+        concepts = _concept_scores(systems, captions, training, missing)
+    if coco:
+        found, missing_coco, reference_tokens = coco.result()
+        missing = missing_coco | missing
         for name, own in found.items():
             scores.setdefault(name, {}).update(own)
-    for name, own in _concept_scores(systems, captions, training, missing).items():
+    for name, own in concepts.items():
         scores[name]["concept_f1"] = own
     for name in with_bertscore if bertscore_model else ():
         try:
