@@ -23,7 +23,8 @@ from captioning.scoring.ngrams import NgramTable
 from metrics import lcs_length
 
 
-TOKENIZERS = {"ptb": "coco", "whitespace": "nlgeval"}  # and the prefix of the scores computed on their tokens
+# And the prefix of the scores computed on their tokens
+TOKENIZERS = {"ptb": "coco", "whitespace": "nlgeval", "whitespace_lower": "nlgeval_lower"}
 METEOR_CAPTIONS = 20_000  # METEOR takes 0.7 ms a caption, more than all else
 
 # A process lives for seconds: the second compiler of the JVM costs more than it gains
@@ -56,7 +57,7 @@ def coco_scores(
 
     Returns:
         By system, the scores `coco_bleu1` to `coco_bleu4`, `coco_cider` (from 0 to 10), `coco_rougeL` and
-        `coco_meteor`, or with "whitespace" the same names prefixed `nlgeval_`; by score what is missing for it; and
+        `coco_meteor`, or with another tokenizer the same names with its prefix; by score what is missing for it; and
         the tokens of the references, None where they are missing.
 
     Raises:
@@ -96,14 +97,15 @@ def coco_tokens(captions: Sequence[str], tokenizer: str = "ptb") -> list[str]:
             only line feeds, so that a carriage return would shift all captions after it.
         tokenizer: "ptb" for Stanford's PTBTokenizer, lower-case and without punctuation, as `COCOEvalCap` does; it
             keeps brackets as `-lrb-` and `-rrb-`, because the library's list has them in upper case only.
-            "whitespace" strips the text and leaves the rest as it is, as `nlg-eval` does.
+            "whitespace" strips the text and leaves the rest as it is, as `nlg-eval` does; "whitespace_lower" makes it
+            lower-case too, as reports do whose captions were lower-cased before.
 
     Raises:
         UserError: with "ptb", `pycocoevalcap` or Java is not installed.
     """
     lines = [one_line(caption) for caption in captions]
-    if tokenizer == "whitespace":
-        return [line.strip() for line in lines]
+    if tokenizer != "ptb":
+        return [line.strip().lower() if tokenizer == "whitespace_lower" else line.strip() for line in lines]
     ptbtokenizer = _pycocoevalcap("tokenizer.ptbtokenizer")
     # From standard input: the library writes a file into its own package folder, which can be read-only
     options = ["edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
