@@ -231,7 +231,8 @@ def meteor_scores(systems: Mapping[str, Sequence[str]], references: Sequence[str
         UserError: `pycocoevalcap` or Java is not installed.
     """
     pairs = [pair for captions in systems.values() for pair in zip(captions, references, strict=True)]
-    statistics = np.split(_meteor_statistics(pairs), len(systems))
+    row = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}  # each pair once
+    statistics = np.split(_meteor_statistics(list(row))[[row[pair] for pair in pairs]], len(systems))
     return {name: Score(own, _meteor) for name, own in zip(systems, statistics, strict=True)}
 
 

@@ -121,6 +121,20 @@ def test_lower_cased_scores_are_those_of_pycocoevalcap_on_lower_cased_text(libra
     assert not scores["whitespace"].keys() & scores["whitespace_lower"].keys()
 
 
+def test_a_pair_goes_to_meteor_once_and_counts_as_often_as_it_occurs(monkeypatch):
+    sent = []
+
+    def instead_of_java(pairs):
+        sent.extend(pairs)
+        return np.array([[len(prediction), len(reference)] for prediction, reference in pairs])
+
+    monkeypatch.setattr(coco, "_meteor_statistics", instead_of_java)
+    found = meteor_scores({"own": ["a", "bbb", "a"], "constant": ["a"] * 3}, ["x", "yy", "x"])
+    assert sent == [("a", "x"), ("bbb", "yy"), ("a", "yy")]
+    assert found["own"].statistics.tolist() == [[1, 1], [3, 2], [1, 1]]
+    assert found["constant"].statistics.tolist() == [[1, 1], [1, 2], [1, 1]]
+
+
 @needs_library
 def test_the_separator_of_meteor_in_a_caption_does_not_add_a_reference(monkeypatch):
     text = "a small cyst at the left lower pole"
