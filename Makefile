@@ -26,7 +26,7 @@ lint: .venv/requirements-dev
 
 # Minutes, on a model of a sixth of the layers: what is faster, not by how much. benchmarks/README.md has the long form.
 benchmark: .venv/requirements-dev
-	for name in evaluation training memory input_pipeline; do $(BIN)/python benchmarks/$$name.py --quick || exit 1; done
+	for name in evaluation training memory weights input_pipeline; do $(BIN)/python benchmarks/$$name.py --quick || exit 1; done
 
 # All packages with their hashes; PyTorch apart, see the head that is put before them. What need not change keeps its
 # version; `make lock UPGRADE=--upgrade` takes the newest of all.

@@ -11,7 +11,6 @@ The first trains on ROCOv2 from the Hub, the second runs a recipe (flags win), t
 fourth repeats a published run, the fifth pushes a finished one.
 """
 
-from collections.abc import Iterable
 from functools import cache, partial
 from pathlib import Path
 
@@ -27,9 +26,7 @@ from captioning.data.tokenize_captions import tokenize
 from captioning.errors import as_user_error
 from captioning.hub.client import limit_waiting
 from captioning.hub.repository import PushCheckpoints, Repository, repository_of
-from captioning.hub.revisions import pin_revision
 from captioning.models.captioner import Captioner
-from captioning.models.load import build_captioner, load_captioner, read_config
 from captioning.reporting.card_images import write_card_images
 from captioning.reporting.curves import draw_training_curve
 from captioning.reporting.model_card import write_model_card
@@ -38,8 +35,8 @@ from captioning.reporting.results import keep_split, training_for_baselines, wri
 from captioning.reporting.run_record import SPLITS, RunRecord
 from captioning.reporting.summary import summary
 from captioning.scoring.training_split import Training
+from captioning.training.adapt import load_model
 from captioning.training.arguments import CaptioningArguments, DataArguments, ModelArguments
-from captioning.training.decoding import warn_of_other_settings
 from captioning.training.fingerprint import fingerprint
 from captioning.training.folder_lock import hold_folder
 from captioning.training.output_folder import own_output_dir, write_recipe
@@ -95,8 +92,8 @@ def run(
         trainer = make_trainer(captioner, splits, data_args, args, repository)
     metrics: dict[str, float] = {}
     if args.do_train:
-        metrics |= train(trainer, checkpoint)
-    record = RunRecord(args.output_dir, type(captioner), leaks)
+        metrics |= train(trainer, checkpoint, model_args.merge_lora)
+    record = RunRecord(args.output_dir, captioner.config.model_type, leaks)
     training = training_for_baselines(trainer, dataset, splits, data_args)
     if args.do_eval:
         metrics |= predict(trainer, record, splits["validation"], "validation", training, page=not args.do_predict)
@@ -150,41 +147,6 @@ def check_splits(dataset: DatasetDict, data_args: DataArguments, args: Captionin
     )
 
 
-def load_model(
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    captions: Iterable[str],
-    args: CaptioningArguments,
-    checkpoint: str | None = None,
-) -> Captioner:
-    """Load the model, or build that of `config_name`, its tokenizer trained on `captions`, and adapt it to the run.
-
-    A resumed run keeps the tokenizer of its checkpoint.
-
-    The commit on the Hub, or the config, that the model came from is written into `model_args`.
-    """
-    changed = checkpoint if args.resume_despite_changes else None  # its own tokenizer fits its embeddings
-    if model_args.model_name_or_path:
-        name = model_args.model_name_or_path
-        model_args.model_revision = pin_revision(name, model_args.model_revision)
-        captioner = load_captioner(changed or name, None if changed else model_args.model_revision)
-        if not args.do_train:
-            warn_of_other_settings(captioner.model.generation_config, args.decoding())
-    else:
-        model_args.model_config = read_config(model_args.config_name, model_args.model_config)
-        tokenizer = changed or model_args.tokenizer_name or checkpoint
-        captioner = build_captioner(
-            model_args.config_name, args.seed, tokenizer, captions, model_args.vocab_size, model_args.model_config
-        )
-    captioner.adapt(
-        model_args.image_size, model_args.label_smoothing, model_args.freeze_vision_model, model_args.fast_blip
-    )
-    captioner.set_prompt(data_args.prompt)
-    captioner.check_lengths(data_args.max_caption_length, args.max_new_tokens)
-    captioner.set_generation_config(args.decoding())
-    return captioner
-
-
 # --- Train, evaluate, predict ---------------------------------------------------------------------------------
 
 
@@ -215,10 +177,12 @@ def make_trainer(
     )
 
 
-def train(trainer: CaptioningTrainer, checkpoint: str | None) -> dict[str, float]:
-    """Train, save model, processor and trainer state, and return the training metrics."""
+def train(trainer: CaptioningTrainer, checkpoint: str | None, merge_lora: bool) -> dict[str, float]:
+    """Train, save model or adapter, processor and trainer state, and return the training metrics."""
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
+    if merge_lora:
+        trainer.merge_adapter()
     trainer.save_state()
     trainer.stop_if_told()
     metrics = result.metrics | {"train_samples": len(trainer.train_dataset)}

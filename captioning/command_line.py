@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from datasets.config import HF_DATASETS_CACHE
-from huggingface_hub.constants import HF_HUB_CACHE
 from tqdm import tqdm
 
 from captioning.errors import Stopped, UserError, causes, is_disk_full, printable
@@ -27,8 +25,11 @@ AGAIN = "run the same command again, with --resume_from_checkpoint true if it tr
 # What users, terminals and job schedulers send to end a run
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 PARENT_SECONDS = 5  # how soon a worker notices that the main process is gone
-# By the library that writes it, the variable that sets a cache, and the cache
-CACHES = {"datasets": ("HF_DATASETS_CACHE", str(HF_DATASETS_CACHE)), "huggingface_hub": ("HF_HOME", HF_HUB_CACHE)}
+# By the library that writes it, the variable that sets a cache, and the constant that is its path
+CACHES = {
+    "datasets": ("HF_DATASETS_CACHE", "datasets.config", "HF_DATASETS_CACHE"),
+    "huggingface_hub": ("HF_HOME", "huggingface_hub.constants", "HF_HUB_CACHE"),
+}
 # What gloo and NCCL report to the other processes when one has ended
 PEER_GONE = (
     "Connection closed by peer",
@@ -182,7 +183,8 @@ def full_disk(error: BaseException, folder: str = "a file", mend: str = "free so
     frames = [frame for cause in causes(error) for frame, _ in traceback.walk_tb(cause.__traceback__)]
     found = [library for frame in frames if (library := frame.f_globals["__name__"].partition(".")[0]) in CACHES]
     if found:
-        variable, cache = CACHES[found[-1]]
+        variable, module, constant = CACHES[found[-1]]
+        cache = getattr(sys.modules[module], constant)  # imported by the library that was writing
         # Beside the data, where that was loaded by `load_from_disk`
         files = [frame.f_locals.get("cache_file_name") for frame in frames]
         where = next((os.path.dirname(file) for file in files if isinstance(file, str)), cache)

@@ -19,6 +19,7 @@ from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PIL
 from processes import ROOT, Process, server
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from captioning.data import phantoms
 from captioning.models.fast_blip.modules import use_fast_blip
@@ -213,11 +214,11 @@ def losses(folder: Path) -> list[float]:
     return [entry["loss"] for entry in read_json(folder / "trainer_state.json")["log_history"] if "loss" in entry]
 
 
-def outcome(folder: Path) -> dict:
+def outcome(folder: Path, weights: str = "model.safetensors") -> dict:
     """All that a run decides: weights, scores, predictions, the logged history; no times."""
     state = read_json(folder / "trainer_state.json")
     return {
-        "weights": {name: value.tolist() for name, value in load_file(folder / "model.safetensors").items()},
+        "weights": {name: value.tolist() for name, value in load_file(folder / weights).items()},
         "results": without_times(read_json(folder / "all_results.json")),
         "predictions": {path.name: path.read_text() for path in (folder / "predictions").iterdir()},
         "history": [without_times(entry) for entry in state["log_history"] if "train_runtime" not in entry],
@@ -304,3 +305,19 @@ def assert_same(found, expected):
     whole = torch.stack([gradient.norm() for gradient in expected[1].values()]).norm()
     for name, gradient in expected[1].items():
         assert (found[1][name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6 * whole, name
+
+
+class KeepGradients(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def one_step(make, captioner, batch_size, accumulation, **arguments):
+    """Loss and gradients of one optimizer step over the same 8 rows."""
+    keep = KeepGradients()
+    arguments |= {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+    arguments |= {"max_steps": 1, "max_grad_norm": 0.0, "train_sampling_strategy": "sequential", "logging_steps": 1}
+    trainer = make(captioner=copy.deepcopy(captioner), save_strategy="no", do_eval=False, **arguments)
+    trainer.add_callback(keep)
+    trainer.train()
+    return trainer.state.log_history[0]["loss"], keep.gradients

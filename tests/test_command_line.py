@@ -8,6 +8,8 @@ import time
 from contextlib import suppress
 
 import pytest
+from datasets.config import HF_DATASETS_CACHE
+from huggingface_hub.constants import HF_HUB_CACHE
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from captioning.command_line import exit_on_user_error, on_stop_signals
@@ -32,6 +34,17 @@ def test_what_the_user_can_mend_is_one_line(capsys, error, line, status):
     with pytest.raises(SystemExit) as exited:
         exit_on_user_error(main)
     assert exited.value.code == status
+    assert capsys.readouterr().err.startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("library", "cache", "variable"),
+    [("datasets", HF_DATASETS_CACHE, "HF_DATASETS_CACHE"), ("huggingface_hub", HF_HUB_CACHE, "HF_HOME")],
+)
+def test_a_full_cache_is_named_with_the_variable_that_moves_it(capsys, library, cache, variable):
+    with pytest.raises(SystemExit):
+        exit_on_user_error(lambda: exec("raise OSError(28, 'full', 'a.json')", {"__name__": f"{library}.files"}))
+    line = f"error: no space left in the cache '{cache}'; free some, or set {variable} to a folder"
     assert capsys.readouterr().err.startswith(line)
 
 

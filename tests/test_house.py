@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the top down. A module imports from its own layer and from those below it
 LAYERS = {
-    "scripts": ("run_captioning", "captioning.__main__"),
+    "scripts": ("run_captioning", "captioning.__main__", "captioning.commands"),
     "what a run shows": ("captioning.reporting", "captioning.inference"),
     "training": ("captioning.training", "collator"),
     "rows and scores": ("captioning.data", "captioning.scoring"),
@@ -27,6 +27,8 @@ LAYERS = {
 HEIGHT = {room: height for height, rooms in enumerate(reversed(LAYERS.values())) for room in rooms}
 # Not in requirements.txt, or only needed with a Java runtime: imported where their scores are asked for
 OPTIONAL = {"bert_score", "pycocoevalcap"}
+# `WORK` of a command: imported by name, when the command is run
+BY_NAME = re.compile(r"(captioning(?:\.\w+)+):(\w+)")
 FAMILY_WORDS = re.compile(r"\[DEC\]|BlipProcessor|text_decoder|is_fast")
 FAMILY_ROOMS = ("captioning.models.blip", "captioning.models.fast_blip", "captioning.models.tokenizer")
 # What every checkout has: not what tools leave beside it
@@ -59,9 +61,16 @@ def imported_names(tree: ast.AST) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+def loaded_by_name(tree: ast.Module) -> set[tuple[str, str]]:
+    """Return each `module:function` that a string of the module names."""
+    texts = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
+    return {found.groups() for text in texts if (found := BY_NAME.fullmatch(text))}
+
+
 def own_imports(tree: ast.Module) -> set[str]:
     """Return which of our modules a module imports: `from captioning.training import safeguards` is one of them."""
-    ours = ({name, name.rpartition(".")[0]} & MODULES.keys() for name in imported_names(tree))
+    names = [*imported_names(tree), *(".".join(name) for name in loaded_by_name(tree))]
+    ours = ({name, name.rpartition(".")[0]} & MODULES.keys() for name in names)
     return {max(found, key=len) for found in ours if found}
 
 
@@ -125,6 +134,17 @@ def test_no_import_hides_in_a_function_but_those_of_optional_packages():
     )
 
 
+def test_only_the_commands_are_loaded_by_name_and_what_they_name_exists():
+    """Elsewhere an import by name would be an arrow that the tests above do not see."""
+    tools = {"importlib", "importlib.import_module"}
+    importers = {module for module, tree in MODULES.items() if tools & {*imported_names(tree)}}
+    assert importers == {"captioning.__main__", "captioning.scoring.coco"}  # and an optional package
+    named = {(room_of(module), *name) for module, tree in MODULES.items() for name in loaded_by_name(tree)}
+    assert {room for room, *_ in named} == {"captioning.commands"}
+    defined = {(module, function.name) for module, function in functions(MODULES)}
+    assert_none([f"{module}:{function}" for _, module, function in named if (module, function) not in defined])
+
+
 # --- Names ----------------------------------------------------------------------------------------------------
 
 
@@ -184,10 +204,10 @@ def test_no_function_is_longer_than_60_lines():
 
 
 def test_each_trap_has_a_definition_and_a_test_that_exists():
-    """Code cites T1 to T17, which docs/traps.md defines."""
+    """Code cites T1 to T19, which docs/traps.md defines."""
     entries = re.split(r'<a id="(T\d+)"></a>', (ROOT / "docs" / "traps.md").read_text())
     defined = dict(zip(entries[1::2], entries[2::2], strict=True))
-    assert list(defined) == [f"T{number}" for number in range(1, 18)]
+    assert list(defined) == [f"T{number}" for number in range(1, 20)]
     tests = {function.name for _, function in functions(_read("tests/**/test_*.py"))}
     assert_none([name for name, text in defined.items() if not tests & set(re.findall(r"`(test_\w+)`", text))])
 

@@ -5,17 +5,15 @@ names the images, `splits.py` draws splits, and `sources.load_source` applies al
 """
 
 import logging
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from datasets.fingerprint import Hasher
-from transformers.hf_argparser import HfArg
 
+from captioning.data.layout import Layout
 from captioning.data.tables import EXTRA_FIELDS, TABLE_ENDINGS, read_table
 from captioning.data.zenodo import UNUSABLE, MarkedSplits
 from captioning.errors import UserError, did_you_mean
@@ -41,39 +39,6 @@ USUAL_NAMES = {
 }  # fmt: skip
 FLAGS = {"image": "image_column", "caption": "caption_column", "image_id": "id_column", GROUP: "group_column"}
 TEXT = Value("string")
-
-
-@dataclass
-class Layout:
-    """What the user says about columns, files and splits."""
-
-    image_column: str | None = HfArg(default=None, help="Column of images or their paths. Default: a usual name.")
-    caption_column: str | None = HfArg(default=None, help="Column of captions. Default: a usual name, such as report.")
-    id_column: str | None = HfArg(default=None, help="Column of image ids. Default: image_id, id, or names of files.")
-    group_column: str | None = HfArg(
-        default=None, help="Column of what must not be in two splits. Default: patient_id or the like."
-    )
-    image_folder: str | None = HfArg(default=None, help="Folder of the images that a table names. Default: its own.")
-    validation_fraction: float | None = HfArg(
-        default=None, help="Share of the rows to validate on. Default: 0.1 of data without splits."
-    )
-    test_fraction: float | None = HfArg(default=None, help="The same for the test split.")
-    split_seed: int = HfArg(default=0, help="Another number draws other rows for these; --seed does not.")
-
-    def __post_init__(self):
-        """Check the values that can be checked alone."""
-        given = {name: getattr(self, f"{name}_fraction") for name in ("validation", "test")}
-        for name, fraction in given.items():
-            if fraction is not None and not 0 <= fraction < 1:
-                raise UserError(f"{name}_fraction is {fraction}; set --{name}_fraction from 0 to below 1")
-        if sum(fraction or 0 for fraction in given.values()) >= 1:
-            raise UserError("validation_fraction and test_fraction leave nothing for the training; lower one")
-        if self.image_folder is not None and not os.path.isdir(self.image_folder):
-            raise UserError(f"image_folder '{self.image_folder}' is not a folder; set --image_folder")
-
-    def given(self) -> list[str]:
-        """Return the names of the fields that the user has set."""
-        return [item.name for item in fields(Layout) if getattr(self, item.name) != item.default]
 
 
 def find_tables(folder: Path) -> dict[str, Path]:

@@ -22,12 +22,12 @@ from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from captioning.data.image_files import FILE, OUTSIDE, ImageFiles, with_files, with_ids
+from captioning.data.layout import Layout
 from captioning.data.own_data import (
     GROUP,
     SPLIT_NAMES,
     SPLITS,
     WHOLE,
-    Layout,
     choose_columns,
     find_tables,
     load_tables,

@@ -10,7 +10,8 @@ from datasets import Dataset, DatasetDict
 
 from captioning.data.checks import texts, usable
 from captioning.data.image_files import FILE
-from captioning.data.own_data import GROUP, SPLITS, Layout
+from captioning.data.layout import Layout
+from captioning.data.own_data import GROUP, SPLITS
 from captioning.errors import UserError
 
 

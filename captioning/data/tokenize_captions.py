@@ -32,7 +32,8 @@ def _tokenize_split(rows: Dataset, split: str, captioner: Captioner, max_length:
 
     captions = rows.select_columns("caption")
     # All that the tokens depend on; to hash the function itself, `datasets` would hash all weights of the model
-    depends = (captions._fingerprint, type(captioner).__name__, captioner.tokenizer, captioner.prompt_row, max_length)
+    probe = captioner.tokenize(["A b"], max_length)
+    depends = (captions._fingerprint, type(captioner).__name__, captioner.tokenizer, probe, max_length)
     tokens = captions.map(
         tokenize_batch,
         batched=True,

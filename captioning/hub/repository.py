@@ -35,15 +35,16 @@ from captioning.hub.private_strings import refuse_private_strings
 logger = logging.getLogger(__name__)
 MODEL_FILES = (
     "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
-    "processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "vocab.txt",
+    "processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "chat_template.jinja",
+    "qformer_tokenizer/*", "adapter_config.json", "adapter_model.safetensors", "base_config.json", "adapter/*",
 )  # fmt: skip
 # Without report.html: it holds the images, which the user may not have the right to publish
 RECORD_FILES = (
     "README.md", "recipe.json", "*_results.json", "scores.json", "trainer_state.json", "training_curve.png",
     "predictions/*.jsonl", "sample.*", "examples/*.jpg", "submission.csv", "submission.zip",
 )  # fmt: skip
-REWRITTEN_FILES = ("recipe.json", "trainer_state.json")  # hold paths of this machine
+REWRITTEN_FILES = ("recipe.json", "trainer_state.json", "adapter_config.json")  # hold paths of this machine
 BLANK_FILES = {".gitattributes", "README.md", "LICENSE"}  # what the Hub's web page creates in a new repository
 ORIGIN_FIELDS = ("model_name_or_path", "config_name", "dataset_name")  # equal in all models of one repository
 

@@ -60,12 +60,18 @@ CARD = CardFacts(
   year      = {2022}
 }""",
     usage="""{% if autocast %}import torch
+{% endif %}{% if adapter_of %}from peft import PeftModel
 {% endif %}from PIL import Image
 from transformers import BlipForConditionalGeneration, BlipImageProcessorPil, BlipProcessor
 from transformers.utils import cached_file
 
 name = {{ name }}
+{% if adapter_of -%}
+model = BlipForConditionalGeneration.from_pretrained({{ adapter_of }})
+model = PeftModel.from_pretrained(model, name)
+{% else -%}
 model = BlipForConditionalGeneration.from_pretrained(name)
+{% endif -%}
 processor = BlipProcessor.from_pretrained(name)
 processor.image_processor = BlipImageProcessorPil.from_pretrained(name)  # torchvision would resize to other pixels
 settings = dict({{ settings }})
@@ -111,12 +117,15 @@ class BlipCaptioner(Captioner):
     """`BlipForConditionalGeneration` with its `BlipProcessor`."""
 
     card = CARD
+    uses_all_parameters = True
     fast = False
 
     # --- Load and adapt ---------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, name: str, revision: str | None = None) -> "BlipCaptioner":
+    def from_pretrained(
+        cls, name: str, revision: str | None = None, dtype: torch.dtype = torch.float32
+    ) -> "BlipCaptioner":
         """See `Captioner.from_pretrained`.
 
         The image processor is the PIL one whatever is installed: torchvision resizes to other pixels, which gives
@@ -124,9 +133,9 @@ class BlipCaptioner(Captioner):
         """
         with as_user_error(f"model '{name}' cannot be loaded", "give the folder of a saved BLIP or a Hub id"):
             _check_size(BlipConfig.from_pretrained(name, revision=revision), name)
-            # float32: a checkpoint saved in half precision would otherwise be trained in it
+            # A checkpoint saved in half precision would otherwise be trained in it
             model, loading = BlipForConditionalGeneration.from_pretrained(
-                name, revision=revision, dtype=torch.float32, output_loading_info=True
+                name, revision=revision, dtype=dtype, output_loading_info=True
             )
             image_processor = BlipImageProcessorPil.from_pretrained(name, revision=revision)
         side, of_processor = model.config.vision_config.image_size, image_processor.size
@@ -199,9 +208,19 @@ class BlipCaptioner(Captioner):
             self.config.text_config.label_smoothing = label_smoothing  # not the Trainer's, which does not shift (T5)
             self.model.text_decoder.label_smoothing = label_smoothing
         if freeze_vision_model:
-            self.model.vision_model.requires_grad_(False)
+            self.vision_model.requires_grad_(False)
         self.fast = fast
         use_fast_blip(self.model, fast)
+
+    @property
+    def vision_model(self) -> nn.Module:
+        """See `Captioner.vision_model`."""
+        return self.model.vision_model
+
+    @property
+    def text_model(self) -> nn.Module:
+        """See `Captioner.text_model`; without the head, which is tied to the embedding."""
+        return self.model.text_decoder.bert
 
     def _resize_images(self, image_size: int) -> None:
         """Make model and processor take square images of another side in pixels.

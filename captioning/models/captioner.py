@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils import ModelOutput
 
 
 IGNORE_INDEX = -100  # the label that `torch.nn.functional.cross_entropy` leaves out
@@ -60,17 +61,22 @@ class Captioner(ABC):
         model: what is trained, evaluated and saved; None in a process that loads data.
         config: the model's.
         processor: image processor and tokenizer, saved beside the model.
-        prompt_ids: tokens of the prompt that every caption continues, without special tokens.
-        card: what the model card says of the family.
+        prompt: text that every caption continues.
+        prompt_ids: its tokens, without special tokens.
+        prompt_arguments: what the processor is called with beside an image to make the prompt, for the card.
+        card: what the model card says of the family, if it is the only one of its class: see `card_facts`.
     """
 
     card: ClassVar[CardFacts]
+    uses_all_parameters: ClassVar[bool] = False  # in each training step; True makes several processes faster
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin):
         self.model = model
         self.config = model.config
         self.processor = processor
+        self.prompt: str | None = None
         self.prompt_ids: list[int] = []
+        self.prompt_arguments: dict[str, Any] = {}
 
     def without_weights(self) -> "Captioner":
         """Return a copy that can tokenize, collate and decode, for a process that loads data."""
@@ -83,12 +89,19 @@ class Captioner(ABC):
         """The tokenizer of the processor."""
         return self.processor.tokenizer
 
+    @classmethod
+    def card_facts(cls, model_type: str) -> CardFacts:
+        """Return what the model card says of a model with this `model_type` in its config."""
+        return cls.card
+
     # --- Load and adapt ---------------------------------------------------------------------------------------
 
     @classmethod
     @abstractmethod
-    def from_pretrained(cls, name: str, revision: str | None = None) -> "Captioner":
-        """Load a checkpoint from the Hub or a folder, in float32.
+    def from_pretrained(
+        cls, name: str, revision: str | None = None, dtype: torch.dtype = torch.float32
+    ) -> "Captioner":
+        """Load a checkpoint from the Hub or a folder; a type other than float32 is for weights that do not learn.
 
         Raises:
             UserError: there is no such checkpoint, or it is not one of this family.
@@ -140,8 +153,19 @@ class Captioner(ABC):
             UserError: the model cannot be adapted in this way.
         """
 
+    @property
+    @abstractmethod
+    def vision_model(self) -> torch.nn.Module:
+        """The part of the model that encodes images."""
+
+    @property
+    @abstractmethod
+    def text_model(self) -> torch.nn.Module:
+        """The part of the model that writes, which adapters are put into."""
+
     def set_prompt(self, prompt: str | None) -> None:
-        """Set the text that every caption continues; it is neither learned nor scored."""
+        """Set the text that every caption continues; it is neither learned nor scored. None: the family's default."""
+        self.prompt = prompt
         self.prompt_ids = self.tokenizer(prompt or "", add_special_tokens=False)["input_ids"]
 
     @abstractmethod
@@ -197,10 +221,15 @@ class Captioner(ABC):
         """The token that ends a caption."""
         return self.tokenizer.eos_token_id
 
+    @property
+    def end_token_ids(self) -> list[int]:
+        """All tokens at which generation stops."""
+        return [self.end_token_id]
+
     def without_padding(self, tokens: np.ndarray) -> np.ndarray:
         """Return the new tokens `[T]` of one caption up to its end token; without one, up to its padding."""
         tokens = tokens[tokens >= 0]
-        ends = np.flatnonzero(tokens == self.end_token_id)
+        ends = np.flatnonzero(np.isin(tokens, self.end_token_ids))
         if len(ends):
             return tokens[: ends[0] + 1]
         written = np.flatnonzero(tokens != self.tokenizer.pad_token_id)
@@ -219,6 +248,18 @@ class Captioner(ABC):
         Raises:
             ValueError: an image cannot be processed.
         """
+
+    def forward(self, model: torch.nn.Module, batch: Batch) -> ModelOutput:
+        """Run a training step's forward pass.
+
+        Args:
+            model: `self.model`, or what the Trainer has wrapped it in.
+            batch: from `collate`.
+
+        Returns:
+            `loss`, the mean over the targets, smoothed if the run says so, and `logits` of any shape.
+        """
+        return model(**batch, use_cache=False)
 
     def num_targets(self, labels: torch.Tensor) -> torch.Tensor:
         """Count the targets of each row of `labels` `[B, L]`: int64 `[B]`."""

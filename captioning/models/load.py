@@ -3,7 +3,6 @@
 import logging
 import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +13,13 @@ from captioning.files import PROJECT
 from captioning.hub.faults import reading_from_hub
 from captioning.models.blip import BlipCaptioner
 from captioning.models.captioner import Captioner
+from captioning.models.families import FAMILIES
+from captioning.models.image_text_to_text import ImageTextToTextCaptioner
+from captioning.models.lora import base_of_adapter, load_adapter
 
 
 logger = logging.getLogger(__name__)
-CAPTIONERS: dict[str, type[Captioner]] = {"blip": BlipCaptioner}
+CAPTIONERS: dict[str, type[Captioner]] = {"blip": BlipCaptioner} | dict.fromkeys(FAMILIES, ImageTextToTextCaptioner)
 
 
 def captioner_class(model_type: str | None, name: str) -> type[Captioner]:
@@ -28,12 +30,24 @@ def captioner_class(model_type: str | None, name: str) -> type[Captioner]:
     return CAPTIONERS[model_type]
 
 
-def load_captioner(name: str, revision: str | None = None) -> Captioner:
-    """See `Captioner.from_pretrained`; an unsupported type and weights that are NaN are `UserError`s, too."""
-    with reading_from_hub(f"model '{name}' cannot be loaded", "give the folder of a saved model or a Hub id"):
-        model_type = PreTrainedConfig.get_config_dict(name, revision=revision)[0].get("model_type")
-    captioner = captioner_class(model_type, name).from_pretrained(name, revision)
-    refuse_nan_weights(captioner.model, name)
+def load_captioner(name: str, revision: str | None = None, dtype: str = "float32") -> Captioner:
+    """See `Captioner.from_pretrained`; an unsupported type and weights that are NaN are `UserError`s, too.
+
+    Of an adapter, the model that it adapts is loaded, and the adapter put into it.
+    """
+    mend = "give the folder of a saved model or a Hub id"
+    with reading_from_hub(f"model '{name}' cannot be loaded", mend):
+        adapts = base_of_adapter(name, revision)
+    base, base_revision = adapts or (name, revision)
+    what = f"model '{base}'" + (f", which '{name}' adapts," if adapts else "")
+    with reading_from_hub(f"{what} cannot be loaded", mend):
+        model_type = PreTrainedConfig.get_config_dict(base, revision=base_revision)[0].get("model_type")
+    found = captioner_class(model_type, base)
+    captioner = found.from_pretrained(base, base_revision, getattr(torch, dtype))
+    refuse_nan_weights(captioner.model, base)
+    if adapts:
+        load_adapter(captioner, name, revision)
+        refuse_nan_weights(captioner.model, name)
     return captioner
 
 
@@ -82,10 +96,3 @@ def build_captioner(
     config = config or read_config(config_name)
     found = captioner_class(config.get("model_type") or "blip", config_name)
     return found.from_config(config, config_name, seed, tokenizer_name, captions, vocab_size)
-
-
-def class_in_folder(folder: Path) -> type[Captioner]:
-    """Return the class of the model that is saved in a folder; BLIP's where there is none."""
-    if not (folder / "config.json").is_file():
-        return BlipCaptioner
-    return captioner_class(PreTrainedConfig.get_config_dict(folder)[0].get("model_type"), str(folder))

@@ -39,7 +39,8 @@ def write_card_images(trainer: CaptioningTrainer, record: RunRecord, rows: Datas
     sample = sample if sample.mode in ("L", "RGB") else sample.convert("RGB")
     sample.info.clear()  # a comment in the file may name a patient
     sample.save(folder / "sample.png")
-    caption = {"image": "sample.png", "caption": trainer.caption(sample)}
+    prompt = trainer.captioner.prompt_arguments
+    caption = {"image": "sample.png", "caption": trainer.caption(sample), "prompt": prompt}
     write_whole(folder / "sample.json", json.dumps(caption, indent=2, ensure_ascii=False) + "\n")
     if not with_images:
         return

@@ -3,12 +3,9 @@
 It is made from the files of the run alone, so that a push can write it again under the name of the repository.
 """
 
-import html
 import json
 import math
-import re
-import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,16 +15,16 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
 from captioning.files import PROJECT, write_whole
+from captioning.models.lora import WEIGHT_FILES
 from captioning.reporting.card_images import chosen_examples
 from captioning.reporting.run_record import SPLITS, RunRecord
-from captioning.reporting.score_table import four_digits
+from captioning.reporting.score_table import in_digits, markdown, number_text, score_cells
 from captioning.scoring.baselines import BASELINES
-from captioning.scoring.bootstrap import num_decimals
 from captioning.training.decoding import decode_settings
 
 
 TEMPLATE = Path(__file__).parent / "model_card_template.md"
-CAPTION_WIDTH = 300  # characters of a caption in the table of examples
+TAGS = ("image-captioning", "radiology", "medical", "generated_from_trainer")
 COMMIT_DIGITS = 40
 # The scores of the `model-index`: type of the metric, and name
 INDEXED_SCORES = {
@@ -63,7 +60,7 @@ def write_model_card(record: RunRecord, name: str | None = None) -> None:
 
 def render_card(record: RunRecord, name: str) -> str:
     """Return the card of a run as Markdown with YAML metadata; `name`: of the model, or `<user>/<name>` on the Hub."""
-    recipe, family = record.recipe, record.captioner_class.card
+    recipe, family = record.recipe, record.card_facts
     base = record.start and record.start.id
     if not base and not recipe["do_train"]:
         base = Path(recipe["config_name"]).stem  # random weights were scored as they are
@@ -74,12 +71,13 @@ def render_card(record: RunRecord, name: str) -> str:
     metadata = ModelCardData(
         language=recipe["language"],
         license=recipe["license"] or license,
-        library_name="transformers",
+        library_name="peft" if record.is_adapter else "transformers",
         pipeline_tag="image-to-text",
         base_model=base if base_on_hub else None,
+        base_model_relation="adapter" if base_on_hub and record.is_adapter else None,
         datasets=[record.data.id] if record.data.revision else None,
         metrics=["rouge"],
-        tags=[*family.tags, "image-captioning", "radiology", "medical", "generated_from_trainer"],
+        tags=[*family.tags, *(["lora"] if record.is_adapter else []), *TAGS],
         model_name=name.split("/")[-1],
         eval_results=[result for stage in stages[:1] for result in _eval_results(record, *stage)] or None,
     )
@@ -107,22 +105,12 @@ def render_card(record: RunRecord, name: str) -> str:
         facts=_run_facts(record),
         sizes=_sizes(record),
         has_curve=(record.folder / "training_curve.png").is_file(),
-        digits=four_digits,
-        in_digits=_in_digits,
+        digits=number_text,
+        in_digits=in_digits,
         show_result=partial(_show_result, record),
         markdown=markdown,
     )
     return str(card)
-
-
-def markdown(text: str) -> str:
-    """Return text from the data so that it shows as it is in a Markdown table: on one line, no markup, no HTML."""
-    visible = "".join(" " if unicodedata.category(char) in ("Cc", "Cf") else char for char in text)
-    short = " ".join(visible.split())
-    if len(short) > CAPTION_WIDTH:
-        short = short[: CAPTION_WIDTH - 1].rstrip() + "…"
-    escaped = re.sub(r"([\\`*_{}\[\]|~$#!@])", r"\\\1", html.escape(short, quote=False))
-    return escaped.replace("://", r"\://").replace("www.", r"www\.")  # GitHub's Markdown makes links of bare addresses
 
 
 # --- Scores ---------------------------------------------------------------------------------------------------
@@ -149,37 +137,17 @@ def _eval_results(record: RunRecord, split: str, prefix: str) -> list[EvalResult
     ]
 
 
-def _main_scores(scores: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Return the rows of the small table: a score, its interval, and the highest of its baselines."""
-    rows = []
-    for key in MAIN_SCORES:
-        entry = scores["scores"].get(key)
-        if not entry or entry["value"] is None:
-            continue
-        show = _in_digits(entry)
-        known = {name: value for name, value in entry["baselines"].items() if value is not None}
-        best = max(known, key=known.get, default=None)
-        rows.append({
-            "title": INDEXED_SCORES[key][1],
-            "value": show(entry["value"]),
-            "interval": f"{show(entry['low'])} to {show(entry['high'])}",
-            "baseline": f"{show(known[best])} ({BASELINES[best].name})" if best else "-",
-        })  # fmt: skip
-    return rows
-
-
-def _in_digits(entry: Mapping[str, Any]) -> Callable[[float | None], str]:
-    """Return a function that shows a score with the decimals that the interval of `entry` deserves."""
-    digits = num_decimals(entry["low"], entry["high"])
-    return lambda value: "-" if value is None else f"{value:.{digits}f}"
+def _main_scores(scores: Mapping[str, Any]) -> list[list[str]]:
+    """Return the rows of the small table: the name of a score, and its `score_cells`."""
+    known = {key: entry for key, entry in scores["scores"].items() if entry["value"] is not None}
+    return [[INDEXED_SCORES[key][1], *score_cells(known[key])] for key in MAIN_SCORES if key in known]
 
 
 def _show_result(record: RunRecord, split: str, key: str, value: float | None) -> str:
     """Return a metric of a split with the decimals that its interval deserves, a dash for None, NaN and infinity."""
-    if value is None or not math.isfinite(value):
-        return "-"
     entry = record.scores.get(split, {"scores": {}})["scores"].get(key)
-    return _in_digits(entry)(value) if entry and entry["value"] is not None else f"{value:.{DECIMALS.get(key, 3)}f}"
+    scored = entry and entry["value"] is not None
+    return in_digits(entry)(value) if scored else number_text(value, DECIMALS.get(key, 3))
 
 
 def _examples(record: RunRecord) -> dict[str, dict[str, Any]]:
@@ -206,8 +174,14 @@ def _usage(record: RunRecord, name: str) -> str:
     recipe = record.recipe
     settings = ", ".join(f"{key}={value!r}" for key, value in decode_settings(recipe).items())
     model = name if recipe["do_train"] or not record.start else record.start.id
-    return jinja2.Template(record.captioner_class.card.usage).render(
+    start, revision = record.start, record.start and record.start.revision
+    adapter_of = record.is_adapter and _python_string(start.id) + (f', revision="{revision}"' if revision else "")
+    arguments = record.sample.get("prompt") or {}
+    return jinja2.Template(record.card_facts.usage).render(
         name=_python_string(model),
+        adapter_of=adapter_of,
+        arguments=", ".join(f"{key}={value!r}" for key, value in arguments.items()),
+        dtype=None if recipe["torch_dtype"] == "float32" else f'"{recipe["torch_dtype"]}"',
         settings=settings,
         holder="name" if model == name else _python_string(name),
         prompt=recipe["prompt"] and repr(recipe["prompt"]),
@@ -220,9 +194,9 @@ def _python_string(text: str) -> str:
 
 
 def _plain_generate(record: RunRecord) -> str:
-    family = record.captioner_class
-    suffices = record.recipe["do_train"] and family.plain_generate_suffices(record.decoding)
-    return jinja2.Template(family.card.plain_generate).render(prompt=record.recipe["prompt"], suffices=suffices)
+    can = record.recipe["do_train"] and not record.is_adapter
+    suffices = can and record.captioner_class.plain_generate_suffices(record.decoding)
+    return jinja2.Template(record.card_facts.plain_generate).render(prompt=record.recipe["prompt"], suffices=suffices)
 
 
 def _autocast(recipe: Mapping[str, Any]) -> str | None:
@@ -286,12 +260,12 @@ def _num_epochs(record: RunRecord) -> str:
 
 
 def _num_parameters(record: RunRecord) -> str | None:
-    path = record.folder / "model.safetensors"
-    if not path.is_file():
+    path = next((path for name in WEIGHT_FILES if (path := record.folder / name).is_file()), None)
+    if path is None:
         return None
     with safe_open(path, framework="pt") as weights:
         number = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
-    return f"{number / 1e6:.{2 if number < 1e8 else 0}f} million"
+    return f"{number / 1e6:.{2 if number < 1e8 else 0}f} million{' in the adapter' if record.is_adapter else ''}"
 
 
 def _duration(seconds: float) -> str:

@@ -14,8 +14,9 @@ from transformers import GenerationConfig
 from captioning.data.checks import read_rejected, reasons_in_words
 from captioning.data.leaks import Leaks, leaks_in_words
 from captioning.hub.revisions import COMMIT_HASH
-from captioning.models.captioner import Captioner
-from captioning.models.load import class_in_folder
+from captioning.models.captioner import Captioner, CardFacts
+from captioning.models.load import captioner_class
+from captioning.models.lora import BASE_CONFIG
 from captioning.scoring.captions import read_predictions
 from captioning.training.decoding import generation_config, in_words
 
@@ -27,6 +28,9 @@ RECIPE_DEFAULTS = {
     "language": "en",
     "license": None,
     "publish_images": False,
+    "use_peft": False,
+    "merge_lora": False,
+    "torch_dtype": "float32",
     "hardware": {"device": "unknown", "processor": "unknown", "threads": "unknown", "processes": 1},
 }
 
@@ -54,18 +58,18 @@ class Origin:
 class RunRecord:
     """A run by the files of its output folder, each of which is read at most once, when it is first asked for.
 
-    The folder has `recipe.json` at least. Ask for `results` after the last of them has been written. The class of the
-    captioner is by default that of the model saved in the folder. `found_leaks`: see `find_leaks`.
+    The folder has `recipe.json` at least. Ask for `results` after the last of them has been written. `model_type` is
+    by default that of the model saved in the folder, BLIP's if there is none. `found_leaks`: see `find_leaks`.
     """
 
     def __init__(
         self,
         folder: str | Path,
-        captioner_class: type[Captioner] | None = None,
+        model_type: str | None = None,
         found_leaks: Mapping[str, Leaks] = {},
     ):
         self.folder = Path(folder)
-        self._captioner_class, self._found_leaks = captioner_class, found_leaks
+        self._model_type, self._found_leaks = model_type, found_leaks
         self._predictions: dict[str, list[dict[str, Any]]] = {}
 
     # --- Files ------------------------------------------------------------------------------------------------
@@ -91,14 +95,21 @@ class RunRecord:
         return [_with_nan(entry) for entry in self._read("trainer_state.json").get("log_history", [])]
 
     @cached_property
-    def sample(self) -> dict[str, str]:
-        """`sample.json`: an `image` of the folder that may be redistributed, and the `caption` that it gets."""
+    def sample(self) -> dict[str, Any]:
+        """`sample.json`: an `image` of the folder that may be redistributed, and the `caption` that it gets.
+
+        `prompt` are arguments with which the processor makes the prompt.
+        """
         return self._read("sample.json")
+
+    @cached_property
+    def _config(self) -> Mapping[str, Any]:
+        return self._read("config.json") or self._read(BASE_CONFIG)
 
     @cached_property
     def image_size(self) -> int | None:
         """The side of the images in pixels by the saved `config.json`, None if no model was saved."""
-        return self._read("config.json").get("vision_config", {}).get("image_size")
+        return self._config.get("vision_config", {}).get("image_size")
 
     def predictions(self, split: str) -> list[dict[str, Any]]:
         """Return the rows of `predictions/<split>.jsonl`, none if the split was not captioned."""
@@ -119,9 +130,24 @@ class RunRecord:
     # --- What was run on what ---------------------------------------------------------------------------------
 
     @cached_property
+    def model_type(self) -> str:
+        """The family of the model."""
+        return self._model_type or self._config.get("model_type") or "blip"
+
+    @cached_property
     def captioner_class(self) -> type[Captioner]:
         """The class of the model."""
-        return self._captioner_class or class_in_folder(self.folder)
+        return captioner_class(self.model_type, str(self.folder))
+
+    @cached_property
+    def card_facts(self) -> CardFacts:
+        """What the card says of the family of the model."""
+        return self.captioner_class.card_facts(self.model_type)
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the folder holds an adapter, and not a whole model."""
+        return bool(self.recipe["do_train"] and self.recipe["use_peft"] and not self.recipe["merge_lora"])
 
     @cached_property
     def decoding(self) -> GenerationConfig:

@@ -1,59 +1,64 @@
-"""Scores as tables of plain text: those of one system, and the paired test of two."""
+"""Scores as tables, of text, Markdown or LaTeX: those of one system, and the paired test of two."""
 
+import html
 import math
-from collections.abc import Mapping
+import re
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from captioning.errors import printable
 from captioning.scoring.baselines import BASELINES
+from captioning.scoring.bootstrap import num_decimals
 from captioning.scoring.score import BY_MODALITY
 
 
 CAPTION_WIDTH = 400  # characters of a caption on the terminal
+CELL_WIDTH = 300  # characters of a text in Markdown
 
 
-def score_table(scores: Mapping[str, Any]) -> str:
-    """Return the dict of `score` as text: scores with intervals and baselines, modalities, what is missing."""
-    baselines = list(scores["baselines"])
-    width = max(len(name) for name in scores["scores"]) + 2
-    headings = "".join(f"{BASELINES[key].heading:>13}" for key in baselines)
-    lines = [f"{scores['captions']:,} captions, {scores['unique_captions']:.1%} of them distinct", ""]
-    lines += [f"{'':<{width}}{'score':>8}  {'95 % interval':<17}{headings}"]
+def score_table(scores: Mapping[str, Any], format: str = "text") -> str:
+    """Return the dict of `score` as a table: as `text` with all baselines and details, else with the best baseline."""
+    known = {key: BASELINES[key].heading for key in scores["baselines"] if format == "text"}
+    rows = [["", "score", "95 % interval", *(known.values() or ["best baseline"])]]
     for name, entry in scores["scores"].items():
-        row = f"{name:<{width}}{four_digits(entry['value']):>8}"
-        row += f"  {four_digits(entry['low'])} - {four_digits(entry['high']):<8}"
-        row += "".join(f"{four_digits(entry['baselines'].get(key)):>13}" for key in baselines)
-        lines += [row + (f"   references {four_digits(entry['references'])}" if "references" in entry else "")]
-    counted = {name: entry for name, entry in scores["scores"].items() if "stated" in entry}
-    lines += ["", *(f"{name}: {items_in_words(entry)}" for name, entry in counted.items()), ""]
+        *cells, best = score_cells(entry)
+        baselines = [in_digits(entry)(entry["baselines"].get(key)) for key in known]
+        rows.append([name, *cells, *(baselines or [best])])
+    head = f"{scores['captions']:,} captions, {scores['unique_captions']:.1%} of them distinct"
+    details = _details(scores) if format == "text" else []
+    return _with_notes(head, rows, [*details, *not_computed(scores), scores["verdict"]], format)
+
+
+def comparison_table(result: Mapping[str, Any], format: str = "text") -> str:
+    """Return the result of `compare_captions`; `captions` is their number, `systems` the names of the two."""
+    rows = [["", "first", "second", "difference", "95 % interval", "p", "p, Holm"]]
+    for name, row in result["scores"].items():
+        show = in_digits(row)
+        values = (show(row["first"]), show(row["second"]), show(row["difference"], sign="+"))
+        p_values = (number_text(row[key]) for key in ("p_value", "p_holm"))
+        rows.append([name, *values, interval_in_words(row, sign="+"), *p_values])
+    p_note = "p: approximate randomization, two-sided, and corrected for the number of scores by Holm's method."
+    notes = [*not_computed(result), p_note, "The difference is the first score minus the second."]
+    first, second = result["systems"]
+    return _with_notes(f"{result['captions']:,} captions; first: {first}; second: {second}", rows, notes, format)
+
+
+def _details(scores: Mapping[str, Any]) -> list[str]:
+    """Return lines on counts of attributes, the baselines, and the scores by modality."""
+    entries, modalities = scores["scores"], scores["modalities"]
+    lines = [f"{name}: {items_in_words(entry)}" for name, entry in entries.items() if "stated" in entry]
+    known = {name: number_text(entry["references"]) for name, entry in entries.items() if "references" in entry}
+    lines += [*(f"{name}: the references themselves score {value}" for name, value in known.items()), ""]
     for key, note in scores["baselines"].items():
         among = f", found among {note['found_among']}" if "found_among" in note else ""
         lines += [f"{BASELINES[key].heading}: {note['what']}{among}"]
     lines += [f"  {printable(scores['baselines']['constant']['caption'], CAPTION_WIDTH)}", ""]
-    modalities = scores["modalities"]
-    lines += [f"{'by modality':<{width}}" + "".join(f"{name:>13}" for name in modalities)]
-    lines += [f"{'captions':<{width}}" + "".join(f"{own['captions']:>13,}" for own in modalities.values())]
-    for key in (key for key in BY_MODALITY if key in scores["scores"]):
-        values = "".join(f"{four_digits(own[key]['value']):>13}" for own in modalities.values())
-        lines += [f"{key:<{width}}{values}"]
-    return "\n".join([*lines, "", *not_computed(scores), scores["verdict"]])
-
-
-def comparison_table(result: Mapping[str, Any]) -> str:
-    """Return the result of `compare_captions` as text; `captions` is their number, `systems` the names of the two."""
-    first, second = result["systems"]
-    width = max(len(name) for name in result["scores"]) + 2
-    lines = [f"{result['captions']:,} captions; first: {first}; second: {second}", ""]
-    lines += [f"{'':<{width}}{'first':>8}{'second':>8}{'difference':>12}  {'95 % interval':<20}{'p':>9}{'p, Holm':>9}"]
-    for name, row in result["scores"].items():
-        difference, low, high = (four_digits(row[key], sign="+") for key in ("difference", "low", "high"))
-        values = f"{four_digits(row['first']):>8}{four_digits(row['second']):>8}{difference:>12}"
-        p_values = "".join(f"{four_digits(row[key]):>9}" for key in ("p_value", "p_holm"))
-        lines += [f"{name:<{width}}{values}  {f'{low} to {high}':<20}{p_values}"]
-    lines += ["", *not_computed(result)]
-    lines += ["p: approximate randomization, two-sided, and corrected for the number of scores by Holm's method."]
-    lines += ["The difference is the first score minus the second."]
-    return "\n".join(lines)
+    rows = [["by modality", *modalities], ["captions", *(f"{own['captions']:,}" for own in modalities.values())]]
+    for key in (key for key in BY_MODALITY if key in entries):
+        rows.append([key, *(in_digits(own[key])(own[key]["value"]) for own in modalities.values())])
+    return [*lines, *_text_table(rows), ""]
 
 
 def items_in_words(entry: Mapping[str, Any]) -> str:
@@ -66,11 +71,67 @@ def items_in_words(entry: Mapping[str, Any]) -> str:
     return f"{shares}; stated by the captions {entry['predicted']:,} times, by the references {entry['stated']:,}"
 
 
-def four_digits(value: float | None, sign: str = "") -> str:
-    """Return a number as text, a dash for None, NaN and infinity."""
-    return "-" if value is None or not math.isfinite(value) else f"{value:{sign}.4f}"
-
-
 def not_computed(scores: Mapping[str, Any]) -> list[str]:
     """Return a line for each score that is missing, with what it needs."""
     return [f"not computed: {name}: {reason}" for name, reason in scores["missing"].items()]
+
+
+# --- Numbers --------------------------------------------------------------------------------------------------
+
+
+def number_text(value: float | None, digits: int = 4, sign: str = "") -> str:
+    """Return a number as text, a dash for None, NaN and infinity."""
+    return "-" if value is None or not math.isfinite(value) else f"{value:{sign}.{digits}f}"
+
+
+def in_digits(entry: Mapping[str, Any]) -> Callable[..., str]:
+    """Return `number_text` with the decimals that the interval of `entry` deserves."""
+    return partial(number_text, digits=num_decimals(entry["low"], entry["high"]))
+
+
+def interval_in_words(entry: Mapping[str, Any], sign: str = "") -> str:
+    """Return the confidence interval of a score or a difference, a dash if it has none."""
+    low, high = (in_digits(entry)(entry[end], sign=sign) for end in ("low", "high"))
+    return "-" if entry["low"] is None else f"{low} to {high}"
+
+
+def score_cells(entry: Mapping[str, Any]) -> list[str]:
+    """Return a score, its confidence interval, and the highest of its baselines with its name, a dash without one."""
+    known = {key: value for key, value in entry["baselines"].items() if value is not None}
+    best, show = max(known, key=known.get, default=None), in_digits(entry)
+    baseline = f"{show(known[best])} ({BASELINES[best].name})" if best else "-"
+    return [show(entry["value"]), interval_in_words(entry), baseline]
+
+
+# --- Formats --------------------------------------------------------------------------------------------------
+
+
+def markdown(text: str, width: int | None = CELL_WIDTH) -> str:
+    """Return text from the data so that it shows as it is in a Markdown table: on one line, no markup, no HTML."""
+    visible = "".join(" " if unicodedata.category(char) in ("Cc", "Cf") else char for char in text)
+    short = " ".join(visible.split())
+    if width and len(short) > width:
+        short = short[: width - 1].rstrip() + "…"
+    escaped = re.sub(r"([\\`*_{}\[\]|~$#!@])", r"\\\1", html.escape(short, quote=False))
+    return escaped.replace("://", r"\://").replace("www.", r"www\.")  # GitHub's Markdown makes links of bare addresses
+
+
+def _with_notes(head: str, rows: Sequence[Sequence[str]], notes: Sequence[str], format: str) -> str:
+    """Return a table, the first of its rows the heading, between a line and others, which LaTeX has as comments."""
+    if format == "text":
+        return "\n".join([head, "", *_text_table(rows), "", *notes])
+    if format == "markdown":
+        lines = [f"| {' | '.join(map(markdown, row))} |" for row in rows]
+        lines.insert(1, "|:--|" + "--:|" * (len(rows[0]) - 1))
+        return "\n".join([markdown(head, None), "", *lines, "", *(f"* {markdown(note, None)}" for note in notes)])
+    # What LaTeX takes for a command, and the minus of a number
+    rows = [[re.sub(r"-(?=\d)", "$-$", re.sub(r"[&%$#_{}]", r"\\\g<0>", cell)) for cell in row] for row in rows]
+    heading, *lines = [" & ".join(row) + r" \\" for row in rows]
+    head, *notes = (f"% {printable(line)}" for line in (head, *notes))
+    begin = ["% \\usepackage{booktabs}", f"\\begin{{tabular}}{{l{'r' * (len(rows[0]) - 1)}}}", "\\toprule"]
+    return "\n".join([head, *begin, heading, "\\midrule", *lines, "\\bottomrule", "\\end{tabular}", *notes])
+
+
+def _text_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return ["   ".join([row[0].ljust(first), *map(str.rjust, row[1:], widths)]) for row in rows]

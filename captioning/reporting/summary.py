@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from captioning.errors import printable
 from captioning.reporting.run_record import SPLITS, RunRecord
-from captioning.reporting.score_table import CAPTION_WIDTH, four_digits, not_computed
+from captioning.reporting.score_table import CAPTION_WIDTH, not_computed, number_text
 from captioning.scoring.baselines import BASELINES
 from captioning.scoring.score import HEADLINE
 from metrics import METRIC_NAMES
@@ -25,7 +25,7 @@ def summary(metrics: Mapping[str, float], record: RunRecord) -> str:
     for row, label in rows.items():
         values = [metrics.get(f"{prefix}_{row}") for prefix in columns.values()]
         if any(value is not None for value in values):
-            lines.append(f"{label:<24}" + "".join(f"{four_digits(value):>12}" for value in values))
+            lines.append(f"{label:<24}" + "".join(f"{number_text(value):>12}" for value in values))
     lines += [f"{split}: {record.scores[split]['verdict']}" for split in columns if split in record.scores]
     lines += record.leaks
     lines += dict.fromkeys(

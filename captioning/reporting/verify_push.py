@@ -9,8 +9,9 @@ from huggingface_hub import CommitInfo, snapshot_download
 from PIL import Image
 
 from captioning.hub.faults import describe_fault
-from captioning.hub.repository import MODEL_FILES
+from captioning.hub.repository import MODEL_FILES, REWRITTEN_FILES
 from captioning.models.captioner import Captioner
+from captioning.models.load import load_captioner
 from captioning.reporting.run_record import RunRecord
 from captioning.training.trainer import CaptioningTrainer
 
@@ -30,7 +31,7 @@ def verify_push(commit: CommitInfo, record: RunRecord, trainer: CaptioningTraine
         with tempfile.TemporaryDirectory(prefix=".push-", dir=record.folder, ignore_cleanup_errors=True) as cache:
             repo_id, patterns = commit.repo_url.repo_id, list(MODEL_FILES)
             folder = snapshot_download(repo_id, revision=commit.oid, cache_dir=cache, allow_patterns=patterns)
-            captioner = record.captioner_class.from_pretrained(folder)
+            captioner = load_captioner(folder)
             captioner.set_prompt(record.recipe["prompt"])
             faults = _other_files(record.folder, Path(folder))
             if trainer is not None:
@@ -45,7 +46,8 @@ def verify_push(commit: CommitInfo, record: RunRecord, trainer: CaptioningTraine
 
 
 def _other_files(here: Path, there: Path) -> list[str]:
-    names = sorted({path.name for pattern in MODEL_FILES for path in here.glob(pattern)})
+    paths = {path for pattern in MODEL_FILES for path in here.glob(pattern) if path.name not in REWRITTEN_FILES}
+    names = sorted(path.relative_to(here).as_posix() for path in paths)
     _, differ, missing = filecmp.cmpfiles(here, there, names, shallow=False)
     return [f"{name} differs" for name in differ] + [f"{name} is missing" for name in missing]
 

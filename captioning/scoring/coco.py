@@ -18,13 +18,12 @@ import numpy as np
 import scipy.sparse as sp
 
 from captioning.errors import UserError
+from captioning.scoring import TOKENIZERS
 from captioning.scoring.bootstrap import Score
 from captioning.scoring.ngrams import NgramTable
 from metrics import lcs_length
 
 
-# And the prefix of the scores computed on their tokens
-TOKENIZERS = {"ptb": "coco", "whitespace": "nlgeval", "whitespace_lower": "nlgeval_lower"}
 METEOR_CAPTIONS = 20_000  # METEOR takes 0.7 ms a caption, more than all else
 
 # A process lives for seconds: the second compiler of the JVM costs more than it gains

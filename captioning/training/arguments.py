@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, Seq2SeqTrainingArguments
 from transformers.hf_argparser import HfArg
 
-from captioning.data.own_data import Layout
+from captioning.data.layout import Layout
 from captioning.errors import UserError, as_user_error, did_you_mean
 from captioning.hub.licenses import check_license
 from captioning.training.decoding import generation_config
@@ -34,6 +34,9 @@ RANGES = {
     "seed": (0, 2**32 - 1),  # of numpy
     "image_size": (1, 8192),
     "vocab_size": (100, 2**20),
+    "lora_r": (1, 4096),
+    "lora_alpha": (1, 2**20),
+    "lora_dropout": (0, 0.999),
     "preprocessing_num_workers": (1, 512),
     "dataloader_num_workers": (0, 512),
 }
@@ -99,6 +102,15 @@ class ModelArguments:
     freeze_vision_model: bool = HfArg(default=False, help="Train only what follows the vision model.")
     label_smoothing: float | None = HfArg(default=None, help="Smoothing of the training loss. Default: the model's.")
     fast_blip: bool = HfArg(default=True, help="The same numbers by faster code, for BLIP; false: stock transformers.")
+    torch_dtype: str = HfArg(default="float32", help="Or bfloat16, of weights that do not learn: half the memory.")
+    use_peft: bool = HfArg(default=False, help="Learn low-rank adapters (LoRA) in place of the weights.")
+    lora_r: int = HfArg(default=16, help="Their rank.")
+    lora_alpha: int = HfArg(default=32, help="Their output is scaled by lora_alpha / lora_r.")
+    lora_dropout: float = HfArg(default=0.05, help="Dropout of their inputs.")
+    lora_target_modules: list[str] | None = HfArg(
+        default=None, help="Layers that get one, as peft names them. Default: all linear ones of the text model."
+    )
+    merge_lora: bool = HfArg(default=False, help="End with a plain model; the adapter is kept in adapter/.")
     model_config: dict | None = HfArg(default=None, help="Written into recipe.json: the config that config_name held.")
 
     def __post_init__(self):
@@ -112,6 +124,12 @@ class ModelArguments:
             raise UserError("model_config is the content of config_name, which is missing; set --config_name")
         if self.tokenizer_name and self.model_name_or_path:
             raise UserError("tokenizer_name goes with config_name only: a checkpoint has its own tokenizer")
+        if self.use_peft and self.config_name:
+            raise UserError("use_peft adapts a trained model, not random weights; give it by --model_name_or_path")
+        if self.merge_lora and not self.use_peft:
+            raise UserError("merge_lora goes with use_peft: there is nothing to merge")
+        if self.torch_dtype not in ("float32", "bfloat16"):
+            raise UserError(f"torch_dtype is '{self.torch_dtype}'; set float32 or bfloat16")
         _check_ranges(self)
 
 
@@ -219,8 +237,6 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
         if self.bf16 is None:
             gpu = torch.cuda.is_available() and not self.use_cpu
             self.bf16 = gpu and not self.fp16 and torch.cuda.is_bf16_supported(including_emulation=False)
-        if self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = False  # each step uses all parameters
         self.dataloader_pin_memory &= torch.cuda.is_available()  # else torch warns at each loader
         if not (self.do_train and self.do_eval):
             self.eval_strategy, self.load_best_model_at_end = "no", False

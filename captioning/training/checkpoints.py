@@ -9,6 +9,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from captioning.models.lora import WEIGHT_FILES
+
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +53,8 @@ def checkpoint_fault(folder: Path, step: int | None = None) -> str | None:
         return f"{path.name} is missing or damaged"
     if step is not None and found != step:
         return f"trainer_state.json is of step {found}"
-    for name in ("model.safetensors", "optimizer.pt", "scheduler.pt"):  # without the last, stock loads no optimizer
+    weights = next((name for name in WEIGHT_FILES if (folder / name).is_file()), WEIGHT_FILES[0])
+    for name in (weights, "optimizer.pt", "scheduler.pt"):  # without the last, stock loads no optimizer
         if not (folder / name).is_file():
             return f"{name} is missing"
     for path in (*folder.glob("*.safetensors"), *folder.glob("*.pt"), *folder.glob("*.pth")):

@@ -14,6 +14,7 @@ import torch
 
 from captioning.errors import UserError, as_user_error
 from captioning.files import to_json, write_whole
+from captioning.models.lora import WEIGHT_FILES
 from captioning.training.arguments import CaptioningArguments, DataArguments, ModelArguments
 from captioning.training.checkpoints import checkpoint_fault, last_complete_checkpoint
 from captioning.training.fingerprint import changes, refuse_changes
@@ -106,7 +107,7 @@ def checkpoint_to_resume(args: CaptioningArguments) -> str | None:
     """
     folder, resume = Path(args.output_dir), args.resume_from_checkpoint
     if not args.do_train:
-        if (folder / "model.safetensors").is_file():
+        if any((folder / name).is_file() for name in WEIGHT_FILES):
             reason = "whose recipe and scores must stay together; set another --output_dir for these scores"
             raise UserError(f"output folder '{folder}' holds a trained model, {reason}")
         return None

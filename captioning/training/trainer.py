@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from datasets import Dataset
 from PIL import Image
+from safetensors import safe_open
+from torch.nn.modules.module import _IncompatibleKeys
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, GenerationConfig, Seq2SeqTrainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
@@ -23,6 +25,14 @@ from captioning.errors import Stopped, UserError, as_user_error
 from captioning.files import to_json, without_nan, write_whole
 from captioning.models.captioner import Captioner
 from captioning.models.load import nan_weights, refuse_nan_weights
+from captioning.models.lora import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    WEIGHT_FILES,
+    is_adapted,
+    merge_adapter,
+    save_config,
+)
 from captioning.training.checkpoints import last_complete_checkpoint
 from captioning.training.fingerprint import FINGERPRINT_FILE
 from captioning.training.safeguards import StopOnSignal, full_is_user_error, not_finite
@@ -77,15 +87,17 @@ class CaptioningTrainer(Seq2SeqTrainer):
         publish: Callable[[], None] | None = None,
         **kwargs,
     ):
+        if kwargs["args"].ddp_find_unused_parameters is None and captioner.uses_all_parameters:
+            kwargs["args"].ddp_find_unused_parameters = False
         stock = {"model": captioner.model, "processing_class": captioner.processor}
         super().__init__(compute_metrics=self._compute_metrics, **stock, **kwargs)
         self.captioner, self.generation_config = captioner, generation_config
         self._metrics_of_texts, self._publish = compute_metrics, publish
         # `compute_loss` normalizes over the accumulated batch: the Trainer shall count the labels of that batch and
         # not divide by the accumulation steps again
-        self.model_accepts_loss_kwargs = True
+        self.model_accepts_loss_kwargs, self._loss_shifts_labels = True, False
         # Tied weights are stored once; without this, loading a checkpoint warns that they are missing
-        self.model._keys_to_ignore_on_save = list(self.model._tied_weights_keys or ())
+        self.model._keys_to_ignore_on_save = list(self.model.all_tied_weights_keys)
         self.stop_on_signal = StopOnSignal()
         self.add_callback(self.stop_on_signal)
         self.add_callback(LogBeforeCheckpoint())
@@ -113,7 +125,7 @@ class CaptioningTrainer(Seq2SeqTrainer):
 
         A model's own loss is the mean over the tokens of one micro-batch, smoothed where its config says so (T5).
         """
-        outputs = model(**inputs, use_cache=False)
+        outputs = self.captioner.forward(model, inputs)
         num_tokens = self.captioner.num_targets(inputs["labels"]).sum()
         if num_items_in_batch is None:
             num_items_in_batch = num_tokens
@@ -181,6 +193,8 @@ class CaptioningTrainer(Seq2SeqTrainer):
         """Save as the stock Trainer does; in the output folder each file appears whole, the weights last."""
         if output_dir is not None:  # a checkpoint, which is complete when its `trainer_state.json` is there
             super().save_model(output_dir, _internal_call)
+            if self.args.should_save and is_adapted(self.model):
+                save_config(self.captioner, output_dir)
             if self.args.should_save and self.args.fingerprint:
                 write_whole(Path(output_dir) / FINGERPRINT_FILE, json.dumps(self.args.fingerprint, indent=2) + "\n")
             return
@@ -191,13 +205,28 @@ class CaptioningTrainer(Seq2SeqTrainer):
         try:
             with full_is_user_error(str(folder), self._train_batch_size, "train"):
                 super().save_model(str(staged), _internal_call=True)
+                if self.args.should_save and is_adapted(self.model):
+                    save_config(self.captioner, staged)
         except UserError:
             shutil.rmtree(staged, ignore_errors=True)  # half a model is of no use and takes space
             raise
         if self.args.should_save:
             for path in sorted(staged.iterdir(), key=lambda path: path.suffix == ".safetensors"):
+                if (folder / path.name).is_dir():
+                    shutil.rmtree(folder / path.name)
                 os.replace(path, folder / path.name)
             staged.rmdir()
+
+    def merge_adapter(self) -> None:
+        """Make the saved adapter a part of the weights, and save the whole model; the adapter goes into `adapter/`."""
+        folder = Path(self.args.output_dir)
+        if self.args.should_save:
+            (folder / "adapter").mkdir(exist_ok=True)
+            for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+                os.replace(folder / name, folder / "adapter" / name)
+        merge_adapter(self.captioner)
+        self.model = self.model_wrapped = self.captioner.model
+        self.save_model()
 
     def _save_checkpoint(self, model, trial) -> None:
         """Save as the stock Trainer does; a run that is to stop ends here, before old checkpoints are deleted.
@@ -265,8 +294,30 @@ class CaptioningTrainer(Seq2SeqTrainer):
         """Load the weights as the stock Trainer does; those of another model, or of NaN, are a one-line error."""
         mend = "resume from another checkpoint, or set another --output_dir"
         with as_user_error(f"the weights in '{resume_from_checkpoint}' are not those of this model", mend):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if not self._loads_by_old_names(resume_from_checkpoint):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
         refuse_nan_weights(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if not self._loads_by_old_names(self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+    def _loads_by_old_names(self, folder: str) -> bool:
+        """Load the weights of a checkpoint if they are saved under other names than those in the model (T18).
+
+        `save_pretrained` writes many families under the names that transformers 4 gave them, which `from_pretrained`
+        knows. The Trainer does not: it would load none of them, warn, and go on from the weights that are there.
+        """
+        file = Path(folder) / WEIGHT_FILES[0]
+        if is_adapted(self.model) or not file.is_file():
+            return False
+        with safe_open(file, "pt") as weights:
+            if set(weights.keys()) <= self.model.state_dict().keys():
+                return False
+        saved, loading = type(self.model).from_pretrained(folder, dtype=self.model.dtype, output_loading_info=True)
+        self._issue_warnings_after_load(_IncompatibleKeys(loading["missing_keys"], loading["unexpected_keys"]))
+        self.model.load_state_dict(saved.state_dict())
+        return True
 
     def _issue_warnings_after_load(self, load_result) -> None:
         super()._issue_warnings_after_load(load_result)  # ties the weights that are stored once
@@ -299,6 +350,10 @@ class CaptioningTrainer(Seq2SeqTrainer):
             self._publish()
 
     # --- Evaluation -------------------------------------------------------------------------------------------
+
+    def _prepare_inputs(self, inputs):
+        """Move a batch to the device, without the ids of its images, which are no input of the model."""
+        return super()._prepare_inputs({name: value for name, value in inputs.items() if name != "image_id"})
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):
         """Score and caption one batch, encoding its images once.

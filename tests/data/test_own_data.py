@@ -16,7 +16,7 @@ from processes import server
 from captioning.__main__ import main
 from captioning.data.checks import check_rows, usable
 from captioning.data.image_files import OUTSIDE, short_names
-from captioning.data.own_data import Layout
+from captioning.data.layout import Layout
 from captioning.data.sources import UNFINISHED, load_source
 from captioning.data.splits import draw_splits
 from captioning.errors import UserError

@@ -361,6 +361,39 @@ def test_a_hub_run_is_pinned_and_repeated_from_its_pushed_recipe(hub, home, run,
     assert f"dataset 'some/data' has moved: revision {data_commit} is not there" in result.stderr
 
 
+def test_an_adapter_is_pushed_without_paths_and_loaded_by_a_stranger_and_scored_again(
+    hub, home, run, start, parquet_folder
+):
+    """Its base is on the Hub under a name; the next one's is a folder of this machine, which stays here."""
+    commit = hub.add_repository("some/start", files_of(start))
+    values = {"use_peft": True, "num_train_epochs": 1, "learning_rate": 3e-2}
+    common = flags(None, parquet_folder, home / "run", model_name_or_path="some/start", **values)
+    assert "Verified: tester/model" in run([*common, *PUSH, "every_save"]).stderr
+    pushed = hub.files("tester/model")
+    config = json.loads(pushed["adapter_config.json"])
+    assert (config["base_model_name_or_path"], config["revision"]) == ("some/start", commit)
+    assert "adapter_model.safetensors" in pushed and "model.safetensors" not in pushed
+    metadata = ModelCard(pushed["README.md"].decode()).data
+    found = metadata.library_name, metadata.base_model, metadata.base_model_relation
+    assert found == ("peft", "some/start", "adapter")
+    code = re.search(r"```python\n(.*?)```", pushed["README.md"].decode(), re.DOTALL)[1]
+    python = {"cwd": home, "env": hub.environment(home / "stranger"), "capture_output": True, "text": True}
+    result = subprocess.run([sys.executable, "-c", code], **python)
+    assert result.stdout.rstrip("\n") == json.loads(pushed["sample.json"])["caption"], result.stderr
+    again = ["hf://tester/model", "--model_name_or_path", "tester/model", "--do_train", "false"]
+    run([*again, "--dataset_name", parquet_folder, "--output_dir", home / "check"])
+    assert (home / "check/predictions/test.jsonl").read_bytes() == (home / "run/predictions/test.jsonl").read_bytes()
+
+    local = shutil.copytree(start, home / "base")
+    hub.reset()
+    common = flags(None, parquet_folder, home / "other", model_name_or_path=local, **values)
+    run([*common, *PUSH, "checkpoint"])
+    stored = [content for entry in hub.commits("tester/model") for content in entry.files.values()]
+    assert json.loads(hub.files("tester/model")["adapter_config.json"])["base_model_name_or_path"] == "./base"
+    assert "last-checkpoint/adapter_model.safetensors" in hub.files("tester/model")
+    assert not any(home.name.encode() in content for content in hub.received + stored)
+
+
 def test_a_recipe_on_the_hub_is_read_with_care(hub, run):
     bad = {"model_name_or_path": "some/start", "output_dir": "/etc", "push_to_hub": True}
     hub.add_repository("some/model", {"recipe.json": json.dumps(bad).encode(), "config.json": b"{}"})

@@ -6,7 +6,7 @@ import pytest
 from helpers import make_predictions, make_record
 
 from captioning.models.blip import BlipCaptioner
-from captioning.models.captioner import Captioner
+from captioning.models.image_text_to_text import ImageTextToTextCaptioner
 from captioning.reporting.run_record import ROCOV2, Origin, RunRecord
 
 
@@ -87,8 +87,7 @@ def test_each_file_is_read_once_and_what_is_in_hand_is_not_read(tmp_path, monkey
 
 
 def test_the_class_of_the_model_is_that_of_the_run_or_of_the_folder(tmp_path):
-    class Other(Captioner):
-        pass
-
-    assert RunRecord(tmp_path, Other).captioner_class is Other
+    assert RunRecord(tmp_path, "llava").captioner_class is ImageTextToTextCaptioner
     assert RunRecord(tmp_path).captioner_class is BlipCaptioner
+    (tmp_path / "base_config.json").write_text('{"model_type": "git"}')
+    assert RunRecord(tmp_path).card_facts.tags == ("git",)

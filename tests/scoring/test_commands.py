@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +14,7 @@ from captioning.__main__ import main
 from captioning.errors import UserError
 from captioning.reporting.score_table import comparison_table, score_table
 from captioning.scoring.bertscore import NOT_COMPUTED
+from captioning.scoring.bootstrap import num_decimals
 from captioning.scoring.score import score
 from captioning.scoring.training_split import Training
 
@@ -82,7 +85,7 @@ def test_two_systems_are_tested_pair_by_pair(run, monkeypatch):
     assert list(found["missing"]) == ["nlgeval_meteor", *NOT_COMPUTED]
     assert found["scores"]["nlgeval_bleu4"]["signature"] == "case:mixed|tok:whitespace|pycocoevalcap:1.2"
     swapped = run("score", "poor.jsonl", "--against", "good.jsonl", "--tokenizer", "none")
-    assert f"{-found['scores']['rougeL']['difference']:+.4f}" in swapped
+    assert f"{-found['scores']['rougeL']['difference']:+.3f}" in swapped
     assert swapped.startswith("120 captions")
 
 
@@ -92,11 +95,40 @@ def test_two_systems_are_matched_by_id_and_not_by_row(run):
     assert found["scores"]["rougeL"]["p_value"] == 1
 
 
+@pytest.mark.parametrize("others", [[], ["--against", "a|b_%&.jsonl"]], ids=["one system", "two systems"])
+def test_tables_for_a_paper_have_the_numbers_of_the_json_and_the_escapes_of_their_format(run, files, others):
+    words = ("score", "poor.jsonl", *others, *TRAIN, "--tokenizer", "none", "--format")
+    shutil.copy(files / "good.jsonl", files / "a|b_%&.jsonl")
+    scores = json.loads(run(*words, "json"))["scores"]
+    latex, markdown = run(*words, "latex"), run(*words, "markdown")
+    code = "".join(line for line in latex.splitlines(keepends=True) if not line.startswith("%"))
+    frame = r"\\begin{tabular}{(lr+)}\n\\toprule\n(.*)\\bottomrule\n\\end{tabular}\n"
+    columns, body = re.fullmatch(frame, code, re.DOTALL).groups()
+    assert r"95 \% interval" in body and r"concept\_f1" in body and r"concept\_f1" in markdown
+    assert not re.search(r"(?<!\\)[%#_{}$]|[ +]-\d", body.replace("$-$", ""))
+    heading, middle, *rows = body.splitlines()
+    rows = [row.removesuffix(r" \\").split(" & ") for row in (heading, *rows) if row.endswith(r" \\")]
+    assert middle == r"\midrule" and len(rows) == 1 + len(scores)
+    assert {len(row) for row in rows} == {len(columns)}
+    lines = re.findall(r"^\| (.*) \|$", markdown, re.MULTILINE)
+    assert (r"a\|b\_%&amp;.jsonl" in markdown) == bool(others)
+    plain = [[cell.replace("$-$", "-").replace("\\", "") for cell in row] for row in rows]
+    assert plain == [[cell.replace("\\", "") for cell in re.split(r" (?<!\\)\| ", line)] for line in lines]
+    for name, *cells in plain[1:]:
+        own = scores[name]
+        best = sorted(value for value in own.get("baselines", {}).values() if value is not None)[-1:]
+        keys = ("value", "first", "second", "difference", "low", "high", "p_value", "p_holm")
+        wanted = [own[key] for key in keys if own.get(key) is not None] + best
+        shown = [float(number) for number in re.findall(r"[+-]?\d+\.\d+", " ".join(cells))]
+        assert shown == pytest.approx(wanted, abs=0.5001 * 10 ** -num_decimals(own["low"], own["high"])), name
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["good.csv"], "has no reference; add --references"),
-        (["none.jsonl"], "cannot be read"),
+        (["none.jsonl"], "none.jsonl' is not a file; see `python -m captioning score --help`"),
+        (["."], "argument predictions: '.' is not a file"),
         (["good.jsonl", "--train_concepts", "train_concepts.csv"], "--train_concepts goes with --train"),
         (["good.jsonl", "--train", "train_concepts.csv"], "columns ['ID', 'CUIs']; give a CSV of ID,Caption"),
         (["good.jsonl", "--against", "short.jsonl"], "119 ids"),
@@ -147,6 +179,21 @@ def test_a_mistake_ends_the_process_with_one_line_and_status_2(files):
     result = server().run(["-m", "captioning", "score", files / "good.csv"], code=2)
     assert result.stdout == ""
     assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1
+
+
+HELP = [[], ["--help"], *([path.stem, "--help"] for path in ROOT.glob("captioning/commands/[a-z]*.py"))]
+MISTAKES = [line.split() for line in ("scor", "prepare", "score metrics.py --refs", "score a.csv", "check a.csv")]
+
+
+@pytest.mark.parametrize("words", [*HELP, *MISTAKES], ids=" ".join)
+def test_help_and_a_mistake_are_answered_before_a_library_is_imported(words):
+    command = [sys.executable, "-X", "importtime", "-m", "captioning", *words]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == (0 if words in HELP else 2) and bool(found.stdout) == (words in HELP)
+    imported = {line.split("|")[-1].strip() for line in found.stderr.splitlines() if line.startswith("import time:")}
+    assert {"captioning.command_line", "argparse"} <= imported
+    slow = ("torch", "transformers", "datasets", "pandas", "pyarrow", "numpy", "scipy", "sklearn", "huggingface_hub")
+    assert not imported.intersection(slow)
 
 
 def test_a_reader_that_closes_the_pipe_early_causes_no_traceback():

@@ -6,8 +6,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from helpers import read_json, stock_copy
-from transformers import BlipForConditionalGeneration, BlipProcessor, Seq2SeqTrainer, TrainerCallback
+from helpers import one_step, read_json, stock_copy
+from transformers import BlipForConditionalGeneration, BlipProcessor, Seq2SeqTrainer
 from transformers.trainer_pt_utils import LabelSmoother
 
 from captioning.data.checks import usable
@@ -125,22 +125,6 @@ def test_prediction_leaves_its_inputs_alone(make_trainer, splits, model):
 
 
 # --- Losses ---------------------------------------------------------------------------------------------------
-
-
-class KeepGradients(TrainerCallback):
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def one_step(make, captioner, batch_size, accumulation, **arguments):
-    """Loss and gradients of one optimizer step over the same 8 rows."""
-    keep = KeepGradients()
-    arguments |= {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
-    arguments |= {"max_steps": 1, "max_grad_norm": 0.0, "train_sampling_strategy": "sequential", "logging_steps": 1}
-    trainer = make(captioner=copy.deepcopy(captioner), save_strategy="no", do_eval=False, **arguments)
-    trainer.add_callback(keep)
-    trainer.train()
-    return trainer.state.log_history[0]["loss"], keep.gradients
 
 
 def test_loss_and_gradients_do_not_depend_on_accumulation(make_trainer, captioner):

@@ -1,0 +1,30 @@
+"""Score the captions of any system beside baselines, or test them against those of another system."""
+
+from captioning.commands import existing_file
+from captioning.scoring import TOKENIZERS
+
+
+EXAMPLE = "run.csv --references test_captions.csv --train train_captions.csv"
+WORK = "captioning.reporting.terminal:score_captions"
+FILES = {
+    "predictions": "predictions of a run (JSON lines), or a CSV of ID,Caption",
+    "--references": "CSV of ID,Caption; predictions of a run have theirs",
+    "--concepts": "CSV of ID,CUIs of the same images; predictions of a run have theirs",
+    "--train": "CSV of ID,Caption of the training split, among which baselines are found",
+    "--train_concepts": "CSV of ID,CUIs of the training split, for concept_f1",
+    "--against": "captions of another system for the same images, for a paired test",
+}
+ARGUMENTS = {name: {"type": existing_file, "help": what} for name, what in FILES.items()} | {
+    "--tokenizer": {
+        "choices": [*TOKENIZERS, "none"],
+        "default": "ptb",
+        "help": "of BLEU, CIDEr and METEOR: ptb (coco_*, needs Java; the default), whitespace (nlgeval_*), or none",
+    },
+    "--bertscore_model": {"help": "folder or Hub id of weights, e.g. microsoft/deberta-xlarge-mnli"},
+    "--format": {
+        "choices": ["text", "json", "markdown", "latex"],
+        "default": "text",
+        "help": "of what is printed; markdown and latex: a table for a paper",
+    },
+    "--json": {"dest": "format", "action": "store_const", "const": "json", "help": "the same as --format json"},
+}

@@ -1,0 +1,48 @@
+"""The work of `python -m captioning prepare`."""
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+
+from datasets import DatasetDict, Image
+
+from captioning.data.checks import check_rows, usable
+from captioning.data.layout import Layout
+from captioning.data.leaks import find_leaks
+from captioning.data.sources import UNFINISHED, load_source
+from captioning.errors import UserError
+from captioning.hub.client import limit_waiting
+
+
+BEFORE_STORING = {UNFINISHED, "rejected.jsonl"}  # in a folder that `prepare` has made, until it stores rows
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    """Load any source, leave out the rows that cannot be used and store the rest with `save_to_disk`."""
+    folder = Path(arguments.folder)
+    if not 0 <= arguments.max_rejected_fraction <= 1:
+        raise UserError(f"max_rejected_fraction is {arguments.max_rejected_fraction}; set it from 0 to 1")
+    if arguments.num_proc is not None and arguments.num_proc < 1:
+        raise UserError(f"num_proc is {arguments.num_proc}; set --num_proc to 1 or more")
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if UNFINISHED in there and there - BEFORE_STORING:
+        raise UserError(f"'{folder}' is half written: an earlier `prepare` was stopped; delete it and run again")
+    if there - BEFORE_STORING or (folder.exists() and not folder.is_dir()):
+        raise UserError(f"'{folder}' exists and is not an empty folder; name a new one")
+    limit_waiting()
+    layout = Layout(**{item.name: getattr(arguments, item.name) for item in fields(Layout)})
+    dataset = load_source(arguments.source, arguments.revision, layout=layout)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / UNFINISHED).touch()
+        checked = check_rows(dataset, arguments.max_rejected_fraction, folder / "rejected.jsonl", arguments.num_proc)
+        rows_to_store = {split: usable(rows) for split, rows in checked.items()}
+        find_leaks(rows_to_store)
+        stored = DatasetDict({
+            split: rows.remove_columns("pixels").cast_column("image", Image()) for split, rows in rows_to_store.items()
+        })  # fmt: skip
+        stored.save_to_disk(str(folder), num_proc=arguments.num_proc)
+        (folder / UNFINISHED).unlink()
+    except OSError as error:
+        raise UserError(f"folder '{folder}' cannot be written: {error}") from error
+    print(f"{folder}: " + ", ".join(f"{split} {len(rows):,}" for split, rows in stored.items()))

@@ -1,0 +1,433 @@
+"""Other captioners than BLIP: what stock `AutoModelForImageTextToText` loads, family by family in one table.
+
+Most put the image into the prompt of a language model, which continues it: `ImageTextToTextCaptioner`. In others an
+encoder reads image and prompt, and a decoder writes: `EncoderDecoderCaptioner`. All computing is stock's. To add a
+family, add it to `families.py`.
+
+Shapes, beside those of `captioner.py`: P tokens of the prompt, those of the image among them; C tokens of the longest
+caption, so that L is P + C.
+"""
+
+import inspect
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+from transformers.modeling_outputs import CausalLMOutput
+
+from captioning.errors import UserError, as_user_error
+from captioning.models.captioner import IGNORE_INDEX, Batch, Captioner, CardFacts, sum_nll
+from captioning.models.families import FAMILIES, Family, card_facts
+from captioning.models.processor import load_processor
+
+
+logger = logging.getLogger(__name__)
+# Inputs with one value a token; those of a caption, where 1 has another meaning than "attend to it"
+TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+
+
+@dataclass
+class EncodedBatch:
+    """A batch as the model takes it, and the features `[B, D]` of its images once a forward pass has shown them."""
+
+    batch: Batch
+    features: torch.Tensor | None = None
+
+
+class _SeenEnough(Exception):
+    """Ends a forward pass whose further layers nobody asks for."""
+
+
+class ImageTextToTextCaptioner(Captioner):
+    """A decoder that continues a prompt in which the image is."""
+
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin):
+        super().__init__(model, processor)
+        self.family: Family = FAMILIES[self.config.model_type]
+        self.label_smoothing = 0.0
+        self.takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self._end_tokens = self._find_end_tokens()
+        self.set_prompt(None)
+
+    # --- Load and adapt ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str, revision: str | None = None, dtype: torch.dtype = torch.float32
+    ) -> "ImageTextToTextCaptioner":
+        """See `Captioner.from_pretrained`."""
+        with as_user_error(f"model '{name}' cannot be loaded", "give the folder of a saved model or a Hub id"):
+            config = AutoConfig.from_pretrained(name, revision=revision)
+            processor = load_processor(name, revision, config)
+            model, loading = AutoModelForImageTextToText.from_pretrained(
+                name, revision=revision, config=config, dtype=dtype, output_loading_info=True
+            )
+        if missing := sorted(loading["missing_keys"]):
+            raise UserError(
+                f"model '{name}' lacks {len(missing)} weights of a {config.model_type} ('{missing[0]}', ...); "
+                "give a checkpoint that has all of them"
+            )
+        _match_ids(model.config, processor)
+        size = model.get_output_embeddings().weight.shape[0]
+        if len(processor.tokenizer) > size:
+            raise UserError(
+                f"model '{name}': its tokenizer has {len(processor.tokenizer)} entries, its embedding {size}; "
+                "give the tokenizer that it was trained with"
+            )
+        writes = EncoderDecoderCaptioner if _has_encoder(config) else ImageTextToTextCaptioner
+        return writes(model, processor)
+
+    @classmethod
+    def from_config(cls, config, name, seed, tokenizer_name, captions, vocab_size) -> NoReturn:
+        """Raise UserError: nobody trains these families from random weights."""
+        raise UserError(
+            f"config '{name}' is of model type {config['model_type']}, which is fine-tuned only; "
+            "give a checkpoint by --model_name_or_path"
+        )
+
+    def adapt(
+        self,
+        image_size: int | None = None,
+        label_smoothing: float | None = None,
+        freeze_vision_model: bool = False,
+        fast: bool = True,
+    ) -> None:
+        """See `Captioner.adapt`; `fast` changes nothing here."""
+        if image_size:
+            self._resize_images(image_size)
+        self.label_smoothing = label_smoothing or 0.0
+        if freeze_vision_model:
+            self.vision_model.requires_grad_(False)
+
+    def _resize_images(self, side: int) -> None:
+        """Limit the images, whose size these families choose by themselves, to about `side` x `side` pixels."""
+        images = self.processor.image_processor
+        if self.family.image_size == "area":
+            smallest = min(images.size["shortest_edge"], side**2)
+            images.size = {"shortest_edge": smallest, "longest_edge": side**2}
+        elif self.family.image_size == "longest_edge":
+            images.size = {"longest_edge": side}
+        elif images.size not in ({"height": side, "width": side}, {"shortest_edge": side}):
+            kind = self.config.model_type
+            raise UserError(f"a {kind} takes images of {dict(images.size)} only; leave out --image_size")
+        self.set_prompt(self.prompt)  # it may hold another number of image tokens
+
+    @property
+    def vision_model(self) -> nn.Module:
+        """See `Captioner.vision_model`."""
+        path = self.family.vision
+        return self.model.get_submodule(path) if path else self.model.get_encoder("image")
+
+    @property
+    def text_model(self) -> nn.Module:
+        """See `Captioner.text_model`."""
+        path = self.family.text
+        return self.model.get_submodule(path) if path else self.model.get_decoder()
+
+    def check_lengths(self, max_caption_length: int, max_new_tokens: int) -> None:
+        """See `Captioner.check_lengths`."""
+        text = self.config.get_text_config()
+        positions = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+        for flag, number in {"max_caption_length": max_caption_length, "max_new_tokens": max_new_tokens}.items():
+            if positions and self.prompt_length + number > positions:
+                raise UserError(
+                    f"{flag} {number} after {self.prompt_length} tokens of prompt and image exceeds the model's "
+                    f"{positions} positions; set --{flag} to {max(positions - self.prompt_length, 1)} or less"
+                )
+
+    def set_generation_config(self, config: GenerationConfig) -> None:
+        """See `Captioner.set_generation_config`; what a checkpoint samples by does not stay."""
+        self.model.generation_config = self._with_special_tokens(config)
+        if self.family.generates_by_decoder:  # `generate` of the whole model is that of its decoder (T7)
+            self.model.language_model.generation_config = deepcopy(self.model.generation_config)
+
+    @classmethod
+    def plain_generate_suffices(cls, config: GenerationConfig) -> bool:
+        """See `Captioner.plain_generate_suffices`; the families' cards say where it does not."""
+        return True
+
+    @classmethod
+    def card_facts(cls, model_type: str) -> CardFacts:
+        """See `Captioner.card_facts`."""
+        return card_facts(model_type)
+
+    def _with_special_tokens(self, config: GenerationConfig) -> GenerationConfig:
+        config, text = deepcopy(config), self.config.get_text_config(decoder=True)
+        config.eos_token_id, config.pad_token_id = self.end_token_ids, self.tokenizer.pad_token_id
+        config.bos_token_id = getattr(text, "bos_token_id", None)
+        starts = (getattr(known, "decoder_start_token_id", None) for known in (self.config, text))
+        config.decoder_start_token_id = next((start for start in starts if start is not None), None)
+        return config
+
+    def _find_end_tokens(self) -> list[int]:
+        """Return the tokens that end a caption: the one that is learned, then those at which the model stops, too."""
+        by_text = getattr(self.config.get_text_config(decoder=True), "eos_token_id", None)
+        by_model = self.model.generation_config.eos_token_id
+        known = (by_text or by_model) if self.family.generates_by_decoder else (by_model or by_text)
+        known = [known] if isinstance(known, int) else list(known or [self.tokenizer.eos_token_id])
+        learned = self.tokenizer.convert_tokens_to_ids(self.family.end) if self.family.end else None
+        if learned in (None, self.tokenizer.unk_token_id):
+            learned = self.tokenizer.eos_token_id if self.tokenizer.eos_token_id in known else known[0]
+        return list(dict.fromkeys([learned, *known]))
+
+    @property
+    def end_token_id(self) -> int:
+        """The token that a caption learns to end with."""
+        return self._end_tokens[0]
+
+    @property
+    def end_token_ids(self) -> list[int]:
+        """See `Captioner.end_token_ids`."""
+        return self._end_tokens
+
+    # --- Captions and tokens ----------------------------------------------------------------------------------
+
+    def set_prompt(self, prompt: str | None) -> None:
+        """See `Captioner.set_prompt`; None takes the family's prompt.
+
+        Raises:
+            UserError: the prompt holds no place for the image.
+        """
+        self.prompt = self.family.prompt if prompt is None else prompt
+        self.prompt_text = text = self._render(self.prompt)
+        starts = (self.tokenizer.bos_token, self.tokenizer.cls_token)  # a template may have written it
+        adds = not any(token and text.startswith(token) for token in starts)
+        self.prompt_arguments = {"text": [text]} | ({} if adds else {"add_special_tokens": False})
+        ids = self._prompt_inputs([Image.new("RGB", (64, 64))])["input_ids"][0]
+        is_image = [place for place, token in enumerate(ids.tolist()) if token == self._image_token_id]
+        if self._image_token_id is not None and not is_image:
+            kind = self.config.model_type
+            raise UserError(f"the prompt '{self.prompt_text}' of this {kind} has no place for the image")
+        self.prompt_length = len(ids)
+        after_image = ids[is_image[-1] + 1 if is_image else 0 :]
+        self._length_after_image = len(after_image)
+        self._last_word = re.search(r"\S*\Z", self.tokenizer.decode(after_image, skip_special_tokens=True))[0]
+
+    @property
+    def _image_token_id(self) -> int | None:
+        return getattr(self.config, "image_token_id", None) or getattr(self.config, "image_token_index", None)
+
+    def _render(self, prompt: str) -> str:
+        template = self.processor.chat_template if hasattr(self.processor, "chat_template") else None
+        if not template:
+            image, start = getattr(self.processor, "image_token", ""), self.tokenizer.cls_token
+            return self.family.template.format(prompt=prompt, image=image, start=start).strip()
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        # Of the base class: SmolVLM's own asks for the part for videos
+        return ProcessorMixin.apply_chat_template(
+            self.processor, [{"role": "user", "content": content}], template, add_generation_prompt=True
+        )
+
+    @property
+    def prompt_row(self) -> list[int]:
+        """No tokens: `collate` puts the prompt before a caption, since the image is in it."""
+        return []
+
+    def tokenize(self, captions: Sequence[str], max_length: int) -> tuple[list[list[int]], list[bool]]:
+        """See `Captioner.tokenize`: rows are captions and end tokens, as they follow the last word of the prompt."""
+        room = max_length - 1
+        if room < 1:
+            raise UserError(f"max_caption_length {max_length} leaves no room for a caption; set it to 2 or more")
+        texts, word = [caption.strip() for caption in captions], self._last_word
+        tokens = self._tokens([f"{word} {text}" for text in texts] if word else texts)
+        start = len(self._tokens([word])[0]) if word else 0
+        tokens = [own[start:] for own in tokens]
+        return [[*own[:room], self.end_token_id] for own in tokens], [len(own) > room for own in tokens]
+
+    def _tokens(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+    # --- Batches ----------------------------------------------------------------------------------------------
+
+    def collate(self, images: Sequence[Image.Image], rows: Sequence[Sequence[int]]) -> Batch:
+        """Return the inputs of the processor, and `input_ids`, `attention_mask`, `labels` int64 `[B, P + C]`.
+
+        Prompts are padded on the left and captions on the right, so that all captions start at the same place. A
+        label is at the position of its token: these models shift them themselves.
+        """
+        inputs, captions = self._prompt_inputs(images), self._padded(rows)
+        of_captions = {
+            "input_ids": captions.masked_fill(captions == IGNORE_INDEX, self.tokenizer.pad_token_id),
+            "attention_mask": (captions != IGNORE_INDEX).long(),
+            "token_type_ids": torch.full_like(captions, self.family.caption_type),
+            "mm_token_type_ids": torch.zeros_like(captions),
+        }
+        labels = torch.cat([torch.full_like(inputs["input_ids"], IGNORE_INDEX), captions], dim=1)
+        joined = {name: torch.cat([inputs[name], of_captions[name]], dim=1) for name in TOKEN_INPUTS if name in inputs}
+        return joined | {name: value for name, value in inputs.items() if name not in joined} | {"labels": labels}
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Return rows of tokens as `[B, C]`, padded by -100; C is 1 or more."""
+        rows = [torch.tensor(row or [IGNORE_INDEX], dtype=torch.long) for row in rows]
+        return pad_sequence(rows, batch_first=True, padding_value=IGNORE_INDEX)
+
+    def _prompt_inputs(self, images: Sequence[Image.Image]) -> Batch:
+        """Return what the processor makes of B images and the prompt; each token input is `[B, P]`."""
+        images, options = [[image.convert("RGB")] for image in images], {"padding": True, "padding_side": "left"}
+        ours = self.prompt_arguments | {"text": self.prompt_arguments["text"] * len(images)}
+        inputs = self.processor(images=images, **ours, **options, return_tensors="pt")
+        return {name: value for name, value in inputs.items() if name != "labels" and self._takes(name)}
+
+    def _takes(self, name: str) -> bool:
+        return name != "token_type_ids" or self.family.has_token_types
+
+    # --- Training ---------------------------------------------------------------------------------------------
+
+    def forward(self, model: nn.Module, batch: Batch) -> CausalLMOutput:
+        """See `Captioner.forward`; `logits` `[B, C, V]` are those of the captions alone.
+
+        With a vocabulary of 150,000 or more, logits of the prompt would take more memory than all the rest.
+        """
+        logits = self._caption_logits(model, batch)
+        labels = batch["labels"][:, -logits.shape[1] :]
+        scale = {"ignore_index": IGNORE_INDEX, "label_smoothing": self.label_smoothing}
+        return CausalLMOutput(F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), **scale), logits)
+
+    def _caption_logits(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Return the logits `[B, C, V]` that predict the tokens of the captions."""
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        length = batch["labels"].shape[1] - self._num_prompt_tokens(batch)
+        if self.takes_logits_to_keep:
+            inputs["logits_to_keep"] = length + 1
+        return model(**inputs, use_cache=False).logits[:, -length - 1 : -1]
+
+    def _num_prompt_tokens(self, batch: Batch) -> int:
+        """Return P, which depends on the size of the images."""
+        if self._image_token_id is None:
+            return self.prompt_length
+        return int((batch["input_ids"][0] == self._image_token_id).nonzero()[-1]) + 1 + self._length_after_image
+
+    # --- Evaluation -------------------------------------------------------------------------------------------
+
+    def encode_images(self, batch: Batch) -> EncodedBatch:
+        """Return the batch: stock passes images and tokens through the model at once."""
+        return EncodedBatch(batch)
+
+    def caption_nll(self, encoded: EncodedBatch, batch: Batch) -> torch.Tensor:
+        """See `Captioner.caption_nll`."""
+        with self._watching(encoded):
+            logits = self._caption_logits(self.model, batch)
+        labels = batch["labels"][:, -logits.shape[1] :]
+        is_target = labels != IGNORE_INDEX
+        return sum_nll(logits[is_target], labels, is_target)
+
+    @torch.no_grad()
+    def generate(self, encoded: EncodedBatch, config: GenerationConfig) -> torch.Tensor:
+        """Generate by stock `generate` from images and prompt."""
+        number = self._num_prompt_tokens(encoded.batch)
+        # Copies: `generate` may write into them (T10)
+        inputs = {
+            name: value[:, :number].clone() if name in TOKEN_INPUTS else value
+            for name, value in encoded.batch.items()
+            if name != "labels"
+        }
+        generated = self.model.generate(**inputs, generation_config=self._with_special_tokens(config))
+        return generated[:, number:]
+
+    def image_features(self, encoded: EncodedBatch) -> torch.Tensor:
+        """Return the mean of the embeddings of each image as they enter the language model."""
+        if encoded.features is None:
+            with self._watching(encoded, stop=True):
+                self._caption_logits(self.model, encoded.batch)
+        return encoded.features
+
+    @contextmanager
+    def _watching(self, encoded: EncodedBatch, stop: bool = False) -> Iterator[None]:
+        """Keep the features of the images that pass through the model; then, if wanted, end its forward pass."""
+
+        def keep(module, args, values, outputs=None) -> None:
+            encoded.features = self._features(encoded.batch, values, outputs)
+            if stop:
+                raise _SeenEnough
+
+        hook = self._hook(keep)
+        try:
+            yield
+        except _SeenEnough:
+            pass
+        finally:
+            hook.remove()
+
+    def _hook(self, keep) -> torch.utils.hooks.RemovableHandle:
+        if self._image_token_id is None:
+            return self.vision_model.register_forward_hook(keep, with_kwargs=True)
+        return self.text_model.register_forward_pre_hook(keep, with_kwargs=True)
+
+    def _features(self, batch: Batch, values: dict[str, Any], outputs: Any) -> torch.Tensor:
+        if outputs is not None:
+            return outputs.last_hidden_state.float().mean(dim=1)
+        is_image = (batch["input_ids"] == self._image_token_id).unsqueeze(-1)
+        embeds = values["inputs_embeds"][:, : is_image.shape[1]].float()
+        return (embeds * is_image).sum(dim=1) / is_image.sum(dim=1)
+
+
+class EncoderDecoderCaptioner(ImageTextToTextCaptioner):
+    """An encoder reads image and prompt, a decoder writes the caption; labels are not shifted."""
+
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin):
+        super().__init__(model, processor)
+        self.takes_logits_to_keep = False
+
+    def set_prompt(self, prompt: str | None) -> None:
+        """See `Captioner.set_prompt`; it is read by the encoder, where that reads text."""
+        self.prompt = ""
+        if self.family.takes_prompt:
+            super().set_prompt(prompt)
+        elif prompt:
+            raise UserError(f"a {self.config.model_type} takes no prompt; leave out --prompt")
+        self.prompt_length, self._last_word = 1, ""  # the decoder begins with its start token
+
+    def _prompt_inputs(self, images: Sequence[Image.Image]) -> Batch:
+        if self.family.takes_prompt:
+            return super()._prompt_inputs(images)
+        images = [image.convert("RGB") for image in images]
+        return {"pixel_values": self.processor.image_processor(images, return_tensors="pt")["pixel_values"]}
+
+    def collate(self, images: Sequence[Image.Image], rows: Sequence[Sequence[int]]) -> Batch:
+        """Return the inputs of the processor, and `labels` int64 `[B, C]`."""
+        return self._prompt_inputs(images) | {"labels": self._padded(rows)}
+
+    def _caption_logits(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        return model(**batch, use_cache=False).logits  # stock makes the inputs of the decoder of the labels
+
+    @torch.no_grad()
+    def generate(self, encoded: EncodedBatch, config: GenerationConfig) -> torch.Tensor:
+        """Generate by stock `generate` from images and prompt."""
+        inputs = {name: value.clone() for name, value in encoded.batch.items() if name != "labels"}
+        generated = self.model.generate(**inputs, generation_config=self._with_special_tokens(config))
+        return generated[:, 1:]  # without the start token of the decoder
+
+
+def _has_encoder(config: PreTrainedConfig) -> bool:
+    return config.is_encoder_decoder or config.get_text_config(decoder=True).is_encoder_decoder
+
+
+def _match_ids(config: PreTrainedConfig, processor: ProcessorMixin) -> None:
+    """Set the ids that an old config lacks, without which the model would not find the image, or not start."""
+    tokenizer = processor.tokenizer
+    if getattr(config, "image_token_id", 0) is None:
+        config.image_token_id = tokenizer.convert_tokens_to_ids(str(processor.image_token))
+    if hasattr(config, "decoder"):
+        start = getattr(config.decoder, "bos_token_id", None) or tokenizer.bos_token_id or tokenizer.cls_token_id
+        for name, value in {"decoder_start_token_id": start, "pad_token_id": tokenizer.pad_token_id}.items():
+            if getattr(config, name, None) is None:
+                setattr(config, name, value)

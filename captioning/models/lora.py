@@ -1,0 +1,144 @@
+"""Low-rank adapters (LoRA, Hu and others 2021, arXiv:2106.09685) by peft: little is learned, stored and published.
+
+What is saved is what stock `PeftModel.from_pretrained` loads, and `from_pretrained` of the model's own class, too.
+"""
+
+import json
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import AutoImageProcessor, GenerationConfig
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import cached_file
+
+from captioning.errors import UserError, as_user_error
+from captioning.models.captioner import Captioner
+
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHT_FILES = ("model.safetensors", ADAPTER_WEIGHTS)  # one of them is in each saved model
+# The config of what is adapted. A `config.json` would make transformers take the folder for a whole model
+BASE_CONFIG = "base_config.json"
+
+
+def add_lora(
+    captioner: Captioner,
+    name: str,
+    revision: str | None,
+    r: int = 16,
+    alpha: int = 32,
+    dropout: float = 0.05,
+    target_modules: list[str] | None = None,
+) -> None:
+    """Put adapters into the model, which learn in place of it.
+
+    Args:
+        captioner: its model is wrapped in a `PeftModel`.
+        name: Hub id or folder that the model came from.
+        revision: its commit on the Hub, None for a folder.
+        r: rank of the two matrices of an adapter, whose product is added to a weight.
+        alpha: the product is scaled by alpha / r.
+        dropout: of the inputs of an adapter in training.
+        target_modules: names of the layers that get one, as peft matches them: by the end of their paths, or all by
+            one regular expression; None: all linear layers of the text model.
+
+    Raises:
+        UserError: peft finds no such layers, or cannot adapt one of them.
+    """
+    targets: Any = target_modules or text_layers(captioner)
+    if isinstance(targets, list) and len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0]):
+        targets = targets[0]
+    if targets == ["all-linear"]:
+        targets = "all-linear"
+    config = LoraConfig(  # without a task type: peft's wrappers for them do not pass images on
+        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets
+    )
+    tied = set(captioner.model._tied_weights_keys or ())
+    with as_user_error("LoRA cannot be added", "set --lora_target_modules to names of linear layers"):
+        model = get_peft_model(captioner.model, config)
+    for path, module in model.base_model.model.named_modules():
+        if isinstance(module, BaseTunerLayer) and f"{path}.weight" in tied:
+            raise UserError(
+                f"lora_target_modules names '{path}', whose weight is tied to the embedding: merged, it would change "
+                "both; name others"
+            )
+    # Where it was loaded from, which peft takes, may be a snapshot in a cache
+    config = model.peft_config[model.active_adapter]
+    is_local = os.path.exists(name)
+    config.base_model_name_or_path = os.path.abspath(name) if is_local else name
+    config.revision = None if is_local else revision
+    captioner.model = model
+
+
+def text_layers(captioner: Captioner) -> str:
+    """Return a regular expression of the paths of all linear layers of the text model but its head."""
+    text, head = captioner.text_model, captioner.model.get_output_embeddings()
+    root = next(path for path, module in captioner.model.named_modules() if module is text)
+    linear = (
+        path for path, layer in text.named_modules() if isinstance(layer, nn.Linear | Conv1D) and layer is not head
+    )
+    names = sorted({path.rpartition(".")[2] for path in linear})
+    return rf"{re.escape(root)}\.(.*\.)?({'|'.join(map(re.escape, names))})"
+
+
+def save_config(captioner: Captioner, folder: str | Path) -> None:
+    """Complete the adapter that peft has saved by the model's configs, and remove its card, which has local paths."""
+    captioner.model.base_model.model.config.to_json_file(Path(folder) / BASE_CONFIG)
+    captioner.model.generation_config.save_pretrained(folder)
+    (Path(folder) / "README.md").unlink(missing_ok=True)
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Tell whether a model is one with adapters."""
+    return isinstance(model, PeftModel)
+
+
+def base_of_adapter(name: str, revision: str | None) -> tuple[str, str | None] | None:
+    """Return the Hub id or folder, and the commit, of the model that `name` adapts; None if it is no adapter."""
+    path = cached_file(
+        name, ADAPTER_CONFIG, revision=revision, _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )  # fmt: skip
+    if path is None:
+        return None
+    with as_user_error(f"adapter '{name}': {ADAPTER_CONFIG} cannot be read"):
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        return config["base_model_name_or_path"], config.get("revision")
+
+
+def load_adapter(captioner: Captioner, name: str, revision: str | None) -> None:
+    """Put the saved adapters `name` into the model, as they were in training, and take over what lies beside them.
+
+    Raises:
+        UserError: they are not those of this model.
+    """
+    with as_user_error(f"adapter '{name}' cannot be loaded", "it must be one of this model"):
+        captioner.model = PeftModel.from_pretrained(captioner.model, name, revision=revision)
+    with suppress(OSError):  # those of others need not have such files
+        images = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")
+        captioner.processor.image_processor = images
+        captioner.model.generation_config = GenerationConfig.from_pretrained(name, revision=revision)
+
+
+def merge_adapter(captioner: Captioner) -> None:
+    """Add the adapters to the weights, after which the model is a plain one."""
+    captioner.model = captioner.model.merge_and_unload()
+
+
+def count_learning(model: nn.Module) -> str:
+    """Return how many parameters learn, and in which parts of the model, in words."""
+    counts: dict[str, int] = {}
+    for path, value in model.named_parameters():
+        if value.requires_grad:
+            part = re.sub(r"^base_model\.model\.", "", path)
+            part = ".".join(part.split(".")[:2])
+            counts[part] = counts.get(part, 0) + value.numel()
+    learning, all_of_them = sum(counts.values()), sum(value.numel() for value in model.parameters())
+    parts = ", ".join(f"{part} {number:,}" for part, number in counts.items())
+    return f"{learning:,} of {all_of_them:,} parameters learn ({learning / all_of_them:.2%}): {parts}"

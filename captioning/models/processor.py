@@ -1,0 +1,84 @@
+"""Processors of image-text models: image processor and tokenizer, built in the same way on every machine.
+
+Images are processed by PIL whatever is installed: torchvision resizes to other pixels (T11). A part for videos, which
+needs torchvision, is never built; its config is kept and saved with the rest, so that stock loads the processor whole.
+"""
+
+import inspect
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    ProcessorMixin,
+    VisionTextDualEncoderProcessor,
+)
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+from transformers.utils import cached_file
+
+
+VIDEO = "video_processor"
+# What old checkpoints lack in their processor is in the model's config. Without the first, BLIP-2 would write captions
+# without having seen the image, and report nothing
+FROM_CONFIG = {
+    "num_query_tokens": "num_query_tokens",
+    "patch_size": "vision_config.patch_size",
+    "vision_feature_select_strategy": "vision_feature_select_strategy",
+}
+
+
+def load_processor(name: str, revision: str | None, config: PreTrainedConfig) -> ProcessorMixin:
+    """Load the processor of a checkpoint with this `config`; of a family that has none, the pair of its parts.
+
+    Raises:
+        Exception: whatever the libraries raise when a file is missing or damaged.
+    """
+    content, _ = ProcessorMixin.get_processor_dict(name, revision=revision)
+    class_name = content.get("processor_class") or PROCESSOR_MAPPING_NAMES.get(config.model_type)
+    kind = getattr(transformers, class_name or "", VisionTextDualEncoderProcessor)
+    parts: dict[str, Any] = {}
+    for part in _parts(kind):
+        if part == "image_processor":
+            parts[part] = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")
+        else:  # that of BLIP-2's Q-Former has a folder of its own
+            folder = "" if part == "tokenizer" else part
+            parts[part] = AutoTokenizer.from_pretrained(name, revision=revision, subfolder=folder)
+    values = {key: value for key, value in content.items() if key not in parts}
+    values.setdefault("chat_template", getattr(parts["tokenizer"], "chat_template", None))
+    processor = build_processor(kind, **parts, **values)
+    if VIDEO in kind.get_attributes():
+        video = content.get(VIDEO) or _read(name, revision, "video_preprocessor_config.json")
+        vars(processor).update({VIDEO: video} if video else {})
+    for attribute, path in FROM_CONFIG.items():
+        if getattr(processor, attribute, 0) is None:
+            setattr(processor, attribute, _value_at(config, path))
+    return processor
+
+
+def build_processor(kind: type[ProcessorMixin], **values: Any) -> ProcessorMixin:
+    """Return a processor of the class `kind` without its part for videos; other `values` than it takes are ignored."""
+    processor = kind.__new__(kind)
+    processor.get_attributes = partial(list, _parts(kind))  # what stock asks for its parts, and can be pickled
+    taken = inspect.signature(kind.__init__).parameters
+    processor.__init__(**{key: values.get(key) for key in values.keys() | {VIDEO} if key in taken})
+    return processor
+
+
+def _parts(kind: type[ProcessorMixin]) -> list[str]:
+    return [name for name in kind.get_attributes() if name != VIDEO]
+
+
+def _read(name: str, revision: str | None, file: str) -> dict[str, Any] | None:
+    path = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return json.loads(Path(path).read_text(encoding="utf-8")) if path else None
+
+
+def _value_at(config: PreTrainedConfig, path: str) -> Any:
+    for part in path.split("."):
+        config = getattr(config, part, None)
+    return config

@@ -1,0 +1,44 @@
+"""The work of `python -m captioning score` and `check`."""
+
+import argparse
+import sys
+
+from captioning.errors import UserError, printable
+from captioning.files import to_json
+from captioning.reporting.score_table import comparison_table, score_table
+from captioning.scoring.captions import in_order_of, read_captions
+from captioning.scoring.score import compare_captions, score
+from captioning.scoring.submission import check_submission
+from captioning.scoring.training_split import read_training
+
+
+SHOWN_FAULTS = 20
+
+
+def score_captions(arguments: argparse.Namespace) -> None:
+    """Print the scores of one system, or of two with the differences."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal whose encoding lacks a character
+    captions = read_captions(arguments.predictions, arguments.references, arguments.concepts)
+    training = read_training(arguments.train, arguments.train_concepts)
+    options = None if arguments.tokenizer == "none" else arguments.tokenizer, arguments.bertscore_model
+    if arguments.against:
+        names = arguments.predictions, arguments.against
+        other = read_captions(arguments.against, arguments.references, arguments.concepts)
+        other = in_order_of(captions, other, *names)
+        result = compare_captions(captions, other, training, *options)
+        result = {"captions": len(captions), "systems": names, **result}
+    else:
+        result = score(captions, training, None, *options)
+    table = comparison_table if arguments.against else score_table
+    print(to_json(result, indent=2) if arguments.format == "json" else table(result, arguments.format))
+
+
+def check_rules(arguments: argparse.Namespace) -> None:
+    """Check an ImageCLEF submission; faults are printed, one a line, and end the command with status 2."""
+    faults = check_submission(arguments.submission, arguments.references)
+    for fault in faults[:SHOWN_FAULTS]:
+        print(printable(f"{arguments.submission}: {fault}"), file=sys.stderr)
+    if faults:
+        raise UserError(f"'{arguments.submission}': faults found: {len(faults)}; a submission must have none")
+    unchecked = "" if arguments.references else "; ids and their order were not checked: give --references"
+    print(f"'{arguments.submission}' is a valid submission{unchecked}")

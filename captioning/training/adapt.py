@@ -1,0 +1,86 @@
+"""The model, loaded or built, and adapted to a run."""
+
+import logging
+from collections.abc import Iterable
+
+from captioning.errors import UserError
+from captioning.hub.revisions import pin_revision
+from captioning.models.captioner import Captioner
+from captioning.models.load import build_captioner, load_captioner, read_config
+from captioning.models.lora import add_lora, count_learning, is_adapted, merge_adapter
+from captioning.training.arguments import CaptioningArguments, DataArguments, ModelArguments
+from captioning.training.decoding import warn_of_other_settings
+
+
+logger = logging.getLogger(__name__)
+
+
+def load_model(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    captions: Iterable[str],
+    args: CaptioningArguments,
+    checkpoint: str | None = None,
+) -> Captioner:
+    """Load the model, or build that of `config_name`, its tokenizer trained on `captions`, and adapt it to the run.
+
+    A resumed run keeps the tokenizer of its checkpoint. The commit on the Hub, or the config, that the model came from
+    is written into `model_args`, the prompt of its family into `data_args` where there is none.
+
+    Raises:
+        UserError: there is no such model, or it cannot be adapted in this way.
+    """
+    changed = checkpoint if args.resume_despite_changes else None  # its own tokenizer fits its embeddings
+    if model_args.model_name_or_path:
+        name = model_args.model_name_or_path
+        model_args.model_revision = pin_revision(name, model_args.model_revision)
+        revision = None if changed else model_args.model_revision
+        captioner = load_captioner(changed or name, revision, model_args.torch_dtype)
+        if not args.do_train:
+            warn_of_other_settings(captioner.model.generation_config, args.decoding())
+    else:
+        model_args.model_config = read_config(model_args.config_name, model_args.model_config)
+        tokenizer = changed or model_args.tokenizer_name or checkpoint
+        captioner = build_captioner(
+            model_args.config_name, args.seed, tokenizer, captions, model_args.vocab_size, model_args.model_config
+        )
+    _adapt(captioner, model_args, args)
+    captioner.set_prompt(data_args.prompt)
+    data_args.prompt = captioner.prompt
+    captioner.check_lengths(data_args.max_caption_length, args.max_new_tokens)
+    captioner.set_generation_config(args.decoding())
+    return captioner
+
+
+def _adapt(captioner: Captioner, model_args: ModelArguments, args: CaptioningArguments) -> None:
+    if args.do_train and is_adapted(captioner.model):
+        if model_args.use_peft:
+            raise UserError(
+                f"'{model_args.model_name_or_path}' is an adapter, and one of it could not be loaded; train it with "
+                "--merge_lora true first, or leave out --use_peft to train all weights"
+            )
+        merge_adapter(captioner)
+        captioner.model.requires_grad_(True)
+    shapes = {name: value.shape for name, value in captioner.model.named_parameters()}
+    captioner.adapt(
+        model_args.image_size, model_args.label_smoothing, model_args.freeze_vision_model, model_args.fast_blip
+    )
+    if not args.do_train:
+        return
+    if model_args.use_peft:
+        if (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise UserError(
+                "gradient_checkpointing_kwargs: use_reentrant must be false with use_peft: inputs do not learn"
+            )
+        name, revision = model_args.model_name_or_path, model_args.model_revision
+        if {name: value.shape for name, value in captioner.model.named_parameters()} != shapes:
+            raise UserError(
+                f"image_size {model_args.image_size} changes weights that an adapter does not hold; leave it out"
+            )
+        add_lora(
+            captioner, name, revision, model_args.lora_r, model_args.lora_alpha, model_args.lora_dropout,
+            model_args.lora_target_modules,
+        )  # fmt: skip
+    elif model_args.torch_dtype != "float32":
+        raise UserError(f"torch_dtype {model_args.torch_dtype} is for weights that do not learn; set --use_peft true")
+    logger.info("%s", count_learning(captioner.model))

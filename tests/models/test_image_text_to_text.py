@@ -1,0 +1,342 @@
+"""Other families than BLIP, each on a tiny model: what stock computes, and what the trainer makes of it.
+
+What is stock's is written here anew: the processor is called with a prompt and one image, tokens of a caption are put
+behind it, and nothing of `Captioner` is asked.
+"""
+
+import copy
+import json
+import re
+import signal
+
+import pytest
+import torch
+from datasets import DatasetDict
+from families import FAMILIES, save_tiny
+from helpers import (
+    flags,
+    losses,
+    make_noise,
+    make_rows,
+    one_step,
+    outcome,
+    predictions,
+    read_json,
+    run,
+    run_ranks,
+    score_flags,
+    signal_when,
+    start,
+)
+from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
+
+import run_captioning
+from captioning.data.checks import usable
+from captioning.data.images import open_image
+from captioning.data.tokenize_captions import tokenize
+from captioning.errors import UserError
+from captioning.models.load import load_captioner
+
+
+ENCODERS = ("blip-2-t5", "vit-gpt2")  # read the image by an encoder, and write by a decoder
+BEAMS = GenerationConfig(num_beams=3, max_new_tokens=8, do_sample=False)
+SHAPES = ((40, 60), (60, 60), (60, 30))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def checkpoint(family, tmp_path_factory):
+    return save_tiny(family, tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def captioner(checkpoint):
+    return load_captioner(str(checkpoint))
+
+
+@pytest.fixture
+def splits(checked, captioner) -> DatasetDict:
+    return DatasetDict({split: usable(rows) for split, rows in tokenize(checked, captioner, 40).items()})
+
+
+@pytest.fixture
+def images():
+    return [make_noise(seed, size) for seed, size in enumerate(SHAPES)]
+
+
+def stock_inputs(captioner, image, caption=None):
+    """One image and, behind the prompt, a caption, as a short script would make them."""
+    processor, tokenizer = captioner.processor, captioner.tokenizer
+    ids = tokenizer(caption, add_special_tokens=False)["input_ids"] + [captioner.end_token_id] if caption else []
+    if not captioner.family.takes_prompt:
+        inputs = {"pixel_values": processor.image_processor(image.convert("RGB"), return_tensors="pt")["pixel_values"]}
+        return inputs | ({"labels": torch.tensor([ids])} if ids else {})
+    arguments = {"text": captioner.prompt_arguments["text"]} | captioner.prompt_arguments
+    inputs = dict(processor(images=[[image.convert("RGB")]], **arguments, return_tensors="pt"))
+    inputs.pop("labels", None)
+    if captioner.config.model_type not in ("gemma3", "paligemma"):
+        inputs.pop("token_type_ids", None)
+    if not ids:
+        return inputs
+    prompt, new = inputs["input_ids"], torch.tensor([ids])
+    if captioner.config.is_encoder_decoder:
+        return inputs | {"labels": new}
+    inputs["labels"] = torch.cat([torch.full_like(prompt, -100), new], dim=1)
+    inputs["input_ids"] = torch.cat([prompt, new], dim=1)
+    kinds = {
+        "attention_mask": 1,
+        "mm_token_type_ids": 0,
+        "token_type_ids": int(captioner.config.model_type == "paligemma"),
+    }
+    for name, kind in kinds.items():
+        if name in inputs:
+            inputs[name] = torch.cat([inputs[name], torch.full_like(new, kind)], dim=1)
+    return inputs
+
+
+def spaced(captioner, caption):
+    """A caption as it follows the prompt: after a word with a space, after a line break without."""
+    text = (captioner.prompt_arguments.get("text") or [""])[0]
+    return (
+        f" {caption}"
+        if not captioner.config.is_encoder_decoder
+        and text[-1:].strip()
+        and text != "<s>"
+        and captioner.prompt != "caption en"
+        else caption
+    )
+
+
+def generate(captioner, images, captions=None):
+    rows = captioner.tokenize(captions, 40)[0] if captions else [[]] * len(images)
+    captioner.model.eval()
+    encoded = captioner.encode_images(captioner.collate(images, rows))
+    return [captioner.without_padding(row).tolist() for row in captioner.generate(encoded, BEAMS).numpy()]
+
+
+# --- Loss -----------------------------------------------------------------------------------------------------
+
+
+def test_the_evaluation_loss_is_that_of_stock_whatever_the_batch_size(make_trainer, captioner, splits):
+    total, number, model = 0.0, 0, captioner.model.eval()
+    for row in splits["validation"]:
+        inputs = stock_inputs(captioner, open_image(row["image"]), spaced(captioner, row["caption"]))
+        with torch.no_grad():
+            targets = int((inputs["labels"] != -100).sum())
+            total, number = total + float(model(**inputs).loss) * targets, number + targets
+    for batch_size in (1, 4):
+        trainer = make_trainer(captioner=captioner, splits=splits, per_device_eval_batch_size=batch_size)
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(total / number, rel=1e-6)
+
+
+def test_loss_and_gradients_do_not_depend_on_accumulation(make_trainer, captioner, splits):
+    whole, *parts = (one_step(make_trainer, captioner, *sizes, splits=splits) for sizes in ((8, 1), (4, 2), (2, 4)))
+    norm = torch.stack([gradient.norm() for gradient in whole[1].values()]).norm()
+    for loss, gradients in parts:
+        assert loss == pytest.approx(whole[0], rel=1e-5)
+        assert gradients.keys() == whole[1].keys()
+        difference = torch.stack([(gradients[name] - whole[1][name]).norm() for name in gradients]).norm()
+        assert difference < 1e-5 * norm
+
+
+def test_the_training_loss_is_smoothed_if_the_run_says_so(captioner, images):
+    captions = ["An effusion", "A small nodule", "No abnormality at all"]
+    batch = captioner.collate(images, captioner.tokenize(captions, 40)[0])
+    captioner.model.eval()
+    logits = captioner.model(**batch).logits
+    stock = captioner.model(**batch).loss
+    torch.testing.assert_close(captioner.forward(captioner.model, batch).loss, stock, rtol=1e-6, atol=1e-6)
+    captioner.adapt(label_smoothing=0.1)
+    shifted = (
+        (logits, batch["labels"]) if captioner.config.is_encoder_decoder else (logits[:, :-1], batch["labels"][:, 1:])
+    )
+    length = shifted[1].shape[1]
+    expected = torch.nn.functional.cross_entropy(
+        shifted[0][:, -length:].flatten(0, 1), shifted[1].flatten(), label_smoothing=0.1
+    )
+    torch.testing.assert_close(captioner.forward(captioner.model, batch).loss, expected, rtol=1e-6, atol=1e-6)
+
+
+# --- Captions -------------------------------------------------------------------------------------------------
+
+
+def test_predictions_are_those_of_stock_generate_and_do_not_see_the_references(captioner, images):
+    predicted = generate(captioner, images, ["An effusion", "A small nodule in the right upper lobe", "Normal"])
+    for image, tokens in zip(images, predicted, strict=True):
+        inputs = stock_inputs(captioner, image)
+        ends, pad = captioner.end_token_ids, captioner.tokenizer.pad_token_id
+        stock = captioner.model.generate(**inputs, num_beams=3, max_new_tokens=8, eos_token_id=ends, pad_token_id=pad)
+        start = 1 if captioner.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+        assert captioner.without_padding(stock[0, start:].numpy()).tolist() == tokens
+    assert generate(captioner, images, ["Chest", "B", "A CT of the abdomen and of the pelvis"]) == predicted
+
+
+def test_another_image_gives_other_logits(captioner, images):
+    rows = captioner.tokenize(["An effusion"] * 2, 40)[0]
+    nll = []
+    for pair in ((images[0], images[0]), (images[0], images[1])):
+        batch = captioner.collate(pair, rows)
+        captioner.model.eval()
+        with torch.no_grad():
+            encoded = captioner.encode_images(batch)
+            nll.append(captioner.caption_nll(encoded, batch))
+            features = captioner.image_features(captioner.encode_images(batch))
+        torch.testing.assert_close(captioner.image_features(encoded), features)
+        assert torch.equal(features[0], features[1]) == (pair[0] is pair[1])
+    assert nll[0][0] == pytest.approx(float(nll[0][1]), rel=1e-6)
+    assert abs(float(nll[1][0] - nll[1][1])) > 1e-3
+
+
+def test_two_captions_are_learned_saved_and_repeated_by_stock(make_trainer, checked, captioner, tmp_path):
+    rows = make_rows(2)
+    two = DatasetDict(
+        {
+            split: usable(own)
+            for split, own in tokenize(
+                DatasetDict(train=checked["train"].select(range(2)), validation=checked["train"].select(range(2))),
+                captioner,
+                40,
+            ).items()
+        }
+    )
+    trainer = make_trainer(
+        captioner=captioner,
+        splits=two,
+        max_steps=80,
+        learning_rate=1e-2,
+        weight_decay=0.0,
+        max_new_tokens=40,
+        num_beams=1,
+        save_strategy="no",
+        eval_strategy="no",
+        per_device_train_batch_size=2,
+        lr_scheduler_type="constant",
+    )
+    trainer.train()
+    found = trainer.predict(two["validation"]).predictions
+    assert found.captions == [caption.strip() for caption in rows["caption"]]
+    captioner.set_generation_config(trainer.generation_config)
+    trainer.save_model()
+    folder = trainer.args.output_dir
+    again = load_captioner(folder)
+    assert generate(again, rows["image"]) == generate(captioner, rows["image"])
+    stock = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for image, caption in zip(rows["image"], found.captions, strict=True):
+        inputs = stock_inputs(again, image)
+        tokens = stock.generate(**inputs, num_beams=1, max_new_tokens=40, eos_token_id=captioner.end_token_ids)
+        start = 1 if captioner.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+        assert tokenizer.decode(tokens[0, start:], skip_special_tokens=True).strip() == caption
+
+
+def test_a_resumed_training_ends_with_the_same_weights(make_trainer, captioner, splits):
+    def weights(model):
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+    short = {
+        "per_device_train_batch_size": 8,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-3,
+        "predict_with_generate": False,
+    }
+    start = copy.deepcopy(captioner)
+    trainer = make_trainer(captioner=captioner, splits=splits, **short)
+    trainer.train()
+    expected = weights(captioner.model)
+    first = f"{trainer.args.output_dir}/checkpoint-3"
+    make_trainer(captioner=start, splits=splits, **short).train(resume_from_checkpoint=first)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(start.model).items())
+
+
+# --- Runs of the script ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["qwen3_vl", "blip-2-t5", "llava"])
+def tiny(request, tmp_path_factory):
+    """Images of several sizes in one batch; an encoder-decoder; weights that no loss depends on."""
+    return save_tiny(request.param, tmp_path_factory.mktemp("start") / request.param)
+
+
+def train_flags(tiny, data, folder, **values):
+    return flags(None, data, folder, model_name_or_path=tiny, vocab_size=None, logging_steps=1, **values)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, parquet_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    run(train_flags(tiny, parquet_folder, folder))
+    return folder
+
+
+def test_a_run_has_scores_a_page_a_card_and_a_recipe_that_repeats_it(trained, parquet_folder, tmp_path):
+    scores, card = read_json(trained / "scores.json")["test"], (trained / "README.md").read_text()
+    assert scores["scores"]["rougeL"]["baselines"]["nearest_image"] is not None, "it needs features of the images"
+    assert '"attention":{}' in (trained / "report.html").read_text().replace(" ", "")
+    assert f"A {read_json(trained / 'config.json')['model_type']} model that writes" in card and "BLIP " not in card
+    run_captioning.main([str(trained / "recipe.json"), "--output_dir", str(tmp_path / "again")])
+    assert outcome(tmp_path / "again") == outcome(trained)
+    scored = run_captioning.main(score_flags(trained, parquet_folder, tmp_path / "check"))
+    assert scored["predict_loss"] == read_json(trained / "all_results.json")["predict_loss"]
+    assert predictions(tmp_path / "check") == predictions(trained)
+
+
+def test_the_code_of_its_card_repeats_the_caption_of_the_sample(trained, monkeypatch, capsys):
+    if read_json(trained / "config.json")["model_type"] == "qwen3_vl":
+        pytest.skip("stock's processor of this family needs torchvision, which is not there for this PyTorch")
+    code = re.search(r"```python\n(.*?)```", (trained / "README.md").read_text(), re.DOTALL)[1]
+    monkeypatch.chdir(trained.parent)
+    capsys.readouterr()
+    exec(compile(code, "card", "exec"), {})
+    assert capsys.readouterr().out == read_json(trained / "sample.json")["caption"] + "\n"
+
+
+@pytest.mark.slow
+def test_a_killed_run_is_resumed_to_the_same_weights_and_two_processes_train_as_one(
+    tiny, trained, parquet_folder, tmp_path
+):
+    command = train_flags(tiny, parquet_folder, tmp_path / "killed")
+    process = start(command)
+    signal_when(lambda: (tmp_path / "killed/checkpoint-6/trainer_state.json").is_file(), signal.SIGKILL, process)
+    process.communicate()
+    run([*command, "--resume_from_checkpoint", "true"])
+    assert outcome(tmp_path / "killed") == outcome(trained)
+    run_ranks(2, train_flags(tiny, parquet_folder, tmp_path / "two", per_device_train_batch_size=2))
+    assert losses(tmp_path / "two") == pytest.approx(losses(trained), rel=1e-4)
+
+
+# --- What a user may do wrong ---------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_one_line(captioner, checkpoint):
+    with pytest.raises(UserError, match="leaves no room for a caption"):
+        captioner.tokenize(["x"], 1)
+    if "t5" not in str(captioner.config.get_text_config()):
+        with pytest.raises(
+            UserError, match=r"max_new_tokens 9000 after \d+ tokens .* positions; set --max_new_tokens to \d+"
+        ):
+            captioner.check_lengths(40, 9000)
+    if captioner.family.image_size is None:
+        with pytest.raises(UserError, match=r"takes images of .* leave out --image_size"):
+            captioner.adapt(image_size=48)
+    if not captioner.family.takes_prompt:
+        with pytest.raises(UserError, match="takes no prompt; leave out --prompt"):
+            captioner.set_prompt("Describe.")
+
+
+def test_an_old_processor_of_blip2_gets_its_image_tokens(tmp_path):
+    """T19: without them it would write captions without having seen the image."""
+    save_tiny("blip-2-opt", tmp_path)
+    content = read_json(tmp_path / "processor_config.json")
+    (tmp_path / "processor_config.json").write_text(json.dumps(content | {"num_query_tokens": None}))
+    config = read_json(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text(json.dumps(config | {"image_token_index": None, "image_token_id": None}))
+    captioner = load_captioner(str(tmp_path))
+    ids = captioner.collate([make_noise(0)], [[]])["input_ids"][0]
+    assert int((ids == captioner.tokenizer.convert_tokens_to_ids("<image>")).sum()) == 4
+    captioner.processor.num_query_tokens = 0
+    with pytest.raises(UserError, match="has no place for the image"):
+        captioner.set_prompt("Describe.")

@@ -1,0 +1,201 @@
+"""Low-rank adapters: what learns, what is saved, and that stock peft does the same with it."""
+
+import json
+import re
+import shutil
+import signal
+
+import pytest
+import torch
+from families import FAMILIES, save_tiny
+from helpers import (
+    flags,
+    losses,
+    make_noise,
+    outcome,
+    predictions,
+    read_json,
+    run,
+    run_ranks,
+    save_captioner,
+    score_flags,
+    signal_when,
+    start,
+)
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, BlipForConditionalGeneration
+
+import run_captioning
+from captioning.errors import UserError
+from captioning.models.load import load_captioner
+from captioning.models.lora import add_lora
+from captioning.training.checkpoints import checkpoint_fault
+
+
+@pytest.fixture(scope="module")
+def blip(tiny_captioner, tmp_path_factory):
+    return save_captioner(tiny_captioner, tmp_path_factory.mktemp("blip") / "blip")
+
+
+def lora_flags(model, data, folder, **values):
+    values = {"model_name_or_path": model, "use_peft": True, "learning_rate": 3e-2, "lora_dropout": 0.1} | values
+    return flags(None, data, folder, **values, vocab_size=None)
+
+
+@pytest.fixture(scope="module")
+def adapted(blip, parquet_folder, tmp_path_factory):
+    """The output folder of a run that has learned an adapter of a tiny BLIP."""
+    folder = tmp_path_factory.mktemp("adapted") / "run"
+    run_captioning.main(lora_flags(blip, parquet_folder, folder))
+    return folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_adapters_of_the_text_model_learn_by_default(family, tmp_path):
+    captioner = load_captioner(str(save_tiny(family, tmp_path)))
+    vision, text = captioner.vision_model, captioner.text_model
+    add_lora(captioner, str(tmp_path), None)
+    learning = {name for name, value in captioner.model.named_parameters() if value.requires_grad}
+    assert learning and all("lora_" in name for name in learning)
+    adapted = {module for module in captioner.model.modules() if isinstance(module, BaseTunerLayer)}
+    assert adapted <= set(text.modules()) and not adapted & set(vision.modules())
+    assert captioner.model.get_output_embeddings() not in adapted
+    attended = [name for name, module in captioner.model.named_modules() if module in adapted]
+    assert len(attended) >= 2 * 4, "attention and MLP of both layers"
+    batch = captioner.collate([make_noise(0)], captioner.tokenize(["An effusion"], 40)[0])
+    captioner.forward(captioner.model, batch).loss.backward()
+    assert all(value.grad is not None for value in captioner.model.parameters() if value.requires_grad)
+
+
+def test_a_run_saves_the_adapter_alone_and_stock_peft_captions_with_it_as_the_run_did(blip, adapted, raw_dataset):
+    assert not list(adapted.glob("model*.safetensors")) and not (adapted / "adapter").exists()
+    for folder in (adapted, *adapted.glob("checkpoint-*")):
+        assert all("lora_" in name for name in load_file(folder / "adapter_model.safetensors"))
+        assert (
+            not (folder.name.startswith("checkpoint") and (folder / "README.md").exists())
+            and (folder / "base_config.json").is_file()
+        )
+    assert all(checkpoint_fault(folder) is None for folder in adapted.glob("checkpoint-*"))
+    base = BlipForConditionalGeneration.from_pretrained(blip)
+    processor = load_captioner(str(blip)).processor
+    models = [
+        PeftModel.from_pretrained(base, adapted).eval(),
+        AutoModelForImageTextToText.from_pretrained(adapted).eval(),
+    ]
+    rows = predictions(adapted)
+    assert len({row["prediction"] for row in rows}) > 1
+    for model in models:
+        for row, example in zip(rows, raw_dataset["test"], strict=True):
+            inputs = processor(images=example["image"], return_tensors="pt")
+            tokens = model.generate(**inputs, num_beams=3, max_new_tokens=12)
+            assert processor.decode(tokens[0], skip_special_tokens=True).strip() == row["prediction"]
+
+
+def test_an_adapter_is_scored_alone_as_at_the_end_of_its_training(adapted, parquet_folder, tmp_path):
+    scored = run_captioning.main(score_flags(adapted, parquet_folder, tmp_path))
+    assert (tmp_path / "predictions/test.jsonl").read_text() == outcome_of(adapted)["predictions"]["test.jsonl"]
+    assert scored["predict_loss"] == read_json(adapted / "all_results.json")["predict_loss"]
+
+
+def outcome_of(folder):
+    return outcome(folder, weights="adapter_model.safetensors")
+
+
+def test_the_card_is_that_of_an_adapter_and_its_code_runs(adapted, monkeypatch, capsys):
+    card = (adapted / "README.md").read_text()
+    for fact in ("library_name: peft", "- lora", "a low-rank adapter of", "million in the adapter", "peft\n"):
+        assert fact in card
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    monkeypatch.chdir(adapted.parent)
+    base = read_json(adapted / "adapter_config.json")["base_model_name_or_path"]
+    capsys.readouterr()
+    exec(compile(code.replace('from_pretrained("blip")', f"from_pretrained({base!r})"), "card", "exec"), {})
+    assert capsys.readouterr().out == read_json(adapted / "sample.json")["caption"] + "\n"
+
+
+def test_merged_it_is_a_plain_model_and_the_adapter_lies_beside_it(blip, adapted, parquet_folder, tmp_path):
+    run_captioning.main(lora_flags(blip, parquet_folder, tmp_path / "run", merge_lora=True))
+    folder = tmp_path / "run"
+    assert not (folder / "adapter_config.json").exists()
+    found, start = load_file(folder / "model.safetensors"), load_file(blip / "model.safetensors")
+    assert found.keys() == start.keys(), "plain BLIP"
+    changed = {name for name in found if not torch.equal(found[name], start[name])}
+    assert changed and all("text_decoder.bert.encoder" in name for name in changed)
+    weights = load_file(folder / "adapter/adapter_model.safetensors")
+    assert all(
+        torch.equal(value, weights[name]) for name, value in load_file(adapted / "adapter_model.safetensors").items()
+    )
+    assert [row["prediction"] for row in predictions(folder)] == [row["prediction"] for row in predictions(adapted)]
+    assert "library_name: transformers" in (folder / "README.md").read_text()
+
+
+def test_a_killed_training_is_resumed_to_the_same_adapter(blip, adapted, parquet_folder, tmp_path):
+    command = lora_flags(blip, parquet_folder, tmp_path / "run")
+    process = start(command)
+    signal_when(lambda: (tmp_path / "run/checkpoint-6/trainer_state.json").is_file(), signal.SIGKILL, process)
+    process.communicate()
+    assert not (tmp_path / "run/all_results.json").exists()
+    run([*command, "--resume_from_checkpoint", "true"])
+    assert outcome_of(tmp_path / "run") == outcome_of(adapted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"torch_dtype": "bfloat16", "max_steps": 1}])
+def test_other_ways_to_save_memory(blip, parquet_folder, tmp_path, options, adapted):
+    run_captioning.main(lora_flags(blip, parquet_folder, tmp_path / "run", lora_dropout=0.0, **options))
+    weights = load_file(tmp_path / "run/adapter_model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.float32}, "what learns is not rounded"
+    if "gradient_checkpointing" in options:
+        run_captioning.main(lora_flags(blip, parquet_folder, tmp_path / "plain", lora_dropout=0.0))
+        plain = load_file(tmp_path / "plain/adapter_model.safetensors")
+        assert all(torch.allclose(value, plain[name], atol=1e-5) for name, value in weights.items())
+
+
+@pytest.mark.slow
+def test_two_processes_learn_the_adapter_that_one_does(blip, parquet_folder, tmp_path):
+    common = {"lora_dropout": 0.0, "num_train_epochs": 1, "logging_steps": 1, "learning_rate": 1e-3}
+    run(lora_flags(blip, parquet_folder, tmp_path / "one", **common))
+    run_ranks(2, lora_flags(blip, parquet_folder, tmp_path / "two", per_device_train_batch_size=2, **common))
+    one, two = (losses(tmp_path / name) for name in ("one", "two"))
+    assert len(one) == 6 and two == pytest.approx(one, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"lora_target_modules": "nothing"}, r"LoRA cannot be added: .*nothing.*; set --lora_target_modules to names"),
+        ({"lora_target_modules": "decoder"}, "names 'text_decoder.cls.predictions.decoder', whose weight is tied"),
+        ({"image_size": 40}, "image_size 40 changes weights that an adapter does not hold; leave it out"),
+        ({"use_peft": False, "merge_lora": True}, "merge_lora goes with use_peft"),
+        ({"use_peft": False, "torch_dtype": "bfloat16"}, "torch_dtype bfloat16 is for weights that do not learn"),
+        ({"torch_dtype": "float8"}, "torch_dtype is 'float8'; set float32 or bfloat16"),
+        ({"lora_r": 0}, "lora_r is 0; set --lora_r from 1 to 4096"),
+        ({"gradient_checkpointing_kwargs": '{"use_reentrant": true}'}, "use_reentrant must be false with use_peft"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_adapted_is_one_line(blip, parquet_folder, tmp_path, wrong, reason):
+    with pytest.raises(UserError, match=reason):
+        run_captioning.main(lora_flags(blip, parquet_folder, tmp_path / "run", **wrong))
+
+
+def test_an_adapter_is_not_adapted_again_but_merged_and_trained(adapted, parquet_folder, tmp_path):
+    with pytest.raises(
+        UserError, match=r"is an adapter, and one of it could not be loaded; train it with --merge_lora"
+    ):
+        run_captioning.main(lora_flags(adapted, parquet_folder, tmp_path / "run"))
+    shutil.rmtree(tmp_path / "run")
+    run_captioning.main(lora_flags(adapted, parquet_folder, tmp_path / "run", use_peft=False, max_steps=1))
+    assert (tmp_path / "run/model.safetensors").is_file()
+
+
+def test_a_damaged_or_foreign_adapter_is_one_line(adapted, parquet_folder, tmp_path):
+    broken = shutil.copytree(adapted, tmp_path / "broken")
+    (broken / "adapter_model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(UserError, match=r"adapter '.*broken' cannot be loaded: .*; it must be one of this model"):
+        load_captioner(str(broken))
+    content = read_json(adapted / "adapter_config.json") | {"base_model_name_or_path": str(tmp_path / "gone")}
+    (broken / "adapter_config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"model '.*gone', which '.*broken' adapts, cannot be loaded"):
+        load_captioner(str(broken))
