@@ -64,6 +64,8 @@ def write_report(
     rows = gallery["rows"]
     gallery["attention"] = {i: maps for i, row in enumerate(rows) if (maps := _maps(attention.get(row["id"], ())))}
     facts = record.facts(COMMIT_DIGITS) | {"split": f"{split}, {len(rows):,} captions"}
+    if not gallery["attention"]:
+        facts["attention maps"] = "this model gives none"
     if summary:
         facts["distinct captions"] = f"{summary['unique_captions']:.0%}"
     render_page(
