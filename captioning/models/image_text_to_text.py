@@ -156,7 +156,7 @@ class ImageTextToTextCaptioner(Captioner):
 
     def set_generation_config(self, config: GenerationConfig) -> None:
         """See `Captioner.set_generation_config`; what a checkpoint samples by does not stay."""
-        self.model.generation_config = self._with_special_tokens(config)
+        self.plain_model.generation_config = self._with_special_tokens(config)
         if self.family.generates_by_decoder:  # `generate` of the whole model is that of its decoder (T7)
             self.model.language_model.generation_config = deepcopy(self.model.generation_config)
 

@@ -68,12 +68,19 @@ def add_lora(
                 f"lora_target_modules names '{path}', whose weight is tied to the embedding: merged, it would change "
                 "both; name others"
             )
+    # The Trainer's gradient checkpointing lets the outputs of all embeddings learn, as re-entrant checkpoints need. Ours
+    # do not, GIT writes into its embeddings, and the backward pass would go through the frozen vision model
+    captioner.plain_model.enable_input_require_grads = _do_nothing
     # Where it was loaded from, which peft takes, may be a snapshot in a cache
     config = model.peft_config[model.active_adapter]
     is_local = os.path.exists(name)
     config.base_model_name_or_path = os.path.abspath(name) if is_local else name
     config.revision = None if is_local else revision
     captioner.model = model
+
+
+def _do_nothing() -> None:
+    pass
 
 
 def text_layers(captioner: Captioner) -> str:
@@ -123,7 +130,7 @@ def load_adapter(captioner: Captioner, name: str, revision: str | None) -> None:
     with suppress(OSError):  # those of others need not have such files
         images = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")
         captioner.processor.image_processor = images
-        captioner.model.generation_config = GenerationConfig.from_pretrained(name, revision=revision)
+        captioner.plain_model.generation_config = GenerationConfig.from_pretrained(name, revision=revision)
 
 
 def merge_adapter(captioner: Captioner) -> None:

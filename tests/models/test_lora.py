@@ -199,3 +199,50 @@ def test_a_damaged_or_foreign_adapter_is_one_line(adapted, parquet_folder, tmp_p
     (broken / "adapter_config.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"model '.*gone', which '.*broken' adapts, cannot be loaded"):
         load_captioner(str(broken))
+
+
+@pytest.fixture(scope="module")
+def sampling(tmp_path_factory):
+    """A model whose own decode settings sample, and penalize repetitions, as Qwen2.5-VL's do."""
+    folder = save_tiny("llava", tmp_path_factory.mktemp("sampling") / "llava")
+    own = {"do_sample": True, "temperature": 2.0, "repetition_penalty": 5.0, "eos_token_id": 2, "pad_token_id": 0}
+    (folder / "generation_config.json").write_text(json.dumps(own))
+    return folder
+
+
+def test_the_decode_settings_of_the_start_reach_neither_an_adapter_nor_a_merged_model(
+    sampling, parquet_folder, tmp_path, monkeypatch, capsys
+):
+    for name, values in {"adapted": {}, "merged": {"merge_lora": True}, "start": {"do_train": False}}.items():
+        run_captioning.main(lora_flags(sampling, parquet_folder, tmp_path / name, max_steps=1, **values))
+    run_captioning.main(score_flags(tmp_path / "merged", parquet_folder, tmp_path / "scored"))
+    adapted, merged, scored = (
+        [row["prediction"] for row in predictions(tmp_path / name)] for name in ("adapted", "merged", "scored")
+    )
+    assert adapted == merged == scored
+    for name in ("adapted", "merged"):
+        settings = read_json(tmp_path / name / "generation_config.json")
+        assert settings["num_beams"] == 3 and not settings["do_sample"] and "repetition_penalty" not in settings
+    monkeypatch.chdir(tmp_path)
+    for name in ("adapted", "start"):
+        code = re.search(r"```python\n(.*?)```", (tmp_path / name / "README.md").read_text(), re.DOTALL)[1]
+        capsys.readouterr()
+        exec(compile(code.replace('"llava"', repr(str(sampling))), "card", "exec"), {})
+        assert capsys.readouterr().out == read_json(tmp_path / name / "sample.json")["caption"] + "\n"
+
+
+@pytest.mark.parametrize("family", ["git", "llava"])
+def test_gradient_checkpointing_changes_no_gradient_of_an_adapter(family, tmp_path):
+    captioner = load_captioner(str(save_tiny(family, tmp_path)))
+    add_lora(captioner, str(tmp_path), None, dropout=0.0)
+    batch = captioner.collate([make_noise(0)], captioner.tokenize(["An effusion"], 40)[0])
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            captioner.model.activation_checkpointing_enable()
+            captioner.model.train()
+        captioner.model.zero_grad()
+        captioner.forward(captioner.model, batch).loss.backward()
+        found.append({n: p.grad.clone() for n, p in captioner.model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.allclose(value, found[1][name], atol=1e-6) for name, value in found[0].items())
