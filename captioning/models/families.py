@@ -150,7 +150,7 @@ model = PeftModel.from_pretrained(model, name)
 model = AutoModelForImageTextToText.from_pretrained(name, dtype={{ dtype or '"float32"' }})
 {% endif -%}
 {% if tokens -%}
-{{ "model.base_model.model" if adapter_of else "model" }}.generation_config = GenerationConfig({{ tokens }})  # no sampling
+model{% if adapter_of %}.base_model.model{% endif %}.generation_config = GenerationConfig({{ tokens }})
 {% endif -%}
 processor = AutoProcessor.from_pretrained(name)
 processor.image_processor = AutoImageProcessor.from_pretrained(name, backend="pil")  # torchvision: other pixels

@@ -94,7 +94,8 @@ class ImageTextToTextCaptioner(Captioner):
                 "give the tokenizer that it was trained with"
             )
         writes = EncoderDecoderCaptioner if _has_encoder(config) else ImageTextToTextCaptioner
-        with as_user_error(f"model '{name}' has no whole processor", "add its processor_config.json"):
+        mend = "it needs a whole processor_config.json, and a chat template of images and text or none"
+        with as_user_error(f"model '{name}': its processor makes no prompt", mend):
             return writes(model, processor)
 
     @classmethod
@@ -215,7 +216,9 @@ class ImageTextToTextCaptioner(Captioner):
         """
         self.prompt = self.family.prompt if prompt is None else prompt
         if written := [token for token in self._image_tokens() if token in self.prompt]:
-            raise UserError(f"the prompt '{self.prompt}' holds '{written[0]}', which is put into it here; leave it out")
+            raise UserError(
+                f"the prompt '{self.prompt}' holds '{written[0]}', which is put there anyway; leave it out"
+            )
         self.prompt_text = text = self._render(self.prompt)
         starts = (self.tokenizer.bos_token, self.tokenizer.cls_token)  # a template may have written it
         adds = not any(token and text.startswith(token) for token in starts)

@@ -59,17 +59,22 @@ def add_lora(
     config = LoraConfig(  # without a task type: peft's wrappers for them do not pass images on
         r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets
     )
-    tied = set(captioner.model._tied_weights_keys or ())
+    tied = captioner.model.all_tied_weights_keys  # none where the config does not tie them
+    tied = {*tied.keys(), *tied.values()}
     with as_user_error("LoRA cannot be added", "set --lora_target_modules to names of linear layers"):
         model = get_peft_model(captioner.model, config)
-    for path, module in model.base_model.model.named_modules():
-        if isinstance(module, BaseTunerLayer) and f"{path}.weight" in tied:
+    adapted = [path for path, module in model.base_model.model.named_modules() if isinstance(module, BaseTunerLayer)]
+    for name_of_layer in targets if isinstance(targets, list) else []:  # peft asks for one match of all names
+        if not any(f".{path}".endswith(f".{name_of_layer}") for path in adapted):
+            raise UserError(f"lora_target_modules: no layer is named '{name_of_layer}'; correct or leave it out")
+    for path in adapted:
+        if f"{path}.weight" in tied:
             raise UserError(
-                f"lora_target_modules names '{path}', whose weight is tied to the embedding: merged, it would change "
-                "both; name others"
+                f"lora_target_modules names '{path}', whose weight is also that of another layer: merged, it would "
+                "change both; name others"
             )
-    # The Trainer's gradient checkpointing lets the outputs of all embeddings learn, as re-entrant checkpoints need. Ours
-    # do not, GIT writes into its embeddings, and the backward pass would go through the frozen vision model
+    # The Trainer's gradient checkpointing lets the outputs of all embeddings learn, as re-entrant checkpoints need.
+    # Ours do not; GIT writes into its embeddings, and the backward pass would go through the frozen vision model
     captioner.plain_model.enable_input_require_grads = _do_nothing
     # Where it was loaded from, which peft takes, may be a snapshot in a cache
     config = model.peft_config[model.active_adapter]

@@ -346,7 +346,7 @@ def test_a_prompt_that_holds_the_token_of_the_image_is_one_line(captioner):
     if not captioner._image_tokens():
         pytest.skip("it has no such token")
     for token in captioner._image_tokens():
-        with pytest.raises(UserError, match=r"holds '.*', which is put into it here; leave it out"):
+        with pytest.raises(UserError, match=r"holds '.*', which is put there anyway; leave it out"):
             captioner.set_prompt(f"{token} Describe.")
 
 
@@ -377,5 +377,8 @@ def test_an_old_checkpoint_without_a_processor_config_is_completed_or_refused(tm
         (folder / "preprocessor_config.json").write_text(json.dumps(images))
     captioner = load_captioner(str(tmp_path / "llava"))
     assert len(generate(captioner, [make_noise(0)])) == 1, "as many image tokens as features"
-    with pytest.raises(UserError, match=r"has no whole processor: .*; add its processor_config.json"):
+    with pytest.raises(UserError, match=r"its processor makes no prompt: .*; it needs a whole processor_config.json"):
         load_captioner(str(tmp_path / "llava_onevision"))
+    (tmp_path / "llava/chat_template.jinja").write_text("{{ messages[0].role + messages[0].content }}")
+    with pytest.raises(UserError, match=r"its processor makes no prompt: .*; it needs .* a chat template of images"):
+        load_captioner(str(tmp_path / "llava"))

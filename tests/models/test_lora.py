@@ -166,7 +166,8 @@ def test_two_processes_learn_the_adapter_that_one_does(blip, parquet_folder, tmp
     ("wrong", "reason"),
     [
         ({"lora_target_modules": "nothing"}, r"LoRA cannot be added: .*nothing.*; set --lora_target_modules to names"),
-        ({"lora_target_modules": "decoder"}, "names 'text_decoder.cls.predictions.decoder', whose weight is tied"),
+        ({"lora_target_modules": "decoder"}, "'text_decoder.cls.predictions.decoder', whose weight is also"),
+        ({"lora_target_modules": "word_embeddings"}, "word_embeddings', whose weight is also that of another"),
         ({"image_size": 40}, "image_size 40 changes weights that an adapter does not hold; leave it out"),
         ({"use_peft": False, "merge_lora": True}, "merge_lora goes with use_peft"),
         ({"use_peft": False, "torch_dtype": "bfloat16"}, "torch_dtype bfloat16 is for weights that do not learn"),
@@ -246,3 +247,13 @@ def test_gradient_checkpointing_changes_no_gradient_of_an_adapter(family, tmp_pa
         found.append({n: p.grad.clone() for n, p in captioner.model.named_parameters() if p.grad is not None})
     assert found[0].keys() == found[1].keys()
     assert all(torch.allclose(value, found[1][name], atol=1e-6) for name, value in found[0].items())
+
+
+def test_each_target_names_a_layer_and_a_head_that_is_not_tied_can_be_one(tmp_path):
+    folder = save_tiny("llava", tmp_path)
+    with pytest.raises(UserError, match=r"no layer is named 'v_porj'; correct or leave it out"):
+        add_lora(load_captioner(str(folder)), str(folder), None, target_modules=["q_proj", "v_porj"])
+    captioner = load_captioner(str(folder))
+    assert not captioner.config.get_text_config().tie_word_embeddings
+    add_lora(captioner, str(folder), None, target_modules=["q_proj", "lm_head"])
+    assert isinstance(captioner.model.get_output_embeddings(), BaseTunerLayer)
