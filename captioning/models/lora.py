@@ -121,7 +121,10 @@ def base_of_adapter(name: str, revision: str | None) -> tuple[str, str | None] |
         return None
     with as_user_error(f"adapter '{name}': {ADAPTER_CONFIG} cannot be read"):
         config = json.loads(Path(path).read_text(encoding="utf-8"))
-        return config["base_model_name_or_path"], config.get("revision")
+        base = config["base_model_name_or_path"]
+    if not isinstance(base, str):
+        raise UserError(f"adapter '{name}': {ADAPTER_CONFIG} names no model; set base_model_name_or_path in it")
+    return base, config.get("revision")
 
 
 def load_adapter(captioner: Captioner, name: str, revision: str | None) -> None:

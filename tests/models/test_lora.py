@@ -40,7 +40,8 @@ def blip(tiny_captioner, tmp_path_factory):
 
 
 def lora_flags(model, data, folder, **values):
-    values = {"model_name_or_path": model, "use_peft": True, "learning_rate": 3e-2, "lora_dropout": 0.1} | values
+    adapts = {"use_peft": True, "lora_dropout": 0.1} if values.get("use_peft", True) else {}
+    values = {"model_name_or_path": model, "learning_rate": 3e-2} | adapts | values
     return flags(None, data, folder, **values, vocab_size=None)
 
 
@@ -170,6 +171,7 @@ def test_two_processes_learn_the_adapter_that_one_does(blip, parquet_folder, tmp
         ({"lora_target_modules": "word_embeddings"}, "word_embeddings', whose weight is also that of another"),
         ({"image_size": 40}, "image_size 40 changes weights that an adapter does not hold; leave it out"),
         ({"use_peft": False, "merge_lora": True}, "merge_lora goes with use_peft"),
+        ({"use_peft": False, "lora_r": 8}, "lora_r goes with use_peft, without which all weights learn"),
         ({"use_peft": False, "torch_dtype": "bfloat16"}, "torch_dtype bfloat16 is for weights that do not learn"),
         ({"torch_dtype": "float8"}, "torch_dtype is 'float8'; set float32 or bfloat16"),
         ({"lora_r": 0}, "lora_r is 0; set --lora_r from 1 to 4096"),
@@ -192,6 +194,9 @@ def test_an_adapter_is_not_adapted_again_but_merged_and_trained(adapted, parquet
 
 
 def test_a_damaged_or_foreign_adapter_is_one_line(adapted, parquet_folder, tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": null}')
+    with pytest.raises(UserError, match=r"adapter_config.json names no model; set base_model_name_or_path in it"):
+        load_captioner(str(tmp_path))
     broken = shutil.copytree(adapted, tmp_path / "broken")
     (broken / "adapter_model.safetensors").write_bytes(b"no weights")
     with pytest.raises(UserError, match=r"adapter '.*broken' cannot be loaded: .*; it must be one of this model"):
