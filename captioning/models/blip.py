@@ -273,8 +273,8 @@ class BlipCaptioner(Captioner):
             if plain and getattr(config, name) is not None:
                 setattr(text, name, getattr(config, name))
         self.model.text_decoder.generation_config = GenerationConfig.from_model_config(text)
-        self.model.generation_config = self._with_special_tokens(config)
-        self.model.generation_config.bos_token_id = text.bos_token_id
+        self.plain_model.generation_config = self._with_special_tokens(config)
+        self.plain_model.generation_config.bos_token_id = text.bos_token_id
 
     @classmethod
     def plain_generate_suffices(cls, config: GenerationConfig) -> bool:

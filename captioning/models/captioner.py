@@ -85,6 +85,11 @@ class Captioner(ABC):
         return light
 
     @property
+    def plain_model(self) -> PreTrainedModel:
+        """The model itself, without what peft wraps around it: attributes set on that would not reach it."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the processor."""
         return self.processor.tokenizer

@@ -39,8 +39,14 @@ def write_card_images(trainer: CaptioningTrainer, record: RunRecord, rows: Datas
     sample = sample if sample.mode in ("L", "RGB") else sample.convert("RGB")
     sample.info.clear()  # a comment in the file may name a patient
     sample.save(folder / "sample.png")
-    prompt = trainer.captioner.prompt_arguments
-    caption = {"image": "sample.png", "caption": trainer.caption(sample), "prompt": prompt}
+    captioner = trainer.captioner
+    settings = captioner.plain_model.generation_config.to_diff_dict()
+    caption = {
+        "image": "sample.png",
+        "caption": trainer.caption(sample),
+        "prompt": captioner.prompt_arguments,
+        "tokens": {name: value for name, value in settings.items() if name.endswith("_token_id")},
+    }
     write_whole(folder / "sample.json", json.dumps(caption, indent=2, ensure_ascii=False) + "\n")
     if not with_images:
         return

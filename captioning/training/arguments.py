@@ -126,6 +126,10 @@ class ModelArguments:
             raise UserError("tokenizer_name goes with config_name only: a checkpoint has its own tokenizer")
         if self.use_peft and self.config_name:
             raise UserError("use_peft adapts a trained model, not random weights; give it by --model_name_or_path")
+        of_lora = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+        given = [name for name in of_lora if getattr(self, name) != self.__dataclass_fields__[name].default]
+        if given and not self.use_peft:
+            raise UserError(f"{given[0]} goes with use_peft, without which all weights learn; set --use_peft true")
         if self.merge_lora and not self.use_peft:
             raise UserError("merge_lora goes with use_peft: there is nothing to merge")
         if self.torch_dtype not in ("float32", "bfloat16"):
