@@ -102,6 +102,12 @@ class RunRecord:
         """
         return self._read("sample.json")
 
+    @property
+    def decoded_sample(self) -> str | None:
+        """How stock decodes the caption of the sample, None where that is the caption itself."""
+        decoded = self.sample.get("decoded")
+        return None if decoded == self.sample.get("caption") else decoded
+
     @cached_property
     def _config(self) -> Mapping[str, Any]:
         return self._read("config.json") or self._read(BASE_CONFIG)
