@@ -7,13 +7,11 @@ a small example.
 Shapes: B images or captions of a batch, L tokens of its longest row, T new tokens, D features of an image.
 """
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,7 +25,6 @@ from captioning.models.surface_form import SurfaceForm
 
 
 IGNORE_INDEX = -100  # the label that `torch.nn.functional.cross_entropy` leaves out
-ROUND_TRIP_ROWS = 1000  # that are padded to one length
 
 Batch = dict[str, torch.Tensor]
 
@@ -217,16 +214,15 @@ class Captioner(ABC):
 
     def decode(self, tokens: np.ndarray) -> list[str]:
         """Turn new tokens int `[N, T]`, padded by the padding token or -100, into N captions."""
-        tokens = np.where(tokens < 0, self.tokenizer.pad_token_id, tokens)
-        texts = [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
-        return [self.surface_form.restore(text) for text in texts] if self.surface_form else texts
+        return self._texts(np.where(tokens < 0, self.tokenizer.pad_token_id, tokens))
 
     def round_trip(self, captions: Sequence[str]) -> list[str]:
         """Return what is decoded from all tokens of each caption: the most that a model can write of it."""
-        rows = [row[len(self.prompt_row) :] for row in self.tokenize(captions, sys.maxsize)[0]]
-        parts = [rows[start : start + ROUND_TRIP_ROWS] for start in range(0, len(rows), ROUND_TRIP_ROWS)]
-        padded = [np.array([*zip_longest(*part, fillvalue=IGNORE_INDEX)]).T for part in parts]
-        return [text for tokens in padded for text in self.decode(tokens)]
+        return self._texts([row[len(self.prompt_row) :] for row in self.tokenize(captions, 10**9)[0]])
+
+    def _texts(self, rows: np.ndarray | list[list[int]]) -> list[str]:
+        texts = [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
+        return [self.surface_form.restore(text) for text in texts] if self.surface_form else texts
 
     def learn_surface_form(self, captions: Iterable[str]) -> None:
         """Learn case and spacing from the training captions."""

@@ -43,8 +43,8 @@ def write_card_images(trainer: CaptioningTrainer, record: RunRecord, rows: Datas
     stock = copy(trainer.captioner)  # the code of the card knows nothing of ours
     stock.surface_form = None
     decoded, form = trainer.caption(sample, stock), trainer.captioner.surface_form
-    caption = {"image": "sample.png", "caption": form.restore(decoded) if form else decoded, "decoded": decoded}
-    caption["prompt"] = trainer.captioner.prompt_arguments
+    texts = {"caption": form.restore(decoded), "decoded": decoded} if form else {"caption": decoded}
+    caption = {"image": "sample.png"} | texts | {"prompt": trainer.captioner.prompt_arguments}
     write_whole(folder / "sample.json", json.dumps(caption, indent=2, ensure_ascii=False) + "\n")
     if not with_images:
         return

@@ -98,15 +98,9 @@ class RunRecord:
     def sample(self) -> dict[str, Any]:
         """`sample.json`: an `image` of the folder that may be redistributed, and the `caption` that it gets.
 
-        `prompt` are arguments with which the processor makes the prompt.
+        `prompt` are arguments with which the processor makes the prompt, `decoded` is what stock decodes.
         """
         return self._read("sample.json")
-
-    @property
-    def decoded_sample(self) -> str | None:
-        """How stock decodes the caption of the sample, None where that is the caption itself."""
-        decoded = self.sample.get("decoded")
-        return None if decoded == self.sample.get("caption") else decoded
 
     @cached_property
     def _config(self) -> Mapping[str, Any]:

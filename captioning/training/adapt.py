@@ -25,9 +25,9 @@ def load_model(
 ) -> Captioner:
     """Load the model, or build that of `config_name`, its tokenizer trained on `captions`, and adapt it to the run.
 
-    A run that trains also learns from `captions` how they are written; one that does not takes what lies beside the
-    model. A resumed run keeps the tokenizer of its checkpoint. The commit on the Hub, or the config, that the model
-    came from is written into `model_args`, the prompt of its family into `data_args` where there is none.
+    A run that trains also learns how `captions` are written. A resumed run keeps the tokenizer of its checkpoint. The
+    commit on the Hub, or the config, that the model came from is written into `model_args`, the prompt of its family
+    into `data_args` where there is none.
 
     Raises:
         UserError: there is no such model, or it cannot be adapted in this way.

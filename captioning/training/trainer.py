@@ -216,7 +216,6 @@ class CaptioningTrainer(Seq2SeqTrainer):
             staged.rmdir()
 
     def _save_parts(self, folder: str | Path) -> None:
-        """Save what stock does not know."""
         if self.args.should_save and is_adapted(self.model):
             save_config(self.captioner, folder)
         if self.args.should_save and self.captioner.surface_form:
