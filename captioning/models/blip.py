@@ -118,6 +118,7 @@ class BlipCaptioner(Captioner):
 
     card = CARD
     uses_all_parameters = True
+    loses_surface_form = True
     fast = False
 
     # --- Load and adapt ---------------------------------------------------------------------------------------

@@ -149,6 +149,7 @@ class DataArguments(Layout):
     streaming: bool = HfArg(default=False, help="Read images when needed, from parquet on the Hub or in a folder.")
     max_caption_length: int = HfArg(default=64, help="Tokens that a caption is cut to; start, prompt and end count.")
     prompt: str | None = HfArg(default=None, help="Text that every caption continues: not learned, and not scored.")
+    restore_surface_form: bool = HfArg(default=True, help="Restore the case and spacing that BLIP's tokenizer loses.")
     max_train_samples: int | None = HfArg(default=None, help="Use only so many rows, the first ones.")
     max_eval_samples: int | None = HfArg(default=None, help="The same for the validation split.")
     max_predict_samples: int | None = HfArg(default=None, help="The same for the test split.")

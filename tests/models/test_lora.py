@@ -31,6 +31,7 @@ import run_captioning
 from captioning.errors import UserError
 from captioning.models.load import load_captioner
 from captioning.models.lora import add_lora
+from captioning.models.surface_form import SurfaceForm
 from captioning.training.checkpoints import checkpoint_fault
 
 
@@ -85,13 +86,13 @@ def test_a_run_saves_the_adapter_alone_and_stock_peft_captions_with_it_as_the_ru
         PeftModel.from_pretrained(base, adapted).eval(),
         AutoModelForImageTextToText.from_pretrained(adapted).eval(),
     ]
-    rows = predictions(adapted)
+    rows, form = predictions(adapted), SurfaceForm.load(str(adapted))
     assert len({row["prediction"] for row in rows}) > 1
     for model in models:
         for row, example in zip(rows, raw_dataset["test"], strict=True):
             inputs = processor(images=example["image"], return_tensors="pt")
             tokens = model.generate(**inputs, num_beams=3, max_new_tokens=12)
-            assert processor.decode(tokens[0], skip_special_tokens=True).strip() == row["prediction"]
+            assert form.restore(processor.decode(tokens[0], skip_special_tokens=True).strip()) == row["prediction"]
 
 
 def test_an_adapter_is_scored_alone_as_at_the_end_of_its_training(adapted, parquet_folder, tmp_path):
