@@ -324,7 +324,7 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
                 tried._check_combinations()
 
     def decoding(self, in_training: bool = False) -> GenerationConfig:
-        """Return the decode settings, or those of a training that chose them at its end, which chose its best model."""
+        """Return the decode settings, or those of the training, where it chose others at its end."""
         before = (self.tuned_decoding or {}).get("before", {}) if in_training else {}
         return generation_config(vars(self) | before)
 

@@ -12,6 +12,7 @@ from captioning.training import tune_decoding
 from captioning.training.arguments import CaptioningArguments
 from captioning.training.decoding import DEFAULT_GRID, in_words, settings_of_grid
 
+
 OWN = {"num_beams": 3, "length_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": 0, "max_new_tokens": 12}
 
 
@@ -60,7 +61,6 @@ def test_two_processes_and_streamed_images_choose_alike(captioner, parquet_folde
 )
 def test_of_equals_the_cheaper_wins(make_trainer, splits, tmp_path, monkeypatch, changes, winner):
     trainer = make_trainer(tune_decoding=True, tune_decoding_grid=[f"num_beams={n}" for n in (5, 2, 4)])
-    (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.json").write_text(json.dumps({"tune_decoding": True}))
 
     def score_settings(trainer, rows, configs):
