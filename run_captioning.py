@@ -207,7 +207,7 @@ def predict(
         metrics |= {f"{prefix}_{name}": value for name, value in scores.items()}
     trainer.save_metrics(prefix, metrics)
     if found.captions is not None and page:
-        write_page(trainer, record, rows, found.tokens, split)
+        write_page(trainer, record, rows, found, split)
     return metrics
 
 

@@ -46,7 +46,7 @@ class Family:
 
 
 IDEFICS = "User:{image}{prompt}<end_of_utterance>\nAssistant:"
-QWEN = "<|im_start|>user\n<|vision_start|>{image}<|vision_end|>{prompt}<|im_end|>\n<|im_start|>assistant\n"  # theirs
+QWEN = "<|im_start|>user\n<|vision_start|>{image}<|vision_end|>{prompt}<|im_end|>\n<|im_start|>assistant\n"
 FAMILIES = {
     "blip-2": Family(
         ("Li and others", "BLIP-2: Bootstrapping Language-Image Pre-training", 2023, "2301.12597"),

@@ -9,7 +9,6 @@ caption, so that L is P + C.
 """
 
 import inspect
-import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,7 +37,6 @@ from captioning.models.families import FAMILIES, Family, card_facts
 from captioning.models.processor import load_processor
 
 
-logger = logging.getLogger(__name__)
 # Inputs with one value a token; those of a caption, where 1 has another meaning than "attend to it"
 TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 

@@ -275,7 +275,8 @@ def trained(tiny, parquet_folder, tmp_path_factory):
 def test_a_run_has_scores_a_page_a_card_and_a_recipe_that_repeats_it(trained, parquet_folder, tmp_path):
     scores, card = read_json(trained / "scores.json")["test"], (trained / "README.md").read_text()
     assert scores["scores"]["rougeL"]["baselines"]["nearest_image"] is not None, "it needs features of the images"
-    assert '"attention":{}' in (trained / "report.html").read_text().replace(" ", "")
+    page = (trained / "report.html").read_text()
+    assert '"attention":{}' in page.replace(" ", "") and "this model gives none" in page
     assert f"A {read_json(trained / 'config.json')['model_type']} model that writes" in card and "BLIP " not in card
     run_captioning.main([str(trained / "recipe.json"), "--output_dir", str(tmp_path / "again")])
     assert outcome(tmp_path / "again") == outcome(trained)

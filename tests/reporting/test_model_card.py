@@ -182,6 +182,7 @@ def test_scores_stand_beside_their_intervals_and_baselines(folder):
     digits = num_decimals(row["low"], row["high"])
     assert [cells[1], *cells[3:8]] == [f"{number:.{digits}f}" for number in numbers]
     assert cells[2] == f"{row['low']:.{digits}f} to {row['high']:.{digits}f}"
+    assert cells[-1] == f"{markdown(row['signature'])} |" and r"lower\|tok" in cells[-1], "else it is many cells"
     best = max(row["baselines"], key=row["baselines"].get)
     small = next(line for line in card.splitlines() if line.startswith("| ROUGE-L |")).split(" | ")
     highest = f"{row['baselines'][best]:.{digits}f} ({BASELINES[best].name}) |"
