@@ -313,6 +313,10 @@ class Captioner(ABC):
             The new tokens int64 `[B, T]`, without the prompt, padded after the end token.
         """
 
+    def generate_each(self, encoded: Any, configs: Sequence[GenerationConfig]) -> list[torch.Tensor]:
+        """Return what `generate` returns by each of some decode settings, but for padding; they may share work."""
+        return [self.generate(encoded, config) for config in configs]
+
     @abstractmethod
     def image_features(self, encoded: Any) -> torch.Tensor:
         """Return one vector an image, float32 `[B, D]`; of images that look alike the cosine is high."""
