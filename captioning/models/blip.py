@@ -67,7 +67,7 @@ from transformers.utils import cached_file
 
 name = {{ name }}
 {% if adapter_of -%}
-model = BlipForConditionalGeneration.from_pretrained({{ adapter_of }})
+model = BlipForConditionalGeneration.from_pretrained({{ adapter_of }}{% if dtype %}, dtype={{ dtype }}{% endif %})
 model = PeftModel.from_pretrained(model, name)
 {% else -%}
 model = BlipForConditionalGeneration.from_pretrained(name)

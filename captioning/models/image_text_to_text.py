@@ -233,7 +233,8 @@ class ImageTextToTextCaptioner(Captioner):
 
     @property
     def _image_token_id(self) -> int | None:
-        return getattr(self.config, "image_token_id", None) or getattr(self.config, "image_token_index", None)
+        known = (getattr(self.config, name, None) for name in ("image_token_id", "image_token_index"))
+        return next((token for token in known if token is not None), None)
 
     def _image_tokens(self) -> list[str]:
         """Return the tokens that stand for an image or a video, as far as the family has them."""
