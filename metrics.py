@@ -11,19 +11,19 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence, Set
 from itertools import pairwise
 
 import datasets
 import evaluate
 import numpy as np
-from rouge_score.tokenize import tokenize
 from transformers import EvalPrediction
 
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
 METRIC_NAMES = ("loss", "perplexity", *ROUGE_TYPES, "imageclef_rouge1", "gen_len", "unique_captions")
 NUMBER = re.compile(r"\d+")
+ROUGE_WORD = re.compile(r"[a-z0-9]+")
 WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -72,21 +72,22 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, np
     """
     # Each text once: systems repeat themselves, and a baseline is one caption for all images
     words = {text: rouge_tokens(text) for text in {*predictions, *references}}
-    bigrams = {text: list(pairwise(tokens)) for text, tokens in words.items()}
+    single = {text: _numbered(tokens) for text, tokens in words.items()}
+    bigrams = {text: _numbered([*pairwise(tokens)]) for text, tokens in words.items()}
     return {
-        "rouge1": _f1_scores(overlap, words, predictions, references),
-        "rouge2": _f1_scores(overlap, bigrams, predictions, references),
+        "rouge1": _f1_scores(_overlap, single, predictions, references),
+        "rouge2": _f1_scores(_overlap, bigrams, predictions, references),
         "rougeL": _f1_scores(lcs_length, words, predictions, references),
     }
 
 
 def _f1_scores(
-    common: Callable[[Sequence, Sequence], int],
-    tokens: Mapping[str, Sequence],
+    common: Callable[[Collection, Collection], int],
+    tokens: Mapping[str, Collection],
     predictions: Sequence[str],
     references: Sequence[str],
 ) -> np.ndarray:
-    """Return the F1 of each pair, `[N]`; `common` counts what two token lists have in common.
+    """Return the F1 of each pair, `[N]`; `common` counts what two collections of tokens have in common.
 
     The operations are those of `rouge_score`, so that not even the last bit differs.
     """
@@ -99,12 +100,21 @@ def _f1_scores(
 
 def rouge_tokens(text: str) -> list[str]:
     """Return the words of `text` that `rouge_score` compares: lower case, ASCII letters and digits."""
-    return tokenize(text, None)
+    return ROUGE_WORD.findall(text.lower())
 
 
-def overlap(a: Sequence, b: Sequence) -> int:
-    """Return how many items the two have in common, repeated ones as often as they occur in both."""
-    return (Counter(a) & Counter(b)).total()
+def _numbered(items: Sequence[Hashable]) -> set[Hashable]:
+    """Return the items as a set in which each repetition of one has its number, so that none is lost."""
+    distinct, seen = set(items), Counter()
+    for item in items if len(distinct) < len(items) else ():
+        distinct.add((item, seen[item]) if seen[item] else item)
+        seen[item] += 1
+    return distinct
+
+
+def _overlap(a: Set, b: Set) -> int:
+    """Return how many items two sets of `_numbered` have in common: repeated ones as often as they occur in both."""
+    return len(a & b)
 
 
 def lcs_length(a: Sequence, b: Sequence) -> int:
@@ -142,8 +152,8 @@ def imageclef_rouge1(predictions: Sequence[str], references: Sequence[str]) -> n
     Raises:
         ValueError: there are not as many predictions as references.
     """
-    words = {text: rouge_tokens(imageclef_normalize(text)) for text in {*predictions, *references}}
-    scores = _f1_scores(overlap, words, predictions, references)
+    words = {text: _numbered(rouge_tokens(imageclef_normalize(text))) for text in {*predictions, *references}}
+    scores = _f1_scores(_overlap, words, predictions, references)
     both_empty = [not text and not reference for text, reference in zip(predictions, references, strict=True)]
     return np.where(both_empty, 1.0, scores)
 

@@ -44,6 +44,7 @@ from captioning.training.recipe import parse_arguments, parse_push_arguments
 from captioning.training.safeguards import UnreadableImages
 from captioning.training.self_critical import self_critical
 from captioning.training.trainer import CaptioningTrainer
+from captioning.training.tune_decoding import tune_decoding
 from collator import CaptioningCollator
 from metrics import compute_metrics
 
@@ -94,6 +95,9 @@ def run(
     metrics: dict[str, float] = {}
     if args.do_train:
         metrics |= train(trainer, checkpoint, model_args.merge_lora)
+    trainer.generation_config = args.decoding()
+    if args.tune_decoding:
+        tune_decoding(trainer, splits["validation"])
     record = RunRecord(args.output_dir, captioner.config.model_type, leaks)
     training = training_for_baselines(trainer, dataset, splits, data_args)
     if args.do_eval:
@@ -172,7 +176,7 @@ def make_trainer(
         train_dataset=splits.get("train"),
         eval_dataset=splits.get("validation"),
         compute_metrics=compute_metrics,
-        generation_config=args.decoding(),
+        generation_config=args.decoding(in_training=args.do_train),
         callbacks=callbacks,
         publish=partial(push_finished_run, args.output_dir, args.hub_model_id, args.hub_private_repo),
         objective=self_critical(captioner, args, splits.get("train")),
@@ -205,7 +209,7 @@ def predict(
         metrics |= {f"{prefix}_{name}": value for name, value in scores.items()}
     trainer.save_metrics(prefix, metrics)
     if found.captions is not None and page:
-        write_page(trainer, record, rows, found.tokens, split)
+        write_page(trainer, record, rows, found, split)
     return metrics
 
 

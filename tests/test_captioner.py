@@ -204,7 +204,7 @@ def test_its_training_is_resumed_to_the_same_weights(run_folder, stub_config, pa
 
 
 def test_a_model_of_an_unsupported_type_is_refused(tmp_path):
-    reason = r"is of model type {}; supported: blip, .*, git, .*, stub; give one such as Salesforce/blip-image-captioning-base"
+    reason = r"is of model type {}; supported: blip, .*, git, .*, stub; give one such as Salesforce/blip"
     for content, model_type in (("{}", "None"), ('{"model_type": "bert"}', "bert")):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(UserError, match=reason.format(model_type)):

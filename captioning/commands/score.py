@@ -18,9 +18,11 @@ ARGUMENTS = {name: {"type": existing_file, "help": what} for name, what in FILES
     "--tokenizer": {
         "choices": [*TOKENIZERS, "none"],
         "default": "ptb",
-        "help": "of BLEU, CIDEr and METEOR: ptb (coco_*, needs Java; the default), whitespace (nlgeval_*), or none",
+        "help": "of BLEU, CIDEr and METEOR: ptb (coco_*, needs Java; the default), whitespace (nlgeval_*), "
+        "whitespace_lower (nlgeval_lower_*), or none",
     },
     "--bertscore_model": {"help": "folder or Hub id of weights, e.g. microsoft/deberta-xlarge-mnli"},
+    "--html": {"help": "page to write with --against: both systems side by side, image by image"},
     "--format": {
         "choices": ["text", "json", "markdown", "latex"],
         "default": "text",

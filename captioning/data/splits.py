@@ -165,7 +165,7 @@ def _keys(rows: Dataset) -> list[str]:
     columns = [rows[column][:] for column in (GROUP, FILE, "image_id") if column in rows.column_names]
     texts = [["" if value is None else str(value).strip() for value in column] for column in columns]
     if GROUP in rows.column_names and (blank := texts[0].count("")):
-        logger.warning("%d rows have no group: each image of them is a group of its own", blank)
+        logger.warning("rows without a group: %d; each image of them is a group of its own", blank)
     return [next((f"{kind} {text}" for kind, text in enumerate(row) if text), "") for row in zip(*texts, strict=True)]
 
 

@@ -68,7 +68,7 @@ from transformers.utils import cached_file
 
 name = {{ name }}
 {% if adapter_of -%}
-model = BlipForConditionalGeneration.from_pretrained({{ adapter_of }})
+model = BlipForConditionalGeneration.from_pretrained({{ adapter_of }}{% if dtype %}, dtype={{ dtype }}{% endif %})
 model = PeftModel.from_pretrained(model, name)
 {% else -%}
 model = BlipForConditionalGeneration.from_pretrained(name)
@@ -119,6 +119,7 @@ class BlipCaptioner(Captioner):
 
     card = CARD
     uses_all_parameters = True
+    loses_surface_form = True
     fast = False
 
     # --- Load and adapt ---------------------------------------------------------------------------------------
@@ -274,8 +275,8 @@ class BlipCaptioner(Captioner):
             if plain and getattr(config, name) is not None:
                 setattr(text, name, getattr(config, name))
         self.model.text_decoder.generation_config = GenerationConfig.from_model_config(text)
-        self.model.generation_config = self._with_special_tokens(config)
-        self.model.generation_config.bos_token_id = text.bos_token_id
+        self.plain_model.generation_config = self._with_special_tokens(config)
+        self.plain_model.generation_config.bos_token_id = text.bos_token_id
 
     @classmethod
     def plain_generate_suffices(cls, config: GenerationConfig) -> bool:
@@ -322,9 +323,9 @@ class BlipCaptioner(Captioner):
 
         A label is at the position of its token: BLIP shifts them itself.
         """
-        return {"pixel_values": self.pixel_values(images)} | self._texts(rows)
+        return {"pixel_values": self.pixel_values(images)} | self._text_inputs(rows)
 
-    def _texts(self, rows: Sequence[Sequence[int]]) -> Batch:
+    def _text_inputs(self, rows: Sequence[Sequence[int]]) -> Batch:
         tokens = [torch.tensor(row) for row in rows]
         input_ids = pad_sequence(tokens, batch_first=True, padding_value=self.tokenizer.pad_token_id)
         labels = pad_sequence(tokens, batch_first=True, padding_value=IGNORE_INDEX)
@@ -341,7 +342,7 @@ class BlipCaptioner(Captioner):
     def nll_of_captions(self, model: nn.Module, batch: Batch, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         """See `Captioner.nll_of_captions`; each image is encoded once."""
         pixel_values = batch["pixel_values"]
-        copies, texts = len(rows) // len(pixel_values), self._texts(rows)
+        copies, texts = len(rows) // len(pixel_values), self._text_inputs(rows)
         batch = {name: value.to(pixel_values.device) for name, value in texts.items()} | {"pixel_values": pixel_values}
 
         def copy_embeds(module: nn.Module, args: tuple, outputs: ModelOutput) -> None:
@@ -406,11 +407,32 @@ class BlipCaptioner(Captioner):
             logits = torch.cat(logits)
         return self._nll(logits, labels)
 
+    def generate_each(self, encoded: EncodedImages, configs: Sequence[GenerationConfig]) -> list[torch.Tensor]:
+        """See `Captioner.generate_each`; on the fast path, beam searches by several length penalties are one."""
+        if not (self._decodes_fast and all(map(can_decode, configs))):
+            return super().generate_each(encoded, configs)
+        searches: dict[str, list[GenerationConfig]] = {}
+        shared = [repr(config.to_diff_dict() | {"length_penalty": 0}) for config in configs]
+        for name, config in zip(shared, configs, strict=True):
+            searches.setdefault(name, []).append(config)
+        found = {}
+        for name, alike in searches.items():
+            tokens = self.generate(encoded, alike[0], length_penalties=[config.length_penalty for config in alike])
+            found[name] = iter(tokens.split(len(encoded.image_embeds)))
+        return [next(found[name]) for name in shared]
+
     @torch.no_grad()
-    def generate(self, encoded: EncodedImages, config: GenerationConfig, *draw: DrawTokens) -> torch.Tensor:
+    def generate(
+        self,
+        encoded: EncodedImages,
+        config: GenerationConfig,
+        *draw: DrawTokens,
+        length_penalties: Sequence[float] = (),
+    ) -> torch.Tensor:
         """Generate as `BlipForConditionalGeneration.generate(pixel_values, prompt)` does, token for token.
 
-        The settings go to the text decoder, which ignores those of the whole model (T7).
+        The settings go to the text decoder, which ignores those of the whole model (T7). `length_penalties`, on the
+        fast path: see `decode_captions`.
 
         Returns:
             The new tokens int64 `[B, T]`, without `prompt_row`, padded after `[SEP]`.
@@ -421,6 +443,7 @@ class BlipCaptioner(Captioner):
         if can_decode(config, *draw) and (cross_attention := self._cross_attention(encoded)):
             encoded.cross_attention = None
             images = {"custom_generate": decode_captions, "cross_attention": cross_attention}
+            images["length_penalties"] = length_penalties
         else:
             mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
             images = {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}

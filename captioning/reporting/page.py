@@ -6,10 +6,9 @@ script sets text nodes only, and a Content-Security-Policy lets no other script 
 
 import hashlib
 import json
-import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,19 @@ from PIL import Image
 
 from captioning.reporting import page_scores
 from captioning.reporting.curves import inline_curves
+from captioning.reporting.page_captions import caption_payload
 from captioning.reporting.page_images import IMAGES_PER_BLOCK, image_blocks, to_base64
 from captioning.reporting.run_record import RunRecord
+from captioning.reporting.score_table import items_in_words
 from captioning.scoring.baselines import BASELINES
 
 
 TEMPLATE = Path(__file__).parent / "page_template.html"
 PAGE_BUDGET = 57_000_000  # bytes of the page; what the captions leave of it goes to the images
 COMMIT_DIGITS = 7
+WORD = re.compile(r"\w")
+# Of the template
+EMPTY = {"comparison": None, "summary": {}, "facts": {}, "verdict": [], "splits": {}, "curves": [], "tuned": {}}
 
 Words = Sequence[tuple[str, np.ndarray]]  # of a caption, each with its attention map
 
@@ -38,6 +42,7 @@ def write_report(
     images: Iterable[Image.Image | None],
     modalities: Sequence[str],
     attention: Mapping[str, Words] = {},
+    num_tokens: Sequence[int] | None = None,
 ) -> None:
     """Write `report.html` into the output folder of a run, whole or not at all.
 
@@ -50,19 +55,44 @@ def write_report(
         modalities: N modalities.
         attention: of some image ids the words of the prediction, each with its attention map over the image `[H, W]`,
             non-negative, rows from the top.
+        num_tokens: of the N references, for the negative log-likelihood per token.
 
     Raises:
-        ValueError: there are more or fewer images or modalities than predictions.
+        ValueError: there are more or fewer images, modalities or numbers of tokens than predictions.
     """
-    predictions, summary = record.predictions(split), record.scores.get(split, {})
-    rows = [_row(*row) for row in zip(predictions, modalities, strict=True)]
-    maps = {i: _maps(attention[row["id"]]) for i, row in enumerate(rows) if attention.get(row["id"])}
-    payload = _script_json({"block": IMAGES_PER_BLOCK, "rows": rows, "attention": maps})
+    summary = record.scores.get(split, {})
+    gallery = caption_payload(record.predictions(split), modalities, num_tokens)
+    rows = gallery["rows"]
+    gallery["attention"] = {i: maps for i, row in enumerate(rows) if (maps := _maps(attention.get(row["id"], ())))}
     facts = record.facts(COMMIT_DIGITS) | {"split": f"{split}, {len(rows):,} captions"}
+    if not gallery["attention"]:
+        facts["attention maps"] = "this model gives none"
     if summary:
         facts["distinct captions"] = f"{summary['unique_captions']:.0%}"
-    blocks = image_blocks(images, len(rows), PAGE_BUDGET - len(payload.encode()))
-    source = TEMPLATE.read_text(encoding="utf-8")
+    render_page(
+        record.folder / "report.html",
+        gallery,
+        lambda size: image_blocks(images, len(rows), PAGE_BUDGET - size),
+        name=record.folder.resolve().name,
+        split=split,
+        facts=facts,
+        summary=summary,
+        verdict=[*([summary["verdict"]] if summary else []), *record.leaks],
+        splits={name: record.scores[name] for name in sorted(record.scores, key=lambda name: name != split)},
+        curves=inline_curves(record.log_history),
+        tuned=record.recipe["tuned_decoding"],
+    )
+
+
+def render_page(
+    file: Path, gallery: dict[str, Any], blocks: Callable[[int], Iterable[Sequence[str | None]]], **content: Any
+) -> None:
+    """Write a page of captions, whole or not at all.
+
+    `gallery` is what its script shows, `content` what its template shows beside `EMPTY`. `blocks` takes the bytes of
+    the gallery, and returns the images as base64 JPEG, in portions of `IMAGES_PER_BLOCK`.
+    """
+    source, payload = TEMPLATE.read_text(encoding="utf-8"), _script_json(gallery | {"block": IMAGES_PER_BLOCK})
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -71,50 +101,34 @@ def write_report(
         finalize=_without_invalid_characters,
     )
     page = environment.from_string(source).generate(
+        EMPTY | content,
         baselines=BASELINES,
         page_scores=page_scores,
+        items_in_words=items_in_words,
         script_hash=_policy_hash(source, "script"),
         style_hash=_policy_hash(source, "style"),
-        name=record.folder.resolve().name,
-        split=split,
-        facts=facts,
-        summary=summary,
-        leaks=record.leaks,
-        splits={name: record.scores[name] for name in sorted(record.scores, key=lambda name: name != split)},
-        curves=inline_curves(record.log_history),
+        examples=gallery["highlights"],
         payload=payload,
-        blocks=map(_script_json, blocks),
+        blocks=map(_script_json, blocks(len(payload.encode()))),
     )
-    unfinished = record.folder / "report.html.tmp"  # not `write_whole`: the page is never in memory at once
+    unfinished = file.with_name(f"{file.name}.tmp")  # not `write_whole`: the page is never in memory at once
     try:
-        with open(unfinished, "w", encoding="utf-8") as file:
-            file.writelines(page)
-        os.replace(unfinished, record.folder / "report.html")
+        with open(unfinished, "w", encoding="utf-8") as stream:
+            stream.writelines(page)
+        os.replace(unfinished, file)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
-# --- Data for the page's script -------------------------------------------------------------------------------
-
-
-def _row(row: Mapping[str, Any], modality: str) -> dict[str, Any]:
-    texts = {"id": row["image_id"], "modality": modality} | {key: row[key] for key in ("reference", "prediction")}
-    return texts | {"rougeL": _finite(row["rougeL"], 4), "nll": _finite(row["nll"], 2)}
-
-
 def _maps(words: Words) -> list[dict[str, Any]]:
-    """Return the maps of a caption, each in 256 levels of its own maximum."""
+    """Return the maps of the words of a caption, each in 256 levels of its own maximum; punctuation has none."""
     found = []
     for word, values in words:
         grid = np.nan_to_num(np.asarray(values, dtype=np.float64), posinf=0.0, neginf=0.0).clip(min=0)
         levels = np.round(grid * (255 / max(grid.max(), 1e-12))).astype(np.uint8)
-        found.append({"word": word, "columns": levels.shape[1], "levels": to_base64(levels.tobytes())})
+        if WORD.search(word):
+            found.append({"word": word, "columns": levels.shape[1], "levels": to_base64(levels.tobytes())})
     return found
-
-
-def _finite(number: float | None, digits: int) -> float | None:
-    """Return the number rounded, None for NaN or infinity, which a diverged model may have and JSON has not."""
-    return None if number is None or not math.isfinite(number) else round(number, digits)
 
 
 # --- Text that is safe ------------------------------------------------------------------------------------------

@@ -70,33 +70,36 @@ def keep_split(
     folder, args = record.folder, trainer.args
     captions = Captions(list(rows["image_id"]), found.captions, list(rows["caption"]), list(rows["cui"]))
     predictions = write_predictions(folder / "predictions" / f"{split}.jsonl", captions, found.nll)
-    scores = score(captions, training, found.features, "ptb" if args.coco_metrics else None, args.bertscore_model)
+    bound = trainer.captioner.round_trip(captions.references) if trainer.captioner.loses_surface_form else None
+    tokenizer = "ptb" if args.coco_metrics else None
+    scores = score(captions, training, found.features, tokenizer, args.bertscore_model, bound)
     record.keep(split, predictions, scores)
     write_whole(folder / "scores.json", to_json(record.scores, indent=2, ensure_ascii=False) + "\n")
     if not scores["beats_constant"]:
-        logger.warning("%s: %s", split, scores["verdict"])
+        logger.warning("%s: %s Look next at the worst captions in report.html", split, scores["verdict"])
     if args.write_submission and split == "test":
         write_submission(folder, captions.image_ids, captions.predictions)
     return flat(scores)
 
 
-def write_page(trainer: CaptioningTrainer, record: RunRecord, rows: Dataset, tokens: np.ndarray, split: str) -> None:
+def write_page(trainer: CaptioningTrainer, record: RunRecord, rows: Dataset, found: Evaluated, split: str) -> None:
     """Write `report.html` of a split, with the attention maps of some captions. A failure is logged, and no more.
 
-    `record` has predictions and scores of the split, `tokens` int `[N, T]` were generated for its N tokenized `rows`.
+    `record` has predictions and scores of the split, `found` was generated for its N tokenized `rows`.
     """
     if not trainer.is_world_process_zero():
         return
     try:
         chosen = shown_with_attention(record.predictions(split))
         attended = rows.select(chosen)
-        attention = trainer.word_attention(attended, tokens[chosen])
+        attention = trainer.word_attention(attended, found.tokens[chosen])
         write_report(
             record,
             split,
             images=(open_image(row["image"]) for row in rows.select_columns("image")),
             modalities=[modality_of(cui, caption) for cui, caption in zip(rows["cui"], rows["caption"], strict=True)],
             attention=dict(zip(attended["image_id"], attention, strict=True)),
+            num_tokens=found.num_tokens.tolist(),
         )
     except Exception as error:  # the page is made of what is on disk already: no reason to lose card and push
         logger.error("report.html cannot be written: %s: %s", type(error).__name__, error)

@@ -20,12 +20,12 @@ def summary(metrics: Mapping[str, float], record: RunRecord) -> str:
     """
     columns = {split: prefix for split, prefix in reversed(SPLITS.items()) if f"{prefix}_loss" in metrics}
     rows = {name: name for name in METRIC_NAMES}
-    rows |= {f"{HEADLINE}_{key}": f"{HEADLINE} of {baseline.heading}" for key, baseline in BASELINES.items()}
-    lines = [" " * 24 + "".join(f"{split:>12}" for split in columns)]
+    rows |= {f"{HEADLINE}_{key}": f"{HEADLINE} of {baseline.name}" for key, baseline in BASELINES.items()}
+    lines = [" " * 34 + "".join(f"{split:>12}" for split in columns)]
     for row, label in rows.items():
         values = [metrics.get(f"{prefix}_{row}") for prefix in columns.values()]
         if any(value is not None for value in values):
-            lines.append(f"{label:<24}" + "".join(f"{number_text(value):>12}" for value in values))
+            lines.append(f"{label:<34}" + "".join(f"{number_text(value):>12}" for value in values))
     lines += [f"{split}: {record.scores[split]['verdict']}" for split in columns if split in record.scores]
     lines += record.leaks
     lines += dict.fromkeys(

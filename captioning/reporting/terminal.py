@@ -5,6 +5,7 @@ import sys
 
 from captioning.errors import UserError, printable
 from captioning.files import to_json
+from captioning.reporting.comparison_page import write_comparison
 from captioning.reporting.score_table import comparison_table, score_table
 from captioning.scoring.captions import in_order_of, read_captions
 from captioning.scoring.score import compare_captions, score
@@ -18,6 +19,8 @@ SHOWN_FAULTS = 20
 def score_captions(arguments: argparse.Namespace) -> None:
     """Print the scores of one system, or of two with the differences."""
     sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal whose encoding lacks a character
+    if arguments.html and not arguments.against:
+        raise UserError("--html compares two systems; add --against with the captions of the other")
     captions = read_captions(arguments.predictions, arguments.references, arguments.concepts)
     training = read_training(arguments.train, arguments.train_concepts)
     options = None if arguments.tokenizer == "none" else arguments.tokenizer, arguments.bertscore_model
@@ -26,6 +29,8 @@ def score_captions(arguments: argparse.Namespace) -> None:
         other = read_captions(arguments.against, arguments.references, arguments.concepts)
         other = in_order_of(captions, other, *names)
         result = compare_captions(captions, other, training, *options)
+        if arguments.html:
+            write_comparison(arguments.html, result, captions, other, names)
         result = {"captions": len(captions), "systems": names, **result}
     else:
         result = score(captions, training, None, *options)

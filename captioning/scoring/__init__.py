@@ -1,3 +1,4 @@
 """What captions are worth: scores, baselines, confidence intervals."""
 
-TOKENIZERS = {"ptb": "coco", "whitespace": "nlgeval"}  # and the prefix of the scores computed on their tokens
+# And the prefix of the scores computed on their tokens
+TOKENIZERS = {"ptb": "coco", "whitespace": "nlgeval", "whitespace_lower": "nlgeval_lower"}

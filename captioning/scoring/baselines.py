@@ -17,23 +17,20 @@ CHUNK = 2048  # images whose neighbors are sought at a time
 
 
 class Baseline(NamedTuple):
-    """What a baseline is called: in a legend, above a column of a table, in a picture, and in a sentence."""
+    """What a baseline is called: in a sentence and on the page, above a column of a text table, and what it is."""
 
     name: str
     heading: str
-    letter: str
     description: str
 
 
 # By their keys in scores.json, the most telling first
 BASELINES = {
-    "constant": Baseline("constant caption", "constant", "C", "the constant that is best for the score"),
-    "typical_of_modality": Baseline(
-        "typical of modality", "modality", "M", "the most typical caption of the true modality"
-    ),
-    "nearest_image": Baseline("nearest training image", "nearest", "N", "the caption of the nearest training image"),
-    "shuffled_references": Baseline("shuffled references", "other refs", "R", "the reference of another image"),
-    "shuffled_images": Baseline("shuffled images", "other images", "I", "the model's caption of another image"),
+    "constant": Baseline("constant caption", "constant", "the constant that is best for the score"),
+    "typical_of_modality": Baseline("typical of modality", "typical", "the most typical caption of the true modality"),
+    "nearest_image": Baseline("nearest training image", "nearest", "the caption of the nearest training image"),
+    "shuffled_references": Baseline("shuffled references", "shuffled refs", "the reference of another image"),
+    "shuffled_images": Baseline("shuffled images", "shuffled images", "the model's caption of another image"),
 }
 
 

@@ -1,6 +1,7 @@
 """BERTScore as ImageCLEFmedical Caption computes it, by `bert-score` 0.3.13 from weights that are already here.
 
 `bert-score` is not installed by default, and its weights take 3 GB: nothing is downloaded, what is missing is named.
+The rest of ImageCLEF's table is only named: no maintained package computes it from weights that anyone can get.
 """
 
 import contextlib
@@ -20,6 +21,18 @@ from metrics import imageclef_normalize
 
 
 BERTSCORE_MODEL = "microsoft/deberta-xlarge-mnli"
+# What the evaluator of 2026 computes its other scores with (evaluator.py at commit 15c4091)
+_EVALUATOR = (
+    "; run ImageCLEF's evaluator, github.com/taubsity/clef-caption-evaluation-2026, on submission.csv, in an "
+    "environment of its own (torch 2.1.2, transformers 4.49)"
+)
+NOT_COMPUTED = {
+    "imageclef_bertscore": f"`pip install bert-score`; --bertscore_model, a folder or cached {BERTSCORE_MODEL}",
+    "imageclef_similarity": f"needs MedImageInsight (lion-ai/MedImageInsights), the images and a GPU{_EVALUATOR}",
+    "imageclef_bleurt": f"needs lucadiliello/BLEURT-20-D12 and bleurt-pytorch{_EVALUATOR}",
+    "imageclef_alignscore": f"needs AlignScore-base.ckpt of yzha/AlignScore and its package{_EVALUATOR}",
+    "imageclef_medcat_f1": f"needs medcat below 2 and its UMLS model pack, for which UMLS has a license{_EVALUATOR}",
+}
 BERTSCORE_CHUNK = 512  # pairs at a time: bert-score keeps every token's embedding, 250 KB a sentence
 
 

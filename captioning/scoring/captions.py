@@ -121,7 +121,7 @@ def read_csv(path: str, *columns: str) -> dict[str, str]:
                 if [name.strip().lower() for name in row[1:]] not in [[column.lower()] for column in columns]:
                     raise UserError(f"'{path}' has the columns {row}; give {what}")
             elif len(row) not in (0, 2):
-                raise UserError(f"{where}: {len(row)} fields; give {what}, texts with a comma in double quotes")
+                raise UserError(f"{where}: fields: {len(row)}, not 2; give {what}, text with a comma in double quotes")
             elif row and row[0] in texts:
                 raise UserError(f"{where}: id '{row[0]}' occurs twice; keep one")
             elif row:
@@ -174,11 +174,11 @@ def id_faults(found: Iterable[str], wanted: Iterable[str], path: str, reference:
     """Return a line for the ids of the file `reference` that `path` lacks, and one for those that only `path` has."""
     faults = []
     for ids, others, what in (
-        (wanted, set(found), f"of '{reference}' are missing in"),
-        (found, set(wanted), f"not in '{reference}' are in"),
+        (wanted, set(found), f"'{path}' lacks ids of '{reference}'"),
+        (found, set(wanted), f"'{path}' has ids that '{reference}' lacks"),
     ):
         if differ := [image_id for image_id in ids if image_id not in others]:
-            faults.append(f"{len(differ)} ids {what} '{path}' ({', '.join(differ[:3])})")
+            faults.append(f"{what}: {len(differ)} ({', '.join(differ[:3])})")
     return faults
 
 
@@ -204,7 +204,7 @@ def in_order_of(like: Captions, captions: Captions, name: str, other_name: str) 
     differ = [i for i, own, other in zip(like.image_ids, like.references, references, strict=True) if own != other]
     if differ:
         raise UserError(
-            f"'{name}' and '{other_name}' have different references for {len(differ)} images ({differ[0]}); both must "
+            f"'{name}' and '{other_name}' differ in the references of images: {len(differ)} ({differ[0]}); both must "
             "be scored on the same data"
         )
     return replace(like, predictions=predictions)

@@ -353,6 +353,7 @@ def _measurements(text: str) -> set[str]:
 _GLUED = re.compile(r"(?<=[a-z]{2})(?=[A-Z][a-z]{2})")
 
 
+@functools.lru_cache(maxsize=2**17)  # the captions of a training split: each is read by two or three readers
 def plain_text(caption: str) -> str:
     """Return `caption` as the tables are written: lower case, no accents, one kind of dash."""
     caption = _GLUED.sub(" ", caption.replace(" mM", " mmol"))

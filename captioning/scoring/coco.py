@@ -26,6 +26,8 @@ from metrics import lcs_length
 
 METEOR_CAPTIONS = 20_000  # METEOR takes 0.7 ms a caption, more than all else
 
+# A process lives for seconds: the second compiler of the JVM costs more than it gains
+JVM_OPTIONS = ("-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1")
 INSTALL_JAVA = "install a Java runtime, e.g. `apt install default-jre-headless`"
 WRONG_ANSWER = f"`java` runs, but its answer is not that of the program: {INSTALL_JAVA}"
 
@@ -54,7 +56,7 @@ def coco_scores(
 
     Returns:
         By system, the scores `coco_bleu1` to `coco_bleu4`, `coco_cider` (from 0 to 10), `coco_rougeL` and
-        `coco_meteor`, or with "whitespace" the same names prefixed `nlgeval_`; by score what is missing for it; and
+        `coco_meteor`, or with another tokenizer the same names with its prefix; by score what is missing for it; and
         the tokens of the references, None where they are missing.
 
     Raises:
@@ -94,14 +96,15 @@ def coco_tokens(captions: Sequence[str], tokenizer: str = "ptb") -> list[str]:
             only line feeds, so that a carriage return would shift all captions after it.
         tokenizer: "ptb" for Stanford's PTBTokenizer, lower-case and without punctuation, as `COCOEvalCap` does; it
             keeps brackets as `-lrb-` and `-rrb-`, because the library's list has them in upper case only.
-            "whitespace" strips the text and leaves the rest as it is, as `nlg-eval` does.
+            "whitespace" strips the text and leaves the rest as it is, as `nlg-eval` does; "whitespace_lower" makes it
+            lower-case too, as reports do whose captions were lower-cased before.
 
     Raises:
         UserError: with "ptb", `pycocoevalcap` or Java is not installed.
     """
     lines = [one_line(caption) for caption in captions]
-    if tokenizer == "whitespace":
-        return [line.strip() for line in lines]
+    if tokenizer != "ptb":
+        return [line.strip().lower() if tokenizer == "whitespace_lower" else line.strip() for line in lines]
     ptbtokenizer = _pycocoevalcap("tokenizer.ptbtokenizer")
     # From standard input: the library writes a file into its own package folder, which can be read-only
     options = ["edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
@@ -227,7 +230,8 @@ def meteor_scores(systems: Mapping[str, Sequence[str]], references: Sequence[str
         UserError: `pycocoevalcap` or Java is not installed.
     """
     pairs = [pair for captions in systems.values() for pair in zip(captions, references, strict=True)]
-    statistics = np.split(_meteor_statistics(pairs), len(systems))
+    row = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}  # each pair once
+    statistics = np.split(_meteor_statistics(list(row))[[row[pair] for pair in pairs]], len(systems))
     return {name: Score(own, _meteor) for name, own in zip(systems, statistics, strict=True)}
 
 
@@ -288,7 +292,9 @@ def _java(library: ModuleType, options: list[str], lines: list[str]) -> list[str
     """Run a jar that lies beside the module `library`, and return the lines that it answers."""
     text = "\n".join(lines).encode("utf-8", errors="replace")  # JSON can hold an unpaired surrogate
     try:
-        run = subprocess.run(["java", *options], input=text, capture_output=True, cwd=Path(library.__file__).parent)
+        run = subprocess.run(
+            ["java", *JVM_OPTIONS, *options], input=text, capture_output=True, cwd=Path(library.__file__).parent
+        )
     except OSError as error:
         raise UserError(f"`java` cannot be run ({error.strerror}): {INSTALL_JAVA}") from error
     if run.returncode:

@@ -72,12 +72,10 @@ def constant_values(
         tokenizer: of these tokens.
     """
     values = {}
-    for name, text in constants.captions.items():
-        if name.startswith(tuple(TOKENIZERS.values())):
-            continue
-        tokens = _imageclef if name.startswith("imageclef") else _rouge
-        scores = CandidateScores(tokens([text]), tokens(captions.references))
-        values[name] = scores.rouge_l(0) if name == "rougeL" else float(scores.rouge_n(int(name[-1]))[0])
+    for tokens, names in ((_rouge, ("rouge1", "rouge2", "rougeL")), (_imageclef, ("imageclef_rouge1",))):
+        scores = CandidateScores(tokens([constants.captions[name] for name in names]), tokens(captions.references))
+        for i, name in enumerate(names):
+            values[name] = scores.rouge_l(i) if name == "rougeL" else float(scores.rouge_n(int(name[-1]))[i])
     if reference_tokens is not None:
         prefix = f"{TOKENIZERS[tokenizer]}_"
         names = [name for name in constants.captions if name.startswith(prefix) and name != f"{prefix}meteor"]

@@ -4,6 +4,7 @@ What two captions have in common, repeated n-grams as often as they occur in bot
 `occurrences`: so that a product of matrices takes the place of a loop over pairs.
 """
 
+import functools
 from collections.abc import Hashable, Sequence
 
 import numpy as np
@@ -27,8 +28,9 @@ class NgramTable:
         ids = [vocabulary.setdefault(token, len(vocabulary)) for tokens in captions for token in tokens]
         self.ids, self.num_tokens = np.array(ids, dtype=np.int64), len(vocabulary)
         self.lengths = np.array([len(tokens) for tokens in captions], dtype=np.int64)
+        self.counts = functools.cache(self._counts)  # each score asks for them again
 
-    def counts(self, order: int) -> sp.csr_matrix:
+    def _counts(self, order: int) -> sp.csr_matrix:
         """Return how often each caption has each n-gram of this order, float64 `[N, G]`."""
         grams, rows = self.ids, np.repeat(np.arange(len(self.lengths)), self.lengths)
         for n in range(2, order + 1):  # an n-gram is an (n-1)-gram and a token

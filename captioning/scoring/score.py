@@ -7,8 +7,9 @@
 `scores.json` the dict stands under the name of its split:
 
     captions, unique_captions, verdict, beats_constant
-    scores      name -> value, low and high (95 % confidence interval), baselines (key -> value), references;
-                of attributes also precision, recall, and how many items were predicted and stated
+    scores      name -> value, low and high (95 % confidence interval), signature, baselines (key -> value),
+                references, tokenizer (the upper bound by it); of attributes also precision, recall, and how many
+                items were predicted and stated
     baselines   key -> what it is, its caption or captions, among what it was found
     modalities  name -> captions, and scores as above
     missing     name -> what a score that was not computed needs
@@ -19,13 +20,14 @@ A run adds `leaks`: see `captioning.data.leaks.find_leaks`.
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from captioning.errors import UserError
 from captioning.scoring.baselines import BASELINES, baseline_captions
-from captioning.scoring.bertscore import bertscore
+from captioning.scoring.bertscore import NOT_COMPUTED, bertscore
 from captioning.scoring.bootstrap import (
     LEVEL,
     Score,
@@ -41,6 +43,7 @@ from captioning.scoring.clinical import ATTRIBUTES, UNKNOWN, agreement, item_cou
 from captioning.scoring.coco import TOKENIZERS, coco_scores
 from captioning.scoring.concepts import concept_f1, known_concepts
 from captioning.scoring.constants import constant_values
+from captioning.scoring.signatures import signature
 from captioning.scoring.training_split import Training
 from metrics import wording_scores
 
@@ -62,6 +65,7 @@ def score(
     features: np.ndarray | None = None,
     tokenizer: str | None = "ptb",
     bertscore_model: str | None = None,
+    round_trip: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Score the captions of a system, its baselines, and its captions by modality.
 
@@ -69,8 +73,9 @@ def score(
         captions: of N images.
         training: the training split; without it the baselines are made of the references themselves.
         features: float `[N, H]` of the images, for the nearest training image.
-        tokenizer: of the COCO metrics, `ptb` or `whitespace`; None leaves them out.
+        tokenizer: of the COCO metrics, one of `TOKENIZERS`; None leaves them out.
         bertscore_model: the weights of BERTScore; None leaves it out.
+        round_trip: the N references encoded and decoded, whose scores are an upper bound of the model's: `tokenizer`.
 
     Returns:
         The dict described at the top of this file; an undefined value is None.
@@ -80,7 +85,7 @@ def score(
     constants = split.constants(tokenizer)
     constant = constants.captions[HEADLINE]
     baselines, notes = baseline_captions(captions, modalities, split, features, constant)
-    systems = {"": captions.predictions, **baselines}
+    systems = {"": captions.predictions, **baselines} | ({"tokenizer": round_trip} if round_trip else {})
     scores, missing, reference_tokens = _scores_of_systems(
         systems, captions, training, tokenizer, constants.captions, bertscore_model, [""]
     )
@@ -89,10 +94,13 @@ def score(
     counts = resampling_counts(len(captions))
     entries = {}
     for name, own in scores[""].items():
-        entries[name] = _entry(own, counts)
+        signed = signature(name, bertscore_model, len(split.captions))
+        entries[name] = _entry(own, counts) | {"signature": signed}
         others = {"constant": finite(of_constants[name])} if name in of_constants else {}
         others |= {key: finite(scores[key][name].value) for key in baselines if name in scores[key]}
         entries[name]["baselines"] = others
+        if name in scores.get("tokenizer", {}):
+            entries[name]["tokenizer"] = finite(scores["tokenizer"][name].value)
         if name.removesuffix("_f1") in ATTRIBUTES:
             entries[name] |= item_counts(own)
     if "concept_f1" in entries:
@@ -136,22 +144,28 @@ def _scores_of_systems(
     with them, since its program takes seconds to start.
     """
     missing, scores, reference_tokens = {}, {}, None
-    for name, texts in systems.items():
-        wording = wording_scores(tuple(texts), tuple(captions.references))
-        scores[name] = {key: Score.of(values) for key, values in wording.items()}
-        scores[name] |= {f"{key}_f1": own for key, own in agreement(texts, captions.references).items()}
-    if tokenizer:
-        constant = constants.get(f"{TOKENIZERS[tokenizer]}_meteor")
-        found, missing, reference_tokens = coco_scores(systems, captions.references, tokenizer, constant)
+    constant = constants.get(f"{TOKENIZERS[tokenizer]}_meteor") if tokenizer else None
+    with ThreadPoolExecutor(max_workers=1) as beside:  # METEOR's program computes meanwhile
+        coco = beside.submit(coco_scores, systems, captions.references, tokenizer, constant) if tokenizer else None
+        for name, texts in systems.items():
+            wording = wording_scores(tuple(texts), tuple(captions.references))
+            scores[name] = {key: Score.of(values) for key, values in wording.items()}
+            scores[name] |= {f"{key}_f1": own for key, own in agreement(texts, captions.references).items()}
+        concepts = _concept_scores(systems, captions, training, missing)
+    if coco:
+        found, missing_coco, reference_tokens = coco.result()
+        missing = missing_coco | missing
         for name, own in found.items():
             scores.setdefault(name, {}).update(own)
-    for name, own in _concept_scores(systems, captions, training, missing).items():
+    for name, own in concepts.items():
         scores[name]["concept_f1"] = own
     for name in with_bertscore if bertscore_model else ():
         try:
             scores[name]["imageclef_bertscore"] = bertscore(systems[name], captions.references, bertscore_model)
         except UserError as error:
             missing["imageclef_bertscore"] = str(error)
+    computed = set().union(*scores.values())
+    missing |= {name: how for name, how in NOT_COMPUTED.items() if name not in computed | missing.keys()}
     return scores, missing, reference_tokens
 
 
@@ -253,7 +267,7 @@ def compare_captions(
     tokenizer: str | None = None,
     bertscore_model: str | None = None,
 ) -> dict[str, Any]:
-    """Return the `scores` of two systems, each with the difference, its interval and p-value; and what is `missing`.
+    """Return the `scores` of two systems, with the difference, its interval, p-value, signature; what is `missing`.
 
     `p_holm` is the p-value corrected for the number of scores.
 
@@ -271,7 +285,8 @@ def compare_captions(
     for name, own in scores["first"].items():
         other = scores["second"][name]
         values = {"first": own.value, "second": other.value, **vars(compare(own, other, counts))}
-        rows[name] = {key: finite(value) for key, value in values.items()}
+        signed = signature(name, bertscore_model, len(training.captions) if training else 0)
+        rows[name] = {key: finite(value) for key, value in values.items()} | {"signature": signed}
     known = {name: row["p_value"] for name, row in rows.items() if row["p_value"] is not None}
     corrected = dict(zip(known, holm([*known.values()]), strict=True))
     rows = {name: row | {"p_holm": corrected.get(name)} for name, row in rows.items()}

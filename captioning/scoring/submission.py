@@ -110,7 +110,7 @@ def _submission_content(path: str) -> bytes:
 
 def _row_faults(row: list[str], line: str, column: str) -> list[str]:
     if len(row) != 2:
-        return [f"{len(row)} fields; put the {column} in double quotes, and nothing after them"]
+        return [f"fields: {len(row)}, not 2; put the {column} in double quotes, and nothing after them"]
     image_id, text = row
     faults = []
     if image_id != image_id.strip():

@@ -14,7 +14,7 @@ def test_both_splits_and_three_examples(tmp_path):
     references = ["Left lung — clear.", "A\nbreak\x1b[2J", "no", "fourth"]
     text = summary(METRICS, make_record(tmp_path, make_predictions(4, reference=references)))
     assert text.split("\n")[0].split() == ["validation", "test"]
-    assert "rougeL                        0.2500      0.1250\n" in text
+    assert "rougeL                                  0.2500      0.1250\n" in text
     assert text.count("reference ") == 3
     assert "Left lung — clear." in text and "A break [2J" in text
     assert "fourth" not in text
@@ -28,8 +28,8 @@ def test_a_run_that_captioned_nothing(tmp_path):
 def test_the_baselines_and_the_verdict(tmp_path):
     record = make_record(tmp_path, [], scores={"test": {"verdict": "ROUGE-L 0.1 does NOT beat it."}})
     text = summary(METRICS | {"predict_rougeL_constant": 0.165, "predict_rougeL_shuffled_images": 0.1}, record)
-    assert "rougeL of constant                 -      0.1650" in text.splitlines()
-    assert "rougeL of other images" in text
+    assert "rougeL of constant caption                   -      0.1650" in text.splitlines()
+    assert "rougeL of shuffled images" in text
     assert "nearest" not in text
     assert "test: ROUGE-L 0.1 does NOT beat it." in text.splitlines()
 

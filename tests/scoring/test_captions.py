@@ -80,7 +80,7 @@ def test_json_lines_are_read_as_others_write_them(write):
 
 def test_concepts_must_be_those_of_the_images(write):
     run, references = write("run.csv", REFERENCES), write("refs.csv", REFERENCES)
-    with pytest.raises(UserError, match=r"1 ids of '.*refs.csv' are missing in '.*cuis.csv' \(b\)"):
+    with pytest.raises(UserError, match=r"'.*cuis.csv' lacks ids of '.*refs.csv': 1 \(b\)"):
         read_captions(run, references, write("cuis.csv", "ID,CUIs\na,C0040405\n"))
     more = write("cuis.csv", "ID,CUIs\na,C0040405\nb,\nc,\n")
     assert read_captions(run, references, more).cuis == [["C0040405"], []]
@@ -97,11 +97,11 @@ def test_references_can_be_given_beside_json_lines_and_must_be_beside_a_csv(writ
 @pytest.mark.parametrize(
     "run, message",
     [
-        ("ID,Caption\na,x\n", r"1 ids of '.*refs\.csv' are missing in '.*run\.csv' \(b\); both must be"),
-        ("ID,Caption\na,x\nb,y\nc,z\n", r"1 ids not in '.*refs\.csv' are in '.*run\.csv' \(c\)"),
+        ("ID,Caption\na,x\n", r"'.*run\.csv' lacks ids of '.*refs\.csv': 1 \(b\); both must be"),
+        ("ID,Caption\na,x\nb,y\nc,z\n", r"'.*run\.csv' has ids that '.*refs\.csv' lacks: 1 \(c\)"),
         ("ID,Caption\na,x\na,y\n", r"line 3: id 'a' occurs twice"),
-        ("ID,Caption\na,x, y\nb,z\n", r"line 2: 3 fields; .* texts with a comma in double quotes"),
-        ("ID;Caption\na;x\n", r"line 1: 1 fields; give a CSV of ID,Caption"),
+        ("ID,Caption\na,x, y\nb,z\n", r"line 2: fields: 3, not 2; .* text with a comma in double quotes"),
+        ("ID;Caption\na;x\n", r"line 1: fields: 1, not 2; give a CSV of ID,Caption"),
         ("ID,Text\na,x\n", r"has the columns \['ID', 'Text'\]; give a CSV of ID,Caption"),
         ("ID,Caption,Other\n", r"has the columns \['ID', 'Caption', 'Other'\]"),
         ("ID,Caption\n", r"run\.csv' has no rows"),

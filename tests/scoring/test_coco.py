@@ -107,6 +107,34 @@ def test_captions_and_resamples_score_as_pycocoevalcap_scores_them(pairs, librar
         assert at_once == pytest.approx([score.part(rows).value for rows in draws], abs=1e-12)
 
 
+@needs_java
+def test_lower_cased_scores_are_those_of_pycocoevalcap_on_lower_cased_text(library):
+    # Without METEOR's separator, which the library does not remove from references
+    pairs = [pair for pair in zip(*built_pairs(), strict=True) if "|||" not in pair[1]]
+    predictions, references = map(list, zip(*pairs, strict=True))
+    scores = {name: score_one(predictions, references, name)[0] for name in ("whitespace", "whitespace_lower")}
+    for tokenizer, change in (("whitespace", str), ("whitespace_lower", str.lower)):
+        expected = library.scores(*([change(text).strip() for text in texts] for texts in (predictions, references)))
+        assert values(scores[tokenizer], coco.TOKENIZERS[tokenizer]) == pytest.approx(expected, abs=1e-12)
+    mixed, lower = (values(own, coco.TOKENIZERS[name])["cider"] for name, own in scores.items())
+    assert lower > 1.05 * mixed, "case does not matter here"
+    assert not scores["whitespace"].keys() & scores["whitespace_lower"].keys()
+
+
+def test_a_pair_goes_to_meteor_once_and_counts_as_often_as_it_occurs(monkeypatch):
+    sent = []
+
+    def instead_of_java(pairs):
+        sent.extend(pairs)
+        return np.array([[len(prediction), len(reference)] for prediction, reference in pairs])
+
+    monkeypatch.setattr(coco, "_meteor_statistics", instead_of_java)
+    found = meteor_scores({"own": ["a", "bbb", "a"], "constant": ["a"] * 3}, ["x", "yy", "x"])
+    assert sent == [("a", "x"), ("bbb", "yy"), ("a", "yy")]
+    assert found["own"].statistics.tolist() == [[1, 1], [3, 2], [1, 1]]
+    assert found["constant"].statistics.tolist() == [[1, 1], [1, 2], [1, 1]]
+
+
 @needs_library
 def test_the_separator_of_meteor_in_a_caption_does_not_add_a_reference(monkeypatch):
     text = "a small cyst at the left lower pole"

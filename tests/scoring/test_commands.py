@@ -13,6 +13,7 @@ from processes import ROOT, server
 from captioning.__main__ import main
 from captioning.errors import UserError
 from captioning.reporting.score_table import comparison_table, score_table
+from captioning.scoring.bertscore import NOT_COMPUTED
 from captioning.scoring.bootstrap import num_decimals
 from captioning.scoring.score import score
 from captioning.scoring.training_split import Training
@@ -81,7 +82,8 @@ def test_two_systems_are_tested_pair_by_pair(run, monkeypatch):
     undefined = found["scores"]["measurement_f1"]
     assert undefined["difference"] is undefined["low"] is undefined["p_value"] is None
     assert run(*pair) == f"{comparison_table(found)}\n"
-    assert list(found["missing"]) == ["nlgeval_meteor"]
+    assert list(found["missing"]) == ["nlgeval_meteor", *NOT_COMPUTED]
+    assert found["scores"]["nlgeval_bleu4"]["signature"] == "case:mixed|tok:whitespace|pycocoevalcap:1.2"
     swapped = run("score", "poor.jsonl", "--against", "good.jsonl", "--tokenizer", "none")
     assert f"{-found['scores']['rougeL']['difference']:+.3f}" in swapped
     assert swapped.startswith("120 captions")
@@ -129,8 +131,8 @@ def test_tables_for_a_paper_have_the_numbers_of_the_json_and_the_escapes_of_thei
         (["."], "argument predictions: '.' is not a file"),
         (["good.jsonl", "--train_concepts", "train_concepts.csv"], "--train_concepts goes with --train"),
         (["good.jsonl", "--train", "train_concepts.csv"], "columns ['ID', 'CUIs']; give a CSV of ID,Caption"),
-        (["good.jsonl", "--against", "short.jsonl"], "119 ids"),
-        (["good.jsonl", "--against", "other.jsonl"], "have different references for 120 images (id0)"),
+        (["good.jsonl", "--against", "short.jsonl"], ": 119 (id1, id2, id3)"),
+        (["good.jsonl", "--against", "other.jsonl"], "differ in the references of images: 120 (id0)"),
         (["good.jsonl", "--tokenizer", "moses"], "invalid choice: 'moses'"),
     ],
 )

@@ -11,6 +11,7 @@ from captioning.data import phantoms
 from captioning.reporting.score_table import in_digits, score_table
 from captioning.scoring import coco
 from captioning.scoring.baselines import BASELINES
+from captioning.scoring.bertscore import NOT_COMPUTED
 from captioning.scoring.captions import Captions
 from captioning.scoring.constant_caption import constant_caption
 from captioning.scoring.score import finite, flat, score
@@ -140,7 +141,7 @@ def test_coco_metrics_stand_beside_their_baselines_under_their_own_names(caption
 
     monkeypatch.setattr(coco, "meteor_scores", instead_of_meteor)
     found = score(captions, training, None, tokenizer="ptb")
-    assert found["missing"] == {}
+    assert found["missing"] == NOT_COMPUTED
     for name in ("coco_bleu1", "coco_bleu4", "coco_cider", "coco_rougeL", "coco_meteor"):
         entry = found["scores"][name]
         assert entry["low"] < entry["value"] < entry["high"], name
@@ -158,9 +159,12 @@ def test_without_java_the_other_scores_are_there_and_the_missing_ones_are_named(
 
 
 @pytest.mark.parametrize("model", ["none/none", None])
-def test_a_bertscore_without_weights_is_missing_only_if_it_was_asked_for(captions, model):
+def test_what_is_missing_of_imageclefs_table_is_named_with_how_to_get_it(captions, model):
     few = Captions(*(column[:3] for column in vars(captions).values()))
-    assert ("imageclef_bertscore" in score(few, tokenizer=None, bertscore_model=model)["missing"]) == bool(model)
+    missing = score(few, tokenizer=None, bertscore_model=model)["missing"]
+    assert NOT_COMPUTED.keys() <= missing.keys()
+    assert ("the weights of none/none are not on this machine" in missing["imageclef_bertscore"]) == bool(model)
+    assert max(map(len, NOT_COMPUTED.values())) < 300, "the card would cut it"
 
 
 def test_the_table_shows_what_is_said_by_modality(scores):
