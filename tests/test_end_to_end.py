@@ -30,6 +30,7 @@ from transformers import BlipForConditionalGeneration, BlipProcessor, Generation
 
 import run_captioning
 from captioning.errors import UserError
+from captioning.models.surface_form import SurfaceForm
 from captioning.scoring.baselines import nearest_captions, shuffled
 from captioning.scoring.captions import read_captions
 from captioning.scoring.submission import check_submission
@@ -54,7 +55,7 @@ class Stock:
         assert not any(loading.values())
         self.model.eval()
         self.processor = BlipProcessor.from_pretrained(folder)
-        self.settings = GenerationConfig.from_pretrained(folder)
+        self.settings, self.surface_form = GenerationConfig.from_pretrained(folder), SurfaceForm.load(str(folder))
 
     def pixel_values(self, images):
         return self.processor(images=images, return_tensors="pt")["pixel_values"]
@@ -64,7 +65,7 @@ class Stock:
         settings = settings or {"generation_config": self.settings}
         tokens = self.model.generate(**inputs, **settings)[0]
         start = len(inputs["input_ids"][0]) - 1 if prompt else 0
-        return self.processor.decode(tokens[start:], skip_special_tokens=True).strip()
+        return self.surface_form.restore(self.processor.decode(tokens[start:], skip_special_tokens=True).strip())
 
     def nll(self, image, caption, prompt="") -> tuple[float, int]:
         """Return the loss summed over the tokens of the caption, without those of the prompt, and their count."""
@@ -100,7 +101,7 @@ def test_the_output_folder_is_whole(finished):
         README.md training_curve.png report.html recipe.json rejected.jsonl model.safetensors config.json
         generation_config.json processor_config.json tokenizer.json trainer_state.json train_results.json
         eval_results.json predict_results.json all_results.json scores.json predictions/validation.jsonl
-        predictions/test.jsonl checkpoint-12/trainer_state.json
+        predictions/test.jsonl checkpoint-12/trainer_state.json surface_form.json checkpoint-12/surface_form.json
     """
     assert all((folder / name).is_file() for name in expected.split())
     assert list(folder.rglob("events.out.tfevents*")), "no TensorBoard log"
@@ -213,6 +214,14 @@ def test_stock_transformers_repeats_predictions_and_losses(finished, stock, raw_
     total, tokens = np.sum(losses, axis=0)
     assert metrics["predict_loss"] == pytest.approx(total / tokens, rel=1e-6)
     assert metrics["predict_rougeL"] == pytest.approx(np.mean([row["rougeL"] for row in rows]), abs=1e-9)
+
+
+def test_captions_are_written_as_the_training_captions_are_unless_the_flag_says_no(finished, parquet_folder, tmp_path):
+    run_captioning.main(score_flags(finished[0], parquet_folder, tmp_path, restore_surface_form=False))
+    rows, decoded = ([row["prediction"] for row in predictions(folder)] for folder in (finished[0], tmp_path))
+    assert all(text.islower() for text in decoded) and all(text[0].isupper() for text in rows)
+    rows, decoded = (["".join(text.lower().split()) for text in texts] for texts in (rows, decoded))
+    assert rows == decoded, "nothing but case and spaces"
 
 
 def test_a_prompt_is_given_in_training_and_generation_alike(config_file, parquet_folder, raw_dataset, tmp_path):

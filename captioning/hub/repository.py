@@ -38,6 +38,7 @@ MODEL_FILES = (
     "processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "chat_template.jinja",
     "qformer_tokenizer/*", "adapter_config.json", "adapter_model.safetensors", "base_config.json", "adapter/*",
+    "surface_form.json",
 )  # fmt: skip
 # Without report.html: it holds the images, which the user may not have the right to publish
 RECORD_FILES = (

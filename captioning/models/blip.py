@@ -67,7 +67,7 @@ from transformers.utils import cached_file
 
 name = {{ name }}
 {% if adapter_of -%}
-model = BlipForConditionalGeneration.from_pretrained({{ adapter_of }})
+model = BlipForConditionalGeneration.from_pretrained({{ adapter_of }}{% if dtype %}, dtype={{ dtype }}{% endif %})
 model = PeftModel.from_pretrained(model, name)
 {% else -%}
 model = BlipForConditionalGeneration.from_pretrained(name)
@@ -118,6 +118,7 @@ class BlipCaptioner(Captioner):
 
     card = CARD
     uses_all_parameters = True
+    loses_surface_form = True
     fast = False
 
     # --- Load and adapt ---------------------------------------------------------------------------------------
@@ -273,8 +274,8 @@ class BlipCaptioner(Captioner):
             if plain and getattr(config, name) is not None:
                 setattr(text, name, getattr(config, name))
         self.model.text_decoder.generation_config = GenerationConfig.from_model_config(text)
-        self.model.generation_config = self._with_special_tokens(config)
-        self.model.generation_config.bos_token_id = text.bos_token_id
+        self.plain_model.generation_config = self._with_special_tokens(config)
+        self.plain_model.generation_config.bos_token_id = text.bos_token_id
 
     @classmethod
     def plain_generate_suffices(cls, config: GenerationConfig) -> bool:

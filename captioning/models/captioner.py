@@ -21,6 +21,8 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import ModelOutput
 
+from captioning.models.surface_form import SurfaceForm
+
 
 IGNORE_INDEX = -100  # the label that `torch.nn.functional.cross_entropy` leaves out
 
@@ -64,11 +66,13 @@ class Captioner(ABC):
         prompt: text that every caption continues.
         prompt_ids: its tokens, without special tokens.
         prompt_arguments: what the processor is called with beside an image to make the prompt, for the card.
+        surface_form: restores the case and spacing of decoded captions; None: they stay as the tokenizer decodes them.
         card: what the model card says of the family, if it is the only one of its class: see `card_facts`.
     """
 
     card: ClassVar[CardFacts]
     uses_all_parameters: ClassVar[bool] = False  # in each training step; True makes several processes faster
+    loses_surface_form: ClassVar[bool] = False  # the tokenizer, which lower-cases and spaces out punctuation
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin):
         self.model = model
@@ -77,12 +81,18 @@ class Captioner(ABC):
         self.prompt: str | None = None
         self.prompt_ids: list[int] = []
         self.prompt_arguments: dict[str, Any] = {}
+        self.surface_form: SurfaceForm | None = None
 
     def without_weights(self) -> "Captioner":
         """Return a copy that can tokenize, collate and decode, for a process that loads data."""
         light = copy(self)
         light.model = None
         return light
+
+    @property
+    def plain_model(self) -> PreTrainedModel:
+        """The model itself, without what peft wraps around it: attributes set on that would not reach it."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -209,8 +219,20 @@ class Captioner(ABC):
 
     def decode(self, tokens: np.ndarray) -> list[str]:
         """Turn new tokens int `[N, T]`, padded by the padding token or -100, into N captions."""
-        tokens = np.where(tokens < 0, self.tokenizer.pad_token_id, tokens)
-        return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+        return self._texts(np.where(tokens < 0, self.tokenizer.pad_token_id, tokens))
+
+    def round_trip(self, captions: Sequence[str]) -> list[str]:
+        """Return what is decoded from all tokens of each caption: the most that a model can write of it."""
+        return self._texts([row[len(self.prompt_row) :] for row in self.tokenize(captions, 10**9)[0]])
+
+    def _texts(self, rows: np.ndarray | list[list[int]]) -> list[str]:
+        texts = [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
+        return [self.surface_form.restore(text) for text in texts] if self.surface_form else texts
+
+    def learn_surface_form(self, captions: Iterable[str]) -> None:
+        """Learn case and spacing from the training captions."""
+        captions, self.surface_form = list(captions), None
+        self.surface_form = SurfaceForm.learn(captions, self.round_trip(captions))
 
     def num_new_tokens(self, tokens: np.ndarray) -> np.ndarray:
         """Count the new tokens of each caption, int `[N]`, the end token included; `tokens` are those of `decode`."""

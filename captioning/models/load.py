@@ -16,6 +16,7 @@ from captioning.models.captioner import Captioner
 from captioning.models.families import FAMILIES
 from captioning.models.image_text_to_text import ImageTextToTextCaptioner
 from captioning.models.lora import base_of_adapter, load_adapter
+from captioning.models.surface_form import SurfaceForm
 
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,8 @@ def load_captioner(name: str, revision: str | None = None, dtype: str = "float32
     if adapts:
         load_adapter(captioner, name, revision)
         refuse_nan_weights(captioner.model, name)
+    if captioner.loses_surface_form:
+        captioner.surface_form = SurfaceForm.load(name, revision)
     return captioner
 
 

@@ -7,6 +7,7 @@ phantom, which may be redistributed, and the examples are text.
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ EXAMPLE_BYTES = 20_000  # of an image beside a caption: about 384 pixels a side
 
 
 def write_card_images(trainer: CaptioningTrainer, record: RunRecord, rows: Dataset | None) -> None:
-    """Write `sample.png`, its caption into `sample.json`, and `examples/*.jpg`.
+    """Write `sample.png`, its caption, and how stock decodes it, into `sample.json`, and `examples/*.jpg`.
 
     Args:
         trainer: captions the sample.
@@ -39,8 +40,15 @@ def write_card_images(trainer: CaptioningTrainer, record: RunRecord, rows: Datas
     sample = sample if sample.mode in ("L", "RGB") else sample.convert("RGB")
     sample.info.clear()  # a comment in the file may name a patient
     sample.save(folder / "sample.png")
-    prompt = trainer.captioner.prompt_arguments
-    caption = {"image": "sample.png", "caption": trainer.caption(sample), "prompt": prompt}
+    stock = copy(trainer.captioner)  # the code of the card knows nothing of ours
+    stock.surface_form = None
+    decoded, form = trainer.caption(sample, stock), trainer.captioner.surface_form
+    settings = stock.plain_model.generation_config.to_diff_dict()
+    caption = {"image": "sample.png"} | (
+        {"caption": form.restore(decoded), "decoded": decoded} if form else {"caption": decoded}
+    )
+    caption["prompt"] = stock.prompt_arguments
+    caption["tokens"] = {name: value for name, value in settings.items() if name.endswith("_token_id")}
     write_whole(folder / "sample.json", json.dumps(caption, indent=2, ensure_ascii=False) + "\n")
     if not with_images:
         return

@@ -70,7 +70,9 @@ def keep_split(
     folder, args = record.folder, trainer.args
     captions = Captions(list(rows["image_id"]), found.captions, list(rows["caption"]), list(rows["cui"]))
     predictions = write_predictions(folder / "predictions" / f"{split}.jsonl", captions, found.nll)
-    scores = score(captions, training, found.features, "ptb" if args.coco_metrics else None, args.bertscore_model)
+    bound = trainer.captioner.round_trip(captions.references) if trainer.captioner.loses_surface_form else None
+    tokenizer = "ptb" if args.coco_metrics else None
+    scores = score(captions, training, found.features, tokenizer, args.bertscore_model, bound)
     record.keep(split, predictions, scores)
     write_whole(folder / "scores.json", to_json(record.scores, indent=2, ensure_ascii=False) + "\n")
     if not scores["beats_constant"]:

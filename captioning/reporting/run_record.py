@@ -99,7 +99,8 @@ class RunRecord:
     def sample(self) -> dict[str, Any]:
         """`sample.json`: an `image` of the folder that may be redistributed, and the `caption` that it gets.
 
-        `prompt` are arguments with which the processor makes the prompt.
+        `decoded` is what stock decodes where that is another text, `prompt` are arguments with which the processor
+        makes the prompt, `tokens` the special ones of generation.
         """
         return self._read("sample.json")
 

@@ -8,7 +8,8 @@
 
     captions, unique_captions, verdict, beats_constant
     scores      name -> value, low and high (95 % confidence interval), signature, baselines (key -> value),
-                references; of attributes also precision, recall, and how many items were predicted and stated
+                references, tokenizer (the upper bound by it); of attributes also precision, recall, and how many
+                items were predicted and stated
     baselines   key -> what it is, its caption or captions, among what it was found
     modalities  name -> captions, and scores as above
     missing     name -> what a score that was not computed needs
@@ -64,6 +65,7 @@ def score(
     features: np.ndarray | None = None,
     tokenizer: str | None = "ptb",
     bertscore_model: str | None = None,
+    round_trip: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Score the captions of a system, its baselines, and its captions by modality.
 
@@ -73,6 +75,7 @@ def score(
         features: float `[N, H]` of the images, for the nearest training image.
         tokenizer: of the COCO metrics, one of `TOKENIZERS`; None leaves them out.
         bertscore_model: the weights of BERTScore; None leaves it out.
+        round_trip: the N references encoded and decoded, whose scores are an upper bound of the model's: `tokenizer`.
 
     Returns:
         The dict described at the top of this file; an undefined value is None.
@@ -82,7 +85,7 @@ def score(
     constants = split.constants(tokenizer)
     constant = constants.captions[HEADLINE]
     baselines, notes = baseline_captions(captions, modalities, split, features, constant)
-    systems = {"": captions.predictions, **baselines}
+    systems = {"": captions.predictions, **baselines} | ({"tokenizer": round_trip} if round_trip else {})
     scores, missing, reference_tokens = _scores_of_systems(
         systems, captions, training, tokenizer, constants.captions, bertscore_model, [""]
     )
@@ -96,6 +99,8 @@ def score(
         others = {"constant": finite(of_constants[name])} if name in of_constants else {}
         others |= {key: finite(scores[key][name].value) for key in baselines if name in scores[key]}
         entries[name]["baselines"] = others
+        if name in scores.get("tokenizer", {}):
+            entries[name]["tokenizer"] = finite(scores["tokenizer"][name].value)
         if name.removesuffix("_f1") in ATTRIBUTES:
             entries[name] |= item_counts(own)
     if "concept_f1" in entries:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable
+from itertools import tee
 
 from captioning.errors import UserError
 from captioning.hub.revisions import pin_revision
@@ -24,12 +25,14 @@ def load_model(
 ) -> Captioner:
     """Load the model, or build that of `config_name`, its tokenizer trained on `captions`, and adapt it to the run.
 
-    A resumed run keeps the tokenizer of its checkpoint. The commit on the Hub, or the config, that the model came from
-    is written into `model_args`, the prompt of its family into `data_args` where there is none.
+    A run that trains also learns how `captions` are written. A resumed run keeps the tokenizer of its checkpoint. The
+    commit on the Hub, or the config, that the model came from is written into `model_args`, the prompt of its family
+    into `data_args` where there is none.
 
     Raises:
         UserError: there is no such model, or it cannot be adapted in this way.
     """
+    captions, to_write = tee(captions)
     changed = checkpoint if args.resume_despite_changes else None  # its own tokenizer fits its embeddings
     if model_args.model_name_or_path:
         name = model_args.model_name_or_path
@@ -49,6 +52,10 @@ def load_model(
     data_args.prompt = captioner.prompt
     captioner.check_lengths(data_args.max_caption_length, args.max_new_tokens)
     captioner.set_generation_config(args.decoding())
+    if not data_args.restore_surface_form:
+        captioner.surface_form = None
+    elif args.do_train and captioner.loses_surface_form:
+        captioner.learn_surface_form(to_write)
     return captioner
 
 

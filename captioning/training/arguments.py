@@ -127,6 +127,10 @@ class ModelArguments:
             raise UserError("tokenizer_name goes with config_name only: a checkpoint has its own tokenizer")
         if self.use_peft and self.config_name:
             raise UserError("use_peft adapts a trained model, not random weights; give it by --model_name_or_path")
+        of_lora = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+        given = [name for name in of_lora if getattr(self, name) != self.__dataclass_fields__[name].default]
+        if given and not self.use_peft:
+            raise UserError(f"{given[0]} goes with use_peft, without which all weights learn; set --use_peft true")
         if self.merge_lora and not self.use_peft:
             raise UserError("merge_lora goes with use_peft: there is nothing to merge")
         if self.torch_dtype not in ("float32", "bfloat16"):
@@ -146,6 +150,7 @@ class DataArguments(Layout):
     streaming: bool = HfArg(default=False, help="Read images when needed, from parquet on the Hub or in a folder.")
     max_caption_length: int = HfArg(default=64, help="Tokens that a caption is cut to; start, prompt and end count.")
     prompt: str | None = HfArg(default=None, help="Text that every caption continues: not learned, and not scored.")
+    restore_surface_form: bool = HfArg(default=True, help="Restore the case and spacing that BLIP's tokenizer loses.")
     max_train_samples: int | None = HfArg(default=None, help="Use only so many rows, the first ones.")
     max_eval_samples: int | None = HfArg(default=None, help="The same for the validation split.")
     max_predict_samples: int | None = HfArg(default=None, help="The same for the test split.")

@@ -193,8 +193,7 @@ class CaptioningTrainer(Seq2SeqTrainer):
         """Save as the stock Trainer does; in the output folder each file appears whole, the weights last."""
         if output_dir is not None:  # a checkpoint, which is complete when its `trainer_state.json` is there
             super().save_model(output_dir, _internal_call)
-            if self.args.should_save and is_adapted(self.model):
-                save_config(self.captioner, output_dir)
+            self._save_parts(output_dir)
             if self.args.should_save and self.args.fingerprint:
                 write_whole(Path(output_dir) / FINGERPRINT_FILE, json.dumps(self.args.fingerprint, indent=2) + "\n")
             return
@@ -205,8 +204,7 @@ class CaptioningTrainer(Seq2SeqTrainer):
         try:
             with full_is_user_error(str(folder), self._train_batch_size, "train"):
                 super().save_model(str(staged), _internal_call=True)
-                if self.args.should_save and is_adapted(self.model):
-                    save_config(self.captioner, staged)
+                self._save_parts(staged)
         except UserError:
             shutil.rmtree(staged, ignore_errors=True)  # half a model is of no use and takes space
             raise
@@ -216,6 +214,12 @@ class CaptioningTrainer(Seq2SeqTrainer):
                     shutil.rmtree(folder / path.name)
                 os.replace(path, folder / path.name)
             staged.rmdir()
+
+    def _save_parts(self, folder: str | Path) -> None:
+        if self.args.should_save and is_adapted(self.model):
+            save_config(self.captioner, folder)
+        if self.args.should_save and self.captioner.surface_form:
+            self.captioner.surface_form.save(folder)
 
     def merge_adapter(self) -> None:
         """Make the saved adapter a part of the weights, and save the whole model; the adapter goes into `adapter/`."""

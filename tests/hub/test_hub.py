@@ -21,6 +21,7 @@ from captioning.errors import UserError
 from captioning.hub.privacy import without_local_paths
 from captioning.hub.repository import Repository
 from captioning.hub.revisions import pin_revision
+from captioning.models.surface_form import SurfaceForm
 from captioning.reporting.model_card import write_model_card
 from captioning.reporting.run_record import RunRecord
 from captioning.training.recipe import parse_arguments
@@ -89,7 +90,7 @@ def test_a_run_is_pushed_whole_without_secrets_and_a_stranger_repeats_it(hub, ho
         "README.md", "recipe.json", "model.safetensors", "config.json", "generation_config.json",
         "processor_config.json", "tokenizer.json", "all_results.json", "predict_results.json", "trainer_state.json",
         "training_curve.png", "scores.json", "predictions/test.jsonl", "predictions/validation.jsonl",
-        "sample.png", "sample.json",
+        "sample.png", "sample.json", "surface_form.json", "last-checkpoint/surface_form.json",
         "last-checkpoint/optimizer.pt", "last-checkpoint/trainer_state.json", "last-checkpoint/model.safetensors",
     } <= pushed.keys()  # fmt: skip
     assert (folder / "report.html").is_file()
@@ -109,12 +110,12 @@ def test_a_run_is_pushed_whole_without_secrets_and_a_stranger_repeats_it(hub, ho
     python = {"cwd": home, "env": hub.environment(home / "stranger"), "capture_output": True, "text": True}
     result = subprocess.run([sys.executable, "-c", code], **python)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.rstrip("\n") == json.loads(pushed["sample.json"])["caption"]
+    assert result.stdout.rstrip("\n") == json.loads(pushed["sample.json"])["decoded"]
     # ... and takes an image of their own
     raw_dataset["test"][3]["image"].save(home / "image.png")
     code = re.sub(r"Image\.open\(.*\)", 'Image.open("image.png")', code)
     result = subprocess.run([sys.executable, "-c", code], **python)
-    assert result.stdout.rstrip("\n") == predictions(folder)[3]["prediction"]
+    assert SurfaceForm.load(str(folder)).restore(result.stdout) == predictions(folder)[3]["prediction"]
 
 
 def test_the_card_has_the_numbers_of_the_run_and_its_worst_caption(push, finished, parquet_folder):
@@ -379,7 +380,7 @@ def test_an_adapter_is_pushed_without_paths_and_loaded_by_a_stranger_and_scored_
     code = re.search(r"```python\n(.*?)```", pushed["README.md"].decode(), re.DOTALL)[1]
     python = {"cwd": home, "env": hub.environment(home / "stranger"), "capture_output": True, "text": True}
     result = subprocess.run([sys.executable, "-c", code], **python)
-    assert result.stdout.rstrip("\n") == json.loads(pushed["sample.json"])["caption"], result.stderr
+    assert result.stdout.rstrip("\n") == json.loads(pushed["sample.json"])["decoded"], result.stderr
     again = ["hf://tester/model", "--model_name_or_path", "tester/model", "--do_train", "false"]
     run([*again, "--dataset_name", parquet_folder, "--output_dir", home / "check"])
     assert (home / "check/predictions/test.jsonl").read_bytes() == (home / "run/predictions/test.jsonl").read_bytes()

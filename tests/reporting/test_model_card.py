@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 import run_captioning
+from captioning.models.surface_form import SurfaceForm
 from captioning.reporting.model_card import markdown, render_card, write_model_card
 from captioning.reporting.run_record import RunRecord
 from captioning.scoring.baselines import BASELINES
@@ -62,7 +63,7 @@ def code_repeats(raw_dataset, capsys):
             example["image"].save("image.png")
             capsys.readouterr()
             exec(compile(code, "card", "exec"), {})
-            assert capsys.readouterr().out == row["prediction"] + "\n"
+            assert SurfaceForm.load("run").restore(capsys.readouterr().out.strip()) == row["prediction"]
         return code
 
     return check
@@ -86,13 +87,15 @@ def test_the_code_runs_as_pasted_and_prints_the_caption_that_the_card_states(
     if with_images:
         shutil.rmtree(folder)
         run_captioning.main(flags(config_file, parquet_folder, folder, publish_images=True, max_steps=4))
-    card, caption = (folder / "README.md").read_text(), read_json(folder / "sample.json")["caption"]
+    card, sample = (folder / "README.md").read_text(), read_json(folder / "sample.json")
+    caption, written = sample["decoded"], sample["caption"]
     monkeypatch.chdir(folder.parent)
     capsys.readouterr()
     with warnings.catch_warnings(action="error"):
         exec(compile(code_of(card), "card", "exec"), {})
     printed = capsys.readouterr()
-    assert printed.out == caption + "\n" and f'"{markdown(caption)}"' in card
+    assert printed.out == caption + "\n" and f'The code prints:\n"{markdown(caption)}". The run writes it as' in card
+    assert f'"{markdown(written)}"' in card and written[0].isupper() and written.lower() != written
     assert "deprecated" not in printed.err
     sample, first = Image.open(folder / "sample.png"), raw_dataset["test"][0]["image"]
     assert (sample.size == first.size and sample.tobytes() == first.tobytes()) == with_images

@@ -179,7 +179,7 @@ def large_run(tmp_path_factory):
 
 def wait_until(page, condition):
     """Wait for a JavaScript expression; Playwright's own function for this needs `unsafe-eval`."""
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while not page.evaluate(condition):
         assert time.monotonic() < end, condition
         page.wait_for_timeout(20)
