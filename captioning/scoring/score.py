@@ -91,7 +91,7 @@ def score(
     )
     of_constants = constant_values(constants, captions, reference_tokens, tokenizer)
     of_constants |= {name: own.value for name, own in scores.pop("constant", {}).items()}
-    counts = resampling_counts(len(captions))
+    counts, bound = resampling_counts(len(captions)), scores.pop("tokenizer", {})
     entries = {}
     for name, own in scores[""].items():
         signed = signature(name, bertscore_model, len(split.captions))
@@ -99,19 +99,15 @@ def score(
         others = {"constant": finite(of_constants[name])} if name in of_constants else {}
         others |= {key: finite(scores[key][name].value) for key in baselines if name in scores[key]}
         entries[name]["baselines"] = others
-        if name in scores.get("tokenizer", {}):
-            entries[name]["tokenizer"] = finite(scores["tokenizer"][name].value)
+        if name in bound:
+            entries[name]["tokenizer"] = finite(bound[name].value)
         if name.removesuffix("_f1") in ATTRIBUTES:
             entries[name] |= item_counts(own)
     if "concept_f1" in entries:
         references = _concept_scores({"": captions.references}, captions, training, {})[""]
         entries["concept_f1"]["references"] = finite(references.value)
-    notes["constant"] = {
-        "caption": constant,
-        "found_among": split.source,
-        "captions": constants.captions,
-        "items": constants.items,
-    }
+    notes["constant"] = {"caption": constant, "found_among": split.source, "captions": constants.captions}
+    notes["constant"]["items"] = constants.items
     known = [key for key in BASELINES if key == "constant" or key in baselines]
     return {
         "captions": len(captions),
