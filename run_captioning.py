@@ -43,6 +43,7 @@ from captioning.training.output_folder import own_output_dir, write_recipe
 from captioning.training.recipe import parse_arguments, parse_push_arguments
 from captioning.training.safeguards import UnreadableImages
 from captioning.training.trainer import CaptioningTrainer
+from captioning.training.tune_decoding import tune_decoding
 from collator import CaptioningCollator
 from metrics import compute_metrics
 
@@ -93,6 +94,9 @@ def run(
     metrics: dict[str, float] = {}
     if args.do_train:
         metrics |= train(trainer, checkpoint, model_args.merge_lora)
+    trainer.generation_config = args.decoding()
+    if args.tune_decoding:
+        tune_decoding(trainer, splits["validation"])
     record = RunRecord(args.output_dir, captioner.config.model_type, leaks)
     training = training_for_baselines(trainer, dataset, splits, data_args)
     if args.do_eval:
@@ -171,7 +175,7 @@ def make_trainer(
         train_dataset=splits.get("train"),
         eval_dataset=splits.get("validation"),
         compute_metrics=compute_metrics,
-        generation_config=args.decoding(),
+        generation_config=args.decoding(in_training=args.do_train),
         callbacks=callbacks,
         publish=partial(push_finished_run, args.output_dir, args.hub_model_id, args.hub_private_repo),
     )

@@ -17,6 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 MISSING = "missing image file"
 MIN_IMAGE_SIDE = 8  # pixels; a smaller one is a tracking pixel or a stripe
+MAX_ASPECT = 200  # of the longer side to the shorter; Qwen's image processors fail beyond, and nobody sees anything
 # Of one image; mammograms, the largest in radiology, have 20 million. Rescaling 16 bits takes some 32 bytes a pixel,
 # as floats: with 22 million it stays below 1 GB
 MAX_PIXELS = 2**26
@@ -57,6 +58,8 @@ def open_image(image: dict[str, Any] | Image.Image | None) -> Image.Image:
         raise ValueError(f"cannot be decoded: {error}") from error
     if min(image.size) < MIN_IMAGE_SIDE:
         raise ValueError(f"is {image.width}x{image.height} pixels; the shorter side needs at least {MIN_IMAGE_SIDE}")
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise ValueError(f"is {image.width}x{image.height} pixels; one side may be {MAX_ASPECT} times the other")
     return _to_8_bit(image) if image.mode.startswith(("I", "F")) else image
 
 

@@ -67,7 +67,7 @@ from transformers.utils import cached_file
 
 name = {{ name }}
 {% if adapter_of -%}
-model = BlipForConditionalGeneration.from_pretrained({{ adapter_of }})
+model = BlipForConditionalGeneration.from_pretrained({{ adapter_of }}{% if dtype %}, dtype={{ dtype }}{% endif %})
 model = PeftModel.from_pretrained(model, name)
 {% else -%}
 model = BlipForConditionalGeneration.from_pretrained(name)
@@ -274,8 +274,8 @@ class BlipCaptioner(Captioner):
             if plain and getattr(config, name) is not None:
                 setattr(text, name, getattr(config, name))
         self.model.text_decoder.generation_config = GenerationConfig.from_model_config(text)
-        self.model.generation_config = self._with_special_tokens(config)
-        self.model.generation_config.bos_token_id = text.bos_token_id
+        self.plain_model.generation_config = self._with_special_tokens(config)
+        self.plain_model.generation_config.bos_token_id = text.bos_token_id
 
     @classmethod
     def plain_generate_suffices(cls, config: GenerationConfig) -> bool:
@@ -385,11 +385,28 @@ class BlipCaptioner(Captioner):
             logits = torch.cat(logits)
         return sum_nll(logits, labels, F.pad(predicts, (1, 0)))
 
+    def generate_each(self, encoded: EncodedImages, configs: Sequence[GenerationConfig]) -> list[torch.Tensor]:
+        """See `Captioner.generate_each`; on the fast path, beam searches by several length penalties are one."""
+        if not (self._decodes_fast and all(map(can_decode, configs))):
+            return super().generate_each(encoded, configs)
+        searches: dict[str, list[GenerationConfig]] = {}
+        shared = [repr(config.to_diff_dict() | {"length_penalty": 0}) for config in configs]
+        for name, config in zip(shared, configs, strict=True):
+            searches.setdefault(name, []).append(config)
+        found = {}
+        for name, alike in searches.items():
+            tokens = self.generate(encoded, alike[0], [config.length_penalty for config in alike])
+            found[name] = iter(tokens.split(len(encoded.image_embeds)))
+        return [next(found[name]) for name in shared]
+
     @torch.no_grad()
-    def generate(self, encoded: EncodedImages, config: GenerationConfig) -> torch.Tensor:
+    def generate(
+        self, encoded: EncodedImages, config: GenerationConfig, length_penalties: Sequence[float] = ()
+    ) -> torch.Tensor:
         """Generate as `BlipForConditionalGeneration.generate(pixel_values, prompt)` does, token for token.
 
-        The settings go to the text decoder, which ignores those of the whole model (T7).
+        The settings go to the text decoder, which ignores those of the whole model (T7). `length_penalties`, on the
+        fast path: see `decode_captions`.
 
         Returns:
             The new tokens int64 `[B, T]`, without `prompt_row`, padded after `[SEP]`.
@@ -400,6 +417,7 @@ class BlipCaptioner(Captioner):
         if can_decode(config) and (cross_attention := self._cross_attention(encoded)):
             encoded.cross_attention = None
             images = {"custom_generate": decode_captions, "cross_attention": cross_attention}
+            images["length_penalties"] = length_penalties
         else:
             mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
             images = {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}

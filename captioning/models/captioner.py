@@ -90,6 +90,11 @@ class Captioner(ABC):
         return light
 
     @property
+    def plain_model(self) -> PreTrainedModel:
+        """The model itself, without what peft wraps around it: attributes set on that would not reach it."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the processor."""
         return self.processor.tokenizer
@@ -307,6 +312,10 @@ class Captioner(ABC):
         Returns:
             The new tokens int64 `[B, T]`, without the prompt, padded after the end token.
         """
+
+    def generate_each(self, encoded: Any, configs: Sequence[GenerationConfig]) -> list[torch.Tensor]:
+        """Return what `generate` returns by each of some decode settings, but for padding; they may share work."""
+        return [self.generate(encoded, config) for config in configs]
 
     @abstractmethod
     def image_features(self, encoded: Any) -> torch.Tensor:

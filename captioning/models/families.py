@@ -139,14 +139,18 @@ USAGE = """{% if dtype or autocast %}import torch
 {% endif %}{% if adapter_of %}from peft import PeftModel
 {% endif %}from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
+{%- if tokens %}, GenerationConfig{% endif %}
 from transformers.utils import cached_file
 
 name = {{ name }}
 {% if adapter_of -%}
-model = AutoModelForImageTextToText.from_pretrained({{ adapter_of }}, dtype={{ dtype or "None" }})
+model = AutoModelForImageTextToText.from_pretrained({{ adapter_of }}, dtype={{ dtype or '"float32"' }})
 model = PeftModel.from_pretrained(model, name)
 {% else -%}
 model = AutoModelForImageTextToText.from_pretrained(name, dtype={{ dtype or '"float32"' }})
+{% endif -%}
+{% if tokens -%}
+model{% if adapter_of %}.base_model.model{% endif %}.generation_config = GenerationConfig({{ tokens }})
 {% endif -%}
 processor = AutoProcessor.from_pretrained(name)
 processor.image_processor = AutoImageProcessor.from_pretrained(name, backend="pil")  # torchvision: other pixels

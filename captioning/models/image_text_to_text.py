@@ -92,7 +92,9 @@ class ImageTextToTextCaptioner(Captioner):
                 "give the tokenizer that it was trained with"
             )
         writes = EncoderDecoderCaptioner if _has_encoder(config) else ImageTextToTextCaptioner
-        return writes(model, processor)
+        mend = "it needs a whole processor_config.json, and a chat template of images and text or none"
+        with as_user_error(f"model '{name}': its processor makes no prompt", mend):
+            return writes(model, processor)
 
     @classmethod
     def from_config(cls, config, name, seed, tokenizer_name, captions, vocab_size) -> NoReturn:
@@ -154,7 +156,7 @@ class ImageTextToTextCaptioner(Captioner):
 
     def set_generation_config(self, config: GenerationConfig) -> None:
         """See `Captioner.set_generation_config`; what a checkpoint samples by does not stay."""
-        self.model.generation_config = self._with_special_tokens(config)
+        self.plain_model.generation_config = self._with_special_tokens(config)
         if self.family.generates_by_decoder:  # `generate` of the whole model is that of its decoder (T7)
             self.model.language_model.generation_config = deepcopy(self.model.generation_config)
 
@@ -181,10 +183,15 @@ class ImageTextToTextCaptioner(Captioner):
         by_text = getattr(self.config.get_text_config(decoder=True), "eos_token_id", None)
         by_model = self.model.generation_config.eos_token_id
         known = (by_text or by_model) if self.family.generates_by_decoder else (by_model or by_text)
-        known = [known] if isinstance(known, int) else list(known or [self.tokenizer.eos_token_id])
+        own = self.tokenizer.eos_token_id
+        own = self.tokenizer.sep_token_id if own is None else own  # BERT's ends a text by [SEP]
+        known = [known] if isinstance(known, int) else list(known or [own])
         learned = self.tokenizer.convert_tokens_to_ids(self.family.end) if self.family.end else None
         if learned in (None, self.tokenizer.unk_token_id):
-            learned = self.tokenizer.eos_token_id if self.tokenizer.eos_token_id in known else known[0]
+            learned = own if own in known else known[0]
+        if learned is None:
+            kind = self.config.model_type
+            raise UserError(f"neither tokenizer nor config of this {kind} has a token that ends a caption; set one")
         return list(dict.fromkeys([learned, *known]))
 
     @property
@@ -206,6 +213,10 @@ class ImageTextToTextCaptioner(Captioner):
             UserError: the prompt holds no place for the image.
         """
         self.prompt = self.family.prompt if prompt is None else prompt
+        if written := [token for token in self._image_tokens() if token in self.prompt]:
+            raise UserError(
+                f"the prompt '{self.prompt}' holds '{written[0]}', which is put there anyway; leave it out"
+            )
         self.prompt_text = text = self._render(self.prompt)
         starts = (self.tokenizer.bos_token, self.tokenizer.cls_token)  # a template may have written it
         adds = not any(token and text.startswith(token) for token in starts)
@@ -222,7 +233,15 @@ class ImageTextToTextCaptioner(Captioner):
 
     @property
     def _image_token_id(self) -> int | None:
-        return getattr(self.config, "image_token_id", None) or getattr(self.config, "image_token_index", None)
+        known = (getattr(self.config, name, None) for name in ("image_token_id", "image_token_index"))
+        return next((token for token in known if token is not None), None)
+
+    def _image_tokens(self) -> list[str]:
+        """Return the tokens that stand for an image or a video, as far as the family has them."""
+        ids = [self._image_token_id, getattr(self.config, "video_token_id", None)]
+        known = [getattr(self.processor, name, None) for name in ("image_token", "boi_token", "video_token")]
+        known += [self.tokenizer.convert_ids_to_tokens(token) for token in ids if token is not None]
+        return [str(token) for token in known if token]
 
     def _render(self, prompt: str) -> str:
         template = self.processor.chat_template if hasattr(self.processor, "chat_template") else None

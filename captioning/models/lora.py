@@ -59,21 +59,33 @@ def add_lora(
     config = LoraConfig(  # without a task type: peft's wrappers for them do not pass images on
         r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets
     )
-    tied = set(captioner.model._tied_weights_keys or ())
+    tied = captioner.model.all_tied_weights_keys  # none where the config does not tie them
+    tied = {*tied.keys(), *tied.values()}
     with as_user_error("LoRA cannot be added", "set --lora_target_modules to names of linear layers"):
         model = get_peft_model(captioner.model, config)
-    for path, module in model.base_model.model.named_modules():
-        if isinstance(module, BaseTunerLayer) and f"{path}.weight" in tied:
+    adapted = [path for path, module in model.base_model.model.named_modules() if isinstance(module, BaseTunerLayer)]
+    for name_of_layer in targets if isinstance(targets, list) else []:  # peft asks for one match of all names
+        if not any(f".{path}".endswith(f".{name_of_layer}") for path in adapted):
+            raise UserError(f"lora_target_modules: no layer is named '{name_of_layer}'; correct or leave it out")
+    for path in adapted:
+        if f"{path}.weight" in tied:
             raise UserError(
-                f"lora_target_modules names '{path}', whose weight is tied to the embedding: merged, it would change "
-                "both; name others"
+                f"lora_target_modules names '{path}', whose weight is also that of another layer: merged, it would "
+                "change both; name others"
             )
+    # The Trainer's gradient checkpointing lets the outputs of all embeddings learn, as re-entrant checkpoints need.
+    # Ours do not; GIT writes into its embeddings, and the backward pass would go through the frozen vision model
+    captioner.plain_model.enable_input_require_grads = _do_nothing
     # Where it was loaded from, which peft takes, may be a snapshot in a cache
     config = model.peft_config[model.active_adapter]
     is_local = os.path.exists(name)
     config.base_model_name_or_path = os.path.abspath(name) if is_local else name
     config.revision = None if is_local else revision
     captioner.model = model
+
+
+def _do_nothing() -> None:
+    pass
 
 
 def text_layers(captioner: Captioner) -> str:
@@ -109,7 +121,10 @@ def base_of_adapter(name: str, revision: str | None) -> tuple[str, str | None] |
         return None
     with as_user_error(f"adapter '{name}': {ADAPTER_CONFIG} cannot be read"):
         config = json.loads(Path(path).read_text(encoding="utf-8"))
-        return config["base_model_name_or_path"], config.get("revision")
+        base = config["base_model_name_or_path"]
+    if not isinstance(base, str):
+        raise UserError(f"adapter '{name}': {ADAPTER_CONFIG} names no model; set base_model_name_or_path in it")
+    return base, config.get("revision")
 
 
 def load_adapter(captioner: Captioner, name: str, revision: str | None) -> None:
@@ -123,7 +138,7 @@ def load_adapter(captioner: Captioner, name: str, revision: str | None) -> None:
     with suppress(OSError):  # those of others need not have such files
         images = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")
         captioner.processor.image_processor = images
-        captioner.model.generation_config = GenerationConfig.from_pretrained(name, revision=revision)
+        captioner.plain_model.generation_config = GenerationConfig.from_pretrained(name, revision=revision)
 
 
 def merge_adapter(captioner: Captioner) -> None:

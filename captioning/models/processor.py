@@ -54,6 +54,9 @@ def load_processor(name: str, revision: str | None, config: PreTrainedConfig) ->
     if VIDEO in kind.get_attributes():
         video = content.get(VIDEO) or _read(name, revision, "video_preprocessor_config.json")
         vars(processor).update({VIDEO: video} if video else {})
+    if hasattr(processor, "num_additional_image_tokens") and "num_additional_image_tokens" not in content:
+        # Stock takes 0 of them; CLIP has one before those of the patches
+        processor.num_additional_image_tokens = int(config.vision_config.model_type == "clip_vision_model")
     for attribute, path in FROM_CONFIG.items():
         if getattr(processor, attribute, 0) is None:
             setattr(processor, attribute, _value_at(config, path))

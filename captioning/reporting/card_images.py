@@ -43,8 +43,12 @@ def write_card_images(trainer: CaptioningTrainer, record: RunRecord, rows: Datas
     stock = copy(trainer.captioner)  # the code of the card knows nothing of ours
     stock.surface_form = None
     decoded, form = trainer.caption(sample, stock), trainer.captioner.surface_form
-    texts = {"caption": form.restore(decoded), "decoded": decoded} if form else {"caption": decoded}
-    caption = {"image": "sample.png"} | texts | {"prompt": trainer.captioner.prompt_arguments}
+    settings = stock.plain_model.generation_config.to_diff_dict()
+    caption = {"image": "sample.png"} | (
+        {"caption": form.restore(decoded), "decoded": decoded} if form else {"caption": decoded}
+    )
+    caption["prompt"] = stock.prompt_arguments
+    caption["tokens"] = {name: value for name, value in settings.items() if name.endswith("_token_id")}
     write_whole(folder / "sample.json", json.dumps(caption, indent=2, ensure_ascii=False) + "\n")
     if not with_images:
         return

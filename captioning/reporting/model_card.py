@@ -177,10 +177,13 @@ def _usage(record: RunRecord, name: str) -> str:
     start, revision = record.start, record.start and record.start.revision
     adapter_of = record.is_adapter and _python_string(start.id) + (f', revision="{revision}"' if revision else "")
     arguments = record.sample.get("prompt") or {}
+    # The start's own `generation_config.json` may sample or penalize; that of a whole model is the run's
+    tokens = (record.is_adapter or not recipe["do_train"]) and record.sample.get("tokens")
     return jinja2.Template(record.card_facts.usage).render(
         name=_python_string(model),
         adapter_of=adapter_of,
         arguments=", ".join(f"{key}={value!r}" for key, value in arguments.items()),
+        tokens=tokens and ", ".join(f"{key}={value!r}" for key, value in tokens.items()),
         dtype=None if recipe["torch_dtype"] == "float32" else f'"{recipe["torch_dtype"]}"',
         settings=settings,
         holder="name" if model == name else _python_string(name),

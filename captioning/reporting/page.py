@@ -30,7 +30,8 @@ TEMPLATE = Path(__file__).parent / "page_template.html"
 PAGE_BUDGET = 57_000_000  # bytes of the page; what the captions leave of it goes to the images
 COMMIT_DIGITS = 7
 WORD = re.compile(r"\w")
-EMPTY = {"comparison": None, "summary": {}, "facts": {}, "verdict": [], "splits": {}, "curves": []}  # of the template
+# Of the template
+EMPTY = {"comparison": None, "summary": {}, "facts": {}, "verdict": [], "splits": {}, "curves": [], "tuned": {}}
 
 Words = Sequence[tuple[str, np.ndarray]]  # of a caption, each with its attention map
 
@@ -79,6 +80,7 @@ def write_report(
         verdict=[*([summary["verdict"]] if summary else []), *record.leaks],
         splits={name: record.scores[name] for name in sorted(record.scores, key=lambda name: name != split)},
         curves=inline_curves(record.log_history),
+        tuned=record.recipe["tuned_decoding"],
     )
 
 

@@ -31,6 +31,7 @@ RECIPE_DEFAULTS = {
     "use_peft": False,
     "merge_lora": False,
     "torch_dtype": "float32",
+    "tuned_decoding": {},
     "hardware": {"device": "unknown", "processor": "unknown", "threads": "unknown", "processes": 1},
 }
 
@@ -98,7 +99,8 @@ class RunRecord:
     def sample(self) -> dict[str, Any]:
         """`sample.json`: an `image` of the folder that may be redistributed, and the `caption` that it gets.
 
-        `prompt` are arguments with which the processor makes the prompt, `decoded` is what stock decodes.
+        `decoded` is what stock decodes where that is another text, `prompt` are arguments with which the processor
+        makes the prompt, `tokens` the special ones of generation.
         """
         return self._read("sample.json")
 
@@ -194,8 +196,12 @@ class RunRecord:
 
     @property
     def leaks(self) -> list[str]:
-        """Sentences on the rows of scored splits that an earlier split has too, and on what was not compared."""
-        return [
+        """Sentences on the rows of scored splits that an earlier split has too, and on what was not compared.
+
+        Also on decode settings that were chosen on a scored split.
+        """
+        note = "validation" in self.scores and self.recipe["tuned_decoding"].get("note")
+        return [f"validation: {note}"] * bool(note) + [
             sentence
             for split, scores in self.scores.items()
             if "leaks" in scores

@@ -3,6 +3,7 @@
 `recipe.py` fills them from a recipe and flags.
 """
 
+import copy
 import math
 import os
 import warnings
@@ -17,7 +18,7 @@ from transformers.hf_argparser import HfArg
 from captioning.data.layout import Layout
 from captioning.errors import UserError, as_user_error, did_you_mean
 from captioning.hub.licenses import check_license
-from captioning.training.decoding import generation_config
+from captioning.training.decoding import DEFAULT_GRID, generation_config, settings_of_grid
 from metrics import METRIC_NAMES
 
 
@@ -44,7 +45,7 @@ RANGES |= dict.fromkeys(("min_new_tokens", "no_repeat_ngram_size", "data_seed", 
 RANGES |= dict.fromkeys((
     "max_train_samples", "max_eval_samples", "max_predict_samples", "max_new_tokens", "dataloader_prefetch_factor",
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-    "eval_accumulation_steps",
+    "eval_accumulation_steps", "tune_samples",
 ), (1, math.inf))  # fmt: skip
 
 # Fields of `Seq2SeqTrainingArguments` that would have no effect or do harm here, and what to do instead
@@ -126,6 +127,10 @@ class ModelArguments:
             raise UserError("tokenizer_name goes with config_name only: a checkpoint has its own tokenizer")
         if self.use_peft and self.config_name:
             raise UserError("use_peft adapts a trained model, not random weights; give it by --model_name_or_path")
+        of_lora = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+        given = [name for name in of_lora if getattr(self, name) != self.__dataclass_fields__[name].default]
+        if given and not self.use_peft:
+            raise UserError(f"{given[0]} goes with use_peft, without which all weights learn; set --use_peft true")
         if self.merge_lora and not self.use_peft:
             raise UserError("merge_lora goes with use_peft: there is nothing to merge")
         if self.torch_dtype not in ("float32", "bfloat16"):
@@ -210,6 +215,11 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
     min_new_tokens: int = HfArg(default=0, help="Minimum generated tokens.")
     no_repeat_ngram_size: int = HfArg(default=0, help="Size of n-grams that occur once in a caption at most; 0: none.")
     length_penalty: float = HfArg(default=1.0, help="A beam's score is divided by its length to this power.")
+    tune_decoding: bool = HfArg(default=False, help="At the end, choose among decode settings on validation images.")
+    tune_decoding_grid: list[str] = HfArg(
+        default_factory=lambda: list(DEFAULT_GRID), help="Those to try; quote each part, as in the default."
+    )
+    tune_samples: int = HfArg(default=500, help="The most validation images that they are tried on.")
 
     # Scores
     coco_metrics: bool = HfArg(default=True, help="BLEU, CIDEr and METEOR of the final captions; they need Java.")
@@ -219,6 +229,7 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
     write_submission: bool = HfArg(default=False, help="Write submission.csv and .zip for ImageCLEF (test split).")
 
     push_to_hub: bool = HfArg(default=False, help="Push checkpoints during training, and the whole run at its end.")
+    tuned_decoding: dict | None = HfArg(default=None, help="Written into recipe.json: settings tried, with scores.")
     package_versions: dict | None = HfArg(default=None, help="Written into recipe.json: the packages of the run.")
     hardware: dict | None = HfArg(default=None, help="Written into recipe.json: device, processor and threads.")
     code: dict | None = HfArg(default=None, help="Written into recipe.json: address and commit of this project.")
@@ -244,6 +255,7 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
         if not self.predict_with_generate and self.metric_for_best_model not in ("loss", "eval_loss"):
             self.metric_for_best_model = "loss"
         self._check_best_model()
+        self._check_tuning()
         super().__post_init__()
         self._check_checkpointing()
         self._check_accelerator()
@@ -302,9 +314,24 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
         if self.save_strategy == "no":
             self.load_best_model_at_end = False
 
-    def decoding(self) -> GenerationConfig:
-        """Return the decode settings."""
-        return generation_config(vars(self))
+    def _check_tuning(self) -> None:
+        if self.tune_decoding and not (self.do_eval and self.predict_with_generate):
+            raise UserError("tune_decoding needs captions of the validation split: do_eval and predict_with_generate")
+        if self.tune_decoding and self.metric_for_best_model.removeprefix("eval_") in ("loss", "perplexity"):
+            raise UserError("tune_decoding: decoding does not change the loss; set --metric_for_best_model rougeL")
+        with as_user_error("tuned_decoding is not what a run writes", "leave it out"):
+            settings = [(self.tuned_decoding or {}).get("before", {})]
+            settings += settings_of_grid(vars(self), self.tune_decoding_grid) if self.tune_decoding else []
+            for fields in settings:
+                tried = copy.copy(self)
+                vars(tried).update(fields)
+                _check_ranges(tried)
+                tried._check_combinations()
+
+    def decoding(self, in_training: bool = False) -> GenerationConfig:
+        """Return the decode settings, or those of the training, where it chose others at its end."""
+        before = (self.tuned_decoding or {}).get("before", {}) if in_training else {}
+        return generation_config(vars(self) | before)
 
 
 @dataclass

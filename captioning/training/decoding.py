@@ -1,16 +1,23 @@
 """Decode settings in one form, `GenerationConfig`: made from arguments and recipes, and put into words."""
 
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
 from transformers import GenerationConfig
+
+from captioning.errors import as_user_error
 
 
 logger = logging.getLogger(__name__)
 
 # The fields of a recipe, and their meaning where a saved config does not name them
 DEFAULTS = {"num_beams": 1, "max_new_tokens": 0, "min_new_tokens": 0, "no_repeat_ngram_size": 0, "length_penalty": 1.0}
+# Nine with those of the run: one change at a time, and other length penalties, which cost little
+DEFAULT_GRID = ("num_beams=1", "length_penalty=0.5,2", "num_beams=5 length_penalty=1,2")
+DEFAULT_GRID += ("no_repeat_ngram_size=3 length_penalty=1,2", "min_new_tokens=8")
 
 
 def decode_settings(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -24,6 +31,26 @@ def decode_settings(fields: Mapping[str, Any]) -> dict[str, Any]:
 def generation_config(fields: Mapping[str, Any]) -> GenerationConfig:
     """Return the decode settings among the `fields` of a recipe; nothing is sampled."""
     return GenerationConfig(do_sample=False, **decode_settings(fields))
+
+
+def settings_of_grid(fields: Mapping[str, Any], grid: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the decode settings of a recipe, and those that each combination of values in a part of a grid makes.
+
+    Raises:
+        UserError: a part is not like 'num_beams=3,5 length_penalty=1,2', or has more than 100 combinations.
+    """
+    own = {name: fields[name] for name in DEFAULTS if name != "max_new_tokens"}
+    found = {repr(decode_settings(fields)): own}
+    for part in grid:
+        with as_user_error(f"tune_decoding_grid '{part}' is not like 'num_beams=3,5 length_penalty=1,2'"):
+            texts = dict(item.split("=") for item in part.split())
+            values = [[type(DEFAULTS[name])(text) for text in texts[name].split(",")] for name in texts]
+            if not own.keys() >= texts.keys() or math.prod(map(len, values)) > 100:
+                raise ValueError(f"it takes {', '.join(own)}, and 100 combinations at most")
+            for combination in product(*values):
+                settings = own | dict(zip(texts, combination, strict=True))
+                found.setdefault(repr(decode_settings({**fields, **settings})), settings)
+    return list(found.values())
 
 
 def in_words(config: GenerationConfig) -> str:

@@ -172,6 +172,8 @@ def write_recipe(
         with as_user_error(f"'{path}' of the run to resume cannot be read", "delete it"):
             before = json.loads(path.read_text(encoding="utf-8"))
         history = before.pop("changed_on_resume", None) or {}
+        if args.tune_decoding and (tuned := before.pop("tuned_decoding", None)):  # at its end, which comes again
+            before |= tuned["before"] | {name: value for name, value in recipe.items() if name.startswith("tune_")}
         other = {key for key in recipe.keys() | before.keys() if recipe.get(key) != before.get(key)}
         # `model_config` is missing where an earlier version wrote the recipe
         for key in sorted(other - {"fingerprint"} - ({"model_config"} - before.keys())):

@@ -40,6 +40,7 @@ from captioning.training.arguments import (
     ModelArguments,
     PushArguments,
 )
+from captioning.training.decoding import DEFAULTS
 
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "evaluate", "rouge_score", "pillow")
@@ -49,6 +50,7 @@ REPLACED_BY_FLAG = {
     "model_name_or_path": ("model_revision", "config_name", "model_config", "tokenizer_name"),
     "config_name": ("model_config", "model_name_or_path", "model_revision"),
     "dataset_name": ("dataset_revision",),
+    **dict.fromkeys((*DEFAULTS, "tune_decoding"), ("tuned_decoding",)),
 }
 # Where a run's output and logs go
 DESTINATION_FIELDS = {

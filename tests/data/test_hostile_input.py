@@ -122,6 +122,13 @@ def test_postscript_starts_no_program(monkeypatch):
         open_image(as_bytes(buffer.getvalue()))
 
 
+def test_a_stripe_is_refused():
+    """Qwen's image processors raise an error at it, in the middle of a training."""
+    assert open_image(Image.new("L", (1600, 8))).size == (1600, 8)
+    with pytest.raises(ValueError, match="is 8x1601 pixels; one side may be 200 times the other"):
+        open_image(Image.new("L", (8, 1601)))
+
+
 def test_a_small_tiff_of_a_giant_tile_is_refused():
     side = 30_000
     tags = [(256, 100), (257, 100), (258, 8), (259, 1), (262, 1), (277, 1), (322, side), (323, side)]

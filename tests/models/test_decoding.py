@@ -173,6 +173,20 @@ def test_less_usual_settings_mean_what_they_mean_in_stock(build, settings, num_b
     assert torch.equal(decode(model, pixel_values, prompt, **settings), expected)
 
 
+@pytest.mark.parametrize("stopping", [False, True, "never"])
+def test_one_search_serves_all_length_penalties(build, decoded, stopping):
+    model, penalties = build(1, end_bias=4), [-2.0, 0.0, 1.0, 4.0]
+    settings = {"num_beams": 3, "max_new_tokens": 20, "early_stopping": stopping}
+    pixel_values = images(model, 9)
+    shared = decode(model, pixel_values, length_penalties=penalties, **settings).split(9)
+    num_steps, texts = len(decoded), set()
+    for penalty, tokens in zip(penalties, shared, strict=True):
+        own = decode(model, pixel_values, length_penalty=penalty, **settings)
+        assert torch.equal(tokens[:, : own.shape[1]], own) and (tokens[:, own.shape[1] :] == 3).all()  # [SEP]
+        texts.add(str(own.tolist()))
+    assert len(texts) > 1 and num_steps < (len(decoded) - num_steps) / 2
+
+
 def test_beams_go_on_where_all_of_the_likeliest_tokens_are_ends(build):
     model, ends = build(1, end_bias=8), [3, 9, 11]
     with torch.no_grad():

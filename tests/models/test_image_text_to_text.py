@@ -28,7 +28,7 @@ from helpers import (
     signal_when,
     start,
 )
-from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForImageTextToText, AutoTokenizer, BertTokenizer, GenerationConfig
 
 import run_captioning
 from captioning.data.checks import usable
@@ -341,3 +341,45 @@ def test_an_old_processor_of_blip2_gets_its_image_tokens(tmp_path):
     captioner.processor.num_query_tokens = 0
     with pytest.raises(UserError, match="has no place for the image"):
         captioner.set_prompt("Describe.")
+
+
+def test_a_prompt_that_holds_the_token_of_the_image_is_one_line(captioner):
+    if not captioner._image_tokens():
+        pytest.skip("it has no such token")
+    for token in captioner._image_tokens():
+        with pytest.raises(UserError, match=r"holds '.*', which is put there anyway; leave it out"):
+            captioner.set_prompt(f"{token} Describe.")
+
+
+def test_a_decoder_without_an_end_token_of_its_own_ends_by_that_of_bert(tmp_path):
+    save_tiny("vit-gpt2", tmp_path)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
+    words += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
+    for path in tmp_path.glob("*token*"):
+        path.unlink()
+    BertTokenizer(vocab={word: index for index, word in enumerate(words)}).save_pretrained(tmp_path)
+    config = read_json(tmp_path / "config.json")
+    config |= {"decoder_start_token_id": None, "pad_token_id": None, "eos_token_id": None}
+    config["decoder"] |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "generation_config.json").unlink()
+    captioner = load_captioner(str(tmp_path))
+    assert captioner.end_token_ids == [3] and captioner.tokenize(["ab"], 40)[0] == [[5, 32, 3]]
+    assert captioner.config.decoder_start_token_id == 2
+    assert len(generate(captioner, [make_noise(0)])) == 1
+
+
+def test_an_old_checkpoint_without_a_processor_config_is_completed_or_refused(tmp_path):
+    for family in ("llava", "llava_onevision"):
+        folder = save_tiny(family, tmp_path / family)
+        content = read_json(folder / "processor_config.json")
+        (folder / "processor_config.json").unlink()
+        images = content["image_processor"] | {"processor_class": content["processor_class"]}
+        (folder / "preprocessor_config.json").write_text(json.dumps(images))
+    captioner = load_captioner(str(tmp_path / "llava"))
+    assert len(generate(captioner, [make_noise(0)])) == 1, "as many image tokens as features"
+    with pytest.raises(UserError, match=r"its processor makes no prompt: .*; it needs a whole processor_config.json"):
+        load_captioner(str(tmp_path / "llava_onevision"))
+    (tmp_path / "llava/chat_template.jinja").write_text("{{ messages[0].role + messages[0].content }}")
+    with pytest.raises(UserError, match=r"its processor makes no prompt: .*; it needs .* a chat template of images"):
+        load_captioner(str(tmp_path / "llava"))

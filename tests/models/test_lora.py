@@ -41,7 +41,8 @@ def blip(tiny_captioner, tmp_path_factory):
 
 
 def lora_flags(model, data, folder, **values):
-    values = {"model_name_or_path": model, "use_peft": True, "learning_rate": 3e-2, "lora_dropout": 0.1} | values
+    adapts = {"use_peft": True, "lora_dropout": 0.1} if values.get("use_peft", True) else {}
+    values = {"model_name_or_path": model, "learning_rate": 3e-2} | adapts | values
     return flags(None, data, folder, **values, vocab_size=None)
 
 
@@ -167,9 +168,11 @@ def test_two_processes_learn_the_adapter_that_one_does(blip, parquet_folder, tmp
     ("wrong", "reason"),
     [
         ({"lora_target_modules": "nothing"}, r"LoRA cannot be added: .*nothing.*; set --lora_target_modules to names"),
-        ({"lora_target_modules": "decoder"}, "names 'text_decoder.cls.predictions.decoder', whose weight is tied"),
+        ({"lora_target_modules": "decoder"}, "'text_decoder.cls.predictions.decoder', whose weight is also"),
+        ({"lora_target_modules": "word_embeddings"}, "word_embeddings', whose weight is also that of another"),
         ({"image_size": 40}, "image_size 40 changes weights that an adapter does not hold; leave it out"),
         ({"use_peft": False, "merge_lora": True}, "merge_lora goes with use_peft"),
+        ({"use_peft": False, "lora_r": 8}, "lora_r goes with use_peft, without which all weights learn"),
         ({"use_peft": False, "torch_dtype": "bfloat16"}, "torch_dtype bfloat16 is for weights that do not learn"),
         ({"torch_dtype": "float8"}, "torch_dtype is 'float8'; set float32 or bfloat16"),
         ({"lora_r": 0}, "lora_r is 0; set --lora_r from 1 to 4096"),
@@ -192,6 +195,9 @@ def test_an_adapter_is_not_adapted_again_but_merged_and_trained(adapted, parquet
 
 
 def test_a_damaged_or_foreign_adapter_is_one_line(adapted, parquet_folder, tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": null}')
+    with pytest.raises(UserError, match=r"adapter_config.json names no model; set base_model_name_or_path in it"):
+        load_captioner(str(tmp_path))
     broken = shutil.copytree(adapted, tmp_path / "broken")
     (broken / "adapter_model.safetensors").write_bytes(b"no weights")
     with pytest.raises(UserError, match=r"adapter '.*broken' cannot be loaded: .*; it must be one of this model"):
@@ -200,3 +206,60 @@ def test_a_damaged_or_foreign_adapter_is_one_line(adapted, parquet_folder, tmp_p
     (broken / "adapter_config.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"model '.*gone', which '.*broken' adapts, cannot be loaded"):
         load_captioner(str(broken))
+
+
+@pytest.fixture(scope="module")
+def sampling(tmp_path_factory):
+    """A model whose own decode settings sample, and penalize repetitions, as Qwen2.5-VL's do."""
+    folder = save_tiny("llava", tmp_path_factory.mktemp("sampling") / "llava")
+    own = {"do_sample": True, "temperature": 2.0, "repetition_penalty": 5.0, "eos_token_id": 2, "pad_token_id": 0}
+    (folder / "generation_config.json").write_text(json.dumps(own))
+    return folder
+
+
+def test_the_decode_settings_of_the_start_reach_neither_an_adapter_nor_a_merged_model(
+    sampling, parquet_folder, tmp_path, monkeypatch, capsys
+):
+    for name, values in {"adapted": {}, "merged": {"merge_lora": True}, "start": {"do_train": False}}.items():
+        run_captioning.main(lora_flags(sampling, parquet_folder, tmp_path / name, max_steps=1, **values))
+    run_captioning.main(score_flags(tmp_path / "merged", parquet_folder, tmp_path / "scored"))
+    adapted, merged, scored = (
+        [row["prediction"] for row in predictions(tmp_path / name)] for name in ("adapted", "merged", "scored")
+    )
+    assert adapted == merged == scored
+    for name in ("adapted", "merged"):
+        settings = read_json(tmp_path / name / "generation_config.json")
+        assert settings["num_beams"] == 3 and not settings["do_sample"] and "repetition_penalty" not in settings
+    monkeypatch.chdir(tmp_path)
+    for name in ("adapted", "start"):
+        code = re.search(r"```python\n(.*?)```", (tmp_path / name / "README.md").read_text(), re.DOTALL)[1]
+        capsys.readouterr()
+        exec(compile(code.replace('"llava"', repr(str(sampling))), "card", "exec"), {})
+        assert capsys.readouterr().out == read_json(tmp_path / name / "sample.json")["caption"] + "\n"
+
+
+@pytest.mark.parametrize("family", ["git", "llava"])
+def test_gradient_checkpointing_changes_no_gradient_of_an_adapter(family, tmp_path):
+    captioner = load_captioner(str(save_tiny(family, tmp_path)))
+    add_lora(captioner, str(tmp_path), None, dropout=0.0)
+    batch = captioner.collate([make_noise(0)], captioner.tokenize(["An effusion"], 40)[0])
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            captioner.model.activation_checkpointing_enable()
+            captioner.model.train()
+        captioner.model.zero_grad()
+        captioner.forward(captioner.model, batch).loss.backward()
+        found.append({n: p.grad.clone() for n, p in captioner.model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.allclose(value, found[1][name], atol=1e-6) for name, value in found[0].items())
+
+
+def test_each_target_names_a_layer_and_a_head_that_is_not_tied_can_be_one(tmp_path):
+    folder = save_tiny("llava", tmp_path)
+    with pytest.raises(UserError, match=r"no layer is named 'v_porj'; correct or leave it out"):
+        add_lora(load_captioner(str(folder)), str(folder), None, target_modules=["q_proj", "v_porj"])
+    captioner = load_captioner(str(folder))
+    assert not captioner.config.get_text_config().tie_word_embeddings
+    add_lora(captioner, str(folder), None, target_modules=["q_proj", "lm_head"])
+    assert isinstance(captioner.model.get_output_embeddings(), BaseTunerLayer)

@@ -12,6 +12,8 @@ Tokens are chosen by stock's own code: its logits processors, its stopping crite
 ranked and finished. So a setting means the same in both.
 """
 
+from collections.abc import Sequence
+from copy import copy
 from typing import NamedTuple
 
 import torch
@@ -146,15 +148,17 @@ def decode_captions(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     cross_attention: CrossAttention,
+    length_penalties: Sequence[float] = (),
     **model_kwargs,
 ) -> torch.Tensor:
     """Decode B images: the `custom_generate` of a call of `generate`, whose settings `can_decode` must accept.
 
     `input_ids` `[B * num_beams, T]` are start and prompt tokens, the same in all rows of an image. `cross_attention`,
-    from `project_images`, is emptied, since its tensors are overwritten.
+    from `project_images`, is emptied, since its tensors are overwritten. One beam search serves several
+    `length_penalties`: where beams go does not depend on it, only which of the finished ones is the best.
 
     Returns:
-        int64 `[B * num_return_sequences, T + new tokens]`, as `generate` returns them.
+        int64 `[B * num_return_sequences, T + new tokens]`, as `generate` returns them; that penalty by penalty.
     """
     num_beams = generation_config.num_beams
     prompt, layers = input_ids[::num_beams], list(cross_attention)
@@ -162,8 +166,13 @@ def decode_captions(
     length = prompt.shape[1]
     decoder = CaptionDecoder(model, layers, length + (generation_config.max_length - length) * num_beams)
     logits = model.cls(decoder.read(prompt)[:, -1])
-    search = _greedy_search if num_beams == 1 else _beam_search
-    return search(decoder, prompt, logits, _Rules(logits_processor, stopping_criteria, generation_config))
+    rules = []
+    for penalty in length_penalties or [generation_config.length_penalty]:
+        rules.append(_Rules(logits_processor, stopping_criteria, copy(generation_config)))
+        rules[-1].config.length_penalty = penalty
+    if num_beams == 1:
+        return _greedy_search(decoder, prompt, logits, rules[0]).repeat(len(rules), 1)
+    return _beam_search(decoder, prompt, logits, rules)
 
 
 class _Rules(NamedTuple):
@@ -200,27 +209,34 @@ def _greedy_search(decoder: CaptionDecoder, prompt: torch.Tensor, logits: torch.
         logits = decoder.model.cls(decoder(tokens[:, None], position, visible)[:, 0])
 
 
-def _beam_search(decoder: CaptionDecoder, prompt: torch.Tensor, logits: torch.Tensor, rules: _Rules) -> torch.Tensor:
-    """Decode as `GenerationMixin._beam_search` does (5.23); arguments as for `_greedy_search`."""
-    (batch, start), num_beams, num_results = prompt.shape, rules.config.num_beams, rules.config.num_return_sequences
-    beams = _Beams(decoder.model, prompt, rules)
-    results = beams.finished[:, :num_results].clone()
-    lengths = torch.zeros(batch, num_results, dtype=torch.int64, device=prompt.device)
+def _beam_search(
+    decoder: CaptionDecoder, prompt: torch.Tensor, logits: torch.Tensor, rules: list[_Rules]
+) -> torch.Tensor:
+    """Decode as `GenerationMixin._beam_search` does (5.23) by rules that differ in the length penalty alone."""
+    (batch, start), config = prompt.shape, rules[0].config
+    num_beams, num_results = config.num_beams, config.num_return_sequences
+    searches = [_Beams(decoder.model, prompt, own) for own in rules]  # whose running beams are the same
+    beams = searches[0]
+    results = [search.finished[:, :num_results].clone() for search in searches]
+    lengths = torch.zeros(len(searches), batch, num_results, dtype=torch.int64, device=prompt.device)
     rows = torch.arange(batch, device=prompt.device)  # of `results` that are still decoded
     itself = torch.eye(num_beams, dtype=torch.bool, device=prompt.device)
     visible = torch.ones(batch, num_beams, start, dtype=torch.bool, device=prompt.device)
     logits = logits[:, None].expand(-1, num_beams, -1)
     while True:
         log_probs = F.log_softmax(logits.flatten(0, 1).float(), dim=-1)
-        log_probs = rules.process(beams.running[:, :, : beams.length].flatten(0, 1), log_probs)
-        parent, done = beams.step(log_probs)
+        log_probs = rules[0].process(beams.running[:, :, : beams.length].flatten(0, 1), log_probs)
+        (parent, *_), done = zip(*(search.step(log_probs) for search in searches), strict=True)
+        done = torch.stack(done).all(dim=0)
         if done.any():
-            results[rows[done]] = beams.finished[done, :num_results]
-            lengths[rows[done]] = (beams.finished_parents[done, :num_results] >= 0).sum(dim=-1)
+            for search, result, length in zip(searches, results, lengths, strict=True):
+                result[rows[done]] = search.finished[done, :num_results]
+                length[rows[done]] = (search.finished_parents[done, :num_results] >= 0).sum(dim=-1)
             if done.all():
-                return results.flatten(0, 1)[:, : start + int(lengths.max())]
+                return torch.cat(results).flatten(0, 1)[:, : start + int(lengths.max())]
             index = decoder.keep(done)
-            beams.keep(index)
+            for search in searches:
+                search.keep(index)
             rows, parent, visible = rows[index], parent[index], visible[index]
         ancestors = visible.gather(1, parent[:, :, None].long().expand(-1, -1, visible.shape[2]))
         visible = torch.cat([ancestors, itself.expand(len(rows), -1, -1)], dim=2)
