@@ -222,6 +222,8 @@ def test_captions_are_written_as_the_training_captions_are_unless_the_flag_says_
     assert all(text.islower() for text in decoded) and all(text[0].isupper() for text in rows)
     rows, decoded = (["".join(text.lower().split()) for text in texts] for texts in (rows, decoded))
     assert rows == decoded, "nothing but case and spaces"
+    bounds = [read_json(folder / "scores.json")["test"]["scores"] for folder in (finished[0], tmp_path)]
+    assert [bound["rougeL"]["tokenizer"] for bound in bounds] == [1, 1]
 
 
 def test_a_prompt_is_given_in_training_and_generation_alike(config_file, parquet_folder, raw_dataset, tmp_path):

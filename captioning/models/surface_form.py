@@ -48,7 +48,8 @@ class SurfaceForm:
         levels: list[Counter[tuple[str, str]]] = [Counter(), Counter(), Counter()]
         for (left, piece, right, form), number in uses.items():
             for level, key in zip(levels, _form_keys(left, piece, right), strict=True):
-                level[key, form] += number
+                begins = level is levels[2] and left in ("", ".") and form.isalpha() and form.istitle()
+                level[key, piece if begins else form] += number  # "Axial" of "Axial view" is no form of its own
         learned, most = cls({}, []), _most_used(levels[2]).items()
         learned.forms.update([(piece, form) for piece, form in most if learned.form("", piece, "") != form])
         capitals: Counter[str] = Counter()

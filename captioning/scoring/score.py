@@ -91,27 +91,23 @@ def score(
     )
     of_constants = constant_values(constants, captions, reference_tokens, tokenizer)
     of_constants |= {name: own.value for name, own in scores.pop("constant", {}).items()}
+    bound = scores.pop("tokenizer", {})  # no baseline
     counts = resampling_counts(len(captions))
     entries = {}
     for name, own in scores[""].items():
-        signed = signature(name, bertscore_model, len(split.captions))
-        entries[name] = _entry(own, counts) | {"signature": signed}
+        entries[name] = _entry(own, counts) | {"signature": signature(name, bertscore_model, len(split.captions))}
         others = {"constant": finite(of_constants[name])} if name in of_constants else {}
         others |= {key: finite(scores[key][name].value) for key in baselines if name in scores[key]}
         entries[name]["baselines"] = others
-        if name in scores.get("tokenizer", {}):
-            entries[name]["tokenizer"] = finite(scores["tokenizer"][name].value)
+        if name in bound:
+            entries[name]["tokenizer"] = finite(bound[name].value)
         if name.removesuffix("_f1") in ATTRIBUTES:
             entries[name] |= item_counts(own)
     if "concept_f1" in entries:
         references = _concept_scores({"": captions.references}, captions, training, {})[""]
         entries["concept_f1"]["references"] = finite(references.value)
-    notes["constant"] = {
-        "caption": constant,
-        "found_among": split.source,
-        "captions": constants.captions,
-        "items": constants.items,
-    }
+    notes["constant"] = {"caption": constant, "found_among": split.source}
+    notes["constant"] |= {"captions": constants.captions, "items": constants.items}
     known = [key for key in BASELINES if key == "constant" or key in baselines]
     return {
         "captions": len(captions),

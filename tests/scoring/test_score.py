@@ -37,6 +37,14 @@ def test_each_score_has_its_interval_and_every_baseline(scores):
     assert scores["captions"] == 120
 
 
+def test_what_the_tokenizer_lets_through_is_scored_beside_the_captions():
+    captions = Captions(["a", "b"], ["An X-ray.", "A CT."], ["Chest X-ray.", "CT of the chest."], [[], []])
+    found = score(captions, tokenizer=None, round_trip=["chest x - ray.", "ct of the chest."])["scores"]
+    assert found["rougeL"]["tokenizer"] == 1
+    assert found["imageclef_rouge1"]["tokenizer"] == pytest.approx((2 / 5 + 1) / 2), "xray, and x ray"
+    assert "tokenizer" not in score(captions, tokenizer=None)["scores"]["rougeL"]
+
+
 def test_each_baseline_is_the_score_of_its_captions(captions, scores, training):
     baselines = scores["scores"]["rougeL"]["baselines"]
     constant = scores["baselines"]["constant"]["caption"]
