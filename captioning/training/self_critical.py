@@ -53,12 +53,14 @@ class Reward:
     """A weighted sum of scores of captions of the training split `rows`; each score is from 0 to 1.
 
     Raises:
-        UserError: concepts are rewarded that cannot be learned from the split.
+        UserError: ids are not unique, or concepts are rewarded that cannot be learned from the split.
     """
 
     def __init__(self, weights: dict[str, float], rows: Dataset):
         self.weights, columns = weights, [list(rows[column]) for column in ("image_id", "caption", "cui")]
         self._known = {image_id: (caption, cuis) for image_id, caption, cuis in zip(*columns, strict=True)}
+        if len(self._known) < len(rows):
+            raise UserError("split 'train': some images share an image_id, by which a reward finds the reference")
         self._extractor = ConceptExtractor(*columns[1:]) if "concept_f1" in weights else None
         if self._extractor and self._extractor.reason:
             raise UserError(f"reward: concept_f1 cannot be measured, {self._extractor.reason}; leave it out")

@@ -190,6 +190,11 @@ def test_a_reward_that_cannot_be_is_refused(reward):
         parse_reward(reward)
 
 
+def test_a_reward_needs_one_reference_an_image(splits):
+    with pytest.raises(UserError, match="some images share an image_id"):
+        Reward({"rouge1": 1.0}, splits["train"].select([0, 1, 0]))
+
+
 def test_random_weights_are_no_start(config_file, parquet_folder, tmp_path):
     with pytest.raises(UserError, match="starts from a trained model"):
         run_captioning.main(flags(config_file, parquet_folder, tmp_path, objective="self_critical"))
