@@ -91,11 +91,11 @@ def score(
     )
     of_constants = constant_values(constants, captions, reference_tokens, tokenizer)
     of_constants |= {name: own.value for name, own in scores.pop("constant", {}).items()}
-    counts, bound = resampling_counts(len(captions)), scores.pop("tokenizer", {})
+    bound = scores.pop("tokenizer", {})  # no baseline
+    counts = resampling_counts(len(captions))
     entries = {}
     for name, own in scores[""].items():
-        signed = signature(name, bertscore_model, len(split.captions))
-        entries[name] = _entry(own, counts) | {"signature": signed}
+        entries[name] = _entry(own, counts) | {"signature": signature(name, bertscore_model, len(split.captions))}
         others = {"constant": finite(of_constants[name])} if name in of_constants else {}
         others |= {key: finite(scores[key][name].value) for key in baselines if name in scores[key]}
         entries[name]["baselines"] = others
@@ -106,8 +106,8 @@ def score(
     if "concept_f1" in entries:
         references = _concept_scores({"": captions.references}, captions, training, {})[""]
         entries["concept_f1"]["references"] = finite(references.value)
-    notes["constant"] = {"caption": constant, "found_among": split.source, "captions": constants.captions}
-    notes["constant"]["items"] = constants.items
+    notes["constant"] = {"caption": constant, "found_among": split.source}
+    notes["constant"] |= {"captions": constants.captions, "items": constants.items}
     known = [key for key in BASELINES if key == "constant" or key in baselines]
     return {
         "captions": len(captions),
