@@ -42,6 +42,7 @@ from captioning.training.folder_lock import hold_folder
 from captioning.training.output_folder import own_output_dir, write_recipe
 from captioning.training.recipe import parse_arguments, parse_push_arguments
 from captioning.training.safeguards import UnreadableImages
+from captioning.training.self_critical import self_critical
 from captioning.training.trainer import CaptioningTrainer
 from captioning.training.tune_decoding import tune_decoding
 from collator import CaptioningCollator
@@ -178,6 +179,7 @@ def make_trainer(
         generation_config=args.decoding(in_training=args.do_train),
         callbacks=callbacks,
         publish=partial(push_finished_run, args.output_dir, args.hub_model_id, args.hub_private_repo),
+        objective=self_critical(captioner, args, splits.get("train")),
     )
 
 

@@ -19,9 +19,10 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BlipConfig, BlipForConditionalGeneration, BlipProcessor, GenerationConfig
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+from transformers.utils import ModelOutput
 
 from captioning.errors import UserError, as_user_error
-from captioning.models.captioner import IGNORE_INDEX, Batch, Captioner, CardFacts, sum_nll
+from captioning.models.captioner import IGNORE_INDEX, Batch, Captioner, CardFacts, DrawTokens, sum_nll
 from captioning.models.fast_blip.decoding import (
     CaptionDecoder,
     CrossAttention,
@@ -322,19 +323,41 @@ class BlipCaptioner(Captioner):
 
         A label is at the position of its token: BLIP shifts them itself.
         """
+        return {"pixel_values": self.pixel_values(images)} | self._text_inputs(rows)
+
+    def _text_inputs(self, rows: Sequence[Sequence[int]]) -> Batch:
         tokens = [torch.tensor(row) for row in rows]
         input_ids = pad_sequence(tokens, batch_first=True, padding_value=self.tokenizer.pad_token_id)
         labels = pad_sequence(tokens, batch_first=True, padding_value=IGNORE_INDEX)
         attention_mask = (labels != IGNORE_INDEX).long()
         labels[:, : len(self.prompt_row)] = IGNORE_INDEX
-        texts = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-        return {"pixel_values": self.pixel_values(images)} | texts
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
     def pixel_values(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Resize and normalize images into float32 `[B, 3, H, W]`: the values of the image processor."""
         if self.fast:
             return fast_pixel_values(list(images), self.processor.image_processor)
         return self.processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
+
+    def nll_of_captions(self, model: nn.Module, batch: Batch, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        """See `Captioner.nll_of_captions`; each image is encoded once."""
+        pixel_values = batch["pixel_values"]
+        copies, texts = len(rows) // len(pixel_values), self._text_inputs(rows)
+        batch = {name: value.to(pixel_values.device) for name, value in texts.items()} | {"pixel_values": pixel_values}
+
+        def copy_embeds(module: nn.Module, args: tuple, outputs: ModelOutput) -> None:
+            outputs.last_hidden_state = outputs.last_hidden_state.repeat(copies, 1, 1)
+
+        hook = self.vision_model.register_forward_hook(copy_embeds)
+        try:
+            return self._nll(self.forward(model, batch).logits, batch["labels"])
+        finally:
+            hook.remove()
+
+    def _nll(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Sum the negative log-likelihoods by caption; `logits` are `[B, L, V]`, or those of the N targets alone."""
+        predicts = labels[:, 1:] != IGNORE_INDEX  # position i predicts token i + 1
+        return sum_nll(logits if logits.dim() == 2 else logits[:, :-1][predicts], labels, F.pad(predicts, (1, 0)))
 
     # --- Evaluation -------------------------------------------------------------------------------------------
 
@@ -373,7 +396,6 @@ class BlipCaptioner(Captioner):
         if cross_attention is None:
             inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
             logits = decoder(**inputs, encoder_hidden_states=encoded.image_embeds, use_cache=False).logits
-            logits = logits[:, :-1][predicts]
         else:
             logits, step = [], 1 if labels.is_cpu else len(labels)
             for row in range(0, len(labels), step):
@@ -383,7 +405,7 @@ class BlipCaptioner(Captioner):
                 hidden = CaptionDecoder(decoder, images, length).read(input_ids[rows, :length])
                 logits.append(decoder.cls(hidden[:, :-1][predicts[rows, : length - 1]]))
             logits = torch.cat(logits)
-        return sum_nll(logits, labels, F.pad(predicts, (1, 0)))
+        return self._nll(logits, labels)
 
     def generate_each(self, encoded: EncodedImages, configs: Sequence[GenerationConfig]) -> list[torch.Tensor]:
         """See `Captioner.generate_each`; on the fast path, beam searches by several length penalties are one."""
@@ -395,13 +417,17 @@ class BlipCaptioner(Captioner):
             searches.setdefault(name, []).append(config)
         found = {}
         for name, alike in searches.items():
-            tokens = self.generate(encoded, alike[0], [config.length_penalty for config in alike])
+            tokens = self.generate(encoded, alike[0], length_penalties=[config.length_penalty for config in alike])
             found[name] = iter(tokens.split(len(encoded.image_embeds)))
         return [next(found[name]) for name in shared]
 
     @torch.no_grad()
     def generate(
-        self, encoded: EncodedImages, config: GenerationConfig, length_penalties: Sequence[float] = ()
+        self,
+        encoded: EncodedImages,
+        config: GenerationConfig,
+        *draw: DrawTokens,
+        length_penalties: Sequence[float] = (),
     ) -> torch.Tensor:
         """Generate as `BlipForConditionalGeneration.generate(pixel_values, prompt)` does, token for token.
 
@@ -414,7 +440,7 @@ class BlipCaptioner(Captioner):
         embeds, config = encoded.image_embeds, self._with_special_tokens(config)
         # A new tensor for each call: `generate` may write into it (T10)
         input_ids = torch.tensor([self.prompt_row], device=embeds.device).repeat(len(embeds), 1)
-        if can_decode(config) and (cross_attention := self._cross_attention(encoded)):
+        if can_decode(config, *draw) and (cross_attention := self._cross_attention(encoded)):
             encoded.cross_attention = None
             images = {"custom_generate": decode_captions, "cross_attention": cross_attention}
             images["length_penalties"] = length_penalties
@@ -422,7 +448,8 @@ class BlipCaptioner(Captioner):
             mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
             images = {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
         start = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-        generated = self.model.text_decoder.generate(**start, **images, generation_config=config)
+        settings = {"generation_config": config, "logits_processor": list(draw)}
+        generated = self.model.text_decoder.generate(**start, **images, **settings)
         return generated[:, input_ids.shape[1] :]
 
     def image_features(self, encoded: EncodedImages) -> torch.Tensor:

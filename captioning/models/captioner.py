@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional as F
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import ModelOutput
 
+from captioning.errors import UserError
 from captioning.models.surface_form import SurfaceForm
 
 
@@ -54,6 +55,35 @@ class CardFacts:
     citation: str
     usage: str
     plain_generate: str
+
+
+class DrawTokens(LogitsProcessor):
+    """Draws a token for each row by a given random number, and leaves of the scores that one alone to be taken.
+
+    So the samples of an image are the same in any batch, but for rounding.
+
+    Args:
+        config: `temperature`, `top_k` (0: all) and `top_p`, with the meaning of stock's `generate`.
+        uniforms: float `[R, T]` from 0 to 1, for T tokens of R captions; at 0 the most probable token is drawn.
+    """
+
+    def __init__(self, config: GenerationConfig, uniforms: torch.Tensor):
+        self.config, self.uniforms = config, uniforms
+        self.rows: slice | torch.Tensor = slice(None)  # that are still decoded; `decode_captions` sets it
+        self.step = 0
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Return scores `[R, V]` that are 0 for the drawn tokens, elsewhere -inf."""
+        number = min(self.config.top_k or scores.shape[1], scores.shape[1])
+        ranked, tokens = (scores.float() / self.config.temperature).topk(number)  # the most probable first
+        probs = ranked.softmax(dim=-1)
+        kept = probs.cumsum(dim=-1) - probs < self.config.top_p
+        cumulative = (probs * kept).cumsum(dim=-1)
+        place = self.uniforms[self.rows, self.step, None] * cumulative[:, -1:]
+        self.step += 1
+        index = (cumulative <= place).sum(dim=-1, keepdim=True)
+        index = torch.minimum(index, kept.sum(dim=-1, keepdim=True) - 1)  # where rounding has made the place the last
+        return torch.full_like(scores, float("-inf")).scatter_(1, tokens.gather(1, index), 0.0)
 
 
 class Captioner(ABC):
@@ -287,6 +317,17 @@ class Captioner(ABC):
         """Count the targets of each row of `labels` `[B, L]`: int64 `[B]`."""
         return (labels != IGNORE_INDEX).sum(dim=1)
 
+    def nll_of_captions(self, model: torch.nn.Module, batch: Batch, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Return the negative log-likelihoods of other captions of B images, as `caption_nll` does, with gradients.
+
+        `rows` are K * B rows of tokens as those of `tokenize`: the first captions of all images, then the second. So
+        are the float64 `[K * B]` returned. `model` is that of `forward`.
+
+        Raises:
+            UserError: the family does not have this.
+        """
+        raise UserError(f"a {self.config.model_type} cannot learn from samples; leave out --objective self_critical")
+
     # --- Evaluation -------------------------------------------------------------------------------------------
 
     def evaluation(self) -> AbstractContextManager[None]:
@@ -306,12 +347,27 @@ class Captioner(ABC):
         """
 
     @abstractmethod
-    def generate(self, encoded: Any, config: GenerationConfig) -> torch.Tensor:
+    def generate(self, encoded: Any, config: GenerationConfig, *draw: DrawTokens) -> torch.Tensor:
         """Generate captions from the images and the prompt, never from a reference (T1).
 
         Returns:
             The new tokens int64 `[B, T]`, without the prompt, padded after the end token.
         """
+
+    def sample(self, encoded: Any, config: GenerationConfig, uniforms: torch.Tensor) -> torch.Tensor:
+        """Return K samples of each of B images, as `generate` does, in int64 `[B, K, up to T]`.
+
+        `temperature`, `top_k` and `top_p` of `config` say what they are drawn from, `uniforms`, float `[B, K, T]` from
+        0 to 1, by which random numbers; zeros make the caption of greedy search.
+        """
+        number, length = uniforms.shape[1:]
+        plain = {"do_sample": True, "num_beams": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        plain |= {"min_new_tokens": 0, "no_repeat_ngram_size": 0}  # else those of the model
+        special = {token for token, added in self.tokenizer.added_tokens_decoder.items() if added.special}
+        plain["suppress_tokens"] = sorted(special.difference(self.end_token_ids))  # such as the place of an image
+        settings = GenerationConfig(num_return_sequences=number, max_new_tokens=length, **plain)
+        draw = DrawTokens(config, uniforms.flatten(0, 1))
+        return self.generate(encoded, settings, draw).unflatten(0, (-1, number))
 
     def generate_each(self, encoded: Any, configs: Sequence[GenerationConfig]) -> list[torch.Tensor]:
         """Return what `generate` returns by each of some decode settings, but for padding; they may share work."""

@@ -32,7 +32,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 
 from captioning.errors import UserError, as_user_error
-from captioning.models.captioner import IGNORE_INDEX, Batch, Captioner, CardFacts, sum_nll
+from captioning.models.captioner import IGNORE_INDEX, Batch, Captioner, CardFacts, DrawTokens, sum_nll
 from captioning.models.families import FAMILIES, Family, card_facts
 from captioning.models.processor import load_processor
 
@@ -281,7 +281,11 @@ class ImageTextToTextCaptioner(Captioner):
         Prompts are padded on the left and captions on the right, so that all captions start at the same place. A
         label is at the position of its token: these models shift them themselves.
         """
-        inputs, captions = self._prompt_inputs(images), self._padded(rows)
+        return self._joined(self._prompt_inputs(images), rows)
+
+    def _joined(self, inputs: Batch, rows: Sequence[Sequence[int]]) -> Batch:
+        """Return what `collate` does from what the processor made of images and prompt."""
+        captions = self._padded(rows)
         of_captions = {
             "input_ids": captions.masked_fill(captions == IGNORE_INDEX, self.tokenizer.pad_token_id),
             "attention_mask": (captions != IGNORE_INDEX).long(),
@@ -303,6 +307,12 @@ class ImageTextToTextCaptioner(Captioner):
         ours = self.prompt_arguments | {"text": self.prompt_arguments["text"] * len(images)}
         inputs = self.processor(images=images, **ours, **options, return_tensors="pt")
         return {name: value for name, value in inputs.items() if name != "labels" and self._takes(name)}
+
+    def _without_captions(self, batch: Batch) -> Batch:
+        """Return a batch of `collate` without its captions: copies, since `generate` may write into them (T10)."""
+        number = self._num_prompt_tokens(batch)
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        return {name: (value[:, :number] if name in TOKEN_INPUTS else value).clone() for name, value in inputs.items()}
 
     def _takes(self, name: str) -> bool:
         return name != "token_type_ids" or self.family.has_token_types
@@ -327,6 +337,14 @@ class ImageTextToTextCaptioner(Captioner):
             inputs["logits_to_keep"] = length + 1
         return model(**inputs, use_cache=False).logits[:, -length - 1 : -1]
 
+    def nll_of_captions(self, model: nn.Module, batch: Batch, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        """See `Captioner.nll_of_captions`; an image is encoded once for each of its captions."""
+        copies, device = len(rows) // len(batch["labels"]), batch["labels"].device
+        prompts = {name: value.cpu() for name, value in self._without_captions(batch).items()}
+        prompts = {name: value.repeat(copies, *[1] * (value.dim() - 1)) for name, value in prompts.items()}
+        batch = {name: value.to(device) for name, value in self._joined(prompts, rows).items()}
+        return self._nll(self._caption_logits(model, batch), batch["labels"])
+
     def _num_prompt_tokens(self, batch: Batch) -> int:
         """Return P, which depends on the size of the images."""
         if self._image_token_id is None:
@@ -343,22 +361,19 @@ class ImageTextToTextCaptioner(Captioner):
         """See `Captioner.caption_nll`."""
         with self._watching(encoded):
             logits = self._caption_logits(self.model, batch)
-        labels = batch["labels"][:, -logits.shape[1] :]
+        return self._nll(logits, batch["labels"])
+
+    def _nll(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        labels = labels[:, -logits.shape[1] :]
         is_target = labels != IGNORE_INDEX
         return sum_nll(logits[is_target], labels, is_target)
 
     @torch.no_grad()
-    def generate(self, encoded: EncodedBatch, config: GenerationConfig) -> torch.Tensor:
+    def generate(self, encoded: EncodedBatch, config: GenerationConfig, *draw: DrawTokens) -> torch.Tensor:
         """Generate by stock `generate` from images and prompt."""
-        number = self._num_prompt_tokens(encoded.batch)
-        # Copies: `generate` may write into them (T10)
-        inputs = {
-            name: value[:, :number].clone() if name in TOKEN_INPUTS else value
-            for name, value in encoded.batch.items()
-            if name != "labels"
-        }
-        generated = self.model.generate(**inputs, generation_config=self._with_special_tokens(config))
-        return generated[:, number:]
+        inputs, config = self._without_captions(encoded.batch), self._with_special_tokens(config)
+        generated = self.model.generate(**inputs, generation_config=config, logits_processor=list(draw))
+        return generated[:, self._num_prompt_tokens(encoded.batch) :]
 
     def image_features(self, encoded: EncodedBatch) -> torch.Tensor:
         """Return the mean of the embeddings of each image as they enter the language model."""
@@ -419,19 +434,17 @@ class EncoderDecoderCaptioner(ImageTextToTextCaptioner):
         images = [image.convert("RGB") for image in images]
         return {"pixel_values": self.processor.image_processor(images, return_tensors="pt")["pixel_values"]}
 
-    def collate(self, images: Sequence[Image.Image], rows: Sequence[Sequence[int]]) -> Batch:
-        """Return the inputs of the processor, and `labels` int64 `[B, C]`."""
-        return self._prompt_inputs(images) | {"labels": self._padded(rows)}
+    def _joined(self, inputs: Batch, rows: Sequence[Sequence[int]]) -> Batch:
+        return inputs | {"labels": self._padded(rows)}
+
+    def _without_captions(self, batch: Batch) -> Batch:
+        return {name: value.clone() for name, value in batch.items() if name != "labels"}
+
+    def _num_prompt_tokens(self, batch: Batch) -> int:
+        return 1  # of what is generated: the start token of the decoder
 
     def _caption_logits(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         return model(**batch, use_cache=False).logits  # stock makes the inputs of the decoder of the labels
-
-    @torch.no_grad()
-    def generate(self, encoded: EncodedBatch, config: GenerationConfig) -> torch.Tensor:
-        """Generate by stock `generate` from images and prompt."""
-        inputs = {name: value.clone() for name, value in encoded.batch.items() if name != "labels"}
-        generated = self.model.generate(**inputs, generation_config=self._with_special_tokens(config))
-        return generated[:, 1:]  # without the start token of the decoder
 
 
 def _has_encoder(config: PreTrainedConfig) -> bool:

@@ -19,6 +19,7 @@ from captioning.data.layout import Layout
 from captioning.errors import UserError, as_user_error, did_you_mean
 from captioning.hub.licenses import check_license
 from captioning.training.decoding import DEFAULT_GRID, generation_config, settings_of_grid
+from captioning.training.self_critical import parse_reward
 from metrics import METRIC_NAMES
 
 
@@ -40,8 +41,13 @@ RANGES = {
     "lora_dropout": (0, 0.999),
     "preprocessing_num_workers": (1, 512),
     "dataloader_num_workers": (0, 512),
+    "num_samples": (2, 256),
+    "sampling_temperature": (0.01, 100),
+    "sampling_top_p": (0.001, 1),
 }
-RANGES |= dict.fromkeys(("min_new_tokens", "no_repeat_ngram_size", "data_seed", "neighbor_samples"), (0, math.inf))
+RANGES |= dict.fromkeys((
+    "min_new_tokens", "no_repeat_ngram_size", "data_seed", "neighbor_samples", "sampling_top_k", "caption_loss_weight",
+), (0, math.inf))  # fmt: skip
 RANGES |= dict.fromkeys((
     "max_train_samples", "max_eval_samples", "max_predict_samples", "max_new_tokens", "dataloader_prefetch_factor",
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
@@ -196,6 +202,15 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
     warmup_steps: float = HfArg(default=0.05, help="Steps of linear warm-up; below 1, a share of all.")
     bf16: bool | None = HfArg(default=None, help="Default: if the GPU has it.")
 
+    # Self-critical training; sampled as in a published run on ROCOv2
+    objective: str = HfArg(default="likelihood", help="Or self_critical: learn from scores of sampled captions.")
+    reward: str = HfArg(default="rougeL", help="Scores with weights, e.g. imageclef_rouge1=0.5,concept_f1=0.5.")
+    num_samples: int = HfArg(default=4, help="Samples of each image; each is judged by the others.")
+    sampling_temperature: float = HfArg(default=0.9, help="Their logits are divided by it.")
+    sampling_top_k: int = HfArg(default=40, help="They take one of so many most probable tokens; 0: of all.")
+    sampling_top_p: float = HfArg(default=0.85, help="Of these, one of the fewest that have this probability.")
+    caption_loss_weight: float = HfArg(default=0.0, help="Weight of the usual loss of the captions beside it.")
+
     # Evaluation, checkpoints, logs
     eval_strategy: str = HfArg(default="epoch", help="no, steps or epoch.")
     save_strategy: str = HfArg(default="epoch", help="no, steps, epoch or best.")
@@ -285,6 +300,9 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
             raise UserError("push_to_hub goes with do_train; a finished run is pushed by --push_only <output folder>")
         if self.write_submission and not (self.do_predict and self.predict_with_generate):
             raise UserError("write_submission needs captions of the test split: do_predict and predict_with_generate")
+        if self.objective not in ("likelihood", "self_critical"):
+            raise UserError(f"objective is '{self.objective}'; set likelihood or self_critical")
+        parse_reward(self.reward)
         if self.dataloader_persistent_workers and not self.dataloader_num_workers:
             raise UserError("dataloader_persistent_workers needs workers; set --dataloader_num_workers to 1 or more")
 

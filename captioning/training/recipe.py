@@ -110,6 +110,8 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
     try:
         model_args, data_args, args = parser.parse_dict(values)
         args.has_default_output_dir = not given
+        if args.objective == "self_critical" and model_args.config_name:
+            raise UserError("objective self_critical starts from a trained model; give one by --model_name_or_path")
         return model_args, data_args, args
     except (ValueError, TypeError, ImportError) as error:  # from the Trainer's checks of its arguments, and from ours
         raise UserError(" ".join(str(error).split())) from error

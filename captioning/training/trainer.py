@@ -23,7 +23,7 @@ from captioning.command_line import on_stop_signals
 from captioning.data.streaming import is_streamed
 from captioning.errors import Stopped, UserError, as_user_error
 from captioning.files import to_json, without_nan, write_whole
-from captioning.models.captioner import Captioner
+from captioning.models.captioner import IGNORE_INDEX, Captioner
 from captioning.models.load import nan_weights, refuse_nan_weights
 from captioning.models.lora import (
     ADAPTER_CONFIG,
@@ -37,6 +37,7 @@ from captioning.training.checkpoints import last_complete_checkpoint
 from captioning.training.fingerprint import FINGERPRINT_FILE
 from captioning.training.safeguards import StopOnSignal, full_is_user_error, not_finite
 from captioning.training.samplers import PaddedRows, PaddedSampler, SetEpoch, StreamingSampler
+from captioning.training.self_critical import SelfCritical
 
 
 SHOWN_IDS = 8  # of the batch whose loss is NaN or infinite
@@ -75,6 +76,7 @@ class CaptioningTrainer(Seq2SeqTrainer):
             and whose `label_ids` are the N full reference captions, since the labels are truncated and would flatter
             the scores (T9).
         publish: called by `push_to_hub`.
+        objective: what is learned in place of the reference captions.
         kwargs: those of `Seq2SeqTrainer`; datasets have the columns of a tokenized split.
     """
 
@@ -85,6 +87,7 @@ class CaptioningTrainer(Seq2SeqTrainer):
         generation_config: GenerationConfig,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         publish: Callable[[], None] | None = None,
+        objective: SelfCritical | None = None,
         **kwargs,
     ):
         if kwargs["args"].ddp_find_unused_parameters is None and captioner.uses_all_parameters:
@@ -93,6 +96,7 @@ class CaptioningTrainer(Seq2SeqTrainer):
         super().__init__(compute_metrics=self._compute_metrics, **stock, **kwargs)
         self.captioner, self.generation_config = captioner, generation_config
         self._metrics_of_texts, self._publish = compute_metrics, publish
+        self.objective, self._image_ids = objective, []
         # `compute_loss` normalizes over the accumulated batch: the Trainer shall count the labels of that batch and
         # not divide by the accumulation steps again
         self.model_accepts_loss_kwargs, self._loss_shifts_labels = True, False
@@ -125,6 +129,9 @@ class CaptioningTrainer(Seq2SeqTrainer):
 
         A model's own loss is the mean over the tokens of one micro-batch, smoothed where its config says so (T5).
         """
+        if self.objective:
+            loss = self.objective.loss(self, model, inputs, self._image_ids, num_items_in_batch)
+            return loss * self.accelerator.num_processes if self.args.average_tokens_across_devices else loss
         outputs = self.captioner.forward(model, inputs)
         num_tokens = self.captioner.num_targets(inputs["labels"]).sum()
         if num_items_in_batch is None:
@@ -137,6 +144,16 @@ class CaptioningTrainer(Seq2SeqTrainer):
         else:
             loss = outputs.logits.sum() * 0  # keeps the graph, so that DDP's all-reduce still runs
         return (loss, outputs) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
+        """Count the caption tokens of an accumulated batch and, for another objective, its images with captions."""
+        num_tokens = super()._get_num_items_in_batch(batch_samples, device)
+        if not self.objective or num_tokens is None:
+            return num_tokens
+        images = sum((batch["labels"] != IGNORE_INDEX).any(dim=1).sum() for batch in batch_samples).to(device)
+        if self.args.average_tokens_across_devices:
+            images = self.accelerator.gather(images).sum()
+        return torch.stack([num_tokens, images])
 
     def _get_train_sampler(self, train_dataset=None):
         args, rows = self.args, self.train_dataset if train_dataset is None else train_dataset
@@ -163,7 +180,7 @@ class CaptioningTrainer(Seq2SeqTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """Run the stock step; a loss of NaN or infinity ends the run before it reaches the weights."""
-        image_ids = inputs.pop("image_id", [])
+        self._image_ids = image_ids = inputs.pop("image_id", [])
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             ids = ", ".join(image_ids[:SHOWN_IDS]) + (", ..." if len(image_ids) > SHOWN_IDS else "")
@@ -284,9 +301,11 @@ class CaptioningTrainer(Seq2SeqTrainer):
             self.state.save_to_json(f"{path}.tmp")
             os.replace(f"{path}.tmp", path)
 
-    def log(self, *args, **kwargs) -> None:
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Log as the stock Trainer does; the log that is saved has None in place of NaN and infinity."""
-        super().log(*args, **kwargs)
+        if self.objective and "loss" in logs:
+            logs |= self.objective.measured()
+        super().log(logs, *args, **kwargs)
         self.state.log_history[-1] = without_nan(self.state.log_history[-1])
 
     def _determine_best_metric(self, *args, **kwargs) -> bool:

@@ -1,9 +1,9 @@
-"""Greedy and beam search over captions, token for token as `transformers` does, at a fraction of its cost.
+"""Greedy search, samples and beam search, token for token as `transformers` does, at a fraction of its cost.
 
 What stock `generate` spends on BLIP, and how it is saved here:
 
 * It copies the cross-attention keys and values of each image for each of its beams and gathers all of them again after
-  each token. Here they are computed once per image, and its beams attend to them together.
+  each token. Here they are computed once per image, and its beams, or samples, attend to them together.
 * It gathers the self-attention cache after each token, so that each beam's row holds the keys of its own ancestors.
   Here keys stay where they were written, and a mask says which of them are a beam's ancestors.
 * It decodes all images of a batch until the last is finished. Here a finished image leaves the batch.
@@ -21,6 +21,8 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.models.blip.modeling_blip_text import BlipTextLayer, BlipTextLMHeadModel
 
+from captioning.models.captioner import DrawTokens
+
 
 CrossAttention = list[tuple[torch.Tensor, torch.Tensor]]
 # The settings with which `decode_captions` is tested against stock
@@ -28,12 +30,13 @@ KNOWN_SETTINGS = (
     {"do_sample", "num_beams", "num_return_sequences", "early_stopping", "length_penalty", "repetition_penalty"}
     | {"max_length", "max_new_tokens", "min_length", "min_new_tokens", "no_repeat_ngram_size"}
     | {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version"}
+    | {"temperature", "top_k", "top_p", "suppress_tokens"}
 )
 
 
-def can_decode(config: GenerationConfig) -> bool:
-    """Tell whether `decode_captions` knows all that `config` sets."""
-    return not config.do_sample and config.to_diff_dict().keys() <= KNOWN_SETTINGS
+def can_decode(config: GenerationConfig, *draw: DrawTokens) -> bool:
+    """Tell whether `decode_captions` knows all that `config` sets; it samples by a `DrawTokens` alone."""
+    return bool(config.do_sample) == bool(draw) and config.to_diff_dict().keys() <= KNOWN_SETTINGS
 
 
 def project_images(text_decoder: BlipTextLMHeadModel, image_embeds: torch.Tensor) -> CrossAttention:
@@ -153,24 +156,24 @@ def decode_captions(
 ) -> torch.Tensor:
     """Decode B images: the `custom_generate` of a call of `generate`, whose settings `can_decode` must accept.
 
-    `input_ids` `[B * num_beams, T]` are start and prompt tokens, the same in all rows of an image. `cross_attention`,
-    from `project_images`, is emptied, since its tensors are overwritten. One beam search serves several
-    `length_penalties`: where beams go does not depend on it, only which of the finished ones is the best.
+    `input_ids` `[B * N, T]` are start and prompt tokens, the same in all N rows of an image, its beams or samples.
+    `cross_attention`, from `project_images`, is emptied, since its tensors are overwritten. One beam search serves
+    several `length_penalties`: where beams go does not depend on it, only which of the finished ones is the best.
 
     Returns:
         int64 `[B * num_return_sequences, T + new tokens]`, as `generate` returns them; that penalty by penalty.
     """
-    num_beams = generation_config.num_beams
-    prompt, layers = input_ids[::num_beams], list(cross_attention)
+    num_rows = max(generation_config.num_beams, generation_config.num_return_sequences)
+    prompt, layers = input_ids[::num_rows], list(cross_attention)
     cross_attention.clear()
     length = prompt.shape[1]
-    decoder = CaptionDecoder(model, layers, length + (generation_config.max_length - length) * num_beams)
+    decoder = CaptionDecoder(model, layers, length + (generation_config.max_length - length) * num_rows)
     logits = model.cls(decoder.read(prompt)[:, -1])
     rules = []
     for penalty in length_penalties or [generation_config.length_penalty]:
         rules.append(_Rules(logits_processor, stopping_criteria, copy(generation_config)))
         rules[-1].config.length_penalty = penalty
-    if num_beams == 1:
+    if generation_config.num_beams == 1:
         return _greedy_search(decoder, prompt, logits, rules[0]).repeat(len(rules), 1)
     return _beam_search(decoder, prompt, logits, rules)
 
@@ -184,29 +187,39 @@ class _Rules(NamedTuple):
 
 
 def _greedy_search(decoder: CaptionDecoder, prompt: torch.Tensor, logits: torch.Tensor, rules: _Rules) -> torch.Tensor:
-    """Take the most probable token each time, as `GenerationMixin._sample` does without sampling (5.23).
+    """Take the most probable token each time, as `GenerationMixin._sample` does (5.23).
 
-    `logits` `[B, V]` are those of the token after the prompt `[B, T]`.
+    Of K samples an image, it is the one that `DrawTokens` has drawn. `logits` `[B, V]` are those of the token after
+    the prompt `[B, T]`.
     """
-    (batch, length), config = prompt.shape, rules.config
-    padding = config._pad_token_tensor if config._pad_token_tensor is not None else 0
-    results = torch.full((batch, config.max_length), int(padding), device=prompt.device)
-    results[:, :length] = prompt
-    rows = torch.arange(batch, device=prompt.device)  # of `results` that are still decoded
-    visible = torch.ones(1, 1, length, dtype=torch.bool, device=prompt.device)
+    (batch, length), config, number = prompt.shape, rules.config, rules.config.num_return_sequences
+    padding = int(config._pad_token_tensor) if config._pad_token_tensor is not None else 0
+    results = torch.full((batch, number, config.max_length), padding, device=prompt.device)
+    results[:, :, :length] = prompt[:, None]
+    captions = torch.arange(batch * number, device=prompt.device).view(batch, number)
+    rows = captions[:, 0] // number  # of `results` that are still decoded
+    ended = torch.zeros_like(captions, dtype=torch.bool)
+    visible = torch.ones(1, number, length, dtype=torch.bool, device=prompt.device)
+    itself = torch.eye(number, dtype=torch.bool, device=prompt.device)[None]
+    draws = [process for process in rules.process if isinstance(process, DrawTokens)]
+    logits = logits[:, None].expand(-1, number, -1)
     while True:
-        tokens = rules.process(results[rows, :length], logits.float()).argmax(dim=-1)
-        results[rows, length] = tokens
+        for draw in draws:
+            draw.rows = captions[rows].flatten()
+        scores = rules.process(results[rows, :, :length].flatten(0, 1), logits.flatten(0, 1).float())
+        tokens = scores.argmax(dim=-1).view(-1, number).masked_fill_(ended, padding)
+        results[rows, :, length] = tokens
         length += 1
-        done = rules.stop(results[rows, :length], None)
+        ended |= rules.stop(results[rows, :, :length].flatten(0, 1), None).view(-1, number)
+        done = ended.all(dim=1)
         if done.all():
-            return results[:, :length]
+            return results.flatten(0, 1)[:, :length]
         if done.any():
             index = decoder.keep(done)
-            rows, tokens = rows[index], tokens[index]
-        visible = F.pad(visible, (0, 1), value=True)
+            rows, tokens, ended = rows[index], tokens[index], ended[index]
+        visible = torch.cat([visible, itself], dim=2)
         position = torch.full((1,), length - 1, device=prompt.device)
-        logits = decoder.model.cls(decoder(tokens[:, None], position, visible)[:, 0])
+        logits = decoder.model.cls(decoder(tokens, position, visible))
 
 
 def _beam_search(
