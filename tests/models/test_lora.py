@@ -114,7 +114,7 @@ def test_the_card_is_that_of_an_adapter_and_its_code_runs(adapted, monkeypatch, 
     base = read_json(adapted / "adapter_config.json")["base_model_name_or_path"]
     capsys.readouterr()
     exec(compile(code.replace('from_pretrained("blip")', f"from_pretrained({base!r})"), "card", "exec"), {})
-    assert capsys.readouterr().out == read_json(adapted / "sample.json")["caption"] + "\n"
+    assert capsys.readouterr().out == read_json(adapted / "sample.json")["decoded"] + "\n"
 
 
 def test_merged_it_is_a_plain_model_and_the_adapter_lies_beside_it(blip, adapted, parquet_folder, tmp_path):
