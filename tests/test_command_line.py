@@ -40,6 +40,7 @@ def test_what_the_user_can_mend_is_one_line(capsys, error, line, status):
 @pytest.mark.parametrize(
     ("library", "cache", "variable"),
     [("datasets", HF_DATASETS_CACHE, "HF_DATASETS_CACHE"), ("huggingface_hub", HF_HUB_CACHE, "HF_HOME")],
+    ids=["datasets", "huggingface_hub"],  # paths differ between the processes of pytest
 )
 def test_a_full_cache_is_named_with_the_variable_that_moves_it(capsys, library, cache, variable):
     with pytest.raises(SystemExit):
