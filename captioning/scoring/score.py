@@ -8,7 +8,8 @@
 
     captions, unique_captions, verdict, beats_constant
     scores      name -> value, low and high (95 % confidence interval), signature, baselines (key -> value),
-                references, tokenizer (the upper bound by it); of attributes also precision, recall, and how many
+                references, tokenizer (the upper bound by it); rewarded in a self-critical training;
+                of attributes also precision, recall, and how many
                 items were predicted and stated
     baselines   key -> what it is, its caption or captions, among what it was found
     modalities  name -> captions, and scores as above

@@ -83,11 +83,16 @@ def test_without_rewards_the_caption_loss_is_left(make, make_trainer, captioner)
     assert_same_gradients(nothing[1], {name: 2 * gradient for name, gradient in gradients.items()})
 
 
-def test_two_processes_train_as_one(captioner, parquet_folder, tmp_path):
+def test_two_processes_train_as_one_and_rewarded_scores_are_marked(captioner, parquet_folder, tmp_path):
     save_captioner(captioner, tmp_path / "start")
     more = {"model_name_or_path": tmp_path / "start", "objective": "self_critical", "vocab_size": None}
     more |= {"num_train_epochs": 1, "logging_steps": 1, "caption_loss_weight": 0.5, "do_predict": False}
     run_captioning.main(flags(None, parquet_folder, tmp_path / "one", **more))
+    scores = read_json(tmp_path / "one" / "scores.json")["validation"]["scores"]
+    assert [name for name, entry in scores.items() if "rewarded" in entry] == ["rougeL"]
+    assert "| `rougeL` (rewarded) |" in (tmp_path / "one" / "README.md").read_text()
+    page = (tmp_path / "one" / "report.html").read_text()
+    assert page.count("rewarded in training") == 1 and "the most that a model can reach" in page
     run_ranks(2, flags(None, parquet_folder, tmp_path / "two", **more | {"per_device_train_batch_size": 2}))
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     logs = [read_json(tmp_path / run / "trainer_state.json")["log_history"] for run in ("one", "two")]
