@@ -319,13 +319,14 @@ def _negations(text: str) -> set[str]:
 # "3. 5" is how BLIP's tokenizer decodes "3.5"
 _NUMBER = r"\d{1,3} ?[.,] ?\d{1,2}|\d{1,4}"
 _LENGTH = re.compile(
-    rf"(?<![\w.,])((?:{_NUMBER})(?: ?(?:x|\*|by|-|/|to|and|or) ?(?:{_NUMBER})){{0,2}})"
+    rf"(?:(?<![\w.,])|(?<=mx)|(?<=m x))((?:{_NUMBER})(?: ?(?:x|\*|by|-|/|to|and|or) ?(?:{_NUMBER})){{0,2}})"
     r"[ -]{0,2}(mms?|cms?|millimet\w+|centimet\w+)( ?\^?3\b)?(?!(?!x ?\d)[\w/^]| ?hg\b| h2o| ?2\b)"
 )
 # Words before and after lengths of the scan or of the printed figure, which are not lengths in the patient
 _TECHNIQUE = re.compile(
-    r"\b(?:(?:slice|section|slab)s?(?:(?: with an?)?[ -]thick\w*)?(?: of| at| is| was)?[ =:,(]*"
-    r"|(?:field of view|fov|collimation|scale|bar|interval|spacing|pixel|voxel|resolutions?|matrix)\b[^.;]*)$"
+    r"\b(?:(?:(?:slice|section|slab|reconstruction)s?(?:(?: with an?)?[ -]thick\w*| interval)?|intervals)"
+    r"(?: of| at| is| was)?[ =:,(]*|(?:field of view|fov|collimation|scale|bar|spacing|pixel|voxel|matrix"
+    r"|resolutions?(?! of (?:an?|the)\b))\b[^.;]*)$"
 )
 _TECHNIQUE_AFTER = re.compile(
     r"[ -](?:\w+[ -])?(?:slices?|sections?|images?|mip|fov|field of view|collimation|tomograms?)\b| \(\d+ ?x ?\d+ dpi"

@@ -91,15 +91,17 @@ READ = {
     },
     "measurement": {
         "35": "3.5 cm mass | 3. 5 cm mass",
+        "7": "increased atlanto-dens interval (7 mm) | interval growth to 7 mm | interval resolution of a 7 mm nodule",
         "12": "1,2 cm | a 12-mm nodule | a 12 - mm nodule",
         "20 30": "2 x 3 cm",
         "20 31 40": "2 × 3.1 × 4 cm | 2 × 3.1 × 4 cm3",
         "27 41 9": "4.1x0.9x2.7cm",
-        "50 60": "6 cm x 5 cm",
+        "50 60": "6 cm x 5 cm | 6cmx5cm | 6 cm x5 cm",
         "30 5": "a 5 mm and a 3 cm lesion",
         "25": "25 millimeters",
         "": "a 45-year-old man | 45 HU and 30 % | gradient of 40 mmHg | gradient of 40 mm Hg | 3 cm2 and 4 cm³ | "
-        "30 cm/s | slice thickness 5 mm | 5 mm slices | T2 and C3 | 20 mM",
+        "30 cm/s | slice thickness 5 mm | 5 mm slices | T2 and C3 | 20 mM | at intervals of 5 mm | "
+        "slice interval = 5 mm | a resolution of 2 mm",
     },
 }
 CASES = [
