@@ -1,8 +1,10 @@
 """The work of `python -m captioning score` and `check`."""
 
 import argparse
+import os
 import sys
 
+from captioning.commands.score import FILES
 from captioning.errors import UserError, printable
 from captioning.files import to_json
 from captioning.reporting.comparison_page import write_comparison
@@ -21,6 +23,9 @@ def score_captions(arguments: argparse.Namespace) -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal whose encoding lacks a character
     if arguments.html and not arguments.against:
         raise UserError("--html compares two systems; add --against with the captions of the other")
+    read = [vars(arguments)[name.lstrip("-")] for name in FILES]
+    if arguments.html and any(os.path.realpath(arguments.html) == os.path.realpath(path) for path in read if path):
+        raise UserError(f"--html would overwrite '{arguments.html}', which is read; name another file")
     captions = read_captions(arguments.predictions, arguments.references, arguments.concepts)
     training = read_training(arguments.train, arguments.train_concepts)
     options = None if arguments.tokenizer == "none" else arguments.tokenizer, arguments.bertscore_model

@@ -68,3 +68,11 @@ def test_a_page_needs_two_systems_and_a_folder_that_exists(runs):
         main(["score", run, "--html", "page.html"])
     with pytest.raises(UserError, match="cannot be written"):
         main(["score", run, "--against", run, "--tokenizer", "none", "--html", str(runs / "none" / "page.html")])
+
+
+def test_a_page_does_not_replace_a_file_that_is_read(runs):
+    run = runs / "good" / "predictions" / "test.jsonl"
+    before = run.read_bytes()
+    with pytest.raises(UserError, match="--html would overwrite"):
+        main(["score", str(run), "--against", str(run), "--tokenizer", "none", "--html", str(run)])
+    assert run.read_bytes() == before
