@@ -13,7 +13,7 @@ LABELS = {
     | {"imageclef_bleurt": "BLEURT", "imageclef_alignscore": "AlignScore", "imageclef_medcat_f1": "MedCAT F1"}
     | {"imageclef_similarity": "similarity"},
 }
-_NLG_EVAL = "nlg-eval: pycocoevalcap on words between blanks"
+_NLG_EVAL = "nlg-eval: pycocoevalcap on words between white space"
 LABELS |= {
     f"Wording, {tool}": {f"{prefix}_bleu{n}": f"BLEU-{n}" for n in range(1, 5)}
     | {f"{prefix}_cider": "CIDEr", f"{prefix}_meteor": "METEOR", f"{prefix}_rougeL": "ROUGE-L"}
