@@ -46,8 +46,8 @@ MODALITY = {
         t[te]e (?:iv|e)us [bm]-mode ceus ubm""",
     # Projections of every kind: ROCOv2 has no class of its own for mammograms and fluoroscopy
     "X-ray": r"""x[_-]?rays? (?:ortho|tele)?radiogra(?:ph|m)\w* (?:ortho)?ro?ent(?:gen|o)\w* [ca]?xr kub
-        (?:plain|chest)_films? mammogra\w+ skiagram (?:ortho)?pant(?:om)?ogra\w+ opg panorex dpt cephalogra\w+
-        fluorosco\w+ barium upper_gi gastrografin iopar? rvg [mv]cug? iv[up]
+        (?:plain|chest|abdom\w+|supine|upright|erect|ap)_films? mammogra\w+ skiagram (?:ortho)?pant(?:om)?ogra\w+
+        opg panorex dpt cephalogra\w+ fluorosco\w+ barium upper_gi gastrografin iopar? rvg [mv]cug? iv[up]
         (?:(?:urethro)?cysto|(?:cysto)?urethro|uro|pyelo|myelo|fistulo|sino|hysterosalpingo|o?esophago)gra(?:m|ms|phy)
         (?:cholangio|nephrosto|sialo|arthro|dacryocysto|lymphangio|galacto|defeco|disco|colo)gra(?:m|ms|phy) ercp hsg
         retrograde_cholangio\w+""",
@@ -252,6 +252,7 @@ _NO_FINDING = re.compile(
 _WORD = re.compile(r"[a-z](?:[a-z0-9'-]*[a-z0-9])?|\d+|[,.;:()]")
 _CLAUSE_START = re.compile(r"[,.;:()]|\b(?:and|but|(?:al)?though|while|which|that|where|with|showing|shows?)\b")
 _PLURALS = (("ies", "y"), ("eses", "esis"), ("ases", "asis"), ("oses", "osis"), ("sses", "ss"), ("teeth", "tooth"))
+_PLURALS += (("i", "us"),)  # calculi
 
 
 def _singular(word: str) -> str:
@@ -352,6 +353,7 @@ def _measurements(text: str) -> set[str]:
 
 # Published captions lack the space after a title: "scanThe mass"
 _GLUED = re.compile(r"(?<=[a-z]{2})(?=[A-Z][a-z]{2})")
+_DASH = re.compile(r" - (?=(?:an?|the|this|there|which|with|without|no)\b(?! -))")
 
 
 @functools.lru_cache(maxsize=2**17)  # the captions of a training split: each is read by two or three readers
@@ -363,8 +365,8 @@ def plain_text(caption: str) -> str:
         caption = "".join(c for c in caption if not unicodedata.combining(c))
         caption = re.sub(r"\s*[–—]\s+", ", ", caption)  # a dash between clauses, not within a word
         caption = caption.translate({ord(c): "-" for c in "–—−‐‑‒"} | {ord("×"): "x", ord("’"): "'"})
-    # "x - ray", as BLIP decodes it, becomes "x-ray"
-    caption = " ".join(caption.lower().split())
+    # "x - ray", as BLIP decodes it, becomes "x-ray"; the dash in "clear - the heart is large" is one between clauses
+    caption = _DASH.sub(", ", " ".join(caption.lower().split()))
     return caption.replace(" -", "-").replace("- ", "-").replace(" /", "/").replace("/ ", "/")
 
 

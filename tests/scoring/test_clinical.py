@@ -26,7 +26,7 @@ READ = {
         "HRCT of the lungs | CT angiography | computed tomography angiography | CT pulmonary angiogram | "
         "a hypodense lesion | CT fluoroscopy",
         "X-ray": "chest x - ray | AP radiograph | Mammography | Lateral X-RayDorsal column stimulator | "
-        "IOPA of tooth 26 | anteroposterior view of the knee",
+        "IOPA of tooth 26 | anteroposterior view of the knee | supine film of the abdomen | plain abdominal film",
         "MRI": "MR–angiography | T2-weighted image | axial t2 - weighted image | MR imaging | "
         "magnetic resonance imaging | MR angiogram | gradient echo image | a hyperintense lesion | hypointense, in T2",
         "": "Moderate MR and TR in an apical view | which allowed us to operate | a photograph of the patient | "
@@ -67,6 +67,9 @@ READ = {
         "effusion": "without pleural effusion | no effusion, the heart is normal | no effusion and a small nodule | "
         "no effusion but a nodule | no effusion, small nodule in the lung",
         "metastasis": "no evidence of pulmonary metastases",
+        "calculus": "without calculi - the so-called classic description",
+        "calculus embolus": "no emboli or calculi",
+        "state-of-the-art": "no state - of - the - art",
         "invasion": "without any direct signs of invasion of the wall",
         "kidney": "absence of the left kidney",
         "pneumothorax": "negative for pneumothorax.",
