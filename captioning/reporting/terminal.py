@@ -4,7 +4,6 @@ import argparse
 import os
 import sys
 
-from captioning.commands.score import FILES
 from captioning.errors import UserError, printable
 from captioning.files import to_json
 from captioning.reporting.comparison_page import write_comparison
@@ -15,6 +14,7 @@ from captioning.scoring.submission import check_submission
 from captioning.scoring.training_split import read_training
 
 
+READ = ("predictions", "against", "references", "concepts", "train", "train_concepts")  # the files of `score`
 SHOWN_FAULTS = 20
 
 
@@ -23,7 +23,7 @@ def score_captions(arguments: argparse.Namespace) -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal whose encoding lacks a character
     if arguments.html and not arguments.against:
         raise UserError("--html compares two systems; add --against with the captions of the other")
-    read = [vars(arguments)[name.lstrip("-")] for name in FILES]
+    read = [getattr(arguments, name) for name in READ]
     if arguments.html and any(os.path.realpath(arguments.html) == os.path.realpath(path) for path in read if path):
         raise UserError(f"--html would overwrite '{arguments.html}', which is read; name another file")
     captions = read_captions(arguments.predictions, arguments.references, arguments.concepts)
