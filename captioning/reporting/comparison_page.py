@@ -102,6 +102,6 @@ def _difference_in_words(row: Mapping[str, float], names: Sequence[str], rows: S
         if clear
         else f"In {score_label(HEADLINE)} the two do not differ by more than chance may make.",
         f"{three_digits(row['first'])} − {three_digits(row['second'])} = {three_digits(row['difference'], '+')}, 95 % "
-        f"interval {interval_text(row, '+')}, p = {row['p_value']:.4f}. By image: {names[0]} is higher on "
+        f"interval {interval_text(row, '+') or '–'}, p = {row['p_value']:.4f}. By image: {names[0]} is higher on "
         f"{counts['win']:,}, {names[1]} on {counts['loss']:,}, the same on {counts['tie']:,}.",
     ]

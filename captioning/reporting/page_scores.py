@@ -9,13 +9,22 @@ from captioning.scoring.score import HEADLINE
 
 LABELS = {
     "Wording, rouge_score": {"rougeL": "ROUGE-L", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2"},
-    "Wording, ImageCLEF's evaluator": {"imageclef_rouge1": "ROUGE-1", "imageclef_bertscore": "BERTScore"},
+    "Wording, ImageCLEF's evaluator": {"imageclef_rouge1": "ROUGE-1", "imageclef_bertscore": "BERTScore"}
+    | {"imageclef_bleurt": "BLEURT", "imageclef_alignscore": "AlignScore", "imageclef_medcat_f1": "MedCAT F1"}
+    | {"imageclef_similarity": "similarity"},
 }
+_NLG_EVAL = "nlg-eval: pycocoevalcap on words between white space"
 LABELS |= {
     f"Wording, {tool}": {f"{prefix}_bleu{n}": f"BLEU-{n}" for n in range(1, 5)}
     | {f"{prefix}_cider": "CIDEr", f"{prefix}_meteor": "METEOR", f"{prefix}_rougeL": "ROUGE-L"}
-    for prefix, tool in {"coco": "pycocoevalcap", "nlgeval": "nlg-eval: pycocoevalcap on words between blanks"}.items()
+    for prefix, tool in (
+        ("coco", "pycocoevalcap"),
+        ("nlgeval", _NLG_EVAL),
+        ("nlgeval_lower", f"{_NLG_EVAL}, lower case"),
+    )
 }
+_FAMILIES = {"coco": "COCO ", "imageclef": "ImageCLEF "}
+_FAMILIES |= {"nlgeval": "nlg-eval ", "nlgeval_lower": "nlg-eval, lower case: "}
 CLINICAL = "Content, F1"  # the group of all other scores
 # The first three of these that there are stand at the top of the page, with what they measure
 HEADLINES = {
@@ -45,8 +54,8 @@ def score_label(key: str, full: bool = False) -> str:
     """Return the name of a score; `full` where no heading says whose implementation it is."""
     for labels in LABELS.values():
         if key in labels:
-            family = {"coco": "COCO ", "nlgeval": "nlg-eval ", "imageclef": "ImageCLEF "}.get(key.split("_")[0], "")
-            return f"{family if full else ''}{labels[key]}"
+            family = _FAMILIES.get(key.removesuffix("_f1").rpartition("_")[0], "") if full else ""
+            return f"{family}{labels[key]}"
     return key.removesuffix("_f1").replace("_", " ").capitalize() + (" F1" if full and key.endswith("_f1") else "")
 
 

@@ -26,7 +26,7 @@ def score_table(scores: Mapping[str, Any], format: str = "text") -> str:
         *cells, best = score_cells(entry)
         baselines = [in_digits(entry)(entry["baselines"].get(key)) for key in known]
         rows.append([name, *cells, *(baselines or [best])])
-    head = f"{scores['captions']:,} captions, {scores['unique_captions']:.1%} of them distinct"
+    head = f"captions: {scores['captions']:,}, {scores['unique_captions']:.1%} of them distinct"
     details = _details(scores) if format == "text" else []
     return _with_notes(head, rows, [*details, *not_computed(scores), scores["verdict"]], format)
 
@@ -42,7 +42,7 @@ def comparison_table(result: Mapping[str, Any], format: str = "text") -> str:
     p_note = "p: approximate randomization, two-sided, and corrected for the number of scores by Holm's method."
     notes = [*not_computed(result), p_note, "The difference is the first score minus the second."]
     first, second = result["systems"]
-    return _with_notes(f"{result['captions']:,} captions; first: {first}; second: {second}", rows, notes, format)
+    return _with_notes(f"captions: {result['captions']:,}; first: {first}; second: {second}", rows, notes, format)
 
 
 def _details(scores: Mapping[str, Any]) -> list[str]:
@@ -68,7 +68,7 @@ def items_in_words(entry: Mapping[str, Any]) -> str:
     if not entry["predicted"]:
         return f"the captions never state one, the references {entry['stated']:,}"
     shares = f"precision {entry['precision']:.3f}, recall {entry['recall']:.3f}"
-    return f"{shares}; stated by the captions {entry['predicted']:,} times, by the references {entry['stated']:,}"
+    return f"{shares}; the captions state {entry['predicted']:,}, the references {entry['stated']:,}"
 
 
 def not_computed(scores: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """The work of `python -m captioning score` and `check`."""
 
 import argparse
+import os
 import sys
 
 from captioning.errors import UserError, printable
@@ -13,6 +14,7 @@ from captioning.scoring.submission import check_submission
 from captioning.scoring.training_split import read_training
 
 
+READ = ("predictions", "against", "references", "concepts", "train", "train_concepts")  # the files of `score`
 SHOWN_FAULTS = 20
 
 
@@ -21,6 +23,9 @@ def score_captions(arguments: argparse.Namespace) -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal whose encoding lacks a character
     if arguments.html and not arguments.against:
         raise UserError("--html compares two systems; add --against with the captions of the other")
+    read = [getattr(arguments, name) for name in READ]
+    if arguments.html and any(os.path.realpath(arguments.html) == os.path.realpath(path) for path in read if path):
+        raise UserError(f"--html would overwrite '{arguments.html}', which is read; name another file")
     captions = read_captions(arguments.predictions, arguments.references, arguments.concepts)
     training = read_training(arguments.train, arguments.train_concepts)
     options = None if arguments.tokenizer == "none" else arguments.tokenizer, arguments.bertscore_model

@@ -31,7 +31,7 @@ NOT_COMPUTED = {
     "imageclef_similarity": f"needs MedImageInsight (lion-ai/MedImageInsights), the images and a GPU{_EVALUATOR}",
     "imageclef_bleurt": f"needs lucadiliello/BLEURT-20-D12 and bleurt-pytorch{_EVALUATOR}",
     "imageclef_alignscore": f"needs AlignScore-base.ckpt of yzha/AlignScore and its package{_EVALUATOR}",
-    "imageclef_medcat_f1": f"needs medcat below 2 and its UMLS model pack, for which UMLS has a license{_EVALUATOR}",
+    "imageclef_medcat_f1": f"needs medcat below 2 and its model pack, which needs a license of UMLS{_EVALUATOR}",
 }
 BERTSCORE_CHUNK = 512  # pairs at a time: bert-score keeps every token's embedding, 250 KB a sentence
 

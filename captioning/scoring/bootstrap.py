@@ -138,6 +138,8 @@ def compare(first: Score, second: Score, counts: np.ndarray) -> Comparison:
     if not np.isfinite(difference):
         return Comparison(*[float("nan")] * 4)
     low, high = interval(resampled(first, counts) - resampled(second, counts))
+    if len(exchanged) == 1:  # a single caption does not show how much captions vary
+        low = high = float("nan")
     rng, number, swapped = np.random.default_rng(0), len(exchanged), []
     chunk = max(1, CHUNK // number)
     for start in range(0, RANDOMIZATIONS, chunk):

@@ -46,8 +46,8 @@ MODALITY = {
         t[te]e (?:iv|e)us [bm]-mode ceus ubm""",
     # Projections of every kind: ROCOv2 has no class of its own for mammograms and fluoroscopy
     "X-ray": r"""x[_-]?rays? (?:ortho|tele)?radiogra(?:ph|m)\w* (?:ortho)?ro?ent(?:gen|o)\w* [ca]?xr kub
-        (?:plain|chest)_films? mammogra\w+ skiagram (?:ortho)?pant(?:om)?ogra\w+ opg panorex dpt cephalogra\w+
-        fluorosco\w+ barium upper_gi gastrografin iopar? rvg [mv]cug? iv[up]
+        (?:plain|chest|abdom\w+|supine|upright|erect|ap)_films? mammogra\w+ skiagram (?:ortho)?pant(?:om)?ogra\w+
+        opg panorex dpt cephalogra\w+ fluorosco\w+ barium upper_gi gastrografin iopar? rvg [mv]cug? iv[up]
         (?:(?:urethro)?cysto|(?:cysto)?urethro|uro|pyelo|myelo|fistulo|sino|hysterosalpingo|o?esophago)gra(?:m|ms|phy)
         (?:cholangio|nephrosto|sialo|arthro|dacryocysto|lymphangio|galacto|defeco|disco|colo)gra(?:m|ms|phy) ercp hsg
         retrograde_cholangio\w+""",
@@ -252,6 +252,7 @@ _NO_FINDING = re.compile(
 _WORD = re.compile(r"[a-z](?:[a-z0-9'-]*[a-z0-9])?|\d+|[,.;:()]")
 _CLAUSE_START = re.compile(r"[,.;:()]|\b(?:and|but|(?:al)?though|while|which|that|where|with|showing|shows?)\b")
 _PLURALS = (("ies", "y"), ("eses", "esis"), ("ases", "asis"), ("oses", "osis"), ("sses", "ss"), ("teeth", "tooth"))
+_PLURALS += (("i", "us"),)  # calculi
 
 
 def _singular(word: str) -> str:
@@ -319,13 +320,14 @@ def _negations(text: str) -> set[str]:
 # "3. 5" is how BLIP's tokenizer decodes "3.5"
 _NUMBER = r"\d{1,3} ?[.,] ?\d{1,2}|\d{1,4}"
 _LENGTH = re.compile(
-    rf"(?<![\w.,])((?:{_NUMBER})(?: ?(?:x|\*|by|-|/|to|and|or) ?(?:{_NUMBER})){{0,2}})"
+    rf"(?:(?<![\w.,])|(?<=mx)|(?<=m x))((?:{_NUMBER})(?: ?(?:x|\*|by|-|/|to|and|or) ?(?:{_NUMBER})){{0,2}})"
     r"[ -]{0,2}(mms?|cms?|millimet\w+|centimet\w+)( ?\^?3\b)?(?!(?!x ?\d)[\w/^]| ?hg\b| h2o| ?2\b)"
 )
 # Words before and after lengths of the scan or of the printed figure, which are not lengths in the patient
 _TECHNIQUE = re.compile(
-    r"\b(?:(?:slice|section|slab)s?(?:(?: with an?)?[ -]thick\w*)?(?: of| at| is| was)?[ =:,(]*"
-    r"|(?:field of view|fov|collimation|scale|bar|interval|spacing|pixel|voxel|resolutions?|matrix)\b[^.;]*)$"
+    r"\b(?:(?:(?:slice|section|slab|reconstruction)s?(?:(?: with an?)?[ -]thick\w*| interval)?|intervals)"
+    r"(?: of| at| is| was)?[ =:,(]*|(?:field of view|fov|collimation|scale|bar|spacing|pixel|voxel|matrix"
+    r"|resolutions?(?! of (?:an?|the)\b))\b[^.;]*)$"
 )
 _TECHNIQUE_AFTER = re.compile(
     r"[ -](?:\w+[ -])?(?:slices?|sections?|images?|mip|fov|field of view|collimation|tomograms?)\b| \(\d+ ?x ?\d+ dpi"
@@ -351,6 +353,7 @@ def _measurements(text: str) -> set[str]:
 
 # Published captions lack the space after a title: "scanThe mass"
 _GLUED = re.compile(r"(?<=[a-z]{2})(?=[A-Z][a-z]{2})")
+_DASH = re.compile(r" - (?=(?:an?|the|this|there|which|with|without|no)\b(?! -))")
 
 
 @functools.lru_cache(maxsize=2**17)  # the captions of a training split: each is read by two or three readers
@@ -362,8 +365,8 @@ def plain_text(caption: str) -> str:
         caption = "".join(c for c in caption if not unicodedata.combining(c))
         caption = re.sub(r"\s*[–—]\s+", ", ", caption)  # a dash between clauses, not within a word
         caption = caption.translate({ord(c): "-" for c in "–—−‐‑‒"} | {ord("×"): "x", ord("’"): "'"})
-    # "x - ray", as BLIP decodes it, becomes "x-ray"
-    caption = " ".join(caption.lower().split())
+    # "x - ray", as BLIP decodes it, becomes "x-ray"; the dash in "clear - the heart is large" is one between clauses
+    caption = _DASH.sub(", ", " ".join(caption.lower().split()))
     return caption.replace(" -", "-").replace("- ", "-").replace(" /", "/").replace("/ ", "/")
 
 

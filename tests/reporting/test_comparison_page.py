@@ -68,3 +68,20 @@ def test_a_page_needs_two_systems_and_a_folder_that_exists(runs):
         main(["score", run, "--html", "page.html"])
     with pytest.raises(UserError, match="cannot be written"):
         main(["score", run, "--against", run, "--tokenizer", "none", "--html", str(runs / "none" / "page.html")])
+
+
+def test_a_single_caption_has_a_page_without_an_interval(runs, capsys):
+    for name in ("one", "other"):
+        make_record(runs / name, make_predictions(1, reference=["CT"], prediction=[f"{name} CT"]))
+    page, _ = compare(runs, "one", "other")
+    assert "95 % interval –, p = 1.0000" in page and ">1 caption<" in page
+    main(["score", str(runs / "one" / "predictions" / "test.jsonl"), "--tokenizer", "none"])
+    assert "state 1, the references 1" in (printed := capsys.readouterr().out) and "1 captions" not in printed
+
+
+def test_a_page_does_not_replace_a_file_that_is_read(runs):
+    run = runs / "good" / "predictions" / "test.jsonl"
+    before = run.read_bytes()
+    with pytest.raises(UserError, match="--html would overwrite"):
+        main(["score", str(run), "--against", str(run), "--tokenizer", "none", "--html", str(run)])
+    assert run.read_bytes() == before

@@ -62,6 +62,11 @@ def test_a_score_without_a_value_has_no_interval_and_is_not_compared():
     assert np.isnan([found.difference, found.low, found.high, found.p_value]).all()
 
 
+def test_the_difference_of_a_single_caption_has_no_interval():
+    found = compare(Score.of(np.array([0.9])), Score.of(np.array([0.1])), resampling_counts(1))
+    assert (found.difference, found.p_value) == (0.8, 1) and np.isnan([found.low, found.high]).all()
+
+
 def test_two_equal_systems_do_not_differ(values):
     found = compare(Score.of(values), Score.of(values.copy()), resampling_counts(len(values)))
     assert (found.difference, found.low, found.high, found.p_value) == (0, 0, 0, 1)

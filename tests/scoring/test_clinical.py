@@ -26,7 +26,7 @@ READ = {
         "HRCT of the lungs | CT angiography | computed tomography angiography | CT pulmonary angiogram | "
         "a hypodense lesion | CT fluoroscopy",
         "X-ray": "chest x - ray | AP radiograph | Mammography | Lateral X-RayDorsal column stimulator | "
-        "IOPA of tooth 26 | anteroposterior view of the knee",
+        "IOPA of tooth 26 | anteroposterior view of the knee | supine film of the abdomen | plain abdominal film",
         "MRI": "MR–angiography | T2-weighted image | axial t2 - weighted image | MR imaging | "
         "magnetic resonance imaging | MR angiogram | gradient echo image | a hyperintense lesion | hypointense, in T2",
         "": "Moderate MR and TR in an apical view | which allowed us to operate | a photograph of the patient | "
@@ -67,6 +67,9 @@ READ = {
         "effusion": "without pleural effusion | no effusion, the heart is normal | no effusion and a small nodule | "
         "no effusion but a nodule | no effusion, small nodule in the lung",
         "metastasis": "no evidence of pulmonary metastases",
+        "calculus": "without calculi - the so-called classic description",
+        "calculus embolus": "no emboli or calculi",
+        "state-of-the-art": "no state - of - the - art",
         "invasion": "without any direct signs of invasion of the wall",
         "kidney": "absence of the left kidney",
         "pneumothorax": "negative for pneumothorax.",
@@ -91,15 +94,17 @@ READ = {
     },
     "measurement": {
         "35": "3.5 cm mass | 3. 5 cm mass",
+        "7": "increased atlanto-dens interval (7 mm) | interval growth to 7 mm | interval resolution of a 7 mm nodule",
         "12": "1,2 cm | a 12-mm nodule | a 12 - mm nodule",
         "20 30": "2 x 3 cm",
         "20 31 40": "2 × 3.1 × 4 cm | 2 × 3.1 × 4 cm3",
         "27 41 9": "4.1x0.9x2.7cm",
-        "50 60": "6 cm x 5 cm",
+        "50 60": "6 cm x 5 cm | 6cmx5cm | 6 cm x5 cm",
         "30 5": "a 5 mm and a 3 cm lesion",
         "25": "25 millimeters",
         "": "a 45-year-old man | 45 HU and 30 % | gradient of 40 mmHg | gradient of 40 mm Hg | 3 cm2 and 4 cm³ | "
-        "30 cm/s | slice thickness 5 mm | 5 mm slices | T2 and C3 | 20 mM",
+        "30 cm/s | slice thickness 5 mm | 5 mm slices | T2 and C3 | 20 mM | at intervals of 5 mm | "
+        "slice interval = 5 mm | a resolution of 2 mm",
     },
 }
 CASES = [

@@ -86,7 +86,7 @@ def test_two_systems_are_tested_pair_by_pair(run, monkeypatch):
     assert found["scores"]["nlgeval_bleu4"]["signature"] == "case:mixed|tok:whitespace|pycocoevalcap:1.2"
     swapped = run("score", "poor.jsonl", "--against", "good.jsonl", "--tokenizer", "none")
     assert f"{-found['scores']['rougeL']['difference']:+.3f}" in swapped
-    assert swapped.startswith("120 captions")
+    assert swapped.startswith("captions: 120; first: ")
 
 
 def test_two_systems_are_matched_by_id_and_not_by_row(run):
