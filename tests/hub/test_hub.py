@@ -297,6 +297,13 @@ def test_an_edited_card_keeps_all_but_its_name_and_what_a_killed_push_left_is_cl
     assert not list(finished.glob(".push-*"))
 
 
+def test_a_finished_adapter_is_pushed_later(hub, home, run, local_run):
+    folder, name = home / "out" / "run", "tester/adapter"
+    run([*local_run, "--use_peft", "--max_steps", "1"])
+    run(["--push_only", folder, "--hub_model_id", name])
+    assert {"adapter_model.safetensors", "adapter_config.json", "surface_form.json"} <= hub.files(name).keys()
+
+
 def test_push_only_wants_a_finished_run(hub, home, run):
     for arguments, reason in (
         (["--push_only", home], "holds no finished run, it has no model.safetensors; give an output folder"),
