@@ -186,6 +186,7 @@ def make_trainer(
 def train(trainer: CaptioningTrainer, checkpoint: str | None, merge_lora: bool) -> dict[str, float]:
     """Train, save model or adapter, processor and trainer state, and return the training metrics."""
     result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.captioner.set_generation_config(trainer.args.decoding())
     trainer.save_model()
     if merge_lora:
         trainer.merge_adapter()

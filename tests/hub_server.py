@@ -363,6 +363,8 @@ class _Handler(BaseHTTPRequestHandler):
             if oid not in self.hub.objects or value.get("size") != len(self.hub.objects[oid]):
                 raise self._violation(400, f"Commit of {path}, whose LFS object {oid} was not uploaded")
             files[path] = self.hub.objects[oid]
+        elif key == "deletedFile":
+            del files[path]
         else:
             raise self._violation(400, f"Unknown operation in a commit: {key}")
 

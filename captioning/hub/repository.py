@@ -45,6 +45,8 @@ RECORD_FILES = (
     "README.md", "recipe.json", "*_results.json", "scores.json", "trainer_state.json", "training_curve.png",
     "predictions/*.jsonl", "sample.*", "examples/*.jpg", "submission.csv", "submission.zip",
 )  # fmt: skip
+# Removed unless the run has them: those of a checkpoint before --merge_lora would be loaded in place of the model
+STALE_FILES = ("adapter_config.json", "adapter_model.safetensors", "surface_form.json")
 REWRITTEN_FILES = ("recipe.json", "trainer_state.json", "adapter_config.json")  # hold paths of this machine
 BLANK_FILES = {".gitattributes", "README.md", "LICENSE"}  # what the Hub's web page creates in a new repository
 ORIGIN_FIELDS = ("model_name_or_path", "config_name", "dataset_name")  # equal in all models of one repository
@@ -176,7 +178,7 @@ class Repository:
                 self.open()
             write_card(self.repo_id)
             with self._staged_run() as stage:
-                return self._upload(stage, "End of training")
+                return self._upload(stage, "End of training", STALE_FILES)
         except Exception as error:
             raise UserError(
                 f"the model is complete in '{self.output_dir}' but not on the Hub: {describe_fault(error)}; push it "
@@ -209,10 +211,11 @@ class Repository:
                 _link_or_copy(source, target)
         return stage
 
-    def _upload(self, stage: Path, message: str) -> CommitInfo:
+    def _upload(self, stage: Path, message: str, stale: tuple[str, ...] = ()) -> CommitInfo:
         try:
             refuse_private_strings(stage, self.output_dir)
-            return self._api.upload_folder(repo_id=self.repo_id, folder_path=stage, commit_message=message)
+            where = {"repo_id": self.repo_id, "folder_path": stage, "delete_patterns": list(stale) or None}
+            return self._api.upload_folder(**where, commit_message=message)
         finally:
             shutil.rmtree(stage, ignore_errors=True)
 

@@ -69,8 +69,8 @@ class SurfaceForm:
         path = cached_file(name, FILE, revision=revision, **raises)
         with as_user_error(f"model '{name}': {FILE} cannot be read", "leave out the file"):
             found = path and cls(**json.loads(Path(path).read_text(encoding="utf-8")))
-            if found and not all(form.strip() for form in found.forms.values()):
-                raise ValueError("a form is empty")
+            if found and not (all(map(str.strip, found.forms.values())) and isinstance(found.capital_after, list)):
+                raise ValueError("a form is empty, or capital_after is no list")
         return found
 
     def save(self, folder: str | Path) -> None:

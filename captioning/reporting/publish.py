@@ -46,7 +46,8 @@ def push_finished_run(folder: str, model_id: str | None = None, private: bool | 
     Raises:
         UserError: the folder does not hold a finished run, or the push failed.
     """
-    for file in ("model.safetensors", "recipe.json", "README.md"):
+    adapter, whole = "adapter_model.safetensors", "model.safetensors"
+    for file in (adapter if (Path(folder) / adapter).is_file() else whole, "recipe.json", "README.md"):
         if not (Path(folder) / file).is_file():
             raise UserError(f"push_only: '{folder}' holds no finished run, it has no {file}; give an output folder")
     record = RunRecord(folder)

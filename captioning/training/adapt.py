@@ -51,7 +51,7 @@ def load_model(
     captioner.set_prompt(data_args.prompt)
     data_args.prompt = captioner.prompt
     captioner.check_lengths(data_args.max_caption_length, args.max_new_tokens)
-    captioner.set_generation_config(args.decoding())
+    captioner.set_generation_config(args.decoding(in_training=args.do_train))
     if not data_args.restore_surface_form:
         captioner.surface_form = None
     elif args.do_train and captioner.loses_surface_form:

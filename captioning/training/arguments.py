@@ -338,7 +338,11 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
         if self.tune_decoding and self.metric_for_best_model.removeprefix("eval_") in ("loss", "perplexity"):
             raise UserError("tune_decoding: decoding does not change the loss; set --metric_for_best_model rougeL")
         with as_user_error("tuned_decoding is not what a run writes", "leave it out"):
-            settings = [(self.tuned_decoding or {}).get("before", {})]
+            tuned = self.tuned_decoding or {"before": {}, "metric": "rougeL", "note": "", "table": []}
+            settings, scores = [tuned["before"]], [row[tuned["metric"]] + row["gen_len"] for row in tuned["table"]]
+            words = "".join([tuned["note"], *(row["decoding"] for row in tuned["table"])])
+            if not (tuned["metric"] in METRIC_NAMES and all(map(math.isfinite, scores)) and words.isprintable()):
+                raise ValueError("it has another metric, scores or words")
             settings += settings_of_grid(vars(self), self.tune_decoding_grid) if self.tune_decoding else []
             for fields in settings:
                 tried = copy.copy(self)

@@ -45,8 +45,8 @@ def settings_of_grid(fields: Mapping[str, Any], grid: Sequence[str]) -> list[dic
         with as_user_error(f"tune_decoding_grid '{part}' is not like 'num_beams=3,5 length_penalty=1,2'"):
             texts = dict(item.split("=") for item in part.split())
             values = [[type(DEFAULTS[name])(text) for text in texts[name].split(",")] for name in texts]
-            if not own.keys() >= texts.keys() or math.prod(map(len, values)) > 100:
-                raise ValueError(f"it takes {', '.join(own)}, and 100 combinations at most")
+            if not own.keys() >= texts.keys() or len(texts) < len(part.split()) or math.prod(map(len, values)) > 100:
+                raise ValueError(f"it takes {', '.join(own)}, each once, and 100 combinations at most")
             for combination in product(*values):
                 settings = own | dict(zip(texts, combination, strict=True))
                 found.setdefault(repr(decode_settings({**fields, **settings})), settings)

@@ -175,8 +175,9 @@ def write_recipe(
         if args.tune_decoding and (tuned := before.pop("tuned_decoding", None)):  # at its end, which comes again
             before |= tuned["before"] | {name: value for name, value in recipe.items() if name.startswith("tune_")}
         other = {key for key in recipe.keys() | before.keys() if recipe.get(key) != before.get(key)}
-        # `model_config` is missing where an earlier version wrote the recipe
-        for key in sorted(other - {"fingerprint"} - ({"model_config"} - before.keys())):
+        # Fields of the model are missing where an earlier version wrote the recipe, which had but their defaults
+        new = {name for name, item in model_args.__dataclass_fields__.items() if recipe[name] == item.default}
+        for key in sorted(other - {"fingerprint"} - ((new | {"model_config"}) - before.keys())):
             if hasattr(model_args, key) and key != "label_smoothing":
                 change = f"{key} was {before.get(key)}, is {recipe.get(key)}"
                 raise UserError(f"cannot resume in '{folder}': {change}; set it back, or another --output_dir")

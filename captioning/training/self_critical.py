@@ -43,6 +43,8 @@ def parse_reward(text: str) -> dict[str, float]:
     parts = [part.partition("=") for part in text.split(",")]
     with as_user_error(f"reward '{text}'", "write it as rougeL=0.5,concept_f1=0.5"):
         weights = {name.strip(): float(weight or 1) for name, _, weight in parts}
+        if len(weights) < len(parts):
+            raise ValueError("a score is named twice")
     for name, weight in weights.items():
         if name not in REWARDS or not 0 < weight < float("inf"):
             raise UserError(f"reward '{text}': {name}={weight}; scores are {', '.join(REWARDS)}, weights are positive")

@@ -245,6 +245,8 @@ class CaptioningTrainer(Seq2SeqTrainer):
             (folder / "adapter").mkdir(exist_ok=True)
             for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
                 os.replace(folder / name, folder / "adapter" / name)
+            if self.captioner.surface_form:
+                self.captioner.surface_form.save(folder / "adapter")
         merge_adapter(self.captioner)
         self.model = self.model_wrapped = self.captioner.model
         self.save_model()

@@ -34,7 +34,8 @@ def tune_decoding(trainer: CaptioningTrainer, rows: Dataset) -> None:
     logger.info("Trying %d decode settings on %d validation images, by %s", len(configs), len(rows), metric)
     with full_is_user_error(args.output_dir, args.eval_batch_size, "eval"):
         table = score_settings(trainer, rows, configs)
-    ranks = [(round(row[metric], 4), -c.num_beams, -row["gen_len"]) for row, c in zip(table, configs, strict=True)]
+    sign = 1 if args.greater_is_better else -1
+    ranks = [(sign * round(r[metric], 4), -c.num_beams, -r["gen_len"]) for r, c in zip(table, configs, strict=True)]
     chosen = ranks.index(max(ranks))
     for row in table:
         logger.info("%.4f, %.1f tokens: %s", row[metric], row["gen_len"], row["decoding"])

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import flags, outcome, predictions, read_json, save_captioner, without_times
+from helpers import flags, outcome, predictions, read_json, save_captioner, score_flags, without_times
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from processes import ROOT
@@ -295,6 +295,23 @@ def test_an_edited_card_keeps_all_but_its_name_and_what_a_killed_push_left_is_cl
         assert ModelCard(pushed).data.model_name == name.split("/")[1]
     assert "tester/model" not in pushed and '"run"' not in pushed
     assert not list(finished.glob(".push-*"))
+
+
+def test_a_finished_adapter_is_pushed_later(hub, home, run, local_run):
+    folder, name = home / "out" / "run", "tester/adapter"
+    run([*local_run, "--use_peft", "--max_steps", "1"])
+    run(["--push_only", folder, "--hub_model_id", name])
+    assert {"adapter_model.safetensors", "adapter_config.json", "surface_form.json"} <= hub.files(name).keys()
+
+
+def test_a_merged_model_is_not_taken_for_the_adapter_of_its_checkpoints(hub, home, run, local_run):
+    folder, name = home / "out" / "run", "tester/model"
+    run([*local_run, "--use_peft", "--merge_lora", *PUSH, "every_save"])
+    pushed = hub.files(name)
+    assert not {"adapter_config.json", "adapter_model.safetensors"} & pushed.keys()
+    assert pushed["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    run(score_flags(name, home / "data", home / "scored"))
+    assert predictions(home / "scored") == predictions(folder)
 
 
 def test_push_only_wants_a_finished_run(hub, home, run):

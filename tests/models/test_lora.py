@@ -131,6 +131,7 @@ def test_merged_it_is_a_plain_model_and_the_adapter_lies_beside_it(blip, adapted
     )
     assert [row["prediction"] for row in predictions(folder)] == [row["prediction"] for row in predictions(adapted)]
     assert "library_name: transformers" in (folder / "README.md").read_text()
+    assert (folder / "adapter/surface_form.json").read_bytes() == (folder / "surface_form.json").read_bytes()
 
 
 def test_a_killed_training_is_resumed_to_the_same_adapter(blip, adapted, parquet_folder, tmp_path):

@@ -66,6 +66,7 @@ def test_a_file_that_was_saved_is_read_and_a_broken_one_named(captioner, tmp_pat
         "[]",
         '{"forms": {"a": 1}, "capital_after": []}',
         '{"forms": {"a": " "}, "capital_after": []}',
+        '{"forms": {}, "capital_after": null}',
     ):
         (tmp_path / FILE).write_text(content)
         with pytest.raises(UserError, match=f"{FILE} cannot be read"):

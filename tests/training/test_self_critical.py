@@ -188,7 +188,7 @@ def test_a_collapse_ends_the_run(make, captioner):
     assert objective.measured() == {}
 
 
-@pytest.mark.parametrize("reward", ["rougel", "rouge1=0", "rouge1=x", "rouge1=inf", ""])
+@pytest.mark.parametrize("reward", ["rougel", "rouge1=0", "rouge1=x", "rouge1=inf", "rouge1,rouge1=2", ""])
 def test_a_reward_that_cannot_be_is_refused(reward):
     assert parse_reward("imageclef_rouge1=0.5, concept_f1") == {"imageclef_rouge1": 0.5, "concept_f1": 1.0}
     with pytest.raises(UserError, match=r"^reward '"):

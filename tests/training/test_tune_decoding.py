@@ -13,6 +13,9 @@ from captioning.training.arguments import CaptioningArguments
 from captioning.training.decoding import DEFAULTS, in_words, settings_of_grid
 
 
+WRITTEN = {"before": {}, "metric": "rougeL", "note": "", "table": []}
+
+
 def test_the_winner_is_kept_by_a_rerun_and_by_a_resumed_run(config_file, parquet_folder, tmp_path, caplog):
     first, again = tmp_path / "first", tmp_path / "again"
     options = {"tune_decoding": True, "tune_samples": 5, "tune_decoding_grid": "num_beams=1,2"}
@@ -34,6 +37,8 @@ def test_the_winner_is_kept_by_a_rerun_and_by_a_resumed_run(config_file, parquet
     run_captioning.main([str(first / "recipe.json"), "--output_dir", str(again)])
     assert "Trying" not in caplog.text
     assert outcome(again) == before
+    checkpoints = [GenerationConfig.from_pretrained(path) for path in again.glob("checkpoint-*")]
+    assert {config.num_beams for config in checkpoints} == {3}, "by which they were evaluated"
     assert {**read_json(again / "recipe.json"), "hardware": None} == {**recipe, "hardware": None}
     run_captioning.main([*arguments, "--resume_from_checkpoint", "true"])
     assert "Resuming with another recipe" not in caplog.text
@@ -50,9 +55,14 @@ def test_two_processes_and_streamed_images_choose_alike(captioner, parquet_folde
     assert len({(folder / "predictions/test.jsonl").read_text() for folder in folders}) == 1
 
 
-@pytest.mark.parametrize(("score_of_4", "winner"), [(0.5, 2), (0.50004, 2), (0.5002, 4)])
-def test_of_equals_the_cheaper_wins(make_trainer, splits, tmp_path, monkeypatch, score_of_4, winner):
-    trainer = make_trainer(tune_decoding=True, tune_decoding_grid=[f"num_beams={n}" for n in (5, 2, 4)])
+@pytest.mark.parametrize(
+    ("score_of_4", "greater", "winner"),
+    [(0.5, True, 2), (0.50004, True, 2), (0.5002, True, 4), (0.5002, False, 2), (0.4, False, 4)],
+)
+def test_of_equals_the_cheaper_wins(make_trainer, splits, tmp_path, monkeypatch, score_of_4, greater, winner):
+    trainer = make_trainer(
+        greater_is_better=greater, tune_decoding=True, tune_decoding_grid=[f"num_beams={n}" for n in (5, 2, 4)]
+    )
     (tmp_path / "run" / "recipe.json").write_text(json.dumps({"tune_decoding": True}))
 
     def score_settings(trainer, rows, configs):
@@ -78,12 +88,17 @@ def test_a_grid_is_the_run_itself_and_each_part_of_it():
         ({"tune_decoding_grid": ["beams=3"]}, "'beams=3' is not like 'num_beams=3,5 length_penalty=1,2'"),
         ({"tune_decoding_grid": ["max_new_tokens=9"]}, "it takes num_beams, "),
         ({"tune_decoding_grid": ["num_beams=" + ",".join(map(str, range(1, 102)))]}, "100 combinations at most"),
+        ({"tune_decoding_grid": ["num_beams=1 num_beams=2"]}, "each once"),
         ({"tune_decoding_grid": ["num_beams=999"]}, "num_beams is 999"),
         ({"tune_decoding_grid": ["min_new_tokens=65"]}, "exceeds max_new_tokens 64"),
         ({"metric_for_best_model": "loss"}, "does not change the loss"),
         ({"predict_with_generate": False}, "needs captions of the validation split"),
         ({"do_eval": False}, "needs captions of the validation split"),
         ({"tune_decoding": False, "tuned_decoding": {"before": 3}}, "tuned_decoding is not what a run writes"),
+        *(
+            ({"tune_decoding": False, "tuned_decoding": WRITTEN | other}, "tuned_decoding is not what a run writes")
+            for other in ({"table": 3}, {"table": [{"decoding": "x"}]}, {"metric": "<b>"}, {"note": "\033[2J"})
+        ),
     ],
 )
 def test_what_cannot_be_tried_is_named(tmp_path, values, message):
