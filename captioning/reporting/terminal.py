@@ -26,6 +26,8 @@ def score_captions(arguments: argparse.Namespace) -> None:
     read = [getattr(arguments, name) for name in READ]
     if arguments.html and any(os.path.realpath(arguments.html) == os.path.realpath(path) for path in read if path):
         raise UserError(f"--html would overwrite '{arguments.html}', which is read; name another file")
+    if arguments.html and not os.path.isdir(os.path.dirname(arguments.html) or "."):
+        raise UserError(f"'{arguments.html}' cannot be written: it has no folder yet; make it first")
     captions = read_captions(arguments.predictions, arguments.references, arguments.concepts)
     training = read_training(arguments.train, arguments.train_concepts)
     options = None if arguments.tokenizer == "none" else arguments.tokenizer, arguments.bertscore_model

@@ -1,4 +1,4 @@
-"""`--tune_decoding`: decode settings chosen on validation images, each of which is encoded once for all of them."""
+"""`--tune_decoding`: decode settings chosen on validation images; BLIP encodes each image once for all of them."""
 
 import json
 import logging

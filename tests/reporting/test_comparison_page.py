@@ -66,7 +66,7 @@ def test_a_page_needs_two_systems_and_a_folder_that_exists(runs):
     run = str(runs / "good" / "predictions" / "test.jsonl")
     with pytest.raises(UserError, match="--html compares two systems; add --against"):
         main(["score", run, "--html", "page.html"])
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="cannot be written: it has no folder"):
         main(["score", run, "--against", run, "--tokenizer", "none", "--html", str(runs / "none" / "page.html")])
 
 
