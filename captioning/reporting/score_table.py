@@ -10,6 +10,7 @@ from typing import Any
 
 from captioning.errors import printable
 from captioning.scoring.baselines import BASELINES
+from captioning.scoring.bertscore import NOT_COMPUTED
 from captioning.scoring.bootstrap import num_decimals
 from captioning.scoring.score import BY_MODALITY
 
@@ -72,8 +73,11 @@ def items_in_words(entry: Mapping[str, Any]) -> str:
 
 
 def not_computed(scores: Mapping[str, Any]) -> list[str]:
-    """Return a line for each score that is missing, with what it needs."""
-    return [f"not computed: {name}: {reason}" for name, reason in scores["missing"].items()]
+    """Return a line for each score that is missing, with what it needs; one for those that nearly every run lacks."""
+    missing = scores["missing"]
+    usual = [name for name in missing if name in NOT_COMPUTED]
+    lines = [f"not computed: {name}: {reason}" for name, reason in missing.items() if name not in usual]
+    return lines + [f"not computed: {', '.join(usual)}; docs/metrics.md says how to get them"] * bool(usual)
 
 
 # --- Numbers --------------------------------------------------------------------------------------------------
