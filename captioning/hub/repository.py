@@ -46,7 +46,7 @@ RECORD_FILES = (
     "predictions/*.jsonl", "sample.*", "examples/*.jpg", "submission.csv", "submission.zip",
 )  # fmt: skip
 # Removed unless the run has them: those of a checkpoint before --merge_lora would be loaded in place of the model
-STALE_FILES = ("adapter_config.json", "adapter_model.safetensors", "surface_form.json")
+STALE_FILES = ("adapter_config.json", "adapter_model.safetensors", "base_config.json", "surface_form.json")
 REWRITTEN_FILES = ("recipe.json", "trainer_state.json", "adapter_config.json")  # hold paths of this machine
 BLANK_FILES = {".gitattributes", "README.md", "LICENSE"}  # what the Hub's web page creates in a new repository
 ORIGIN_FIELDS = ("model_name_or_path", "config_name", "dataset_name")  # equal in all models of one repository

@@ -22,7 +22,7 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 from transformers.utils import ModelOutput
 
 from captioning.errors import UserError, as_user_error
-from captioning.models.captioner import IGNORE_INDEX, Batch, Captioner, CardFacts, DrawTokens, sum_nll
+from captioning.models.captioner import GENERATE_CODE, IGNORE_INDEX, Batch, Captioner, CardFacts, DrawTokens, sum_nll
 from captioning.models.fast_blip.decoding import (
     CaptionDecoder,
     CrossAttention,
@@ -79,14 +79,9 @@ settings = dict({{ settings }})
 
 image = Image.open(cached_file({{ holder }}, "sample.png"))
 inputs = processor(images=image{% if prompt %}, text={{ prompt }}{% endif %}, return_tensors="pt")
-{% if autocast -%}
-device = "cuda" if torch.cuda.is_available() else "cpu"
-with torch.autocast(device, torch.{{ autocast }}, enabled=device == "cuda"):  # as in the evaluation
-    tokens = model.to(device).generate(**inputs.to(device), **settings)
-{% else -%}
-tokens = model.generate(**inputs, **settings)
-{% endif -%}
-{% if prompt -%}
+"""
+    + GENERATE_CODE
+    + """{% if prompt -%}
 tokens = tokens[:, inputs["input_ids"].shape[1] - 1 :]  # without [DEC] and the prompt
 {% endif -%}
 print(processor.decode(tokens[0], skip_special_tokens=True).strip())""",

@@ -1,8 +1,8 @@
 """`Captioner`: all that the rest of the recipe asks of an image captioning model.
 
 The trainer, the collator, the card and the page call these methods and know nothing else of a model. To add a family
-of models, implement them in a file beside `blip.py` and add it to the table in `load.py`. `tests/test_captioner.py` is
-a small example.
+that stock `AutoModelForImageTextToText` loads, add an entry to `families.py`. For another, implement them in a file
+beside `blip.py` and add it to the table in `load.py`; `tests/test_captioner.py` is a small example.
 
 Shapes: B images or captions of a batch, L tokens of its longest row, T new tokens, D features of an image.
 """
@@ -55,6 +55,17 @@ class CardFacts:
     citation: str
     usage: str
     plain_generate: str
+
+
+# For `CardFacts.usage`: the call of `generate`
+GENERATE_CODE = """{% if autocast -%}
+device = "cuda" if torch.cuda.is_available() else "cpu"
+with torch.autocast(device, torch.{{ autocast }}, enabled=device == "cuda"):  # as in the evaluation
+    tokens = model.to(device).generate(**inputs.to(device), **settings)
+{% else -%}
+tokens = model.generate(**inputs, **settings)
+{% endif -%}
+"""
 
 
 class DrawTokens(LogitsProcessor):

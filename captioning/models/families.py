@@ -6,7 +6,7 @@ of their weights and what memory they need.
 
 from dataclasses import dataclass
 
-from captioning.models.captioner import CardFacts
+from captioning.models.captioner import GENERATE_CODE, CardFacts
 
 
 ASK = "Write a caption for this radiology image."
@@ -162,18 +162,15 @@ inputs = processor(images=[[image]], {{ arguments }}, return_tensors="pt")
 {% else -%}
 inputs = processor.image_processor(image, return_tensors="pt")
 {% endif -%}
-{% if autocast -%}
-device = "cuda" if torch.cuda.is_available() else "cpu"
-with torch.autocast(device, torch.{{ autocast }}, enabled=device == "cuda"):  # as in the evaluation
-    tokens = model.to(device).generate(**inputs.to(device), **settings)
-{% else -%}
-tokens = model.generate(**inputs, **settings)
-{% endif -%}
-{% if arguments -%}
+"""
+USAGE += (
+    GENERATE_CODE
+    + """{% if arguments -%}
 if not model.config.is_encoder_decoder:
     tokens = tokens[:, inputs["input_ids"].shape[1] :]  # without the prompt
 {% endif -%}
 print(processor.tokenizer.decode(tokens[0], skip_special_tokens=True).strip())"""
+)
 BY_MODEL = """{% if suffices %}So does `model.generate(**inputs)` without the settings.
 {%- else %}Without the settings, `model.generate(**inputs)` searches as its model was published to.{% endif %}"""
 BY_DECODER = """`model.generate(**inputs)` alone does not: its language model generates, into which stock

@@ -28,6 +28,7 @@ from captioning.models.load import nan_weights, refuse_nan_weights
 from captioning.models.lora import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    BASE_CONFIG,
     WEIGHT_FILES,
     is_adapted,
     merge_adapter,
@@ -243,7 +244,7 @@ class CaptioningTrainer(Seq2SeqTrainer):
         folder = Path(self.args.output_dir)
         if self.args.should_save:
             (folder / "adapter").mkdir(exist_ok=True)
-            for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+            for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_CONFIG):
                 os.replace(folder / name, folder / "adapter" / name)
             if self.captioner.surface_form:
                 self.captioner.surface_form.save(folder / "adapter")
