@@ -48,7 +48,7 @@ audit: .venv/tools
 	touch $@
 
 # The stamps are newer than the requirements that they were installed from.
-.venv/%: %.txt requirements.txt
+.venv/%: %.txt requirements.txt requirements-demo.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -r $<
 	touch $@
