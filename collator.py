@@ -3,7 +3,7 @@
 Images are never flipped (T14): in radiology left and right matter.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from PIL import Image
 
 from captioning.data.images import open_image
 from captioning.models.captioner import IGNORE_INDEX, Captioner
+from captioning.scoring.concepts import known_concepts
 
 
 @dataclass
@@ -23,11 +24,15 @@ class CaptioningCollator:
         with_ids: add the list `image_id`, for messages about the batch; it is not an input of the model.
         unreadable: called with `image_id` and the reason if an image cannot be read. A black one takes its place, and
             its caption is masked from the loss. None makes it an error.
+        concepts: C CUIs to learn; none: the batch has no `concept_labels`.
+        unlabeled_are_negative: an image without concepts has none of them; else it is masked from their loss.
     """
 
     captioner: Captioner
     with_ids: bool = False
     unreadable: Callable[[str, str], None] | None = None
+    concepts: Sequence[str] = ()
+    unlabeled_are_negative: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the weights out: workers that are not forked get the collator as a pickle."""
@@ -36,6 +41,8 @@ class CaptioningCollator:
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Return the batch of `examples`: see `Captioner.collate`.
 
+        With `concepts` it has `concept_labels` float32 `[B, C]`, 0 or 1, -100 in the rows of masked images.
+
         Raises:
             ValueError: an image cannot be read, and there is no `unreadable`; the message names its `image_id`.
         """
@@ -43,7 +50,18 @@ class CaptioningCollator:
         rows = [example["input_ids"] for example in examples]
         batch = self.captioner.collate([image or Image.new("L", (64, 64)) for image in images], rows)
         batch["labels"][torch.tensor([image is None for image in images])] = IGNORE_INDEX
+        if self.concepts:
+            pairs = zip(examples, images, strict=True)
+            rows = [self._concept_row(None if image is None else example.get("cui")) for example, image in pairs]
+            batch["concept_labels"] = torch.tensor(rows, dtype=torch.float32)
         return batch | {"image_id": [example["image_id"] for example in examples]} if self.with_ids else batch
+
+    def _concept_row(self, cuis: Sequence[str] | None) -> list[float]:
+        """Return the labels of an image; None: of one that is not there."""
+        known = known_concepts(cuis or ())
+        if cuis is None or not (known or self.unlabeled_are_negative):
+            return [float(IGNORE_INDEX)] * len(self.concepts)
+        return [float(cui in known) for cui in self.concepts]
 
     def _image(self, example: dict[str, Any]) -> Image.Image | None:
         try:

@@ -37,6 +37,7 @@ from captioning.reporting.summary import summary
 from captioning.scoring.training_split import Training
 from captioning.training.adapt import load_model
 from captioning.training.arguments import CaptioningArguments, DataArguments, ModelArguments
+from captioning.training.concept_loss import caption_and_concept_loss, set_up_concept_head
 from captioning.training.fingerprint import fingerprint
 from captioning.training.folder_lock import hold_folder
 from captioning.training.output_folder import own_output_dir, write_recipe
@@ -85,6 +86,7 @@ def run(
         captioner = load_model(model_args, data_args, captions, args, checkpoint)
         tokenized = tokenize(check(), captioner, data_args.max_caption_length)
         splits = keep_usable(tokenized, data_args.max_samples(), data_args.neighbor_samples, args.do_train)
+        set_up_concept_head(captioner, splits.get("train"), args)
         leaks = find_leaks({**dataset, **splits})  # a run that only scores has the training split unchecked
 
     write_recipe(model_args, data_args, args, fingerprint(dataset, captioner, model_args), checkpoint)
@@ -164,6 +166,9 @@ def make_trainer(
 ) -> CaptioningTrainer:
     """Wire model, data, collator and metrics together."""
     collator = CaptioningCollator(captioner, with_ids=True)
+    if objective := caption_and_concept_loss(captioner, args, splits.get("train")):
+        collator.concepts = captioner.concept_head.concepts
+        collator.unlabeled_are_negative = args.unlabeled_are_negative
     callbacks = [PushCheckpoints(repository)] if repository else []
     if data_args.streaming:
         unreadable = UnreadableImages(data_args.max_rejected_fraction, Path(args.output_dir) / "rejected.jsonl")
@@ -179,7 +184,7 @@ def make_trainer(
         generation_config=args.decoding(in_training=args.do_train),
         callbacks=callbacks,
         publish=partial(push_finished_run, args.output_dir, args.hub_model_id, args.hub_private_repo),
-        objective=self_critical(captioner, args, splits.get("train")),
+        objective=objective or self_critical(captioner, args, splits.get("train")),
     )
 
 

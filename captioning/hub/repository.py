@@ -38,15 +38,16 @@ MODEL_FILES = (
     "processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "chat_template.jinja",
     "qformer_tokenizer/*", "adapter_config.json", "adapter_model.safetensors", "base_config.json", "adapter/*",
-    "surface_form.json",
+    "surface_form.json", "concept_head.json", "concept_head.safetensors",
 )  # fmt: skip
 # Without report.html: it holds the images, which the user may not have the right to publish
 RECORD_FILES = (
     "README.md", "recipe.json", "*_results.json", "scores.json", "trainer_state.json", "training_curve.png",
-    "predictions/*.jsonl", "sample.*", "examples/*.jpg", "submission.csv", "submission.zip",
+    "predictions/*.jsonl", "predictions/*.csv", "sample.*", "examples/*.jpg", "submission.csv", "submission.zip",
 )  # fmt: skip
 # Removed unless the run has them: those of a checkpoint before --merge_lora would be loaded in place of the model
 STALE_FILES = ("adapter_config.json", "adapter_model.safetensors", "base_config.json", "surface_form.json")
+STALE_FILES += ("concept_head.json", "concept_head.safetensors")
 REWRITTEN_FILES = ("recipe.json", "trainer_state.json", "adapter_config.json")  # hold paths of this machine
 BLANK_FILES = {".gitattributes", "README.md", "LICENSE"}  # what the Hub's web page creates in a new repository
 ORIGIN_FIELDS = ("model_name_or_path", "config_name", "dataset_name")  # equal in all models of one repository

@@ -5,8 +5,8 @@ Weights on disk stay plain BLIP: stock `BlipForConditionalGeneration` and `BlipP
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -353,6 +353,19 @@ class BlipCaptioner(Captioner):
         """Sum the negative log-likelihoods by caption; `logits` are `[B, L, V]`, or those of the N targets alone."""
         predicts = labels[:, 1:] != IGNORE_INDEX  # position i predicts token i + 1
         return sum_nll(logits if logits.dim() == 2 else logits[:, :-1][predicts], labels, F.pad(predicts, (1, 0)))
+
+    @contextmanager
+    def watch_features(self, batch: Batch, keep: Callable[[torch.Tensor], None]) -> Iterator[None]:
+        """See `Captioner.watch_features`."""
+
+        def pool(module: nn.Module, args: tuple, outputs: ModelOutput) -> None:
+            keep(self.image_features(EncodedImages(outputs.last_hidden_state)))
+
+        hook = self.vision_model.register_forward_hook(pool)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     # --- Evaluation -------------------------------------------------------------------------------------------
 

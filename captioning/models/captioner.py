@@ -8,7 +8,7 @@ Shapes: B images or captions of a batch, L tokens of its longest row, T new toke
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, Pre
 from transformers.utils import ModelOutput
 
 from captioning.errors import UserError
+from captioning.models.concept_head import ConceptHead
 from captioning.models.surface_form import SurfaceForm
 
 
@@ -134,6 +135,18 @@ class Captioner(ABC):
     def plain_model(self) -> PreTrainedModel:
         """The model itself, without what peft wraps around it: attributes set on that would not reach it."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
+    def concept_head(self) -> ConceptHead | None:
+        """What predicts the concepts of an image; None: nothing does. It is a part of the model, see `ConceptHead`."""
+        return getattr(self.plain_model, "concept_head", None)
+
+    @concept_head.setter
+    def concept_head(self, head: ConceptHead | None) -> None:
+        if self.concept_head is not None:
+            del self.plain_model.concept_head
+        if head is not None:
+            self.plain_model.concept_head = head.to(self.model.device)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -312,17 +325,51 @@ class Captioner(ABC):
             ValueError: an image cannot be processed.
         """
 
-    def forward(self, model: torch.nn.Module, batch: Batch) -> ModelOutput:
+    def forward(self, model: Callable[..., ModelOutput], batch: Batch) -> ModelOutput:
         """Run a training step's forward pass.
 
         Args:
-            model: `self.model`, or what the Trainer has wrapped it in.
+            model: `self.model`, what the Trainer has wrapped it in, or a function that calls it.
             batch: from `collate`.
 
         Returns:
             `loss`, the mean over the targets, smoothed if the run says so, and `logits` of any shape.
         """
         return model(**batch, use_cache=False)
+
+    def forward_with_concepts(self, model: torch.nn.Module, batch: Batch) -> tuple[ModelOutput, torch.Tensor]:
+        """Run `forward`, and `concept_head` on the features that it has of the images.
+
+        Returns:
+            What `forward` returns, and the logits of the concepts float32 `[B, C]`.
+        """
+        features, logits = [], []
+
+        def add_logits(module: torch.nn.Module, args: tuple, outputs: ModelOutput) -> tuple[ModelOutput, torch.Tensor]:
+            # Among the outputs, where DDP looks for the parameters that are in use
+            return outputs, self.concept_head(features.pop())
+
+        def without_logits(**inputs) -> ModelOutput:
+            outputs, found = model(**inputs)
+            logits.append(found)
+            return outputs
+
+        hook = self.model.register_forward_hook(add_logits)
+        try:
+            with self.watch_features(batch, features.append):
+                return self.forward(without_logits, batch), logits.pop()
+        finally:
+            hook.remove()
+
+    def watch_features(self, batch: Batch, keep: Callable[[torch.Tensor], None]) -> AbstractContextManager[None]:
+        """Return a context in which a forward pass of the batch calls `keep` with the features of its images.
+
+        They are those of `image_features`, float32 `[B, D]`, with gradients.
+
+        Raises:
+            UserError: the family does not have this.
+        """
+        raise UserError(f"a {self.config.model_type} cannot learn concepts; leave out --concept_loss_weight")
 
     def num_targets(self, labels: torch.Tensor) -> torch.Tensor:
         """Count the targets of each row of `labels` `[B, L]`: int64 `[B]`."""

@@ -10,8 +10,8 @@ caption, so that L is P + C.
 
 import inspect
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -47,6 +47,10 @@ class EncodedBatch:
 
     batch: Batch
     features: torch.Tensor | None = None
+
+    def keep(self, features: torch.Tensor) -> None:
+        """Take over the features."""
+        self.features = features
 
 
 class _SeenEnough(Exception):
@@ -359,7 +363,7 @@ class ImageTextToTextCaptioner(Captioner):
 
     def caption_nll(self, encoded: EncodedBatch, batch: Batch) -> torch.Tensor:
         """See `Captioner.caption_nll`."""
-        with self._watching(encoded):
+        with self.watch_features(encoded.batch, encoded.keep):
             logits = self._caption_logits(self.model, batch)
         return self._nll(logits, batch["labels"])
 
@@ -378,24 +382,21 @@ class ImageTextToTextCaptioner(Captioner):
     def image_features(self, encoded: EncodedBatch) -> torch.Tensor:
         """Return the mean of the embeddings of each image as they enter the language model."""
         if encoded.features is None:
-            with self._watching(encoded, stop=True):
+
+            def stop(features: torch.Tensor) -> None:
+                encoded.keep(features)
+                raise _SeenEnough
+
+            with suppress(_SeenEnough), self.watch_features(encoded.batch, stop):
                 self._caption_logits(self.model, encoded.batch)
         return encoded.features
 
     @contextmanager
-    def _watching(self, encoded: EncodedBatch, stop: bool = False) -> Iterator[None]:
-        """Keep the features of the images that pass through the model; then, if wanted, end its forward pass."""
-
-        def keep(module, args, values, outputs=None) -> None:
-            encoded.features = self._features(encoded.batch, values, outputs)
-            if stop:
-                raise _SeenEnough
-
-        hook = self._hook(keep)
+    def watch_features(self, batch: Batch, keep: Callable[[torch.Tensor], None]) -> Iterator[None]:
+        """See `Captioner.watch_features`."""
+        hook = self._hook(lambda module, args, values, outputs=None: keep(self._features(batch, values, outputs)))
         try:
             yield
-        except _SeenEnough:
-            pass
         finally:
             hook.remove()
 

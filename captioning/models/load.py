@@ -13,6 +13,7 @@ from captioning.files import PROJECT
 from captioning.hub.faults import reading_from_hub
 from captioning.models.blip import BlipCaptioner
 from captioning.models.captioner import Captioner
+from captioning.models.concept_head import ConceptHead
 from captioning.models.families import FAMILIES
 from captioning.models.image_text_to_text import ImageTextToTextCaptioner
 from captioning.models.lora import base_of_adapter, load_adapter
@@ -49,6 +50,7 @@ def load_captioner(name: str, revision: str | None = None, dtype: str = "float32
     if adapts:
         load_adapter(captioner, name, revision)
         refuse_nan_weights(captioner.model, name)
+    captioner.concept_head = ConceptHead.load(name, revision)
     if captioner.loses_surface_form:
         captioner.surface_form = SurfaceForm.load(name, revision)
     return captioner

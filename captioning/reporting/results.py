@@ -23,7 +23,7 @@ from captioning.scoring.score import flat, score
 from captioning.scoring.submission import write_submission
 from captioning.scoring.training_split import Training
 from captioning.training.arguments import DataArguments
-from captioning.training.self_critical import parse_reward
+from captioning.training.self_critical import SelfCritical, parse_reward
 from captioning.training.trainer import CaptioningTrainer, Evaluated
 
 
@@ -74,7 +74,9 @@ def keep_split(
     bound = trainer.captioner.round_trip(captions.references) if trainer.captioner.loses_surface_form else None
     tokenizer = "ptb" if args.coco_metrics else None
     scores = score(captions, training, found.features, tokenizer, args.bertscore_model, bound)
-    for name in parse_reward(args.reward) if trainer.objective else ():  # held-out scores are read otherwise
+    for name in (
+        parse_reward(args.reward) if isinstance(trainer.objective, SelfCritical) else ()
+    ):  # held-out scores are read otherwise
         if name in scores["scores"]:
             scores["scores"][name]["rewarded"] = True
     record.keep(split, predictions, scores)

@@ -18,6 +18,7 @@ from transformers.hf_argparser import HfArg
 from captioning.data.layout import Layout
 from captioning.errors import UserError, as_user_error, did_you_mean
 from captioning.hub.licenses import check_license
+from captioning.training.concept_loss import CONCEPT_LOSSES
 from captioning.training.decoding import DEFAULT_GRID, generation_config, settings_of_grid
 from captioning.training.self_critical import parse_reward
 from metrics import METRIC_NAMES
@@ -51,7 +52,7 @@ RANGES |= dict.fromkeys((
 RANGES |= dict.fromkeys((
     "max_train_samples", "max_eval_samples", "max_predict_samples", "max_new_tokens", "dataloader_prefetch_factor",
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-    "eval_accumulation_steps", "tune_samples",
+    "eval_accumulation_steps", "tune_samples", "min_concept_count", "concept_neighbors",
 ), (1, math.inf))  # fmt: skip
 
 # Fields of `Seq2SeqTrainingArguments` that would have no effect or do harm here, and what to do instead
@@ -211,6 +212,20 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
     sampling_top_p: float = HfArg(default=0.85, help="Of these, one of the fewest that have this probability.")
     caption_loss_weight: float = HfArg(default=0.0, help="Weight of the usual loss of the captions beside it.")
 
+    # Concepts
+    concept_loss_weight: str = HfArg(
+        default="0", help="Learn the concepts of the images too, their loss so weighted; auto: .1 of the caption loss."
+    )
+    concept_loss: str = HfArg(default="asymmetric", help="Or bce: cross-entropy, positives weighted by rarity.")
+    min_concept_count: int = HfArg(default=10, help="Training images that a concept needs to be learned.")
+    unlabeled_are_negative: bool = HfArg(
+        default=False, help="Images without concepts have none of them; false: they do not count in their loss."
+    )
+    concept_thresholds: str = HfArg(
+        default="one", help="Probability from which a concept is predicted: one for all, or each its own."
+    )
+    concept_neighbors: int = HfArg(default=20, help="Nearest training images whose concepts are the baseline.")
+
     # Evaluation, checkpoints, logs
     eval_strategy: str = HfArg(default="epoch", help="no, steps or epoch.")
     save_strategy: str = HfArg(default="epoch", help="no, steps, epoch or best.")
@@ -303,6 +318,15 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
         if self.objective not in ("likelihood", "self_critical"):
             raise UserError(f"objective is '{self.objective}'; set likelihood or self_critical")
         parse_reward(self.reward)
+        weight = self.concept_weight()
+        if self.learns_concepts and self.objective == "self_critical":
+            raise UserError("concept_loss_weight goes with --objective likelihood: samples teach captions alone")
+        if weight is not None and not 0 <= weight < math.inf:
+            raise UserError(f"concept_loss_weight is {weight}; set auto, or a number from 0")
+        if self.concept_loss not in CONCEPT_LOSSES:
+            raise UserError(f"concept_loss is '{self.concept_loss}'; set {' or '.join(CONCEPT_LOSSES)}")
+        if self.concept_thresholds not in ("one", "each"):
+            raise UserError(f"concept_thresholds is '{self.concept_thresholds}'; set one or each")
         if self.dataloader_persistent_workers and not self.dataloader_num_workers:
             raise UserError("dataloader_persistent_workers needs workers; set --dataloader_num_workers to 1 or more")
 
@@ -349,6 +373,16 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
                 vars(tried).update(fields)
                 _check_ranges(tried)
                 tried._check_combinations()
+
+    @property
+    def learns_concepts(self) -> bool:
+        """Whether a training learns concepts."""
+        return self.concept_weight() != 0
+
+    def concept_weight(self) -> float | None:
+        """Return the weight of the loss of the concepts, None for `auto`."""
+        with as_user_error(f"concept_loss_weight is '{self.concept_loss_weight}'", "set auto, or a number from 0"):
+            return None if self.concept_loss_weight == "auto" else float(self.concept_loss_weight)
 
     def decoding(self, in_training: bool = False) -> GenerationConfig:
         """Return the decode settings, or those of the training, where it chose others at its end."""

@@ -11,7 +11,7 @@ Samples come from the truncated distribution, log p from the whole one.
 
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -97,13 +97,17 @@ class SelfCritical:
         self.captioner, self.args, self.reward = captioner, args, reward
         self._seen: list[tuple[str, bool, list[float]]] = []  # of each image since the last log
 
-    def loss(self, trainer, model: torch.nn.Module, batch: Batch, image_ids: Sequence[str], num_items: torch.Tensor):
-        """Return the loss of a micro-batch of B images.
+    def num_images(self, batch: Batch) -> torch.Tensor:
+        """Count the images of a batch with captions."""
+        return (batch["labels"] != IGNORE_INDEX).any(dim=1).sum()
+
+    def loss(self, trainer, model: torch.nn.Module, batch: Batch, beside: Mapping, num_items: torch.Tensor):
+        """Return the loss of a micro-batch of B images, whose ids are in `beside`.
 
         `num_items` are the caption tokens and the images of the whole accumulated batch, in all processes. Images
         whose labels are all masked do not count.
         """
-        captioner, labels = self.captioner, batch["labels"].cpu().numpy()
+        captioner, labels, image_ids = self.captioner, batch["labels"].cpu().numpy(), beside["image_id"]
         tokens = self._sample(trainer, batch, image_ids)  # [B, 1 + K, T], greedy search first
         texts = captioner.decode(tokens.reshape(-1, tokens.shape[-1]))
         rewards = self.reward(texts, np.repeat(image_ids, tokens.shape[1])).reshape(tokens.shape[:2])
@@ -143,7 +147,7 @@ class SelfCritical:
         captioner.model.train()
         return tokens.cpu().numpy()
 
-    def measured(self) -> dict[str, float]:
+    def measured(self, trainer=None) -> dict[str, float]:
         """Return what all processes have seen since the last call, which all of them make.
 
         Raises:

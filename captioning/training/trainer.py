@@ -18,12 +18,14 @@ from torch.nn.modules.module import _IncompatibleKeys
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, GenerationConfig, Seq2SeqTrainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.utils import ModelOutput
 
 from captioning.command_line import on_stop_signals
 from captioning.data.streaming import is_streamed
 from captioning.errors import Stopped, UserError, as_user_error
 from captioning.files import to_json, without_nan, write_whole
-from captioning.models.captioner import IGNORE_INDEX, Captioner
+from captioning.models.captioner import Captioner
+from captioning.models.concept_head import WEIGHTS_FILE
 from captioning.models.load import nan_weights, refuse_nan_weights
 from captioning.models.lora import (
     ADAPTER_CONFIG,
@@ -35,12 +37,14 @@ from captioning.models.lora import (
     save_config,
 )
 from captioning.training.checkpoints import last_complete_checkpoint
+from captioning.training.concept_loss import CaptionAndConceptLoss
 from captioning.training.fingerprint import FINGERPRINT_FILE
 from captioning.training.safeguards import StopOnSignal, full_is_user_error, not_finite
 from captioning.training.samplers import PaddedRows, PaddedSampler, SetEpoch, StreamingSampler
 from captioning.training.self_critical import SelfCritical
 
 
+BESIDE = ("image_id", "concept_labels")  # in a batch of `CaptioningCollator`, and no input of the model
 SHOWN_IDS = 8  # of the batch whose loss is NaN or infinite
 
 
@@ -77,7 +81,7 @@ class CaptioningTrainer(Seq2SeqTrainer):
             and whose `label_ids` are the N full reference captions, since the labels are truncated and would flatter
             the scores (T9).
         publish: called by `push_to_hub`.
-        objective: what is learned in place of the reference captions.
+        objective: what is learned in place of the reference captions, or beside them.
         kwargs: those of `Seq2SeqTrainer`; datasets have the columns of a tokenized split.
     """
 
@@ -88,7 +92,7 @@ class CaptioningTrainer(Seq2SeqTrainer):
         generation_config: GenerationConfig,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         publish: Callable[[], None] | None = None,
-        objective: SelfCritical | None = None,
+        objective: SelfCritical | CaptionAndConceptLoss | None = None,
         **kwargs,
     ):
         if kwargs["args"].ddp_find_unused_parameters is None and captioner.uses_all_parameters:
@@ -97,7 +101,7 @@ class CaptioningTrainer(Seq2SeqTrainer):
         super().__init__(compute_metrics=self._compute_metrics, **stock, **kwargs)
         self.captioner, self.generation_config = captioner, generation_config
         self._metrics_of_texts, self._publish = compute_metrics, publish
-        self.objective, self._image_ids = objective, []
+        self.objective, self._beside = objective, {}
         # `compute_loss` normalizes over the accumulated batch: the Trainer shall count the labels of that batch and
         # not divide by the accumulation steps again
         self.model_accepts_loss_kwargs, self._loss_shifts_labels = True, False
@@ -131,27 +135,28 @@ class CaptioningTrainer(Seq2SeqTrainer):
         A model's own loss is the mean over the tokens of one micro-batch, smoothed where its config says so (T5).
         """
         if self.objective:
-            loss = self.objective.loss(self, model, inputs, self._image_ids, num_items_in_batch)
-            return loss * self.accelerator.num_processes if self.args.average_tokens_across_devices else loss
-        outputs = self.captioner.forward(model, inputs)
-        num_tokens = self.captioner.num_targets(inputs["labels"]).sum()
-        if num_items_in_batch is None:
-            num_items_in_batch = num_tokens
-        if num_tokens:
-            total = torch.as_tensor(num_items_in_batch, device=num_tokens.device).flatten()[0]
-            loss = outputs.loss * num_tokens / total
-            if self.args.average_tokens_across_devices:
-                loss = loss * self.accelerator.num_processes  # `total` is over all processes, which average gradients
+            outputs, loss = None, self.objective.loss(self, model, inputs, self._beside, num_items_in_batch)
         else:
-            loss = outputs.logits.sum() * 0  # keeps the graph, so that DDP's all-reduce still runs
+            outputs = self.captioner.forward(model, inputs)
+            loss = self.caption_loss(outputs, inputs["labels"], num_items_in_batch)
+        if self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # items are those of all processes, which average gradients
         return (loss, outputs) if return_outputs else loss
 
+    def caption_loss(self, outputs: ModelOutput, labels: torch.Tensor, num_items: torch.Tensor | None) -> torch.Tensor:
+        """Return the sum of the token NLLs over `num_items`, by default the number of targets of `labels`."""
+        num_tokens = self.captioner.num_targets(labels).sum()
+        if not num_tokens:
+            return outputs.logits.sum() * 0  # keeps the graph, so that DDP's all-reduce still runs
+        total = torch.as_tensor(num_tokens if num_items is None else num_items, device=num_tokens.device)
+        return outputs.loss * num_tokens / total.flatten()[0]
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
-        """Count the caption tokens of an accumulated batch and, for another objective, its images with captions."""
+        """Count the caption tokens of an accumulated batch and, for another objective, the images that it counts."""
         num_tokens = super()._get_num_items_in_batch(batch_samples, device)
         if not self.objective or num_tokens is None:
             return num_tokens
-        images = sum((batch["labels"] != IGNORE_INDEX).any(dim=1).sum() for batch in batch_samples).to(device)
+        images = sum(self.objective.num_images(batch) for batch in batch_samples).to(device)
         if self.args.average_tokens_across_devices:
             images = self.accelerator.gather(images).sum()
         return torch.stack([num_tokens, images])
@@ -181,9 +186,10 @@ class CaptioningTrainer(Seq2SeqTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """Run the stock step; a loss of NaN or infinity ends the run before it reaches the weights."""
-        self._image_ids = image_ids = inputs.pop("image_id", [])
+        self._beside = {name: inputs.pop(name) for name in BESIDE if name in inputs}
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
+            image_ids = self._beside.get("image_id", [])
             ids = ", ".join(image_ids[:SHOWN_IDS]) + (", ..." if len(image_ids) > SHOWN_IDS else "")
             what = f"the loss of step {self.state.global_step + 1} is {loss.item()}, at the images {ids or 'unknown'}"
             raise not_finite(what, self.args.output_dir)
@@ -238,6 +244,8 @@ class CaptioningTrainer(Seq2SeqTrainer):
             save_config(self.captioner, folder)
         if self.args.should_save and self.captioner.surface_form:
             self.captioner.surface_form.save(folder)
+        if self.args.should_save and self.captioner.concept_head:
+            self.captioner.concept_head.save(folder)
 
     def merge_adapter(self) -> None:
         """Make the saved adapter a part of the weights, and save the whole model; the adapter goes into `adapter/`."""
@@ -248,6 +256,8 @@ class CaptioningTrainer(Seq2SeqTrainer):
                 os.replace(folder / name, folder / "adapter" / name)
             if self.captioner.surface_form:
                 self.captioner.surface_form.save(folder / "adapter")
+            if self.captioner.concept_head:
+                self.captioner.concept_head.save(folder / "adapter")
         merge_adapter(self.captioner)
         self.model = self.model_wrapped = self.captioner.model
         self.save_model()
@@ -307,7 +317,7 @@ class CaptioningTrainer(Seq2SeqTrainer):
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Log as the stock Trainer does; the log that is saved has None in place of NaN and infinity."""
         if self.objective and "loss" in logs:
-            logs |= self.objective.measured()
+            logs |= self.objective.measured(self)
         super().log(logs, *args, **kwargs)
         self.state.log_history[-1] = without_nan(self.state.log_history[-1])
 
@@ -322,11 +332,17 @@ class CaptioningTrainer(Seq2SeqTrainer):
         with as_user_error(f"the weights in '{resume_from_checkpoint}' are not those of this model", mend):
             if not self._loads_by_old_names(resume_from_checkpoint):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
+            self._load_concept_head(resume_from_checkpoint)
         refuse_nan_weights(self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         if not self._loads_by_old_names(self.state.best_model_checkpoint):
             super()._load_best_model()
+        self._load_concept_head(self.state.best_model_checkpoint)
+
+    def _load_concept_head(self, folder: str) -> None:
+        if self.captioner.concept_head:
+            self.captioner.concept_head.load_weights(Path(folder) / WEIGHTS_FILE)
 
     def _loads_by_old_names(self, folder: str) -> bool:
         """Load the weights of a checkpoint if they are saved under other names than those in the model (T18).
@@ -378,8 +394,8 @@ class CaptioningTrainer(Seq2SeqTrainer):
     # --- Evaluation -------------------------------------------------------------------------------------------
 
     def _prepare_inputs(self, inputs):
-        """Move a batch to the device, without the ids of its images, which are no input of the model."""
-        return super()._prepare_inputs({name: value for name, value in inputs.items() if name != "image_id"})
+        """Move a batch to the device, without what is no input of the model."""
+        return super()._prepare_inputs({name: value for name, value in inputs.items() if name not in BESIDE})
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):
         """Score and caption one batch, encoding its images once.
