@@ -10,7 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from captioning.scoring.bootstrap import Score
+from captioning.errors import UserError
+from captioning.files import without_nan
+from captioning.scoring.bootstrap import Score, interval, resampled, resampling_counts
+from captioning.scoring.captions import check_ids, read_csv
+from captioning.scoring.signatures import signature
 
 
 MAX_CONCEPTS = 100  # of an image, in a submission
@@ -37,6 +41,7 @@ NAMES = {
 }
 MANUAL = frozenset([*NAMES][:15])
 KINDS = {"concept_detection": None, "concept_detection_manual": MANUAL}
+EMPTY = frozenset({""})
 Concepts = Sequence[Set[str]]  # of each image
 
 
@@ -47,7 +52,7 @@ def detection_scores(predicted: Concepts, truth: Concepts, manual_truth: Concept
     Images without a manual concept do not count for the scores of these.
 
     Args:
-        predicted: the concepts of N images.
+        predicted: the concepts of N images; "" is one too, as where a field ends in ";".
         truth: those of the references.
         manual_truth: those of `concepts_manual.csv`; default: those of `truth`, which has them too.
 
@@ -60,17 +65,20 @@ def detection_scores(predicted: Concepts, truth: Concepts, manual_truth: Concept
     for name, kept in KINDS.items():
         pairs = zip(predicted, (kept and manual_truth) or truth, strict=True)
         pairs = [(_upper(ours, kept), _upper(theirs, kept)) for ours, theirs in pairs]
-        both, ours, theirs = np.array([(len(a & b), len(a), len(b)) for a, b in pairs], float).reshape(-1, 3).T
-        counted = theirs > 0 if kept else np.ones(len(pairs), bool)
-        empty = counted & (ours + theirs == 0)
-        f1 = np.where(empty, 1, 2 * both / np.maximum(ours + theirs, 1))
-        parts = {"f1": (f1, np.ones(len(pairs))), "precision": (both, ours), "recall": (both, theirs)}
+        # An empty field is one empty concept to the evaluator
+        fields = pairs if kept else [(a or EMPTY, b or EMPTY) for a, b in pairs]
+        f1 = np.array([2 * len(a & b) / max(len(a) + len(b), 1) for a, b in fields])
+        counted = np.array([kept is None or bool(b) for _, b in pairs])
+        sizes = [(len((a & b) - EMPTY), len(a - EMPTY), len(b - EMPTY)) for a, b in pairs]
+        right, ours, theirs = np.array(sizes).reshape(-1, 3).T
+        parts = {"f1": (f1, np.ones(len(pairs))), "precision": (right, ours), "recall": (right, theirs)}
         for part, (above, below) in parts.items():
-            scores[f"{name}_{part}"] = Score(np.stack([above * counted, below * counted], axis=1), _ratio)
+            sums = np.stack([above * counted, below * counted], axis=1)
+            scores[f"{name}_{part}"] = Score(sums.astype(float), _ratio)
     return scores
 
 
-def _upper(concepts: Set[str], kept: Set[str] | None) -> frozenset[str]:
+def _upper(concepts: Set[str], kept: Set[str] | None = None) -> frozenset[str]:
     found = frozenset(concept.upper() for concept in concepts)
     return found if kept is None else found & kept
 
@@ -81,7 +89,7 @@ def _ratio(sums: np.ndarray, number: int) -> np.ndarray:
 
 def concept_table(predicted: Concepts, truth: Concepts) -> list[dict[str, Any]]:
     """Return for each concept, the most frequent first, `cui`, `tp`, `fp`, `fn` and `support`, all in images."""
-    pairs = [(_upper(ours, None), _upper(theirs, None)) for ours, theirs in zip(predicted, truth, strict=True)]
+    pairs = [(_upper(ours) - EMPTY, _upper(theirs) - EMPTY) for ours, theirs in zip(predicted, truth, strict=True)]
     right = Counter(cui for ours, theirs in pairs for cui in ours & theirs)
     found = Counter(cui for ours, _ in pairs for cui in ours)
     support = Counter(cui for _, theirs in pairs for cui in theirs)
@@ -93,7 +101,7 @@ def concept_table(predicted: Concepts, truth: Concepts) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (-row["support"], row["cui"]))
 
 
-def frequent_concepts(training: Concepts) -> frozenset[str]:
+def best_constant_concepts(training: Concepts) -> frozenset[str]:
     """Return the most frequent concepts, so many that their mean F1 on the training images is highest: a baseline."""
     counts = Counter(cui for known in training for cui in known)
     ranked = sorted(counts, key=lambda cui: (-counts[cui], cui))[:MAX_CONCEPTS]
@@ -105,3 +113,64 @@ def frequent_concepts(training: Concepts) -> frozenset[str]:
         if (f1 := float((2 * right / (k + sizes)).mean())) > best:
             best, number = f1, k
     return frozenset(ranked[:number])
+
+
+# --- Files ----------------------------------------------------------------------------------------------------
+
+
+def score_concepts(
+    predictions: str, references: str, manual: str | None = None, training: str | None = None
+) -> dict[str, Any]:
+    """Score concepts of any system, all files CSVs of `ID,CUIs`.
+
+    Args:
+        predictions: the system's.
+        references: of the same images.
+        manual: the manual ones, for the scores of these; default: those among `references`.
+        training: of the training split, for the baseline.
+
+    Returns:
+        `images`, `scores` as in `scores.json`, `constant` (concepts of the baseline by score), `concepts`.
+
+    Raises:
+        UserError: a file cannot be read, ids differ, or an image has a concept twice or more than `MAX_CONCEPTS`.
+    """
+    truth, found = _read_concepts(references), _read_concepts(predictions, is_checked=True)
+    check_ids(found, truth, predictions, references)
+    of_manual = _read_concepts(manual) if manual else truth
+    check_ids(of_manual, truth, manual or references, references, more=True)
+    sides = [truth.values(), [of_manual[image_id] for image_id in truth]]
+    scores = detection_scores([found[image_id] for image_id in truth], *map(list, sides))
+    counts, constants, entries = resampling_counts(len(truth)), {}, {}
+    if training:
+        known = [*_read_concepts(training).values()]
+        kept = {name: [_upper(own, only) - EMPTY for own in known] for name, only in KINDS.items()}
+        kept["concept_detection_manual"] = [own for own in kept["concept_detection_manual"] if own]
+        constants = {name: sorted(best_constant_concepts(own)) for name, own in kept.items()}
+    for name, score in scores.items():
+        low, high = interval(resampled(score, counts)) if len(truth) > 1 else (None, None)
+        entries[name] = {"value": score.value, "low": low, "high": high, "signature": signature(name), "baselines": {}}
+        if training:
+            own = [set(constants[name.rpartition("_")[0]])] * len(truth)
+            entries[name]["baselines"]["constant"] = detection_scores(own, *map(list, sides))[name].value
+    table = concept_table(list(found[image_id] for image_id in truth), list(truth.values()))
+    return without_nan({"images": len(truth), "scores": entries, "constant": constants, "concepts": table})
+
+
+def _read_concepts(path: str, is_checked: bool = False) -> dict[str, frozenset[str]]:
+    """Return by id the concepts of a CSV of `ID,CUIs`, fields taken apart as by the official evaluator."""
+    concepts = {}
+    for image_id, text in read_csv(path, "CUIs").items():
+        parts = [cui.strip() for cui in text.split(";")]
+        if is_checked and len(set(parts)) < len(parts):
+            raise UserError(f"'{path}': image '{image_id}' has a concept twice; keep one")
+        if is_checked and len(parts) > MAX_CONCEPTS:
+            raise UserError(f"'{path}': image '{image_id}' has {len(parts)} concepts; keep at most {MAX_CONCEPTS}")
+        concepts[image_id] = frozenset(parts)
+    return concepts
+
+
+def holds_concepts(path: str) -> bool:
+    """Tell whether a file is a CSV of concepts, by its first line."""
+    with open(path, "rb") as file:
+        return file.readline(100).removeprefix(b"\xef\xbb\xbf").strip().lower().replace(b'"', b"") == b"id,cuis"

@@ -5,7 +5,7 @@ import pytest
 from sklearn.metrics import f1_score, precision_score, recall_score
 
 from captioning.scoring.bootstrap import interval, resampled, resampling_counts
-from captioning.scoring.concept_detection import MANUAL, NAMES, concept_table, detection_scores, frequent_concepts
+from captioning.scoring.concept_detection import MANUAL, NAMES, best_constant_concepts, concept_table, detection_scores
 
 
 OTHERS = [f"C{number:07}" for number in range(1, 12)]
@@ -32,7 +32,8 @@ def draw(number: int, seed: int) -> tuple[list[set[str]], list[set[str]]]:
     truth = [set(rng.choice(CUIS, rng.integers(0, 6), replace=False)) for _ in range(number)]
     kept = [{cui for cui in known if rng.random() < 0.7} for known in truth]
     predicted = [own | set(rng.choice(CUIS, rng.integers(0, 3), replace=False)) for own in kept]
-    return [{cui.lower() if rng.random() < 0.2 else cui for cui in own} for own in predicted], truth
+    predicted = [{cui.lower() if rng.random() < 0.2 else cui for cui in own} for own in predicted]
+    return [own | {""} if rng.random() < 0.1 else own for own in predicted], truth  # a field that ends in ";"
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -48,6 +49,7 @@ def test_f1_is_that_of_the_official_evaluator(seed):
 
 def test_precision_and_recall_are_of_all_pairs():
     predicted, truth = draw(100, 9)
+    predicted, truth = ([own - {""} for own in side] for side in (predicted, truth))
     vectors = [[[cui in {c.upper() for c in own} for cui in CUIS] for own in side] for side in (truth, predicted)]
     scores = detection_scores(predicted, truth)
     assert scores["concept_detection_precision"].value == pytest.approx(precision_score(*vectors, average="micro"))
@@ -94,11 +96,11 @@ def test_the_table_counts_images_of_each_concept():
     ]
 
 
-def test_the_frequent_concepts_are_as_many_as_score_highest():
+def test_the_constant_concepts_are_as_many_as_score_highest():
     training = draw(150, 5)[1]
-    found = frequent_concepts(training)
+    found = best_constant_concepts(training)
     counts = sorted(CUIS, key=lambda cui: (-sum(cui in known for known in training), cui))
     values = [official([set(counts[:k])] * len(training), training) for k in range(len(CUIS))]
     assert found == set(counts[: int(np.argmax(values))])
-    assert frequent_concepts([{"C1"}, {"C1", "C2"}, set()]) == {"C1"}
-    assert frequent_concepts([set(), set(), {"C1"}]) == set(), "none is the best for images without concepts"
+    assert best_constant_concepts([{"C1"}, {"C1", "C2"}, set()]) == {"C1"}
+    assert best_constant_concepts([set(), set(), {"C1"}]) == set(), "none is the best for images without concepts"
