@@ -23,6 +23,7 @@ from captioning.data.leaks import find_leaks
 from captioning.data.sources import dataset_commit, load_source
 from captioning.data.splits import captions_to_learn, keep_usable, sample_training, select_splits
 from captioning.data.tokenize_captions import tokenize
+from captioning.data.zenodo import concept_names
 from captioning.errors import as_user_error
 from captioning.hub.client import limit_waiting
 from captioning.hub.repository import PushCheckpoints, Repository, repository_of
@@ -86,7 +87,7 @@ def run(
         captioner = load_model(model_args, data_args, captions, args, checkpoint)
         tokenized = tokenize(check(), captioner, data_args.max_caption_length)
         splits = keep_usable(tokenized, data_args.max_samples(), data_args.neighbor_samples, args.do_train)
-        set_up_concept_head(captioner, splits.get("train"), args)
+        set_up_concept_head(captioner, splits.get("train"), args, concept_names(data_args.dataset_name))
         leaks = find_leaks({**dataset, **splits})  # a run that only scores has the training split unchecked
 
     write_recipe(model_args, data_args, args, fingerprint(dataset, captioner, model_args), checkpoint)

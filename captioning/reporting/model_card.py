@@ -18,7 +18,7 @@ from captioning.files import PROJECT, write_whole
 from captioning.models.lora import WEIGHT_FILES
 from captioning.reporting.card_images import chosen_examples
 from captioning.reporting.run_record import SPLITS, RunRecord
-from captioning.reporting.score_table import in_digits, markdown, number_text, score_cells
+from captioning.reporting.score_table import detection_rows, in_digits, markdown, number_text, score_cells
 from captioning.scoring.baselines import BASELINES
 from captioning.training.decoding import decode_settings
 
@@ -36,6 +36,7 @@ INDEXED_SCORES = {
     "coco_bleu4": ("bleu", "BLEU-4"),
     "coco_meteor": ("meteor", "METEOR"),
     "concept_f1": ("f1", "Concept F1"),
+    "concept_detection_f1": ("f1", "Concept detection F1"),
     "loss": ("loss", "Loss"),
 }
 MAIN_SCORES = ("rougeL", "imageclef_rouge1", "coco_cider", "concept_f1")
@@ -95,6 +96,7 @@ def render_card(record: RunRecord, name: str) -> str:
         columns=SCORE_COLUMNS,
         scored=scored,
         main_scores=scored and _main_scores(record.scores[scored]),
+        detection=detection_rows(record.scores.get(scored, {}).get("concept_detection", {"systems": {}})),
         baselines=BASELINES,
         examples=record.captioned and _examples(record),
         usage=_usage(record, name),

@@ -24,6 +24,7 @@ from captioning.reporting.page_images import IMAGES_PER_BLOCK, image_blocks, to_
 from captioning.reporting.run_record import RunRecord
 from captioning.reporting.score_table import items_in_words
 from captioning.scoring.baselines import BASELINES
+from captioning.scoring.concept_detection import NAMES
 
 
 TEMPLATE = Path(__file__).parent / "page_template.html"
@@ -61,7 +62,9 @@ def write_report(
         ValueError: there are more or fewer images, modalities or numbers of tokens than predictions.
     """
     summary = record.scores.get(split, {})
-    gallery = caption_payload(record.predictions(split), modalities, num_tokens)
+    known = summary.get("concept_detection", {"concepts": []})["concepts"]
+    names = NAMES | {row["cui"]: row["name"] for row in known if row["name"]}
+    gallery = caption_payload(record.predictions(split), modalities, num_tokens, names)
     rows = gallery["rows"]
     gallery["attention"] = {i: maps for i, row in enumerate(rows) if (maps := _maps(attention.get(row["id"], ())))}
     facts = record.facts(COMMIT_DIGITS) | {"split": f"{split}, {len(rows):,} captions"}

@@ -9,6 +9,7 @@ from typing import Any
 from captioning.reporting.page_scores import score_label
 from captioning.scoring import clinical
 from captioning.scoring.clinical import ATTRIBUTES, stated_attributes
+from captioning.scoring.concept_detection import NAMES
 from metrics import wording_scores
 
 
@@ -23,9 +24,14 @@ Row = dict[str, Any]
 
 
 def caption_payload(
-    predictions: Sequence[Mapping[str, Any]], modalities: Sequence[str], num_tokens: Sequence[int] | None = None
+    predictions: Sequence[Mapping[str, Any]],
+    modalities: Sequence[str],
+    num_tokens: Sequence[int] | None = None,
+    names: Mapping[str, str] = NAMES,
 ) -> dict[str, Any]:
-    """Return what the page's script is given of the N captions of a run, `num_tokens` being those of the references.
+    """Return what the page's script is given of the N captions of a run.
+
+    `num_tokens` are those of the references, `names` those of concepts.
 
     Raises:
         ValueError: there are more or fewer modalities or numbers of tokens than predictions.
@@ -38,7 +44,16 @@ def caption_payload(
         pairs = zip(nll, num_tokens, strict=True)
         scores[NLL_PER_TOKEN] = [None if value is None else value / number for value, number in pairs]
     rows = [
-        caption_row(row["image_id"], row["reference"], [row["prediction"]], modality, row.get("cui", ()), values)
+        caption_row(
+            row["image_id"],
+            row["reference"],
+            [row["prediction"]],
+            modality,
+            row.get("cui", ()),
+            values,
+            row.get("concepts"),
+            names,
+        )
         for row, modality, *values in zip(predictions, modalities, *scores.values(), strict=True)
     ]
     labels = [key if key in (NLL, NLL_PER_TOKEN) else score_label(key, full=True) for key in scores]
@@ -47,9 +62,19 @@ def caption_payload(
 
 
 def caption_row(
-    image_id: str, reference: str, predictions: Sequence[str], modality: str, cuis: Iterable[str], scores: Iterable
+    image_id: str,
+    reference: str,
+    predictions: Sequence[str],
+    modality: str,
+    cuis: Iterable[str],
+    scores: Iterable,
+    detected: Iterable[str] | None = None,
+    names: Mapping[str, str] = NAMES,
 ) -> Row:
-    """Return what the page shows of an image: its tags by prediction, and the errors of the first prediction."""
+    """Return what the page shows of an image: its tags by prediction, and the errors of the first prediction.
+
+    Where a system has `detected` concepts, those of the image are right or missed, and others wrong.
+    """
     read = [_tags_and_errors(text, reference, modality) for text in predictions]
     return {
         "id": image_id,
@@ -58,9 +83,25 @@ def caption_row(
         "predictions": list(predictions),
         "tags": [tags for tags, _ in read],
         "kinds": read[0][1],
-        "concepts": [" ".join(filter(None, (cui, clinical.MODALITY_CUIS.get(cui)))) for cui in cuis],
+        "concepts": _concept_tags(list(cuis), detected, names),
         "scores": [round(float(x), 4) if x is not None and math.isfinite(x) else None for x in scores],
     }
+
+
+def _concept_tags(
+    cuis: Sequence[str], detected: Iterable[str] | None, names: Mapping[str, str]
+) -> list[tuple[str, int]]:
+    """Return concepts with their names and the number of their place: see `PLACES` of the page's script."""
+    of_image, found = (3, 3, 3), set(cuis)
+    if detected is not None:
+        of_image, found = (4, 5, 6), set(detected)
+    right, missed = ([cui for cui in cuis if (cui in found) == wanted] for wanted in (True, False))
+    parts = zip(of_image, (right, missed, sorted(found.difference(cuis))), strict=True)
+    return [
+        (" ".join(filter(None, (cui, clinical.MODALITY_CUIS.get(cui) or names.get(cui)))), place)
+        for place, own in parts
+        for cui in own
+    ]
 
 
 def _tags_and_errors(prediction: str, reference: str, modality: str) -> tuple[list[tuple[str, int]], list[str]]:

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from captioning.scoring.baselines import BASELINES
+from captioning.scoring.concept_systems import SYSTEMS
 from captioning.scoring.score import HEADLINE
 
 
@@ -35,6 +36,10 @@ HEADLINES = {
     "modality_f1": "modalities: CT, MRI, X-ray, ...",
     "rouge1": "words in common with the reference, in any order",
 }
+
+DETECTION_COLUMNS = {"concept_detection_f1": "F1", "concept_detection_manual_f1": "F1 of the 15 manual concepts"}
+DETECTION_COLUMNS |= {"concept_detection_precision": "Precision", "concept_detection_recall": "Recall"}
+SHOWN_CONCEPTS = 100  # of the table concept by concept
 
 Score = Mapping[str, Any]  # an entry of `scores` or `modalities` in scores.json
 
@@ -88,6 +93,29 @@ def headline(summary: Mapping[str, Any]) -> str:
     if not summary["beats_constant"]:
         return "The model does not beat one constant caption for all images"
     return f"Better than a constant caption, but below: {', '.join(higher)}" if higher else "Above every baseline"
+
+
+# --- Concepts -------------------------------------------------------------------------------------------------
+
+
+def has_head(scored: Mapping[str, Any] | None) -> bool:
+    """Return whether the concepts of a split were predicted by a concept head."""
+    return "head" in (scored or {}).get("concept_detection", {"systems": {}})["systems"]
+
+
+def detection_systems(detection: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Score]]]:
+    """Return what each system is called and is, and its scores."""
+    return [(SYSTEMS[key].name, SYSTEMS[key].description, found) for key, found in detection["systems"].items()]
+
+
+def thresholds_note(split: str, detection: Mapping[str, Any]) -> str:
+    """Return where the thresholds come from, and those that are common to all concepts."""
+    known = {SYSTEMS[key].name: own["threshold"] for key, own in detection["systems"].items() if "threshold" in own}
+    values = ", ".join(f"{name} {threshold:g}" for name, threshold in known.items())
+    chosen = (
+        "chosen on these images, which flatters the scores" if split == "validation" else "not chosen on these images"
+    )
+    return f"Thresholds were {chosen}{f': {values}' if values else ''}."
 
 
 # --- Bars -----------------------------------------------------------------------------------------------------

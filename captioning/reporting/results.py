@@ -15,12 +15,13 @@ from captioning.data import checks
 from captioning.data.images import open_image
 from captioning.data.splits import NEIGHBORS
 from captioning.files import to_json, write_whole
+from captioning.reporting.concepts import detect_concepts
 from captioning.reporting.page import write_report
 from captioning.reporting.run_record import RunRecord
 from captioning.scoring.captions import Captions, write_predictions
 from captioning.scoring.clinical import modality_of
 from captioning.scoring.score import flat, score
-from captioning.scoring.submission import write_submission
+from captioning.scoring.submission import write_concepts, write_submission
 from captioning.scoring.training_split import Training
 from captioning.training.arguments import DataArguments
 from captioning.training.self_critical import SelfCritical, parse_reward
@@ -50,7 +51,8 @@ def training_for_baselines(
     if NEIGHBORS not in splits:
         return Training(captions, cuis)
     rows = splits[NEIGHBORS]
-    return Training(captions, cuis, trainer.image_features(rows), list(rows["caption"]))
+    columns = (list(rows[column]) for column in ("caption", "cui", "image_id"))
+    return Training(captions, cuis, trainer.image_features(rows), *columns)
 
 
 def keep_split(
@@ -70,13 +72,15 @@ def keep_split(
         return {}
     folder, args = record.folder, trainer.args
     captions = Captions(list(rows["image_id"]), found.captions, list(rows["caption"]), list(rows["cui"]))
-    predictions = write_predictions(folder / "predictions" / f"{split}.jsonl", captions, found.nll)
+    concepts, detection = detect_concepts(trainer, record, captions, found.features, split, training)
+    predictions = write_predictions(folder / "predictions" / f"{split}.jsonl", captions, found.nll, concepts)
     bound = trainer.captioner.round_trip(captions.references) if trainer.captioner.loses_surface_form else None
     tokenizer = "ptb" if args.coco_metrics else None
     scores = score(captions, training, found.features, tokenizer, args.bertscore_model, bound)
-    for name in (
-        parse_reward(args.reward) if isinstance(trainer.objective, SelfCritical) else ()
-    ):  # held-out scores are read otherwise
+    if detection:
+        scores["concept_detection"] = detection
+    rewarded = parse_reward(args.reward) if isinstance(trainer.objective, SelfCritical) else ()
+    for name in rewarded:  # held-out scores are read otherwise
         if name in scores["scores"]:
             scores["scores"][name]["rewarded"] = True
     record.keep(split, predictions, scores)
@@ -85,6 +89,8 @@ def keep_split(
         logger.warning("%s: %s Look next at the worst captions in report.html", split, scores["verdict"])
     if args.write_submission and split == "test":
         write_submission(folder, captions.image_ids, captions.predictions)
+        if concepts:
+            write_concepts(folder, captions.image_ids, concepts)
     return flat(scores)
 
 

@@ -13,7 +13,8 @@ from captioning.scoring.baselines import BASELINES
 from captioning.scoring.bertscore import NOT_COMPUTED
 from captioning.scoring.bootstrap import num_decimals
 from captioning.scoring.concept_detection import NAMES
-from captioning.scoring.score import BY_MODALITY
+from captioning.scoring.concept_systems import SYSTEMS
+from captioning.scoring.score import BY_MODALITY, DETECTION_F1
 
 
 CAPTION_WIDTH = 400  # characters of a caption on the terminal
@@ -97,6 +98,14 @@ def not_computed(scores: Mapping[str, Any]) -> list[str]:
     return lines + [f"not computed: {', '.join(usual)}; docs/metrics.md says how to get them"] * bool(usual)
 
 
+def detection_rows(detection: Mapping[str, Any]) -> list[list[str]]:
+    """Return a row for each system that predicts concepts: its name, F1 and interval of all and of manual ones."""
+    return [
+        [SYSTEMS[key].name, *(cell for name in DETECTION_F1 for cell in score_cells(found[name])[:2])]
+        for key, found in detection["systems"].items()
+    ]
+
+
 # --- Numbers --------------------------------------------------------------------------------------------------
 
 
@@ -118,7 +127,7 @@ def interval_in_words(entry: Mapping[str, Any], sign: str = "") -> str:
 
 def score_cells(entry: Mapping[str, Any]) -> list[str]:
     """Return a score, its confidence interval, and the highest of its baselines with its name, a dash without one."""
-    known = {key: value for key, value in entry["baselines"].items() if value is not None}
+    known = {key: value for key, value in entry.get("baselines", {}).items() if value is not None}
     best, show = max(known, key=known.get, default=None), in_digits(entry)
     baseline = f"{show(known[best])} ({BASELINES[best].name})" if best else "-"
     return [show(entry["value"]), interval_in_words(entry), baseline]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from captioning.errors import printable
 from captioning.reporting.run_record import SPLITS, RunRecord
-from captioning.reporting.score_table import CAPTION_WIDTH, not_computed, number_text
+from captioning.reporting.score_table import CAPTION_WIDTH, detection_rows, not_computed, number_text
 from captioning.scoring.baselines import BASELINES
 from captioning.scoring.score import HEADLINE
 from metrics import METRIC_NAMES
@@ -27,6 +27,10 @@ def summary(metrics: Mapping[str, float], record: RunRecord) -> str:
         if any(value is not None for value in values):
             lines.append(f"{label:<34}" + "".join(f"{number_text(value):>12}" for value in values))
     lines += [f"{split}: {record.scores[split]['verdict']}" for split in columns if split in record.scores]
+    for split in columns:
+        if detection := record.scores.get(split, {}).get("concept_detection"):
+            systems = [f"{name} {f1}" for name, f1, *_ in detection_rows(detection)]
+            lines.append(f"{split}: concepts, F1: {', '.join(systems)}")
     lines += record.leaks
     lines += dict.fromkeys(
         line for split in columns for line in not_computed({"missing": {}} | record.scores.get(split, {}))

@@ -4,7 +4,7 @@ A baseline is a system like any other: it gives one caption for each image, and 
 published captions a constant one reaches a ROUGE-L of .165, more than a fine-tune reports on ROCOv2.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -77,11 +77,20 @@ def nearest_captions(features: np.ndarray, train_features: np.ndarray, train_cap
         train_features: float `[M, H]`.
         train_captions: the M captions.
     """
-    common = train_features.mean(axis=0)
-    train = train_features - common
-    train /= np.maximum(np.linalg.norm(train, axis=1, keepdims=True), 1e-12)
-    nearest = [
-        ((features[start : start + CHUNK] - common) @ train.T).argmax(axis=1)
-        for start in range(0, len(features), CHUNK)
-    ]
+    nearest = [cosines.argmax(axis=1) for _, cosines in similarities(features, train_features)]
     return [train_captions[i] for i in np.concatenate(nearest)]
+
+
+def similarities(features: np.ndarray, train_features: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield cosines `[n, M]` of some images at a time with M training images, with the number of the first.
+
+    Args:
+        features: float `[N, H]`.
+        train_features: float `[M, H]`, whose mean is subtracted from all.
+    """
+    common = train_features.mean(axis=0)
+    train, own = train_features - common, features - common
+    for centered in (train, own):
+        centered /= np.maximum(np.linalg.norm(centered, axis=1, keepdims=True), 1e-12)
+    for start in range(0, len(own), CHUNK):
+        yield start, own[start : start + CHUNK] @ train.T

@@ -15,7 +15,8 @@
     modalities  name -> captions, and scores as above
     missing     name -> what a score that was not computed needs
 
-A run adds `leaks`: see `captioning.data.leaks.find_leaks`.
+A run adds `leaks`: see `captioning.data.leaks.find_leaks`, and `concept_detection`: see
+`captioning.reporting.concepts`.
 """
 
 import math
@@ -50,6 +51,10 @@ from metrics import wording_scores
 
 
 HEADLINE = "rougeL"
+DETECTION_F1 = (
+    "concept_detection_f1",
+    "concept_detection_manual_f1",
+)  # of all concepts, and of ImageCLEF's 15 manual ones
 HOW_MANY = {1: "A baseline scores"} | {
     number: f"{word} baselines score" for number, word in enumerate(("Two", "Three", "Four", "Five"), start=2)
 }
@@ -96,7 +101,7 @@ def score(
     counts = resampling_counts(len(captions))
     entries = {}
     for name, own in scores[""].items():
-        entries[name] = _entry(own, counts) | {"signature": signature(name, bertscore_model, len(split.captions))}
+        entries[name] = score_entry(own, counts) | {"signature": signature(name, bertscore_model, len(split.captions))}
         others = {"constant": finite(of_constants[name])} if name in of_constants else {}
         others |= {key: finite(scores[key][name].value) for key in baselines if name in scores[key]}
         entries[name]["baselines"] = others
@@ -184,7 +189,8 @@ def _concept_scores(
     return {name: concept_f1([found[text] for text in own], truth) for name, own in systems.items()}
 
 
-def _entry(own: Score, counts: np.ndarray, rows: np.ndarray | slice = slice(None)) -> dict[str, float | None]:
+def score_entry(own: Score, counts: np.ndarray, rows: np.ndarray | slice = slice(None)) -> dict[str, float | None]:
+    """Return the value of a score of some of N captions with its interval; `counts`: see `resampling_counts`."""
     part = own.part(rows)
     # A single caption does not show how much captions vary
     several = len(part.statistics) > 1
@@ -201,7 +207,7 @@ def _by_modality(scores: Mapping[str, Score], modalities: Sequence[str], counts:
     of_image, sizes = np.array(modalities), Counter(name for name in modalities if name != UNKNOWN)
     shown = [key for key in BY_MODALITY if key in scores]
     return {
-        name: {"captions": sizes[name], **{key: _entry(scores[key], counts, of_image == name) for key in shown}}
+        name: {"captions": sizes[name], **{key: score_entry(scores[key], counts, of_image == name) for key in shown}}
         for name in sorted(sizes, key=lambda name: (-sizes[name], name))
     }
 
@@ -251,6 +257,8 @@ def flat(scores: Mapping[str, Any]) -> dict[str, float]:
     """
     values = {name: entry["value"] for name, entry in scores["scores"].items()}
     values |= {f"{HEADLINE}_{key}": value for key, value in scores["scores"][HEADLINE]["baselines"].items()}
+    if head := scores.get("concept_detection", {"systems": {}})["systems"].get("head"):
+        values |= {name: head[name]["value"] for name in DETECTION_F1}
     return {name: value for name, value in values.items() if value is not None}
 
 

@@ -23,6 +23,8 @@ class Training:
         cuis: the concepts of each image, empty where none are known.
         features: float `[K, H]` of the images whose captions are `neighbors`; None without a model.
         neighbors: the captions of these images; None if they are all M.
+        neighbor_cuis: their concepts.
+        neighbor_ids: their ids.
         is_scored: these are the references that are scored: there is no training split.
     """
 
@@ -30,6 +32,8 @@ class Training:
     cuis: Sequence[Sequence[str]]
     features: np.ndarray | None = None
     neighbors: Sequence[str] | None = None
+    neighbor_cuis: Sequence[Sequence[str]] = ()
+    neighbor_ids: Sequence[str] = ()
     is_scored: bool = False
 
     @property

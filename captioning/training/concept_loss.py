@@ -7,7 +7,7 @@ The loss of an image is summed over its concepts, then averaged over the labeled
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from captioning.errors import UserError
 from captioning.models.captioner import IGNORE_INDEX, Batch, Captioner
 from captioning.models.concept_head import ConceptHead
+from captioning.scoring.concept_detection import NAMES
 from captioning.scoring.concepts import known_concepts
 
 
@@ -33,11 +34,11 @@ AUTO_SHARE, AUTO_RANGE = 0.1, (0.05, 5.0)
 # --- The head -------------------------------------------------------------------------------------------------
 
 
-def set_up_concept_head(captioner: Captioner, rows: Dataset | None, args) -> None:
+def set_up_concept_head(captioner: Captioner, rows: Dataset | None, args, names: Mapping[str, str] = {}) -> None:
     """Give the model of a run that trains on `rows` a new concept head, or keep the one that it was loaded with.
 
     A run that trains without concepts leaves out the head, whose features will change. One that does not train keeps
-    it as it is.
+    it as it is. `names` of concepts go before those of `NAMES`.
 
     Raises:
         UserError: no concept has enough images, or the head has other concepts.
@@ -63,7 +64,8 @@ def set_up_concept_head(captioner: Captioner, rows: Dataset | None, args) -> Non
             f"of {args.min_concept_count} images; set --min_concept_count, or --concept_loss_weight 0"
         )
     if head is None:
-        head = ConceptHead(_num_features(captioner), concepts)
+        names = NAMES | dict(names)
+        head = ConceptHead(_num_features(captioner), concepts, {cui: names[cui] for cui in concepts if cui in names})
         share = torch.tensor([counts[cui] / labeled for cui in concepts]).clamp(max=0.99)
         with torch.no_grad():  # an untrained head predicts how frequent a concept is
             head.bias.copy_(torch.logit(share))

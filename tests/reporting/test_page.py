@@ -404,6 +404,29 @@ def test_differing_words_are_marked_and_tags_say_what_each_text_states(marked_ru
     assert tags[2:] == ["only in the reference: – left", "only in the prediction: + right"]
 
 
+def test_right_missed_and_wrong_concepts_are_told_apart_by_words(tmp_path, open_page):
+    rows = make_predictions(1, cui=[["C0040405", "C0817096"]], concepts=[["C0817096", "C0030797"]])
+    entry = scored(0.5, 0.4, 0.6)
+    head = {f"concept_detection_{name}": entry for name in ("f1", "manual_f1", "precision", "recall")}
+    table = [
+        {"cui": f"C{i:07}", "support": 200 - i, "tp": 1, "fp": 0, "fn": 199 - i, "name": None} for i in range(120)
+    ]
+    table[0]["name"] = "<b>bone</b>"
+    detection = {"systems": {"head": head | {"threshold": 0.37}}, "of": "head", "concepts": table}
+    page = open_page(make_page(tmp_path / "run", rows, scores={"test": SCORES | {"concept_detection": detection}}))
+    shown = texts(page, "#cards .tags .concept")
+    assert shown == ["concept, predicted: ✓ C0817096 chest", "missed: C0040405 CT", "wrong: C0030797 pelvis"]
+    borders = page.eval_on_selector_all(
+        "#cards .tags .concept", "all => all.map(e => getComputedStyle(e).borderStyle)"
+    )
+    assert borders == ["solid", "dashed", "solid"]
+    text = page.inner_text("main")
+    assert "concept head 0.37" in text and "missed by it" in text
+    page.click("text=Concept by concept")
+    assert "C0000000 <b>bone</b>\t200\t1\t199\t0\t0.010" in page.inner_text("main")
+    assert "The 100 most frequent of 120" in page.inner_text("main")
+
+
 def test_examples_of_errors_come_first_and_lead_to_all_of_their_kind(marked_run, open_page):
     page = open_page(marked_run)
     examples = zip(texts(page, "#highlights h3"), texts(page, "#highlights .meta a"), strict=True)

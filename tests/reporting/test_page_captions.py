@@ -32,4 +32,4 @@ def test_tags_say_where_a_value_stands_and_numbers_are_finite():
     )
     tags = {("chest", 0), ("left", 1), ("right", 2), ("no effusion", 1), ("36 mm", 0)}
     assert set(row["tags"][0]) == tags
-    assert (row["concepts"], row["scores"]) == (["C0040405 CT"], [0.5, None])
+    assert (row["concepts"], row["scores"]) == ([("C0040405 CT", 3)], [0.5, None])

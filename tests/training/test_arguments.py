@@ -79,7 +79,7 @@ def test_the_rocov2_recipes_differ_as_their_names_say():
     assert changes("rocov2_blip_base_long") == longer
     assert changes("rocov2_blip_large")["model_name_or_path"].endswith("large")
     assert changes("rocov2_blip_large_4gpu").keys() <= changes("rocov2_blip_large").keys()
-    for name in recipes.keys() - {"quickstart", "quickstart_self_critical"}:
+    for name in recipes.keys() - {"quickstart", "quickstart_self_critical", "quickstart_concepts"}:
         sizes = recipes[name]["per_device_train_batch_size"], recipes[name]["gradient_accumulation_steps"]
         assert math.prod(sizes) * (4 if name.endswith("4gpu") else 1) == 32, name
 
