@@ -12,6 +12,7 @@ from captioning.hub.private_strings import texts_in
 
 
 NAME_FIELDS = ("model_name_or_path", "config_name", "tokenizer_name", "dataset_name", "bertscore_model")
+NAME_FIELDS += ("retriever",)
 LOCAL_FIELDS = ("image_folder",)  # what is in such a field is on this machine, whatever it looks like
 TEXT_FIELDS = (
     "prompt", "license", "language", "package_versions", "hardware", "code", "fingerprint", "changed_on_resume",

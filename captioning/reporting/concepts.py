@@ -38,11 +38,13 @@ def detect_concepts(
     features: np.ndarray,
     split: str,
     training: Training | None,
+    retrieved: np.ndarray | None = None,
 ) -> tuple[list[list[str]] | None, dict[str, Any]]:
     """Return the concepts that the head predicts for N images, None without one, and what `scores.json` has of them.
 
     The latter is empty where the images have no concepts. Thresholds are chosen on the validation split; a head keeps
-    those that it was loaded with. `features` are float32 `[N, D]`, `training` is that of the baselines.
+    those that it was loaded with. `features` are float32 `[N, D]`, `training` is that of the baselines, `retrieved`
+    are features by its retriever.
     """
     head, truth = trainer.captioner.concept_head, [known_concepts(cuis) for cuis in captions.cuis]
     args, chooses = trainer.args, split == "validation" and any(truth)
@@ -58,7 +60,8 @@ def detect_concepts(
     if not any(truth):
         return predicted.get("head"), {}
     if training and training.features is not None and any(map(known_concepts, training.neighbor_cuis)):
-        concepts, votes = neighbor_votes(features, captions.image_ids, training, args.concept_neighbors)
+        own, others = (features, training.features) if retrieved is None else (retrieved, training.retrieved)
+        concepts, votes = neighbor_votes(own, others, captions.image_ids, training, args.concept_neighbors)
         if chooses:
             thresholds["neighbors"] = choose_thresholds(votes, concepts, truth)
         else:

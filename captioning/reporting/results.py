@@ -5,16 +5,19 @@ The Trainer's few metrics of a split are computed each epoch; these are computed
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict
+from PIL import Image
 
 from captioning.data import checks
 from captioning.data.images import open_image
 from captioning.data.splits import NEIGHBORS
 from captioning.files import to_json, write_whole
+from captioning.models.retriever import Retriever
 from captioning.reporting.concepts import detect_concepts
 from captioning.reporting.page import write_report
 from captioning.reporting.run_record import RunRecord
@@ -52,7 +55,16 @@ def training_for_baselines(
         return Training(captions, cuis)
     rows = splits[NEIGHBORS]
     columns = (list(rows[column]) for column in ("caption", "cui", "image_id"))
-    return Training(captions, cuis, trainer.image_features(rows), *columns)
+    training = Training(captions, cuis, trainer.image_features(rows), *columns)
+    if not args.retriever or not trainer.is_world_process_zero():
+        return training
+    retriever = Retriever.from_pretrained(args.retriever, args.device)
+    return replace(training, retriever=retriever, retrieved=retriever.features(images_of(rows)))
+
+
+def images_of(rows: Dataset) -> Iterator[Image.Image]:
+    """Yield the images of a split, opened one at a time."""
+    return (open_image(row["image"]) for row in rows.select_columns("image"))
 
 
 def keep_split(
@@ -72,7 +84,8 @@ def keep_split(
         return {}
     folder, args = record.folder, trainer.args
     captions = Captions(list(rows["image_id"]), found.captions, list(rows["caption"]), list(rows["cui"]))
-    concepts, detection = detect_concepts(trainer, record, captions, found.features, split, training)
+    retrieved = training.retriever.features(images_of(rows)) if training and training.retriever else None
+    concepts, detection = detect_concepts(trainer, record, captions, found.features, split, training, retrieved)
     predictions = write_predictions(folder / "predictions" / f"{split}.jsonl", captions, found.nll, concepts)
     bound = trainer.captioner.round_trip(captions.references) if trainer.captioner.loses_surface_form else None
     tokenizer = "ptb" if args.coco_metrics else None
@@ -108,7 +121,7 @@ def write_page(trainer: CaptioningTrainer, record: RunRecord, rows: Dataset, fou
         write_report(
             record,
             split,
-            images=(open_image(row["image"]) for row in rows.select_columns("image")),
+            images=images_of(rows),
             modalities=[modality_of(cui, caption) for cui, caption in zip(rows["cui"], rows["caption"], strict=True)],
             attention=dict(zip(attended["image_id"], attention, strict=True)),
             num_tokens=found.num_tokens.tolist(),

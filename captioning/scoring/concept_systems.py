@@ -96,7 +96,7 @@ def concepts_above(
 
 
 def neighbor_votes(
-    features: np.ndarray, image_ids: Sequence[str], training: Training, number: int
+    features: np.ndarray, train_features: np.ndarray, image_ids: Sequence[str], training: Training, number: int
 ) -> tuple[list[str], np.ndarray]:
     """Return the concepts of training images, and for N images the votes `[N, C]` of those that are nearest to each.
 
@@ -104,9 +104,10 @@ def neighbor_votes(
     training images with concepts. An image has no vote on itself, known by its id.
 
     Args:
-        features: float `[N, H]` of the images, as those of `training`.
+        features: float `[N, H]` of the images.
+        train_features: float `[K, H]` of those of `training` that may vote.
         image_ids: N ids.
-        training: with features.
+        training: the training split.
         number: nearest images.
     """
     known = [known_concepts(cuis) for cuis in training.neighbor_cuis]
@@ -115,7 +116,7 @@ def neighbor_votes(
     labels = _indicators([known[row] for row in pool], concepts).astype(np.float32)
     place = {training.neighbor_ids[row]: i for i, row in enumerate(pool)}
     votes = []
-    for start, cosines in similarities(features, training.features):
+    for start, cosines in similarities(features, train_features):
         weights = cosines[:, pool].clip(min=0)
         for row, image_id in enumerate(image_ids[start : start + len(weights)]):
             if image_id in place:

@@ -7,6 +7,7 @@ from functools import cached_property
 import numpy as np
 
 from captioning.errors import UserError
+from captioning.models.retriever import Retriever
 from captioning.scoring.captions import check_ids, read_csv, split_cuis
 from captioning.scoring.clinical import UNKNOWN, modality_of
 from captioning.scoring.concepts import ConceptExtractor
@@ -25,6 +26,8 @@ class Training:
         neighbors: the captions of these images; None if they are all M.
         neighbor_cuis: their concepts.
         neighbor_ids: their ids.
+        retriever: makes other features for the concepts of the nearest images; None: these are used.
+        retrieved: these features, float `[K, D]`.
         is_scored: these are the references that are scored: there is no training split.
     """
 
@@ -34,6 +37,8 @@ class Training:
     neighbors: Sequence[str] | None = None
     neighbor_cuis: Sequence[Sequence[str]] = ()
     neighbor_ids: Sequence[str] = ()
+    retriever: Retriever | None = None
+    retrieved: np.ndarray | None = None
     is_scored: bool = False
 
     @property

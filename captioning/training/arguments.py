@@ -225,6 +225,9 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
         default="one", help="Probability from which a concept is predicted: one for all, or each its own."
     )
     concept_neighbors: int = HfArg(default=20, help="Nearest training images whose concepts are the baseline.")
+    retriever: str | None = HfArg(
+        default=None, help="Hub id or folder of a vision model that finds these images. Default: the model itself."
+    )
 
     # Evaluation, checkpoints, logs
     eval_strategy: str = HfArg(default="epoch", help="no, steps or epoch.")

@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+from datasets import load_from_disk
 from helpers import predictions, read_json, score_flags
 from sklearn.metrics import f1_score
 
 import run_captioning
-from captioning.data.phantoms import load_phantoms
+from captioning.data.phantoms import CUIS, load_phantoms
+from captioning.models.retriever import Retriever
 from captioning.reporting.page_captions import caption_row
 from captioning.scoring.submission import check_submission
 
@@ -84,6 +86,26 @@ def test_a_saved_head_predicts_the_same_without_training_and_without_validation(
     columns = [[row["concepts"] for row in predictions(run)] for run in (folder, tmp_path / "again")]
     assert columns[0] == columns[1] and any(columns[0])
     assert not list((tmp_path / "again").glob("concept_head*"))
+
+
+def test_a_retriever_finds_the_neighbors_in_place_of_the_model(finished, few_phantoms, tmp_path, monkeypatch):
+    """One that looks at nothing but the concepts themselves is never wrong."""
+    folder, _ = finished
+    encoded = []
+
+    def features(self, images):
+        encoded.append([image.size for image in images])
+        rows = {300: "train", 60: "validation"}[len(encoded[-1])]
+        known = load_from_disk(few_phantoms)[rows]["cui"]
+        return np.array([[float(cui in own) for cui in sorted(CUIS.values())] for own in known], dtype=np.float32)
+
+    monkeypatch.setattr(Retriever, "features", features)
+    monkeypatch.setattr(Retriever, "from_pretrained", lambda *args: Retriever.__new__(Retriever))
+    more = {"num_beams": 1, "max_new_tokens": 8, "do_predict": False, "retriever": tmp_path}
+    run_captioning.main(score_flags(folder, few_phantoms, tmp_path / "run", **more))
+    scores = read_json(tmp_path / "run" / "scores.json")["validation"]["concept_detection"]["systems"]
+    assert scores["neighbors"]["concept_detection_f1"]["value"] == 1
+    assert [(len(sizes), *set(sizes)) for sizes in encoded] == [(300, (96, 96)), (60, (96, 96))]
 
 
 def test_summary_card_page_and_submission_have_the_concepts(finished, capsys):

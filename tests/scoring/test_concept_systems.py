@@ -76,7 +76,9 @@ def test_the_votes_of_the_nearest_images_are_weighted_by_their_cosines(number=3)
     cuis = [[CONCEPTS[i % 3]] * (i % 4 > 0) + [CONCEPTS[3]] * (i % 8 == 1) for i in range(40)]
     others[0] = features[7]
     ids = [f"i{i}" for i in range(40)]
-    concepts, votes = neighbor_votes(others, ["i7", "a", "b", "c", "d"], training(cuis, features, ids), number)
+    concepts, votes = neighbor_votes(
+        others, features, ["i7", "a", "b", "c", "d"], training(cuis, features, ids), number
+    )
     assert concepts == CONCEPTS
     mean = features.mean(axis=0)
     for row, (image_id, other) in enumerate(zip(["i7", "a", "b", "c", "d"], others, strict=True)):
@@ -93,5 +95,5 @@ def test_the_votes_of_the_nearest_images_are_weighted_by_their_cosines(number=3)
 def test_more_neighbors_than_images_are_all_of_them():
     features = np.eye(4)
     known = training([["C0000001"], [], ["C0000002"], []], features, "abcd")
-    concepts, votes = neighbor_votes(features[:1], ["x"], known, 9)
+    concepts, votes = neighbor_votes(features[:1], features, ["x"], known, 9)
     assert concepts == CONCEPTS[:2] and votes.tolist() == [[1, 0]]  # the cosine with the other is negative

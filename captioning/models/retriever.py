@@ -1,0 +1,46 @@
+"""A vision model whose features say which images look alike, in place of those of the captioner."""
+
+from collections.abc import Iterable
+from itertools import islice
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
+
+from captioning.hub.faults import reading_from_hub
+
+
+BATCH_SIZE = 32  # images encoded at a time
+
+
+class Retriever:
+    """A vision model of the Hub or a folder, such as a ViT, DINOv2 or CLIP, with its image processor."""
+
+    def __init__(self, model: PreTrainedModel, processor: BaseImageProcessor):
+        self.model, self.processor = model.eval(), processor
+
+    @classmethod
+    def from_pretrained(cls, name: str, device: torch.device | str = "cpu") -> "Retriever":
+        """Load a model; of one of images and text, such as CLIP, the part for images is used.
+
+        Raises:
+            UserError: there is no such model, or it has no image processor.
+        """
+        with reading_from_hub(f"retriever '{name}' cannot be loaded", "give the Hub id or folder of a vision model"):
+            processor = AutoImageProcessor.from_pretrained(name, backend="pil")  # the same pixels everywhere (T11)
+            return cls(AutoModel.from_pretrained(name).to(device), processor)
+
+    @torch.no_grad()
+    def features(self, images: Iterable[Image.Image]) -> np.ndarray:
+        """Return the pooled features of N images, float32 `[N, D]`."""
+        images, found = iter(images), []
+        encode = getattr(self.model, "get_image_features", self.model)
+        while batch := [image.convert("RGB") for image in islice(images, BATCH_SIZE)]:
+            inputs = self.processor(batch, return_tensors="pt").to(self.model.device)
+            outputs = encode(pixel_values=inputs["pixel_values"])
+            pooled = outputs.pooler_output
+            pooled = outputs.last_hidden_state.mean(dim=1) if pooled is None else pooled
+            found.append(pooled.flatten(1).float().cpu().numpy())  # a ResNet keeps the axes of the pixels
+        return np.concatenate(found)
