@@ -94,15 +94,16 @@ class ConceptHead(nn.Linear):
         Raises:
             UserError: it cannot be read, or a weight is NaN or infinite.
         """
-        options = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
-        options["_raise_exceptions_for_connection_errors"] = False
-        paths = [cached_file(name, file, **options) for file in (CONFIG_FILE, WEIGHTS_FILE)]
-        if None in paths:
+        path = cached_file(
+            name, CONFIG_FILE, revision=revision, _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )  # fmt: skip
+        if path is None:
             return None
         with as_user_error(f"model '{name}': its concept head cannot be read", f"delete its {CONFIG_FILE}"):
-            rows = json.loads(Path(paths[0]).read_text(encoding="utf-8"))["concepts"]
+            rows = json.loads(Path(path).read_text(encoding="utf-8"))["concepts"]
             concepts, thresholds = ([row[key] for row in rows] for key in ("cui", "threshold"))
-            tensors = load_file(paths[1])
+            tensors = load_file(cached_file(name, WEIGHTS_FILE, revision=revision))
             names = {row["cui"]: row["name"] for row in rows if row["name"]}
             found = cls(tensors["weight"].shape[1], concepts, names, None if None in thresholds else thresholds)
             found.load_weights(tensors)

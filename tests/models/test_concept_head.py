@@ -35,11 +35,13 @@ def head(captioner):
 # --- One forward pass -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fast", [True, False])
-def test_gradients_are_those_of_a_plain_computation(captioner, head, fast):
+@pytest.mark.parametrize(("fast", "checkpointing"), [(True, False), (False, False), (True, True), (False, True)])
+def test_gradients_are_those_of_a_plain_computation(captioner, head, fast, checkpointing):
     captioner.adapt(fast=fast)
+    if checkpointing:
+        captioner.model.train().gradient_checkpointing_enable(dict(use_reentrant=False))
     batch, labels = make_batch(captioner.model), torch.eye(3)[[0, 1, 2, 0, 1]]
-    plain = copy.deepcopy(captioner.model)
+    plain = copy.deepcopy(captioner.model).eval()
     outputs, logits = captioner.forward_with_concepts(captioner.model, batch)
     (outputs.loss + torch.nn.functional.binary_cross_entropy_with_logits(logits, labels)).backward()
     patches = plain.vision_model(batch["pixel_values"]).last_hidden_state[:, 1:].mean(dim=1)

@@ -9,6 +9,7 @@ from sklearn.metrics import f1_score
 import run_captioning
 from captioning.data.phantoms import CUIS, load_phantoms
 from captioning.models.retriever import Retriever
+from captioning.reporting import concepts
 from captioning.reporting.page_captions import caption_row
 from captioning.scoring.submission import check_submission
 
@@ -79,13 +80,18 @@ def test_thresholds_are_chosen_on_validation_and_saved(finished):
     assert read_json(folder / "concept_head.json")["concepts"][0]["name"]
 
 
-def test_a_saved_head_predicts_the_same_without_training_and_without_validation(finished, few_phantoms, tmp_path):
+def test_a_saved_head_predicts_the_same_without_training_and_without_validation(
+    finished, few_phantoms, tmp_path, monkeypatch
+):
     folder, _ = finished
-    more = {"num_beams": 1, "max_new_tokens": 8, "neighbor_samples": 0, "do_eval": False}
+    monkeypatch.setattr(concepts, "choose_thresholds", lambda *args: pytest.fail("chosen on test images"))
+    more = {"num_beams": 1, "max_new_tokens": 8, "do_eval": False}
     run_captioning.main(score_flags(folder, few_phantoms, tmp_path / "again", **more))
     columns = [[row["concepts"] for row in predictions(run)] for run in (folder, tmp_path / "again")]
     assert columns[0] == columns[1] and any(columns[0])
     assert not list((tmp_path / "again").glob("concept_head*"))
+    found = read_json(tmp_path / "again" / "scores.json")["test"]["concept_detection"]["systems"]
+    assert found["neighbors"]["threshold"] == 0.5
 
 
 def test_a_retriever_finds_the_neighbors_in_place_of_the_model(finished, few_phantoms, tmp_path, monkeypatch):
