@@ -24,6 +24,7 @@ MAX_PIXELS = 2**26
 MAX_PIXELS_16_BIT = 22 * 2**20
 # Pillow's own readers of raster images, and none that starts another program (EPS) or opens what a file names
 FORMATS = ("PNG", "JPEG", "JPEG2000", "TIFF", "BMP", "GIF", "WEBP", "PPM", "TGA", "AVIF")
+IMAGE_ENDINGS = {ending for ending, name in Image.registered_extensions().items() if name in FORMATS}
 MAX_JPEG_SCANS = 100  # encoders write about 10; each takes few bytes and makes the decoder pass over all pixels
 TIFF_TILE_SIDES = (322, 323)  # tags TileWidth and TileLength; a tile is decoded whole, however little of it is shown
 
