@@ -53,7 +53,8 @@ class ImageFiles:
         for folder, _, names in os.walk(self.root):
             for path in (os.path.join(folder, name) for name in names):
                 stem, ending = os.path.splitext(path)
-                if ending.lower() in IMAGE_ENDINGS and path.isprintable():
+                is_image = ending.lower() in IMAGE_ENDINGS or ending[1:].isdigit()  # the end of a DICOM UID
+                if is_image and path.isprintable():
                     keys = {os.path.relpath(stem, self.root), os.path.basename(path), os.path.basename(stem)}
                     found |= {key: None if key in found else path for key in keys}
         return found
