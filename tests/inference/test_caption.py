@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -174,7 +175,7 @@ def test_each_frame_of_a_dicom_has_a_caption_if_asked_for(model, scans):
 
 def test_captions_go_to_standard_output_line_by_line(model, scans):
     listed = subprocess.run(
-        ["sh", "-c", f"ls scans/*.png | PYTHONPATH={ROOT} {shutil.sys.executable} -m captioning caption {model} -"],
+        ["sh", "-c", f"ls scans/*.png | PYTHONPATH={ROOT} {sys.executable} -m captioning caption {model} -"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     rows = [line.split("\t") for line in listed.stdout.splitlines()]
@@ -363,6 +364,15 @@ def test_of_a_batch_that_cannot_be_processed_only_the_culprit_has_no_caption(mod
 def test_a_closed_pipe_ends_quietly(model, scans):
     for i in range(30):
         (scans / f"{i:03}.png").write_bytes(make_png(i))
-    command = f"PYTHONPATH={ROOT} {shutil.sys.executable} -m captioning caption {model} scans --batch_size 1 | head -1"
+    command = f"PYTHONPATH={ROOT} {sys.executable} -m captioning caption {model} scans --batch_size 1 | head -1"
     ended = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
     assert ended.stdout.startswith("scans/000.png\t") and ended.stderr == ""
+
+
+def test_what_a_caption_does_not_need_is_not_imported():
+    """The first caption waits for the imports, the model and itself."""
+    unneeded = {"datasets", "pandas", "pyarrow", "sklearn", "evaluate", "matplotlib", "gradio"}
+    code = f"import sys, captioning.inference.caption; print(*{unneeded} & sys.modules.keys())"
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == []
