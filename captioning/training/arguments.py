@@ -19,7 +19,14 @@ from captioning.data.layout import Layout
 from captioning.errors import UserError, as_user_error, did_you_mean
 from captioning.hub.licenses import check_license
 from captioning.training.concept_loss import CONCEPT_LOSSES
-from captioning.training.decoding import DEFAULT_GRID, generation_config, settings_of_grid
+from captioning.training.decoding import (
+    DEFAULT_GRID,
+    LIMITS,
+    check_decoding,
+    check_range,
+    generation_config,
+    settings_of_grid,
+)
 from captioning.training.self_critical import parse_reward
 from metrics import METRIC_NAMES
 
@@ -27,9 +34,7 @@ from metrics import METRIC_NAMES
 MAX_RECIPE = 2**20  # bytes
 # The lowest and the highest value of a field, both included. Upper limits are far beyond any use: a typing error, or a
 # recipe from a stranger, must not stop the machine, or fail only hours later at the first evaluation
-RANGES = {
-    "num_beams": (1, 256),
-    "length_penalty": (-100, 100),  # the exponent of a length of some hundreds, which beyond this overflows a double
+RANGES = LIMITS | {
     "learning_rate": (0, 1e308),  # any float but infinity; a training that explodes is reported when it does
     "num_train_epochs": (0, 10**6),
     "label_smoothing": (0, 0.999),
@@ -47,10 +52,10 @@ RANGES = {
     "sampling_top_p": (0.001, 1),
 }
 RANGES |= dict.fromkeys((
-    "min_new_tokens", "no_repeat_ngram_size", "data_seed", "neighbor_samples", "sampling_top_k", "caption_loss_weight",
+    "data_seed", "neighbor_samples", "sampling_top_k", "caption_loss_weight",
 ), (0, math.inf))  # fmt: skip
 RANGES |= dict.fromkeys((
-    "max_train_samples", "max_eval_samples", "max_predict_samples", "max_new_tokens", "dataloader_prefetch_factor",
+    "max_train_samples", "max_eval_samples", "max_predict_samples", "dataloader_prefetch_factor",
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
     "eval_accumulation_steps", "tune_samples", "min_concept_count", "concept_neighbors",
 ), (1, math.inf))  # fmt: skip
@@ -310,10 +315,7 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
             raise UserError(f"train_sampling_strategy is '{self.train_sampling_strategy}'; set random or sequential")
 
     def _check_combinations(self) -> None:
-        if self.min_new_tokens > self.max_new_tokens:
-            raise UserError(
-                f"min_new_tokens {self.min_new_tokens} exceeds max_new_tokens {self.max_new_tokens}; lower the former"
-            )
+        check_decoding(vars(self))
         if self.push_to_hub and not self.do_train:
             raise UserError("push_to_hub goes with do_train; a finished run is pushed by --push_only <output folder>")
         if self.write_submission and not (self.do_predict and self.predict_with_generate):
@@ -406,9 +408,8 @@ def _check_ranges(arguments: Any) -> None:
     """Raise a UserError for a field that is NaN, infinite or outside of its range; None is not checked."""
     for name, (lowest, highest) in RANGES.items():
         value = getattr(arguments, name, None)
-        if value is not None and not lowest <= value <= highest:
-            limits = f"from {lowest} to {highest}" if math.isfinite(highest) else f"to {lowest} or more"
-            raise UserError(f"{name} is {value}; set --{name} {limits}")
+        if value is not None:
+            check_range(name, value, lowest, highest)
     for name, value in vars(arguments).items():
         if isinstance(value, float) and not math.isfinite(value):  # a recipe, which is JSON, could not hold it
             hint = "0 to clip nothing" if name == "max_grad_norm" else "a finite number"

@@ -8,16 +8,40 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from captioning.errors import as_user_error
+from captioning.errors import UserError, as_user_error
 
 
 logger = logging.getLogger(__name__)
 
 # The fields of a recipe, and their meaning where a saved config does not name them
 DEFAULTS = {"num_beams": 1, "max_new_tokens": 0, "min_new_tokens": 0, "no_repeat_ngram_size": 0, "length_penalty": 1.0}
+# The lowest and the highest value of each, both included
+LIMITS = {
+    "num_beams": (1, 256),
+    "max_new_tokens": (1, math.inf),
+    "min_new_tokens": (0, math.inf),
+    "no_repeat_ngram_size": (0, math.inf),
+    "length_penalty": (-100, 100),  # the exponent of a length of some hundreds, which beyond this overflows a double
+}
 # Nine with those of the run: one change at a time, and other length penalties, which cost little
 DEFAULT_GRID = ("num_beams=1", "length_penalty=0.5,2", "num_beams=5 length_penalty=1,2")
 DEFAULT_GRID += ("no_repeat_ngram_size=3 length_penalty=1,2", "min_new_tokens=8")
+
+
+def check_range(name: str, value: float, lowest: float, highest: float) -> None:
+    """Raise a UserError if a field of a recipe is outside of its range, both ends included, or NaN."""
+    if not lowest <= value <= highest:
+        limits = f"from {lowest} to {highest}" if math.isfinite(highest) else f"to {lowest} or more"
+        raise UserError(f"{name} is {value}; set --{name} {limits}")
+
+
+def check_decoding(fields: Mapping[str, Any]) -> None:
+    """Raise a UserError if a decode setting among the `fields` of a recipe is impossible."""
+    for name, limits in LIMITS.items():
+        check_range(name, fields[name], *limits)
+    least, most = fields["min_new_tokens"], fields["max_new_tokens"]
+    if least > most:
+        raise UserError(f"min_new_tokens {least} exceeds max_new_tokens {most}; lower the former")
 
 
 def decode_settings(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Captions of one's own images by a saved model."""
