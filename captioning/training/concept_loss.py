@@ -149,20 +149,21 @@ class CaptionAndConceptLoss:
         """
         step, self._step = self._step, torch.zeros(2)
         if self.weight is None:
-            step = self._summed(trainer, step)
-            if step[1] > 0:
-                head.loss_weight.copy_((AUTO_SHARE * step[0] / step[1]).clamp(*AUTO_RANGE))
-            step /= trainer.args.world_size  # summed over processes once more in `measured`
+            captions, concepts = self._of_all_processes(trainer, step)
+            if concepts > 0:
+                head.loss_weight.copy_((AUTO_SHARE * captions / concepts).clamp(*AUTO_RANGE))
         self._seen += step
         self._num_steps += 1
 
     @staticmethod
-    def _summed(trainer, values: torch.Tensor) -> torch.Tensor:
-        return trainer.accelerator.reduce(values.to(trainer.args.device)).cpu()
+    def _of_all_processes(trainer, values: torch.Tensor) -> torch.Tensor:
+        """Return losses of the whole batch; without the flag, each process has normalized its part by itself."""
+        how = "sum" if trainer.args.average_tokens_across_devices else "mean"
+        return trainer.accelerator.reduce(values.to(trainer.args.device), how).cpu()
 
     def measured(self, trainer) -> dict[str, float]:
         """Return the mean losses of the steps since the last call, and the weight; all processes call it."""
-        seen, number = self._summed(trainer, self._seen), self._num_steps
+        seen, number = self._of_all_processes(trainer, self._seen), self._num_steps
         self._seen, self._num_steps = torch.zeros(2), 0
         if not number:
             return {}
