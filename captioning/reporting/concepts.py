@@ -17,7 +17,13 @@ from captioning.models.concept_head import CONFIG_FILE, DEFAULT_THRESHOLD, Conce
 from captioning.reporting.run_record import RunRecord
 from captioning.scoring.bootstrap import resampling_counts
 from captioning.scoring.captions import Captions
-from captioning.scoring.concept_detection import NAMES, best_constant_concepts, concept_table, detection_scores
+from captioning.scoring.concept_detection import (
+    MAX_CONCEPTS,
+    NAMES,
+    best_constant_concepts,
+    concept_table,
+    detection_scores,
+)
 from captioning.scoring.concept_systems import (
     SYSTEMS,
     choose_thresholds,
@@ -93,7 +99,7 @@ def _scored(
 ) -> dict[str, Any]:
     counts, systems = resampling_counts(len(truth)), {}
     for key in (key for key in SYSTEMS if key in predicted):
-        found = detection_scores([set(own) for own in predicted[key]], truth)
+        found = detection_scores([set(own[:MAX_CONCEPTS]) for own in predicted[key]], truth)
         systems[key] = {name: score_entry(own, counts) | {"signature": signature(name)} for name, own in found.items()}
         if len(common := set(thresholds.get(key) or ())) == 1:
             systems[key]["threshold"] = common.pop()
