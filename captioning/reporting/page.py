@@ -27,6 +27,7 @@ from captioning.scoring.baselines import BASELINES
 
 
 TEMPLATE = Path(__file__).parent / "page_template.html"
+ATTENTION_SCRIPT = (Path(__file__).parent / "attention.js").read_text(encoding="utf-8")
 PAGE_BUDGET = 57_000_000  # bytes of the page; what the captions leave of it goes to the images
 COMMIT_DIGITS = 7
 WORD = re.compile(r"\w")
@@ -63,7 +64,9 @@ def write_report(
     summary = record.scores.get(split, {})
     gallery = caption_payload(record.predictions(split), modalities, num_tokens)
     rows = gallery["rows"]
-    gallery["attention"] = {i: maps for i, row in enumerate(rows) if (maps := _maps(attention.get(row["id"], ())))}
+    gallery["attention"] = {
+        i: maps for i, row in enumerate(rows) if (maps := map_levels(attention.get(row["id"], ())))
+    }
     facts = record.facts(COMMIT_DIGITS) | {"split": f"{split}, {len(rows):,} captions"}
     if not gallery["attention"]:
         facts["attention maps"] = "this model gives none"
@@ -92,7 +95,8 @@ def render_page(
     `gallery` is what its script shows, `content` what its template shows beside `EMPTY`. `blocks` takes the bytes of
     the gallery, and returns the images as base64 JPEG, in portions of `IMAGES_PER_BLOCK`.
     """
-    source, payload = TEMPLATE.read_text(encoding="utf-8"), _script_json(gallery | {"block": IMAGES_PER_BLOCK})
+    source = TEMPLATE.read_text(encoding="utf-8").replace("/* attention.js */", ATTENTION_SCRIPT)
+    payload = _script_json(gallery | {"block": IMAGES_PER_BLOCK})
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -120,7 +124,7 @@ def render_page(
         unfinished.unlink(missing_ok=True)
 
 
-def _maps(words: Words) -> list[dict[str, Any]]:
+def map_levels(words: Words) -> list[dict[str, Any]]:
     """Return the maps of the words of a caption, each in 256 levels of its own maximum; punctuation has none."""
     found = []
     for word, values in words:

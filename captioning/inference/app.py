@@ -1,0 +1,215 @@
+"""The demo: a Gradio page on this machine that captions one image at a time.
+
+Nothing leaves the machine: the page loads nothing from elsewhere, analytics are off, and an uploaded file is deleted
+as soon as it has been read. No state is shared between users: an image is held by the session that sent it.
+"""
+
+import argparse
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from threading import Event
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from transformers import GenerationConfig
+
+from captioning.command_line import on_stop_signals
+from captioning.data.images import open_image
+from captioning.data.phantoms import combinations, draw
+from captioning.errors import UserError, printable
+from captioning.inference.model import InferenceModel
+from captioning.inference.page_parts import HEAD, STYLE, banner, caption_text, details, fault, picture
+from captioning.inference.space import export_space
+from captioning.inference.writer import Writer, Written
+
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+MAX_FILE_SIZE = 2**28  # bytes of an upload; a tomosynthesis in DICOM may have 200 MB
+MAX_NEW_TOKENS, MAX_BEAMS = 256, 10
+MAX_MESSAGE = 300  # characters; it may quote a file
+STATE_SECONDS = 3600  # after which an image that is still shown is forgotten
+EXAMPLES = (("radiograph", "chest", "nodule"), ("CT", "abdomen", "cyst"), ("MRI", "head", "mass"))
+SETTINGS = ("num_beams", "max_new_tokens", "length_penalty", "no_repeat_ngram_size")
+# A browser that keeps to it asks no other server, whatever Gradio's scripts want
+POLICY = (
+    "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
+    "style-src 'self' 'unsafe-inline'; object-src 'none'; base-uri 'self'; form-action 'self'"
+)
+
+
+def demo(arguments: argparse.Namespace) -> None:
+    """Serve the page until a signal comes, or write it as a Space.
+
+    Raises:
+        UserError: gradio is not installed, the model or the data cannot be loaded, or the port is taken.
+    """
+    if arguments.export_space:
+        export_space(arguments.model, arguments.revision, Path(arguments.export_space))
+        return
+    with tempfile.TemporaryDirectory(prefix="captioning-demo-") as folder:
+        gradio = _import_gradio(folder)
+        model = InferenceModel(arguments.model, arguments.revision, arguments.device)
+        writer = Writer(model, arguments.train, arguments.train_images)
+        page = build_page(gradio, writer, arguments.host in LOOPBACK)
+        ended = Event()
+        with on_stop_signals(lambda number: ended.set()):
+            try:
+                _, url, _ = page.launch(**_launch_options(gradio, arguments.host, arguments.port))
+            except OSError as error:  # gradio's message names the ports that it tried
+                raise UserError(f"the demo cannot listen at {arguments.host}: {error}; set --port") from error
+            print(f"Demo: {url} (end it with Ctrl-C)", flush=True)
+            ended.wait()
+        page.close(verbose=False)
+
+
+def _import_gradio(folder: str) -> ModuleType:
+    """Import gradio with analytics off and `folder` for its uploads: it reads both when it is imported."""
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_TEMP_DIR": folder}
+    # It asks its own page whether it is up, which a proxy would not find
+    os.environ |= {name: ",".join([os.environ.get(name, ""), *LOOPBACK]) for name in ("NO_PROXY", "no_proxy")}
+    try:
+        import gradio
+    except ImportError as error:
+        raise UserError("the demo needs gradio; run `pip install -r requirements-demo.txt`") from error
+    return gradio
+
+
+def _launch_options(gradio: ModuleType, host: str, port: int | None) -> dict[str, Any]:
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    return {
+        "server_name": host,
+        "server_port": port,
+        "share": False,
+        "quiet": True,
+        "prevent_thread_lock": True,
+        "footer_links": [],
+        "run_history": False,
+        "enable_monitoring": False,
+        "ssr_mode": False,
+        "mcp_server": False,
+        "pwa": False,
+        "max_file_size": MAX_FILE_SIZE,
+        "theme": gradio.themes.Default(**fonts),
+        "css": STYLE,
+        "head": HEAD,
+        "app_kwargs": {"middleware": [(_Policy, (), {})], "docs_url": None, "redoc_url": None, "openapi_url": None},
+    }
+
+
+class _Policy:
+    """Adds `POLICY` to each answer."""
+
+    def __init__(self, app: Any):
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def send_with_policy(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
+            await send(message)
+
+        await self.app(scope, receive, send_with_policy)
+
+
+def build_page(gradio: ModuleType, writer: Writer, is_local: bool) -> Any:
+    """Return the page as `gradio.Blocks`.
+
+    Args:
+        gradio: the package.
+        writer: of the model.
+        is_local: whether it is reached from this machine alone.
+    """
+    own, name = writer.model.generation_config, writer.model.name
+    title = f"{Path(name).resolve().name if Path(name).exists() else name}: captions of radiology images"
+    with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=(60, 300)) as page:
+        gradio.HTML(banner(title, is_local))
+        image = gradio.State(time_to_live=STATE_SECONDS)
+        with gradio.Row():
+            with gradio.Column(scale=2, min_width=300):
+                upload = gradio.File(label="Image to caption: PNG, JPEG, TIFF, DICOM, ...", height=160)
+                with gradio.Row(elem_classes="examples"):
+                    examples = {gradio.Button(text, size="sm", min_width=80): one for text, one in _images_to_try(name)}
+                with gradio.Accordion("Decode settings", open=False):
+                    settings = _settings(gradio, own)
+                    again = gradio.Button("Caption again", interactive=False)
+            with gradio.Column(scale=3, min_width=300):
+                shown = gradio.HTML(picture(None), elem_id="picture")
+                caption = gradio.HTML(elem_id="caption")
+                found = gradio.HTML(elem_id="details")
+
+        def show(opened: Image.Image | None, message: str = "") -> tuple[Any, ...]:
+            button = gradio.Button(interactive=opened is not None)
+            return None, opened, picture(opened), fault(message) if message else "", "", button
+
+        def write(opened: Image.Image | None, *values: float | None) -> Iterator[tuple[Any, Any]]:
+            if opened is None:  # the message of `show` stays
+                yield gradio.skip(), gradio.skip()
+                return
+            yield caption_text("", "waiting for the model …"), ""
+            try:
+                given = {key: value for key, value in zip(SETTINGS, values, strict=True) if value is not None}
+                for step in writer.write(opened, writer.settings(given)):
+                    if isinstance(step, Written):
+                        yield caption_text(step.alternatives[0].caption), details(step)
+                    else:
+                        yield caption_text(step, "…"), gradio.skip()
+            except ValueError as error:
+                yield fault(printable(str(error), MAX_MESSAGE)), ""
+
+        quiet = {"api_visibility": "private", "show_progress": "hidden"}
+        model = {"inputs": [image, *settings], "outputs": [caption, found], "concurrency_id": "model"} | quiet
+        views = [upload, image, shown, caption, found, again]
+        running = [again.click(write, **model)]
+        opened = [upload.upload(lambda path: show(*_read_upload(path)), upload, views, concurrency_limit=None, **quiet)]
+        for button, example in examples.items():
+            opened.append(button.click(partial(show, example), None, views, concurrency_limit=None, **quiet))
+        running += [event.then(write, **model) for event in opened]
+        for start in (upload.upload, *(button.click for button in examples)):
+            start(None, cancels=running, **quiet)  # or the caption of the image before would go on below this one
+    return page
+
+
+def _settings(gradio: ModuleType, own: GenerationConfig) -> list[Any]:
+    """Return the fields of the `SETTINGS`, with the model's own values."""
+    beams, tokens = max(MAX_BEAMS, own.num_beams), max(MAX_NEW_TOKENS, own.max_new_tokens)
+    number = partial(gradio.Number, minimum=1, precision=0)
+    return [
+        number(own.num_beams, maximum=beams, label=f"Beams, 1 to {beams}; 1 is greedy search"),
+        number(own.max_new_tokens, maximum=tokens, label=f"Most new tokens, 1 to {tokens}"),
+        gradio.Number(own.length_penalty or 1.0, label="Length penalty; above 1, long captions win"),
+        number(own.no_repeat_ngram_size or 0, minimum=0, label="No sequence of this many tokens twice; 0: allowed"),
+    ]
+
+
+def _images_to_try(name: str) -> list[tuple[str, Image.Image]]:
+    """Return images to try with their names: that of the model's card, and drawings."""
+    found = []
+    with suppress(ValueError):
+        found.append(("Sample of the card", open_image({"bytes": None, "path": str(Path(name) / "sample.png")})))
+    shown = [one for one in combinations("test") if (one["modality"], one["region"], one["finding"]) in EXAMPLES]
+    for study in EXAMPLES:
+        one = next(one for one in shown if (one["modality"], one["region"], one["finding"]) == study)
+        found.append((f"Drawing: {study[0]}, {study[1]}", Image.fromarray(draw(one, np.random.default_rng(0)))))
+    return found
+
+
+def _read_upload(path: str) -> tuple[Image.Image | None, str]:
+    """Return the image of an upload, None if it is none, and what is wrong; the file is deleted."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError:  # another user sent the same file at the same moment
+        return None, "the file did not arrive; choose it again"
+    shutil.rmtree(Path(path).parent, ignore_errors=True)  # it holds this upload alone
+    try:
+        return open_image({"bytes": content, "path": None}), ""
+    except ValueError as error:
+        return None, f"unusable file: {printable(str(error), MAX_MESSAGE)}"
+    except Exception as error:  # a parser's fault must not end the session; its message may quote the file
+        return None, f"unusable file: {type(error).__name__}"
