@@ -6,10 +6,10 @@ as soon as it has been read. No state is shared between users: an image is held 
 
 import argparse
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -82,25 +82,17 @@ def _import_gradio(folder: str) -> ModuleType:
 
 
 def _launch_options(gradio: ModuleType, host: str, port: int | None) -> dict[str, Any]:
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-    return {
-        "server_name": host,
-        "server_port": port,
-        "share": False,
-        "quiet": True,
-        "prevent_thread_lock": True,
-        "footer_links": [],
-        "run_history": False,
-        "enable_monitoring": False,
-        "ssr_mode": False,
-        "mcp_server": False,
-        "pwa": False,
-        "max_file_size": MAX_FILE_SIZE,
-        "theme": gradio.themes.Default(**fonts),
-        "css": STYLE,
-        "head": HEAD,
-        "app_kwargs": {"middleware": [(_Policy, (), {})], "docs_url": None, "redoc_url": None, "openapi_url": None},
+    off = ("share", "run_history", "enable_monitoring", "ssr_mode", "mcp_server", "pwa")
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # not Google's
+    look = {"theme": gradio.themes.Default(**fonts), "css": STYLE, "head": HEAD, "footer_links": []}
+    server = {"server_name": host, "server_port": port, "max_file_size": MAX_FILE_SIZE}
+    server["app_kwargs"] = {
+        "middleware": [(_Policy, (), {})],
+        "docs_url": None,
+        "redoc_url": None,
+        "openapi_url": None,
     }
+    return dict.fromkeys(off, False) | look | server | {"quiet": True, "prevent_thread_lock": True}
 
 
 class _Policy:
@@ -116,6 +108,14 @@ class _Policy:
             await send(message)
 
         await self.app(scope, receive, send_with_policy)
+
+
+@dataclass(frozen=True, eq=False)
+class _Shown:
+    """An image on the page of a user; `replaced` is set when another takes its place."""
+
+    image: Image.Image
+    replaced: Event = field(default_factory=Event)
 
 
 def build_page(gradio: ModuleType, writer: Writer, is_local: bool) -> Any:
@@ -135,44 +135,46 @@ def build_page(gradio: ModuleType, writer: Writer, is_local: bool) -> Any:
             with gradio.Column(scale=2, min_width=300):
                 upload = gradio.File(label="Image to caption: PNG, JPEG, TIFF, DICOM, ...", height=160)
                 with gradio.Row(elem_classes="examples"):
-                    examples = {gradio.Button(text, size="sm", min_width=80): one for text, one in _images_to_try(name)}
+                    button = partial(gradio.Button, size="sm", min_width=80)
+                    examples = [(button(text), example) for text, example in _images_to_try(name)]
                 with gradio.Accordion("Decode settings", open=False):
                     settings = _settings(gradio, own)
                     again = gradio.Button("Caption again", interactive=False)
             with gradio.Column(scale=3, min_width=300):
-                shown = gradio.HTML(picture(None), elem_id="picture")
+                place = gradio.HTML(picture(None), elem_id="picture")
                 caption = gradio.HTML(elem_id="caption")
                 found = gradio.HTML(elem_id="details")
 
-        def show(opened: Image.Image | None, message: str = "") -> tuple[Any, ...]:
+        def show(before: _Shown | None, opened: Image.Image | None, message: str = "") -> tuple[Any, ...]:
+            if before:  # or its caption would go on below another image
+                before.replaced.set()
+            told = fault(message) if message else caption_text("", "waiting for the model …")
             button = gradio.Button(interactive=opened is not None)
-            return None, opened, picture(opened), fault(message) if message else "", "", button
+            return told, "", picture(opened), opened and _Shown(opened), None, button
 
-        def write(opened: Image.Image | None, *values: float | None) -> Iterator[tuple[Any, Any]]:
-            if opened is None:  # the message of `show` stays
+        def write(shown: _Shown | None, *values: float | None) -> Iterator[tuple[Any, Any]]:
+            if shown is None:  # the message of `show` stays
                 yield gradio.skip(), gradio.skip()
                 return
-            yield caption_text("", "waiting for the model …"), ""
             try:
                 given = {key: value for key, value in zip(SETTINGS, values, strict=True) if value is not None}
-                for step in writer.write(opened, writer.settings(given)):
-                    if isinstance(step, Written):
-                        yield caption_text(step.alternatives[0].caption), details(step)
-                    else:
-                        yield caption_text(step, "…"), gradio.skip()
+                for step in writer.write(shown.image, writer.settings(given)):
+                    if shown.replaced.is_set():
+                        return
+                    is_last = isinstance(step, Written)
+                    text = caption_text(step.alternatives[0].caption) if is_last else caption_text(step, "…")
+                    yield text, details(step) if is_last else ""
             except ValueError as error:
                 yield fault(printable(str(error), MAX_MESSAGE)), ""
 
         quiet = {"api_visibility": "private", "show_progress": "hidden"}
         model = {"inputs": [image, *settings], "outputs": [caption, found], "concurrency_id": "model"} | quiet
-        views = [upload, image, shown, caption, found, again]
-        running = [again.click(write, **model)]
-        opened = [upload.upload(lambda path: show(*_read_upload(path)), upload, views, concurrency_limit=None, **quiet)]
-        for button, example in examples.items():
-            opened.append(button.click(partial(show, example), None, views, concurrency_limit=None, **quiet))
-        running += [event.then(write, **model) for event in opened]
-        for start in (upload.upload, *(button.click for button in examples)):
-            start(None, cancels=running, **quiet)  # or the caption of the image before would go on below this one
+        views = {"outputs": [caption, found, place, image, upload, again], "concurrency_limit": None} | quiet
+        sent = upload.upload(lambda before, path: show(before, *_read_upload(path)), [image, upload], **views)
+        tried = [button.click(partial(show, opened=example), image, **views) for button, example in examples]
+        for event in (sent, *tried):
+            event.then(write, **model)
+        again.click(write, **model)
     return page
 
 
@@ -193,10 +195,10 @@ def _images_to_try(name: str) -> list[tuple[str, Image.Image]]:
     found = []
     with suppress(ValueError):
         found.append(("Sample of the card", open_image({"bytes": None, "path": str(Path(name) / "sample.png")})))
-    shown = [one for one in combinations("test") if (one["modality"], one["region"], one["finding"]) in EXAMPLES]
+    drawings = {(one["modality"], one["region"], one["finding"]): one for one in combinations("test")}
     for study in EXAMPLES:
-        one = next(one for one in shown if (one["modality"], one["region"], one["finding"]) == study)
-        found.append((f"Drawing: {study[0]}, {study[1]}", Image.fromarray(draw(one, np.random.default_rng(0)))))
+        drawing = Image.fromarray(draw(drawings[study], np.random.default_rng(0)))
+        found.append((f"Drawing: {study[0]}, {study[1]}", drawing))
     return found
 
 
@@ -204,9 +206,9 @@ def _read_upload(path: str) -> tuple[Image.Image | None, str]:
     """Return the image of an upload, None if it is none, and what is wrong; the file is deleted."""
     try:
         content = Path(path).read_bytes()
+        Path(path).unlink()
     except OSError:  # another user sent the same file at the same moment
         return None, "the file did not arrive; choose it again"
-    shutil.rmtree(Path(path).parent, ignore_errors=True)  # it holds this upload alone
     try:
         return open_image({"bytes": content, "path": None}), ""
     except ValueError as error:

@@ -55,7 +55,8 @@ def picture(image: Image.Image | None) -> Markup:
 
 def caption_text(text: str, state: str = "") -> Markup:
     """Return a caption; `state` says that it is not finished."""
-    return Markup("<p class=caption>{} <span class=muted>{}</span></p>").format(text, state)
+    kind = "caption" if state else "caption done"
+    return Markup("<p class='{}'>{} <span class=muted>{}</span></p>").format(kind, text, state)
 
 
 def fault(message: str) -> Markup:

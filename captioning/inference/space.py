@@ -58,9 +58,7 @@ def export_space(name: str, revision: str | None, folder: Path) -> None:
     is_local = Path(name).is_dir()
     base = base_of_adapter(name, revision) if is_local else None
     if base and Path(base[0]).exists():
-        raise UserError(
-            f"export_space: '{name}' adapts '{base[0]}', which is no Hub id; merge it by --merge_lora"
-        )
+        raise UserError(f"export_space: '{name}' adapts '{base[0]}', which is no Hub id; merge it by --merge_lora")
     if is_local and not (Path(name) / "config.json").is_file() and not base:
         raise UserError(f"export_space: '{name}' holds no model; give a folder with config.json, or a Hub id")
     folder.mkdir(parents=True, exist_ok=True)
