@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets
 
+from captioning.data.dicom import burned_in
 from captioning.data.images import MISSING, open_image, pixel_hash
 from captioning.data.zenodo import UNUSABLE
 from captioning.errors import UserError
@@ -31,6 +33,7 @@ CLEAN_COLUMNS = Features(
         "cui": List(Value("string")),
         "pixels": Value("int64"),  # `pixel_hash`, null where the image was not opened
         "rejected": Value("string"),  # why the row cannot be used, null where it can
+        "burned_in": Value("bool"),  # whether the header says so, of a DICOM that was opened
     }
 )
 CHECK_BATCH_SIZE = 64  # rows whose images are in memory at once
@@ -56,7 +59,7 @@ def check_rows(
         unopened: splits whose images are not opened, because the training streams them.
 
     Returns:
-        The same rows with the columns `image` and those of `CLEAN_COLUMNS`.
+        The same rows with the columns `image` and those of `CLEAN_COLUMNS` but the last.
 
     Raises:
         UserError: a split has no usable row, or more rejected ones than `max_rejected_fraction` allows.
@@ -72,7 +75,10 @@ def check_rows(
         write_whole(Path(rejected_file), "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
     for split, found in rejected.items():
         _refuse_too_many(found, split, len(checked[split]), max_rejected_fraction, rejected_file or "rejected.jsonl")
-    return checked
+        if burned := pc.sum(_arrow(checked[split], "burned_in")).as_py():
+            what = "have text burned into the pixels, as their headers say: it may name patients"
+            logger.warning("%s: %d of %d images %s", split, burned, len(checked[split]), what)
+    return checked.remove_columns("burned_in")
 
 
 def _rejected(rows: Dataset, split: str) -> list[dict[str, Any]]:
@@ -154,28 +160,31 @@ def _check_batch(batch: dict[str, list[Any]], open_images: bool) -> dict[str, li
     images = batch["image"] if open_images else nothing
     columns = (images, clean["image_id"], clean["caption"], batch.get(UNUSABLE) or nothing)
     found = [_check_row(*row, open_images) for row in zip(*columns, strict=True)]
-    clean["rejected"], clean["pixels"] = map(list, zip(*found, strict=True))
+    clean["rejected"], clean["pixels"], clean["burned_in"] = map(list, zip(*found, strict=True))
     return clean
 
 
 def _check_row(
     image: dict[str, Any] | None, image_id: str, caption: str, known: str | None, open_images: bool
-) -> tuple[str | None, int | None]:
-    """Return the reason to reject a row, if there is one, and the hash of its pixels, if it was opened."""
+) -> tuple[str | None, int | None, bool | None]:
+    """Return the reason to reject a row, if there is one, the hash of its pixels and `burned_in`, if it was opened."""
     if not image_id.strip():
-        return "blank image_id", None
+        return "blank image_id", None, None
     if len(image_id) > MAX_ID:
-        return "overlong image_id", None
+        return "overlong image_id", None, None
     if _is_blank(caption):
-        return "blank caption", None
+        return "blank caption", None, None
     if len(caption) > MAX_CAPTION:
-        return "overlong caption", None
+        return "overlong caption", None, None
     if known:
-        return known, None
+        return known, None, None
+    if not open_images:
+        return None, None, None
     try:
-        return None, pixel_hash(open_image(image)) if open_images else None
+        opened = open_image(image)
+        return None, pixel_hash(opened), burned_in(opened)
     except ValueError as error:
-        return (MISSING if str(error) == MISSING else f"unreadable image: {error}"), None
+        return (MISSING if str(error) == MISSING else f"unreadable image: {error}"), None, None
 
 
 def _is_blank(caption: str | None) -> bool:

@@ -13,6 +13,7 @@ from datasets import Dataset, Features, Image, Value
 from datasets.fingerprint import Hasher
 from PIL import Image as PIL
 
+from captioning.data import dicom
 from captioning.data.images import FORMATS, MISSING
 from captioning.data.zenodo import UNUSABLE, is_inside
 from captioning.errors import UserError
@@ -21,7 +22,7 @@ from captioning.errors import UserError
 FILE = "file name"  # a column: what a table calls the image, below the folder of the images
 OUTSIDE = "image outside of the dataset's folder"
 LOCAL_PATH = r"^\s*(/|~|\.\.?/|\\|[A-Za-z]:[\\/]|file:)"  # how an id starts that is a path
-IMAGE_ENDINGS = {ending for ending, name in PIL.registered_extensions().items() if name in FORMATS}
+IMAGE_ENDINGS = {ending for ending, name in PIL.registered_extensions().items() if name in FORMATS} | {*dicom.ENDINGS}
 
 
 class ImageFiles:
@@ -54,7 +55,8 @@ class ImageFiles:
         for folder, _, names in os.walk(self.root):
             for path in (os.path.join(folder, name) for name in names):
                 stem, ending = os.path.splitext(path)
-                if ending.lower() in IMAGE_ENDINGS and path.isprintable():
+                is_image = ending.lower() in IMAGE_ENDINGS or ending[1:].isdigit()  # the end of a DICOM UID
+                if is_image and path.isprintable():
                     keys = {os.path.relpath(stem, self.root), os.path.basename(path), os.path.basename(stem)}
                     found |= {key: None if key in found else path for key in keys}
         return found

@@ -1,6 +1,6 @@
 """One place that opens an image: bounded in memory and time whatever the file, upright, and 16 bits as 8.
 
-Files may be hostile or damaged: what cannot be used is a ValueError that says why.
+Files may be hostile or damaged: what cannot be used is a ValueError that says why. `dicom.py` reads DICOM.
 """
 
 import io
@@ -14,25 +14,23 @@ import numpy as np
 import xxhash
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from captioning.data.dicom import MAX_JPEG_SCANS, MAX_PIXELS, MAX_PIXELS_16_BIT, is_dicom, open_dicom
+
 
 MISSING = "missing image file"
 MIN_IMAGE_SIDE = 8  # pixels; a smaller one is a tracking pixel or a stripe
 MAX_ASPECT = 200  # of the longer side to the shorter; Qwen's image processors fail beyond, and nobody sees anything
-# Of one image; mammograms, the largest in radiology, have 20 million. Rescaling 16 bits takes some 32 bytes a pixel,
-# as floats: with 22 million it stays below 1 GB
-MAX_PIXELS = 2**26
-MAX_PIXELS_16_BIT = 22 * 2**20
 # Pillow's own readers of raster images, and none that starts another program (EPS) or opens what a file names
 FORMATS = ("PNG", "JPEG", "JPEG2000", "TIFF", "BMP", "GIF", "WEBP", "PPM", "TGA", "AVIF")
-MAX_JPEG_SCANS = 100  # encoders write about 10; each takes few bytes and makes the decoder pass over all pixels
 TIFF_TILE_SIDES = (322, 323)  # tags TileWidth and TileLength; a tile is decoded whole, however little of it is shown
 
 
-def open_image(image: dict[str, Any] | Image.Image | None) -> Image.Image:
+def open_image(image: dict[str, Any] | Image.Image | None, frame: int | str = "middle") -> Image.Image:
     """Decode an image completely and turn it upright by its EXIF orientation.
 
     Args:
         image: what `datasets.Image(decode=False)` yields, `{"bytes": ..., "path": ...}`, or a PIL image.
+        frame: of a DICOM, see `open_dicom`.
 
     Returns:
         An image in a mode that `convert("RGB")` and image processors handle: 16-bit and float modes are rescaled to
@@ -43,7 +41,7 @@ def open_image(image: dict[str, Any] | Image.Image | None) -> Image.Image:
     """
     from_file = not isinstance(image, Image.Image)
     if from_file:
-        image = _open_lazily(image)
+        image = _open_lazily(image, frame)
     most = MAX_PIXELS_16_BIT if image.mode.startswith(("I", "F")) else MAX_PIXELS
     if image.width * image.height > most:  # known before any pixel is decoded
         raise ValueError(f"is {image.width}x{image.height} pixels; at most {most:,} are decoded")
@@ -72,13 +70,25 @@ def pixel_hash(image: Image.Image) -> int:
     return digest.intdigest() - 2**63  # signed, for Arrow's int64
 
 
-def _open_lazily(image: dict[str, Any] | None) -> Image.Image:
+def png_of_dicom(image: dict[str, Any]) -> dict[str, Any]:
+    """Return a DICOM as PNG, which has its pixels as `open_image` shows them and no header; another image as it is."""
+    content, path = image.get("bytes"), image.get("path")
+    if not is_dicom(path if content is None else content):
+        return image
+    buffer = io.BytesIO()
+    open_image(image).save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": path and f"{path}.png"}
+
+
+def _open_lazily(image: dict[str, Any] | None, frame: int | str) -> Image.Image:
     if not image or (image.get("bytes") is None and not image.get("path")):
         raise ValueError("no image")
     content, path = image.get("bytes"), image.get("path")
     try:
         if content is None and not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError("is not a regular file")  # reading a pipe or a device might never end
+        if is_dicom(path if content is None else content):
+            return open_dicom(path if content is None else content, frame)
         with warnings.catch_warnings(action="ignore"):  # of damaged EXIF, and of sizes above Pillow's own limit
             return Image.open(path if content is None else io.BytesIO(content), formats=FORMATS)
     except (FileNotFoundError, NotADirectoryError) as error:

@@ -4,9 +4,12 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
-from datasets import DatasetDict, Image
+import pyarrow.compute as pc
+from datasets import Dataset, DatasetDict, Image
 
-from captioning.data.checks import check_rows, usable
+from captioning.data.checks import CHECK_BATCH_SIZE, check_rows, usable
+from captioning.data.dicom import PREAMBLE, is_dicom
+from captioning.data.images import png_of_dicom
 from captioning.data.layout import Layout
 from captioning.data.leaks import find_leaks
 from captioning.data.sources import UNFINISHED, load_source
@@ -39,10 +42,25 @@ def prepare(arguments: argparse.Namespace) -> None:
         rows_to_store = {split: usable(rows) for split, rows in checked.items()}
         find_leaks(rows_to_store)
         stored = DatasetDict({
-            split: rows.remove_columns("pixels").cast_column("image", Image()) for split, rows in rows_to_store.items()
+            split: _without_headers(rows.remove_columns("pixels")).cast_column("image", Image())
+            for split, rows in rows_to_store.items()
         })  # fmt: skip
         stored.save_to_disk(str(folder), num_proc=arguments.num_proc)
         (folder / UNFINISHED).unlink()
     except OSError as error:
         raise UserError(f"folder '{folder}' cannot be written: {error}") from error
     print(f"{folder}: " + ", ".join(f"{split} {len(rows):,}" for split, rows in stored.items()))
+
+
+def _without_headers(rows: Dataset) -> Dataset:
+    """Return rows whose DICOM images are PNG: the data set would store their headers, which name patients."""
+    content, paths = (pc.struct_field(rows.data.column("image"), name) for name in ("bytes", "path"))
+    starts = pc.binary_slice(content, 0, PREAMBLE + 4).to_pylist()
+    pairs = zip(starts, paths.to_pylist(), strict=True)
+    if not any(is_dicom(path if start is None else start) for start, path in pairs if start is not None or path):
+        return rows
+    return rows.map(_encode, batched=True, batch_size=CHECK_BATCH_SIZE, features=rows.features, desc="Encoding DICOM")
+
+
+def _encode(batch: dict[str, list]) -> dict[str, list]:
+    return {"image": [png_of_dicom(image) for image in batch["image"]]}
