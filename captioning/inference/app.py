@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 from types import ModuleType
 from typing import Any
 
@@ -112,10 +112,17 @@ class _Policy:
 
 @dataclass(frozen=True, eq=False)
 class _Shown:
-    """An image on the page of a user; `replaced` is set when another takes its place."""
+    """An image on the page of a user.
+
+    Attributes:
+        image: as the model gets it.
+        replaced: set when another takes its place, so that its caption ends.
+        writing: held while its caption is written.
+    """
 
     image: Image.Image
     replaced: Event = field(default_factory=Event)
+    writing: Lock = field(default_factory=Lock)
 
 
 def build_page(gradio: ModuleType, writer: Writer, is_local: bool) -> Any:
@@ -145,37 +152,49 @@ def build_page(gradio: ModuleType, writer: Writer, is_local: bool) -> Any:
                 caption = gradio.HTML(elem_id="caption")
                 found = gradio.HTML(elem_id="details")
 
-        def show(before: _Shown | None, opened: Image.Image | None, message: str = "") -> tuple[Any, ...]:
-            if before:  # or its caption would go on below another image
-                before.replaced.set()
-            told = fault(message) if message else caption_text("", "waiting for the model …")
-            button = gradio.Button(interactive=opened is not None)
-            return told, "", picture(opened), opened and _Shown(opened), None, button
-
-        def write(shown: _Shown | None, *values: float | None) -> Iterator[tuple[Any, Any]]:
-            if shown is None:  # the message of `show` stays
-                yield gradio.skip(), gradio.skip()
-                return
-            try:
-                given = {key: value for key, value in zip(SETTINGS, values, strict=True) if value is not None}
-                for step in writer.write(shown.image, writer.settings(given)):
-                    if shown.replaced.is_set():
-                        return
-                    is_last = isinstance(step, Written)
-                    text = caption_text(step.alternatives[0].caption) if is_last else caption_text(step, "…")
-                    yield text, details(step) if is_last else ""
-            except ValueError as error:
-                yield fault(printable(str(error), MAX_MESSAGE)), ""
-
         quiet = {"api_visibility": "private", "show_progress": "hidden"}
         model = {"inputs": [image, *settings], "outputs": [caption, found], "concurrency_id": "model"} | quiet
         views = {"outputs": [caption, found, place, image, upload, again], "concurrency_limit": None} | quiet
+        show, write = partial(_show, gradio), partial(_write, gradio, writer)
         sent = upload.upload(lambda before, path: show(before, *_read_upload(path)), [image, upload], **views)
         tried = [button.click(partial(show, opened=example), image, **views) for button, example in examples]
         for event in (sent, *tried):
             event.then(write, **model)
         again.click(write, **model)
     return page
+
+
+def _show(gradio: ModuleType, before: _Shown | None, opened: Image.Image | None, message: str = "") -> tuple[Any, ...]:
+    """Return the page with another image, or with what is wrong with a file."""
+    if before:  # or its caption would go on below another image
+        before.replaced.set()
+        with before.writing:
+            pass
+    told = fault(message) if message else caption_text("", "waiting for the model …")
+    return told, "", picture(opened), opened and _Shown(opened), None, gradio.Button(interactive=opened is not None)
+
+
+def _write(
+    gradio: ModuleType, writer: Writer, shown: _Shown | None, *values: float | None
+) -> Iterator[tuple[Any, Any]]:
+    """Yield caption and details while the caption is written by the values of the `SETTINGS`."""
+    if shown is None:  # the message of `_show` stays
+        yield gradio.skip(), gradio.skip()
+        return
+    try:
+        config = writer.settings(
+            {key: value for key, value in zip(SETTINGS, values, strict=True) if value is not None}
+        )
+        with shown.writing:
+            for step in writer.write(shown.image, config):
+                if shown.replaced.is_set():
+                    return
+                if isinstance(step, Written):
+                    yield caption_text(step.alternatives[0].caption), details(step)
+                else:
+                    yield caption_text(step, "…"), ""
+    except (ValueError, RuntimeError) as error:  # such as of full memory
+        yield fault(printable(str(error), MAX_MESSAGE)), ""
 
 
 def _settings(gradio: ModuleType, own: GenerationConfig) -> list[Any]:

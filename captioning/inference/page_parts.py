@@ -6,6 +6,7 @@ from pathlib import Path
 from markupsafe import Markup
 from PIL import Image
 
+from captioning.data.dicom import burned_in
 from captioning.inference.writer import Written
 from captioning.reporting.page import ATTENTION_SCRIPT, map_levels
 from captioning.reporting.page_images import encode_image, to_base64
@@ -17,6 +18,7 @@ STYLE = (HERE / "demo.css").read_text(encoding="utf-8")
 HEAD = f"<script>(() => {{\n{ATTENTION_SCRIPT}{(HERE / 'demo.js').read_text(encoding='utf-8')}}})();</script>"
 MAX_JPEG = 300_000  # bytes of the image as it is shown
 NO_MAPS = Markup("<p class=muted>This family of models has no attention maps.</p>")
+BURNED_IN = Markup("<p class=fault>Text is burned into this image, by its header: it may name a patient.</p>")
 BANNER = Markup(
     "<div class=banner role=note><strong>Research only: not for clinical use.</strong> The model describes findings "
     "that are not there, and misses some that are. {}</div><h1>{}</h1>"
@@ -48,9 +50,8 @@ def picture(image: Image.Image | None) -> Markup:
     if jpeg is None:
         return Markup("<p class=empty>No image yet</p>")
     what = f"The image that is captioned, {image.width} by {image.height} pixels"
-    return Markup("<div class=stage><img alt='{}' src='data:image/jpeg;base64,{}'></div>").format(
-        what, to_base64(jpeg)
-    )
+    stage = Markup("<div class=stage><img alt='{}' src='data:image/jpeg;base64,{}'></div>{}")
+    return stage.format(what, to_base64(jpeg), BURNED_IN if burned_in(image) else "")
 
 
 def caption_text(text: str, state: str = "") -> Markup:

@@ -86,10 +86,11 @@ class Writer:
         self._train = _training_features(model, train, train_images) if train else ([], np.zeros((0, 1)))
 
     def settings(self, changes: Mapping[str, Any]) -> GenerationConfig:
-        """Return the model's own decode settings with changes; raise UserError if the tokens have no positions."""
+        """Return the model's own decode settings with changes, None being none; UserError: tokens have no positions."""
         config = copy(self.model.generation_config)
         for name, value in changes.items():
-            setattr(config, name, value)
+            if value is not None:
+                setattr(config, name, value)
         self.model.captioner.check_lengths(1, config.max_new_tokens)
         return config
 

@@ -15,7 +15,7 @@ from playwright.sync_api import sync_playwright
 
 
 EXAMPLE, WORD = "Drawing: CT, abdomen", "cystic"
-SIZE, COLORS = {"width": 1200, "height": 1120}, 256
+SIZE, COLORS = {"width": 1200, "height": 1000}, 256
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
             page.click(f"#details .tokens button:has-text('{WORD}')")
             page.mouse.move(0, 0)
             page.wait_for_timeout(500)  # the colors of the word change slowly
-            shot = page.screenshot()
+            shot = page.screenshot(full_page=True)
             browser.close()
     finally:
         demo.terminate()

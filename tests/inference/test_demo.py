@@ -9,16 +9,24 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
+from pathlib import Path
 
+import numpy as np
+import pydicom
 import pytest
 from helpers import make_noise, save_captioner
 from PIL import Image
 from processes import ROOT, server
+from pydicom.data import get_testdata_file
 
 from captioning.__main__ import main
+from captioning.data.images import open_image
 from captioning.errors import UserError
 from captioning.inference.model import InferenceModel
-from captioning.inference.writer import Writer
+from captioning.inference.page_parts import banner, caption_text, details, fault
+from captioning.inference.writer import Alternative, Writer, Written
 from captioning.training.decoding import DEFAULTS, generation_config
 
 
@@ -254,6 +262,35 @@ def test_unusable_files_get_one_message_each_and_the_server_goes_on(open_demo, m
     assert caption_of(page) == model.caption([make_noise(5, (50, 40))])[0]
 
 
+@pytest.mark.parametrize("name", ["CT_small.dcm", "JPEGLSNearLossless_16.dcm", "examples_rgb_color.dcm"])
+def test_a_dicom_is_shown_and_captioned_as_it_is_read(open_demo, model, name):
+    if "JPEGLS" in name:
+        pytest.importorskip("gdcm", reason="python-gdcm is not installed")
+    page, content = open_demo(), Path(get_testdata_file(name, download=False)).read_bytes()
+    image = open_image({"bytes": content, "path": None})
+    send(page, content, name)
+    page.wait_for_selector(f"#picture img[alt*='{image.width} by {image.height}']")
+    assert caption_of(page) == model.caption([image])[0]
+    mean = "image => { const context = document.createElement('canvas').getContext('2d');"
+    mean += "context.drawImage(image, 0, 0, 64, 64);"
+    mean += "return context.getImageData(0, 0, 64, 64).data.reduce((sum, value) => sum + value) / 16384 }"
+    expected = np.asarray(image.convert("RGBA").resize((64, 64))).mean()
+    assert page.eval_on_selector("#picture img", mean) == pytest.approx(expected, abs=3), "windowed"
+    assert "CompressedSamples" not in page.inner_text("body")
+
+
+def test_a_dicom_without_pixels_is_refused_and_burned_in_text_is_named(open_demo):
+    page = open_demo()
+    send(page, Path(get_testdata_file("rtplan.dcm", download=False)).read_bytes(), "plan.dcm")
+    assert "a DICOM without pixels" in refusal_of(page)
+    file = pydicom.dcmread(get_testdata_file("CT_small.dcm", download=False))
+    file.BurnedInAnnotation, buffer = "YES", io.BytesIO()
+    file.save_as(buffer)
+    send(page, buffer.getvalue())
+    page.wait_for_selector("text=Text is burned into this image")
+    caption_of(page)
+
+
 def test_two_users_at_once_get_their_own_captions(open_demo, model):
     pages, images = [open_demo(), open_demo()], [make_noise(6), make_noise(7, (50, 40))]
     expected = [model.caption([image])[0] for image in images]
@@ -317,7 +354,8 @@ def test_nothing_is_kept_on_the_disk_or_asked_of_others(open_demo, demo, proxy):
     kept = demo.files()
     assert not [content for content in contents if content in kept]
     assert "Smith" not in str(list(demo.temporary.rglob("*")))
-    assert "Smith" not in (demo.process.output() + demo.process.output(error=True)).decode()
+    printed = (demo.process.output() + demo.process.output(error=True)).decode()
+    assert "Smith" not in printed and "Traceback" not in printed
     with pytest.raises(BlockingIOError):
         proxy.accept()
     assert json.loads(page.evaluate("fetch('gradio_api/info').then(answer => answer.text())")) == {
@@ -326,12 +364,32 @@ def test_nothing_is_kept_on_the_disk_or_asked_of_others(open_demo, demo, proxy):
     }
 
 
+def test_a_client_reaches_no_file_but_its_uploads(demo, tmp_path):
+    """Whatever it sends: a file that it names is neither read nor deleted."""
+    (tmp_path / "private.png").write_bytes(png(make_noise()))
+    data = [None, {"path": str(tmp_path / "private.png"), "meta": {"_type": "gradio.FileData"}}]
+    body = json.dumps({"data": data, "fn_index": 0, "session_hash": "client"}).encode()
+    join = urllib.request.Request(f"{demo.url}gradio_api/queue/join", body, {"Content-Type": "application/json"})
+    urllib.request.urlopen(join).read()
+    answer = urllib.request.urlopen(f"{demo.url}gradio_api/queue/data?session_hash=client").read()
+    assert b'"success":false' in answer and b"image/jpeg" not in answer
+    assert (tmp_path / "private.png").is_file()
+
+
 def test_a_signal_ends_it_and_its_files(demo, open_demo):
     """The last test of this server."""
     demo.process.send_signal(signal.SIGINT)
     assert demo.process.wait(timeout=30) == 0
     assert demo.files() == []
-    assert "Traceback" not in demo.process.output(error=True).decode()
+
+
+def test_text_of_a_model_or_a_name_is_never_html():
+    hostile = "<script>window.hacked=1</script>"
+    written = Written([Alternative(hostile, 1.0, 3, False)], [(f"'{hostile}", np.eye(3))], [(hostile, 0.5)])
+    parts = [details(written), caption_text(hostile), fault(hostile), banner(hostile, True)]
+    assert not [part for part in parts if "<script" in part]
+    assert "Greedy search finds one caption" in parts[0] and "Cosine" in parts[0]
+    assert "has no attention maps" in details(Written([Alternative("x", 1.0, 3, True)], None, []))
 
 
 # --- Command and Space ----------------------------------------------------------------------------------------
