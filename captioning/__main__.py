@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     parser = OneLineParser(
         prog="python -m captioning",
-        description="Prepare data, score captions, check submissions.",
+        description="Caption images, prepare data, score captions, check submissions.",
         epilog="example: python -m captioning score outputs/my-run/predictions/test.jsonl",
         allow_abbrev=False,
     )

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 # How libraries written in Rust and C++ say it, without an `errno`
 DISK_FULL = ("No space left on device", "Disk quota exceeded", "File too large", "Not enough disk space")
+MEMORY_FULL = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "No executable batch size")
 # Instead of torch's message, which advises to run what the file brings
 PICKLED = "a pickled file holds other things than tensors, could run code and is not read; take weights in safetensors"
 
@@ -70,6 +71,11 @@ def is_disk_full(error: BaseException) -> bool:
         (isinstance(cause, OSError) and cause.errno in numbers) or any(text in str(cause) for text in DISK_FULL)
         for cause in causes(error)
     )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that the memory of a GPU or of the machine is full."""
+    return isinstance(error, MemoryError) or any(text in str(error) for text in MEMORY_FULL)
 
 
 def first_line(error: BaseException) -> str:

@@ -1,8 +1,10 @@
-"""Files that appear whole or not at all, what JSON can hold, and where this project lies."""
+"""Files that appear whole or not at all, what they are called, what JSON can hold, and where this project lies."""
 
 import json
 import math
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,3 +31,14 @@ def without_nan(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def short_names(paths: Iterable[str], taken: Iterable[str] = ()) -> dict[str, str]:
+    """Return by path as many of its last parts as tell all `paths` from each other and from the names `taken`."""
+    parts = {path: [part for part in re.split(r"[\\/]+", path) if part not in ("", ".", "..")] for path in paths}
+    taken, short = set(taken), {}
+    for depth in range(1, max(map(len, parts.values()), default=0) + 1):
+        short = {path: "/".join(own[-depth:]) for path, own in parts.items()}
+        if len(set(short.values())) == len(parts) and not taken.intersection(short.values()):
+            break
+    return short

@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -11,18 +11,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, Image, Value
 from datasets.fingerprint import Hasher
-from PIL import Image as PIL
 
-from captioning.data import dicom
-from captioning.data.images import FORMATS, MISSING
+from captioning.data.images import IMAGE_ENDINGS, MISSING
 from captioning.data.zenodo import UNUSABLE, is_inside
 from captioning.errors import UserError
+from captioning.files import short_names
 
 
 FILE = "file name"  # a column: what a table calls the image, below the folder of the images
 OUTSIDE = "image outside of the dataset's folder"
 LOCAL_PATH = r"^\s*(/|~|\.\.?/|\\|[A-Za-z]:[\\/]|file:)"  # how an id starts that is a path
-IMAGE_ENDINGS = {ending for ending, name in PIL.registered_extensions().items() if name in FORMATS} | {*dicom.ENDINGS}
 
 
 class ImageFiles:
@@ -139,17 +137,6 @@ def _names_of_files(rows: Dataset, first: int) -> list[str]:
         seen[name] += 1
         ids.append((name if seen[name] == 1 else f"{name}#{seen[name]}") if name else f"{number:06d}")
     return ids
-
-
-def short_names(paths: Iterable[str], taken: Iterable[str] = ()) -> dict[str, str]:
-    """Return by path as many of its last parts as tell all `paths` from each other and from the names `taken`."""
-    parts = {path: [part for part in re.split(r"[\\/]+", path) if part not in ("", ".", "..")] for path in paths}
-    taken, short = set(taken), {}
-    for depth in range(1, max(map(len, parts.values()), default=0) + 1):
-        short = {path: "/".join(own[-depth:]) for path, own in parts.items()}
-        if len(set(short.values())) == len(parts) and not taken.intersection(short.values()):
-            break
-    return short
 
 
 def _as_text(rows: Dataset, name: str) -> pa.ChunkedArray:

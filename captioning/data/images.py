@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from captioning.data.dicom import MAX_JPEG_SCANS, MAX_PIXELS, MAX_PIXELS_16_BIT, is_dicom, open_dicom
+from captioning.data.dicom import ENDINGS, MAX_JPEG_SCANS, MAX_PIXELS, MAX_PIXELS_16_BIT, is_dicom, open_dicom
 
 
 MISSING = "missing image file"
@@ -22,6 +22,7 @@ MIN_IMAGE_SIDE = 8  # pixels; a smaller one is a tracking pixel or a stripe
 MAX_ASPECT = 200  # of the longer side to the shorter; Qwen's image processors fail beyond, and nobody sees anything
 # Pillow's own readers of raster images, and none that starts another program (EPS) or opens what a file names
 FORMATS = ("PNG", "JPEG", "JPEG2000", "TIFF", "BMP", "GIF", "WEBP", "PPM", "TGA", "AVIF")
+IMAGE_ENDINGS = {ending for ending, name in Image.registered_extensions().items() if name in FORMATS} | {*ENDINGS}
 TIFF_TILE_SIDES = (322, 323)  # tags TileWidth and TileLength; a tile is decoded whole, however little of it is shown
 
 

@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import get_token
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -55,7 +54,7 @@ def reading_from_hub(what: str, mend: str = "") -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            known = RepositoryNotFoundError, DatasetNotFoundError, SilentHub
+            known = RepositoryNotFoundError, SilentHub
             if fault := next((cause for cause in causes(error) if isinstance(cause, known)), None):
                 reason = str(fault) if isinstance(fault, SilentHub) else _describe_access(fault)
                 raise UserError(f"{what}: {reason}{'; ' if mend else ''}{mend}") from error

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from PIL import Image
 from transformers import GenerationConfig
 from transformers.utils import cached_file
@@ -91,6 +92,15 @@ class InferenceModel:
         if recipe.get("fp16"):
             return torch.float16
         return torch.bfloat16 if recipe.get("bf16", torch.cuda.is_bf16_supported(False)) else None
+
+    def digest(self) -> str:
+        """Return a digest of all that a caption depends on beside image, prompt and decode settings."""
+        parts = (self.captioner.processor.image_processor.to_json_string(), self.captioner.surface_form)
+        found = xxhash.xxh3_128(repr(parts).encode())
+        for name, weight in self.captioner.model.state_dict().items():
+            found.update(name.encode())
+            found.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return found.hexdigest()
 
     @contextmanager
     def computing(self) -> Iterator[None]:

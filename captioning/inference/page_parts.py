@@ -8,8 +8,8 @@ from PIL import Image
 
 from captioning.data.dicom import burned_in
 from captioning.inference.writer import Written
-from captioning.reporting.page import ATTENTION_SCRIPT, map_levels
-from captioning.reporting.page_images import encode_image, to_base64
+from captioning.reporting.page_images import encode_image, map_levels, to_base64
+from captioning.reporting.render_page import ATTENTION_SCRIPT
 
 
 HERE = Path(__file__).parent

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from captioning.errors import as_user_error
-from captioning.reporting.page import render_page
+from captioning.reporting.page import SCORE_TOOLS
 from captioning.reporting.page_captions import Row, caption_row
 from captioning.reporting.page_images import IMAGES_PER_BLOCK
 from captioning.reporting.page_scores import interval_text, score_label, three_digits
+from captioning.reporting.render_page import render_page
 from captioning.scoring.captions import Captions
 from captioning.scoring.clinical import modality_of
 from captioning.scoring.score import HEADLINE
@@ -55,9 +56,9 @@ def write_comparison(
             gallery,
             lambda _: blocks if gallery["hasImages"] else [],
             name=" against ".join(names),
-            split="",
             verdict=_difference_in_words(result["scores"][HEADLINE], names, rows),
             comparison={**result, "captions": len(rows), "names": names},
+            **SCORE_TOOLS,
         )
 
 

@@ -18,7 +18,7 @@ import torch
 from transformers import TrainerCallback
 
 from captioning.command_line import full_disk
-from captioning.errors import UserError, causes, is_disk_full
+from captioning.errors import UserError, causes, is_disk_full, is_out_of_memory
 from captioning.training.checkpoints import last_complete_checkpoint
 
 
@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 FEW_UNREADABLE = 20  # images that may be unreadable whatever their share: the first batches are too small a sample
 TORCH_CANNOT_WRITE = ("PytorchStreamWriter failed", "unexpected pos")  # torch does not say why
-MEMORY_FULL = ("can't allocate memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "No executable batch size")
 SMALLER_BATCH = {
     "train": "a lower --per_device_train_batch_size with more --gradient_accumulation_steps, "
     "--auto_find_batch_size true, or --gradient_checkpointing true",
@@ -65,8 +64,7 @@ def full_is_user_error(output_dir: str, batch_size: int, what: str) -> Iterator[
             raise UserError(
                 f"no space left {where} and run again with --resume_from_checkpoint true: {kept}"
             ) from error
-        out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)  # of a GPU, or of the machine
-        if out_of_memory or any(text in str(error) for text in MEMORY_FULL):
+        if is_out_of_memory(error):
             size = f"per_device_{what}_batch_size {batch_size}"
             raise UserError(f"out of memory with {size}; set {SMALLER_BATCH[what]}") from error
         raise

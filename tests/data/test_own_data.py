@@ -15,11 +15,12 @@ from processes import server
 
 from captioning.__main__ import main
 from captioning.data.checks import check_rows, usable
-from captioning.data.image_files import OUTSIDE, short_names
+from captioning.data.image_files import OUTSIDE
 from captioning.data.layout import Layout
 from captioning.data.sources import UNFINISHED, load_source
 from captioning.data.splits import draw_splits
 from captioning.errors import UserError
+from captioning.files import short_names
 from captioning.training.recipe import parse_arguments, resolved_recipe
 
 

@@ -1,0 +1,134 @@
+"""A file of captions that grows batch by batch, and that a later call completes.
+
+Beside `captions.csv` lies `captions.csv.state`: a line on model and settings, then a line with the id and the digest
+of each image. So the CSV stays one of `ID,Caption`, and a later call knows which images are done, whatever they are
+called by then. An image's line is written before its caption: a caption without one is not ours.
+"""
+
+import csv
+import fcntl
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any, BinaryIO
+
+from captioning.errors import UserError, as_user_error
+
+
+CSV_HEADER = "ID,Caption\n"
+OTHER = "name another --output"
+
+
+class CaptionFile:
+    """The captions of images, in the CSV form of ImageCLEF or as JSON lines, by the ending of the name.
+
+    Args:
+        path: the file.
+        made_by: what the captions depend on beside the image, by name; JSON.
+
+    Attributes:
+        captions: by id, those that the file holds.
+
+    Raises:
+        UserError: the file is not one of ours, holds captions of another model or settings, is broken, or is being
+            written by another process.
+    """
+
+    def __init__(self, path: str, made_by: Mapping[str, Any]):
+        self.path, self._is_csv, self._stack = path, path.lower().endswith(".csv"), ExitStack()
+        self.captions: dict[str, str] = {}
+        self._digests: dict[str, str] = {}
+        state = f"{path}.state"
+        holds_rows = os.path.exists(path) and os.path.getsize(path) > 0
+        if holds_rows and not os.path.exists(state):
+            raise UserError(f"'{path}' was not written by this command, for lack of '{state}'; {OTHER}")
+        with as_user_error(f"'{path}' cannot be continued", OTHER):
+            self._state = self._stack.enter_context(open(state, "a+b", 0))
+            self._rows = self._stack.enter_context(open(path, "a+b", 0))
+            try:
+                fcntl.flock(self._state, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"'{path}' is being written by another process; wait for it, or {OTHER}") from None
+            header, *images = [json.loads(line) for line in _whole_lines(self._state)] or [None]
+            rows = self._read_rows() if header else []
+            self._digests = {image["id"]: image["digest"] for image in images}
+            if unknown := [image_id for image_id, _ in rows if image_id not in self._digests]:
+                raise UserError(f"'{path}' has a row '{unknown[0]}' that this command did not write; {OTHER}")
+            self.captions = dict(rows)
+            changed = [key for key in made_by if rows and header.get(key) != made_by[key]]
+        if changed:
+            key = changed[0]
+            values = "" if key == "model" else f" ('{header.get(key)}', now '{made_by[key]}')"
+            raise UserError(f"'{path}' holds captions by another {key}{values}; {OTHER}")
+        if not rows:  # also where the file was deleted
+            for file in (self._state, self._rows):
+                file.truncate(0)
+            self._state.write(json.dumps(made_by).encode() + b"\n")
+            self._rows.write(CSV_HEADER.encode() if self._is_csv else b"")
+
+    def __enter__(self) -> "CaptionFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _read_rows(self) -> list[tuple[str, str]]:
+        lines = _whole_lines(self._rows)
+        if self._is_csv:
+            return [(image_id, text) for image_id, text in csv.reader(line.decode() for line in lines[1:])]
+        return [(row["id"], row["caption"]) for row in map(json.loads, lines)]
+
+    def known_ids(self, images: Mapping[str, str]) -> dict[str, str]:
+        """Return by path the ids of those images whose captions the file holds, also under an earlier id.
+
+        Args:
+            images: ids by path.
+
+        Raises:
+            UserError: an id is that of another image.
+        """
+        earlier = {self._digests[name]: name for name in self.captions.keys() - set(images.values())}
+        found = {}
+        for path, image_id in images.items():
+            if image_id in self.captions:
+                if digest_of(path) not in (self._digests[image_id], None):
+                    what = f"'{self.path}' holds the caption of another image '{image_id}' than '{path}'"
+                    raise UserError(f"{what}, or that has changed; {OTHER}")
+                found[path] = image_id
+            elif earlier and (name := earlier.pop(digest_of(path) or "", None)):
+                found[path] = name
+        return found
+
+    def add(self, rows: Iterable[tuple[str, str, str]]) -> None:
+        """Append paths of images, their ids and captions; they are on their way to the disk when this returns."""
+        images, lines = io.StringIO(), io.StringIO()
+        for path, image_id, caption in rows:
+            images.write(json.dumps({"id": image_id, "digest": digest_of(path)}) + "\n")
+            self.captions[image_id] = caption
+            file = "/".join(os.path.abspath(path).split(os.sep)[-1 - image_id.count("/") :])
+            row = {"id": image_id, "file": file, "caption": caption}
+            quoted = " ".join(caption.replace("\0", " ").split()).replace('"', '""')
+            lines.write(f'{image_id},"{quoted}"\n' if self._is_csv else json.dumps(row) + "\n")
+        self._state.write(images.getvalue().encode())
+        self._rows.write(lines.getvalue().encode())
+
+
+def digest_of(path: str) -> str | None:
+    """Return a digest of the content of a file that was read as an image; None where it is no longer there."""
+    if not os.path.isfile(path):
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _whole_lines(file: BinaryIO) -> list[bytes]:
+    """Return the lines of a file, and cut off a last one that has no end, since the process was killed."""
+    file.seek(0)
+    content = file.read()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        file.truncate(whole)
+    return content[:whole].split(b"\n")[:-1]
