@@ -24,6 +24,7 @@ from pydicom.data import get_testdata_file
 from captioning.__main__ import main
 from captioning.data.images import open_image
 from captioning.errors import UserError
+from captioning.inference.app import _Shown, _write
 from captioning.inference.model import InferenceModel
 from captioning.inference.page_parts import banner, caption_text, details, fault
 from captioning.inference.writer import Alternative, Writer, Written
@@ -33,6 +34,11 @@ from captioning.training.decoding import DEFAULTS, generation_config
 CHROMIUM = shutil.which("chromium")
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync")
 SECONDS = 30_000  # milliseconds that anything may take
+# What `python -m captioning` does, in a process that may have looked for its folder of temporary files before
+START = """import sys, tempfile
+from captioning.__main__ import exit_on_user_error, main
+tempfile.tempdir = None
+exit_on_user_error(lambda: main(sys.argv[1:]))"""
 MAP = "#picture canvas:not([hidden])"
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -69,7 +75,7 @@ class Demo:
     def __init__(self, words, temporary, proxy):
         self.temporary = temporary
         environment = {name: f"http://127.0.0.1:{proxy.getsockname()[1]}" for name in ("HTTP_PROXY", "HTTPS_PROXY")}
-        words = ["-m", "captioning", "demo", *words, "--port", free_port()]
+        words = ["-c", START, "demo", *words, "--port", free_port()]
         self.process = server().start(words, environment=environment | {"TMPDIR": str(temporary)})
         end = time.monotonic() + 60
         while not (found := re.search(r"http://\S+", self.process.output().decode())):
@@ -235,6 +241,16 @@ def test_a_new_image_ends_the_caption_of_the_one_before(open_demo, model):
     assert below <= {*steps, last, "", "waiting for the model"}
 
 
+def test_nothing_more_is_written_below_an_image_that_was_replaced(model):
+    shown, settings = _Shown(make_noise()), (1, 60, 1.0, 0)
+    steps = _write(None, Writer(model), shown, *settings)
+    next(steps)
+    assert shown.writing.locked()
+    shown.replaced.set()
+    assert list(steps) == []
+    assert not shown.writing.locked()
+
+
 # --- Other files ----------------------------------------------------------------------------------------------
 
 
@@ -352,6 +368,7 @@ def test_nothing_is_kept_on_the_disk_or_asked_of_others(open_demo, demo, proxy):
     send(page, contents[1], "Smith^John.dcm")
     refusal_of(page)
     kept = demo.files()
+    assert list(demo.temporary.iterdir()), "the server has its files here"
     assert not [content for content in contents if content in kept]
     assert "Smith" not in str(list(demo.temporary.rglob("*")))
     printed = (demo.process.output() + demo.process.output(error=True)).decode()

@@ -95,6 +95,8 @@ def test_fast_code_shows_the_steps_of_stock(captioner, num_beams):
         last = captioner.generate(encoded, config, watch)[0].tolist()
     assert steps[True] == steps[False]
     assert [len(tokens) for tokens in steps[True]] == list(range(1, 10))
+    greedy = captioner.generate(encoded, GenerationConfig(num_beams=1, max_new_tokens=1, do_sample=False))
+    assert steps[True][0] == greedy[0].tolist(), "the most probable beam"
     if num_beams == 1:
         assert steps[True] == [last[:length] for length in range(1, 10)]
 
