@@ -141,6 +141,13 @@ def send(page, content, name="image.png"):
     page.set_input_files("input[type=file]", {"name": name, "mimeType": "application/octet-stream", "buffer": content})
 
 
+def set_field(page, label, value):
+    field = page.locator(f"label:has-text('{label}') input")
+    field.fill(value)
+    field.press("Tab")
+    playwright.expect(field).to_have_value(value)
+
+
 def caption_of(page):
     page.wait_for_selector("#details table")
     return page.wait_for_selector("#caption .done").inner_text().strip()
@@ -207,13 +214,13 @@ def test_other_settings_caption_the_image_again(open_demo, folder):
     send(page, png(image))
     first = caption_of(page)
     page.click("text=Decode settings")
-    page.fill("label:has-text('Beams') input", "1")
-    page.fill("label:has-text('Most new tokens') input", "5")
+    set_field(page, "Beams", "1")
+    set_field(page, "Most new tokens", "5")
     page.click("text=Caption again")
     page.wait_for_selector("text=Greedy search finds one caption")
     greedy = InferenceModel(str(folder), settings={"num_beams": 1, "max_new_tokens": 5}).caption([image])[0]
     assert caption_of(page) == greedy != first
-    page.fill("label:has-text('Most new tokens') input", "200")
+    set_field(page, "Most new tokens", "200")
     page.click("text=Caption again")
     assert "64 text positions" in refusal_of(page)
 
@@ -221,8 +228,8 @@ def test_other_settings_caption_the_image_again(open_demo, folder):
 def test_a_new_image_ends_the_caption_of_the_one_before(open_demo, model):
     page, image = open_demo(), make_noise(3)
     page.click("text=Decode settings")
-    page.fill("label:has-text('Beams') input", "10")
-    page.fill("label:has-text('Most new tokens') input", "63")
+    set_field(page, "Beams", "10")
+    set_field(page, "Most new tokens", "63")
     page.evaluate("""() => {
       window.seen = [];
       const text = () => document.querySelector("#caption .caption")?.innerText.trim() ?? "";
