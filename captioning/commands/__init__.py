@@ -34,3 +34,8 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1")
     return int(text)
+
+
+def frame(text: str) -> str:
+    """Return which frame of an image is meant, as the `type` of an argument."""
+    return text if text in ("middle", "all") else str(positive(text))

@@ -1,6 +1,6 @@
 """Caption images of your own by a saved model, with the decode settings that it was scored with."""
 
-from captioning.commands import new_file, positive
+from captioning.commands import frame, new_file, positive
 
 
 EXAMPLE = "user/model scans/ 'more/**/*.png' --output captions.csv"
@@ -13,6 +13,11 @@ ARGUMENTS = {
         "help": "file to append captions to, .csv (ImageCLEF's ID,Caption) or .jsonl; what it holds is not done again",
     },
     "--html": {"type": new_file(".html"), "help": "page of images and captions to write at the end"},
+    "--frame": {
+        "type": frame,
+        "default": "middle",
+        "help": "of a DICOM: middle (the default), all, or a number from 1",
+    },
     "--batch_size": {"type": positive, "default": 8, "help": "images at a time: 8"},
     "--device": {"help": "as PyTorch names it; default: the GPU if there is one"},
     "--revision": {"help": "commit, branch or tag of a Hub id"},

@@ -8,14 +8,14 @@ called by then. An image's line is written before its caption: a caption without
 import csv
 import fcntl
 import hashlib
-import io
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, BinaryIO
 
 from captioning.errors import UserError, as_user_error
+from captioning.inference.find_images import OwnImage
 
 
 CSV_HEADER = "ID,Caption\n"
@@ -46,8 +46,8 @@ class CaptionFile:
         if holds_rows and not os.path.exists(state):
             raise UserError(f"'{path}' was not written by this command, for lack of '{state}'; {OTHER}")
         with as_user_error(f"'{path}' cannot be continued", OTHER):
-            self._state = self._stack.enter_context(open(state, "a+b", 0))
-            self._rows = self._stack.enter_context(open(path, "a+b", 0))
+            self._state = self._stack.enter_context(open(state, "a+b", 0))  # noqa: SIM115
+            self._rows = self._stack.enter_context(open(path, "a+b", 0))  # noqa: SIM115
             try:
                 fcntl.flock(self._state, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -81,47 +81,44 @@ class CaptionFile:
             return [(image_id, text) for image_id, text in csv.reader(line.decode() for line in lines[1:])]
         return [(row["id"], row["caption"]) for row in map(json.loads, lines)]
 
-    def known_ids(self, images: Mapping[str, str]) -> dict[str, str]:
-        """Return by path the ids of those images whose captions the file holds, also under an earlier id.
-
-        Args:
-            images: ids by path.
+    def with_known_ids(self, images: Sequence[OwnImage]) -> list[OwnImage]:
+        """Return the images, those with the ids of the file whose captions it holds under an earlier id.
 
         Raises:
             UserError: an id is that of another image.
         """
-        earlier = {self._digests[name]: name for name in self.captions.keys() - set(images.values())}
-        found = {}
-        for path, image_id in images.items():
-            if image_id in self.captions:
-                if digest_of(path) not in (self._digests[image_id], None):
-                    what = f"'{self.path}' holds the caption of another image '{image_id}' than '{path}'"
-                    raise UserError(f"{what}, or that has changed; {OTHER}")
-                found[path] = image_id
-            elif earlier and (name := earlier.pop(digest_of(path) or "", None)):
-                found[path] = name
+        earlier = {self._digests[name]: name for name in self.captions.keys() - {image.id for image in images}}
+        found = []
+        for image in images:
+            digest = _digest_of(image) if earlier or image.id in self.captions else None
+            if digest and image.id in self.captions and digest != self._digests[image.id]:
+                what = f"'{self.path}' holds the caption of another image '{image.id}' than '{image}'"
+                raise UserError(f"{what}, or that has changed; {OTHER}")
+            is_new = image.id not in self.captions
+            found.append(image._replace(id=earlier.pop(digest, image.id) if is_new else image.id))
         return found
 
-    def add(self, rows: Iterable[tuple[str, str, str]]) -> None:
-        """Append paths of images, their ids and captions; they are on their way to the disk when this returns."""
-        images, lines = io.StringIO(), io.StringIO()
-        for path, image_id, caption in rows:
-            images.write(json.dumps({"id": image_id, "digest": digest_of(path)}) + "\n")
-            self.captions[image_id] = caption
-            file = "/".join(os.path.abspath(path).split(os.sep)[-1 - image_id.count("/") :])
-            row = {"id": image_id, "file": file, "caption": caption}
+    def add(self, captions: Mapping[OwnImage, str]) -> None:
+        """Append the captions of some images; they are on their way to the disk when this returns."""
+        images, rows = "", ""
+        for image, caption in captions.items():
+            images += json.dumps({"id": image.id, "digest": _digest_of(image)}) + "\n"
+            file = "/".join(os.path.abspath(image.path).split(os.sep)[-1 - image.id.count("/") :])
+            row = {"id": image.id, "file": file, "caption": caption}
             quoted = " ".join(caption.replace("\0", " ").split()).replace('"', '""')
-            lines.write(f'{image_id},"{quoted}"\n' if self._is_csv else json.dumps(row) + "\n")
-        self._state.write(images.getvalue().encode())
-        self._rows.write(lines.getvalue().encode())
+            rows += f'{image.id},"{quoted}"\n' if self._is_csv else json.dumps(row) + "\n"
+        self._state.write(images.encode())
+        self._rows.write(rows.encode())
+        self.captions |= {image.id: caption for image, caption in captions.items()}
 
 
-def digest_of(path: str) -> str | None:
-    """Return a digest of the content of a file that was read as an image; None where it is no longer there."""
-    if not os.path.isfile(path):
+def _digest_of(image: OwnImage) -> str | None:
+    """Return a digest of the file of an image, with the frame where it has several; None if it is not there."""
+    if not os.path.isfile(image.path):
         return None
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    with open(image.path, "rb") as file:
+        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    return f"{digest}#{image.frame}" if isinstance(image.frame, int) else digest
 
 
 def _whole_lines(file: BinaryIO) -> list[bytes]:

@@ -2,28 +2,51 @@
 
 import glob
 import os
-import stat
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from captioning.data.images import IMAGE_ENDINGS
+from PIL import Image
+
+from captioning.data.dicom import count_frames, is_dicom
+from captioning.data.images import IMAGE_ENDINGS, open_image
 from captioning.errors import UserError, printable
 from captioning.files import short_names
 
 
-ENDINGS = IMAGE_ENDINGS | {".dcm", ".dicom"}
-MAGIC, MAGIC_START = b"DICM", 128  # of a DICOM file
+NO_IMAGE = "DICOMDIR"  # the index of a medium, a DICOM itself
+
+
+class OwnImage(NamedTuple):
+    """An image of the user.
+
+    Attributes:
+        id: the name of its file without its ending, with as many folders as tell it from the others.
+        path: its file.
+        frame: of a DICOM, see `open_dicom`; a number where each frame has a caption.
+    """
+
+    id: str
+    path: str
+    frame: int | str
+
+    def open(self) -> Image.Image:
+        """See `open_image`."""
+        return open_image({"bytes": None, "path": self.path}, self.frame)
+
+    def __str__(self) -> str:
+        return f"{self.path}#{self.frame}" if isinstance(self.frame, int) else self.path
 
 
 @dataclass
-class FoundImages:
+class FoundFiles:
     """What was found by some names.
 
     Attributes:
-        paths: the images, each once, in the order of the names, those of a folder sorted.
+        paths: files, in the order of the names, those of a folder sorted.
         faults: by name, why there is nothing to caption.
         passed_over: number of other files in folders.
     """
@@ -51,53 +74,50 @@ class FoundImages:
         for folder, folders, files in os.walk(name, onerror=keep):
             folders[:] = sorted(inner for inner in folders if not inner.startswith("."))
             for path in (os.path.join(folder, file) for file in sorted(files) if not file.startswith(".")):
-                if os.path.splitext(path)[1].lower() in ENDINGS or _holds_dicom(path):
-                    self.paths.append(path)
-                else:
-                    self.passed_over += 1
+                is_image = os.path.splitext(path)[1].lower() in IMAGE_ENDINGS - {""}
+                with suppress(OSError):
+                    is_image |= os.path.basename(path) != NO_IMAGE and is_dicom(path)
+                self.paths += [path] if is_image else []
+                self.passed_over += not is_image
 
 
-def find_images(names: Iterable[str]) -> FoundImages:
-    """Find the images by the names of files and folders, by patterns, and by `-`, a list on standard input."""
-    found = FoundImages()
+def find_files(names: Iterable[str]) -> FoundFiles:
+    """Find files by names of files and folders, by patterns, and by `-`, a list of these on standard input."""
+    found = FoundFiles()
     for name in names:
         if name == "-":
             text = os.fsdecode(sys.stdin.buffer.read())
             lines = text.split("\0") if "\0" in text else text.splitlines()  # `find -print0` writes the first
-            for line in filter(None, lines):
-                found.add(line)
         else:
-            found.add(name)
-    unique: dict[str, str] = {}
-    for path in found.paths:
-        unique.setdefault(os.path.abspath(path), path)
-    found.paths = list(unique.values())
+            lines = [name]
+        for line in filter(None, lines):
+            found.add(line)
+    found.paths = list({os.path.abspath(path): path for path in found.paths}.values())
     return found
 
 
-def _holds_dicom(path: str) -> bool:
-    """Tell whether a file of any name is DICOM; the index of a medium has no pixels of its own."""
-    with suppress(OSError):
-        if os.path.basename(path) != "DICOMDIR" and stat.S_ISREG(os.stat(path).st_mode):
-            with open(path, "rb") as file:
-                return file.read(MAGIC_START + len(MAGIC))[MAGIC_START:] == MAGIC
-    return False
+def own_images(paths: Sequence[str], frame: str) -> list[OwnImage]:
+    """Return the images of some files; with frame "all", each frame of a DICOM that has several.
 
-
-def image_ids(paths: Sequence[str]) -> list[str]:
-    """Return an id for each image: the name of its file, with as many folders as tell it from the others.
-
-    An id has no ending unless another file differs in nothing else, and can stand in a submission to ImageCLEF.
+    An id has the ending where another file differs in nothing else, and can stand in a submission to ImageCLEF.
 
     Raises:
         UserError: two names differ only in characters that an id cannot hold.
     """
-    whole = [printable(os.path.abspath(path)).translate({ord(","): "_", ord('"'): "_"}) for path in paths]
-    stems = [stem if ending.lower() in ENDINGS else stem + ending for stem, ending in map(os.path.splitext, whole)]
+    names = [printable(os.path.abspath(path)).translate({ord(","): "_", ord('"'): "_"}) for path in paths]
+    stems = [stem if end.lower() in IMAGE_ENDINGS else stem + end for stem, end in map(os.path.splitext, names)]
     counts = Counter(stems)
-    names = [stem if counts[stem] == 1 else path for stem, path in zip(stems, whole, strict=True)]
-    short = short_names(names)
-    ids = [short[name].strip() for name in names]
-    if repeated := [image_id for image_id, number in Counter(ids).items() if number > 1]:
+    names = [stem if counts[stem] == 1 else name for stem, name in zip(stems, names, strict=True)]
+    short, images = short_names(names), []
+    for path, name in zip(paths, names, strict=True):
+        image_id, number = short[name].strip(), 1
+        if frame == "all":
+            with suppress(OSError, ValueError):  # `open` will say what is wrong with it
+                number = count_frames(path) if is_dicom(path) else 1
+        each = range(1, number + 1)
+        images += [OwnImage(f"{image_id}#{i}", path, i) for i in each if number > 1] or [
+            OwnImage(image_id, path, "middle" if frame == "all" else frame)
+        ]
+    if repeated := [name for name, count in Counter(image.id for image in images).items() if count > 1]:
         raise UserError(f"two images would have the id '{repeated[0]}'; rename one")
-    return ids
+    return images
