@@ -1,4 +1,4 @@
-"""Score the captions of any system beside baselines, or test them against those of another system."""
+"""Score captions or concepts of any system beside baselines, or test captions against those of another system."""
 
 from captioning.commands import existing_file
 from captioning.scoring import TOKENIZERS
@@ -7,11 +7,11 @@ from captioning.scoring import TOKENIZERS
 EXAMPLE = "run.csv --references test_captions.csv --train train_captions.csv"
 WORK = "captioning.reporting.terminal:score_captions"
 FILES = {
-    "predictions": "predictions of a run (JSON lines), or a CSV of ID,Caption",
-    "--references": "CSV of ID,Caption; predictions of a run have theirs",
-    "--concepts": "CSV of ID,CUIs of the same images; predictions of a run have theirs",
+    "predictions": "predictions of a run (JSON lines), or a CSV of ID,Caption, or of ID,CUIs",
+    "--references": "CSV of ID,Caption; predictions of a run have theirs; for concepts, of ID,CUIs",
+    "--concepts": "CSV of ID,CUIs of the same images; predictions of a run have theirs; for concepts, the manual ones",
     "--train": "CSV of ID,Caption of the training split, among which baselines are found",
-    "--train_concepts": "CSV of ID,CUIs of the training split, for concept_f1",
+    "--train_concepts": "CSV of ID,CUIs of the training split, for concept_f1; for concepts, for their baseline",
     "--against": "captions of another system for the same images, for a paired test",
 }
 ARGUMENTS = {name: {"type": existing_file, "help": what} for name, what in FILES.items()} | {

@@ -33,9 +33,14 @@ CLEAN_COLUMNS = Features(
         "cui": List(Value("string")),
         "pixels": Value("int64"),  # `pixel_hash`, null where the image was not opened
         "rejected": Value("string"),  # why the row cannot be used, null where it can
-        "burned_in": Value("bool"),  # whether the header says so, of a DICOM that was opened
+        # Of an image that was opened
+        "burned_in": Value("bool"),  # whether the header of a DICOM says so
+        "width": Value("int32"),
+        "height": Value("int32"),
+        "mode": Value("string"),
     }
 )
+ABOUT_IMAGES = ["burned_in", "width", "height", "mode"]  # columns that nothing trains on
 CHECK_BATCH_SIZE = 64  # rows whose images are in memory at once
 MAX_CAPTION = 100_000  # characters; ROCOv2's longest has about 7,000
 MAX_ID = 1000  # characters; ids appear in logs, pages and submissions
@@ -59,13 +64,13 @@ def check_rows(
         unopened: splits whose images are not opened, because the training streams them.
 
     Returns:
-        The same rows with the columns `image` and those of `CLEAN_COLUMNS` but the last.
+        The same rows with the columns `image` and those of `CLEAN_COLUMNS` but `ABOUT_IMAGES`.
 
     Raises:
         UserError: a split has no usable row, or more rejected ones than `max_rejected_fraction` allows.
     """
     checked = DatasetDict(
-        {split: _check_split(rows, split, num_proc, split not in unopened) for split, rows in dataset.items()}
+        {split: mark_rows(rows, split, num_proc, split not in unopened) for split, rows in dataset.items()}
     )
     rejected = {split: _rejected(rows, split) for split, rows in checked.items()}
     if rejected_file is not None:
@@ -78,7 +83,7 @@ def check_rows(
         if burned := pc.sum(_arrow(checked[split], "burned_in")).as_py():
             what = "have text burned into the pixels, as their headers say: it may name patients"
             logger.warning("%s: %d of %d images %s", split, burned, len(checked[split]), what)
-    return checked.remove_columns("burned_in")
+    return checked.remove_columns(ABOUT_IMAGES)
 
 
 def _rejected(rows: Dataset, split: str) -> list[dict[str, Any]]:
@@ -136,7 +141,8 @@ def usable(rows: Dataset, max_samples: int | None = None) -> Dataset:
     return rows.select(range(len(keep)) if is_range else keep).remove_columns("rejected")
 
 
-def _check_split(rows: Dataset, split: str, num_proc: int | None, open_images: bool) -> Dataset:
+def mark_rows(rows: Dataset, split: str, num_proc: int | None = None, open_images: bool = True) -> Dataset:
+    """Return the rows of a split with the columns `image` and `CLEAN_COLUMNS`; see `check_rows`."""
     checked = rows.map(
         _check_batch,
         batched=True,
@@ -160,31 +166,31 @@ def _check_batch(batch: dict[str, list[Any]], open_images: bool) -> dict[str, li
     images = batch["image"] if open_images else nothing
     columns = (images, clean["image_id"], clean["caption"], batch.get(UNUSABLE) or nothing)
     found = [_check_row(*row, open_images) for row in zip(*columns, strict=True)]
-    clean["rejected"], clean["pixels"], clean["burned_in"] = map(list, zip(*found, strict=True))
-    return clean
+    return clean | {name: [row.get(name) for row in found] for name in ("rejected", "pixels", *ABOUT_IMAGES)}
 
 
 def _check_row(
     image: dict[str, Any] | None, image_id: str, caption: str, known: str | None, open_images: bool
-) -> tuple[str | None, int | None, bool | None]:
-    """Return the reason to reject a row, if there is one, the hash of its pixels and `burned_in`, if it was opened."""
+) -> dict[str, Any]:
+    """Return the reason to reject a row, if there is one, under `rejected`, or what is known of its opened image."""
     if not image_id.strip():
-        return "blank image_id", None, None
+        return {"rejected": "blank image_id"}
     if len(image_id) > MAX_ID:
-        return "overlong image_id", None, None
+        return {"rejected": "overlong image_id"}
     if _is_blank(caption):
-        return "blank caption", None, None
+        return {"rejected": "blank caption"}
     if len(caption) > MAX_CAPTION:
-        return "overlong caption", None, None
+        return {"rejected": "overlong caption"}
     if known:
-        return known, None, None
+        return {"rejected": known}
     if not open_images:
-        return None, None, None
+        return {}
     try:
         opened = open_image(image)
-        return None, pixel_hash(opened), burned_in(opened)
     except ValueError as error:
-        return (MISSING if str(error) == MISSING else f"unreadable image: {error}"), None, None
+        return {"rejected": MISSING if str(error) == MISSING else f"unreadable image: {error}"}
+    about = (burned_in(opened), *opened.size, opened.mode)
+    return {"pixels": pixel_hash(opened)} | dict(zip(ABOUT_IMAGES, about, strict=True))
 
 
 def _is_blank(caption: str | None) -> bool:

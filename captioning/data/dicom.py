@@ -42,15 +42,10 @@ MAX_JPEG_SCANS = 100  # encoders write about 10; each takes few bytes and makes 
 PIXELS = {0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData", 0x7FE00010: "PixelData"}
 GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")  # a frame's own win
 PADDING = ("PixelPaddingValue", "PixelPaddingRangeLimit", "FloatPixelPaddingValue", "DoubleFloatPixelPaddingValue")
-OTHERS = (
-    "SOPClassUID",
-    "BurnedInAnnotation",
-    "PresentationLUTShape",
-    "ExtendedOffsetTable",
-    "ExtendedOffsetTableLengths",
-)
+OFFSETS = (0x7FE00001, 0x7FE00002)  # tables of where frames are
 # All that is read of a header
-TAGS = [tag for tag in DicomDictionary if tag >> 16 == 0x0028] + [tag_for_keyword(name) for name in (*OTHERS, *GROUPS)]
+TAGS = [tag for tag in DicomDictionary if tag >> 16 == 0x0028 or tag in OFFSETS]
+TAGS += [tag_for_keyword(name) for name in ("SOPClassUID", "PresentationLUTShape", *GROUPS)]
 # One decoder for each syntax, whatever else is installed: pixels of lossy ones differ between decoders
 PILLOW, GDCM = ("pillow", "pillow"), ("gdcm", "python-gdcm")
 DECODERS = {
@@ -70,9 +65,7 @@ class UnusableDicom(ValueError):
 class _File(NamedTuple):
     content: BinaryIO  # at the value of the pixels
     header: Dataset
-    syntax: uid.UID
-    vr: str | None  # of the pixels
-    keyword: str  # of the pixels, from `PIXELS`
+    options: dict[str, Any]  # of pydicom's decoders
     num_bytes: int  # of the pixels, as far as the file goes
     num_frames: int
 
@@ -118,14 +111,13 @@ def open_dicom(source: bytes | str | os.PathLike, frame: int | str = "middle") -
         if not 0 <= index < file.num_frames:
             raise UnusableDicom(f"has {file.num_frames} frames; frame {frame} is none of them")
         pixels, interpretation = _decode(file, index)
-        if interpretation == "RGB" and pixels.ndim == 3:
-            rgb = pixels if pixels.dtype == np.uint8 else pixels * (255 / (2 ** int(file.header.BitsStored) - 1))
-            rgb = np.clip(np.rint(rgb), 0, 255)
-        elif pixels.ndim == 2 and interpretation in ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR"):
-            rgb = _render(pixels, file, index, interpretation)
-        else:
+        if pixels.ndim == 2 and interpretation in ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR"):
+            pixels = _render(pixels, file.header, index, interpretation)
+        elif pixels.ndim != 3 or interpretation != "RGB":
             raise UnusableDicom("has a photometric interpretation that is not supported")
-        image = Image.fromarray(np.ascontiguousarray(rgb, dtype=np.uint8))
+        elif pixels.dtype != np.uint8:
+            pixels = np.clip(np.rint(pixels * (255 / (2**file.header.BitsStored - 1))), 0, 255)
+        image = Image.fromarray(np.ascontiguousarray(pixels, dtype=np.uint8))
         image.info[BURNED_IN] = str(file.header.get("BurnedInAnnotation", "")).strip().upper() == "YES"
         return image
 
@@ -183,23 +175,23 @@ def _read_header(content: BinaryIO) -> _File:
     place = content.tell()
     left = content.seek(0, os.SEEK_END) - place
     content.seek(place)
-    num_frames = max(1, int(header.get("NumberOfFrames") or 1))
-    return _File(content, header, syntax, vr, PIXELS[tag], min(length, left), num_frames)
+    about = {"transfer_syntax_uid": syntax, "pixel_keyword": PIXELS[tag], "pixel_vr": vr or "OW"}
+    options = as_pixel_options(header, **about)
+    return _File(content, header, options, min(length, left), max(1, int(options["number_of_frames"])))
 
 
 def _decode(file: _File, index: int) -> tuple[np.ndarray, str]:
     """Return the values of a frame, `[rows, columns]` or `[rows, columns, 3]`, and what they mean."""
-    header, plugin = file.header, ""
+    header, options, plugin = file.header, file.options, ""
+    syntax = options["transfer_syntax_uid"]
     names = ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated")
     rows, columns, samples, bits = (int(header[name].value) for name in names)
     most = MAX_PIXELS if bits <= 8 else MAX_PIXELS_16_BIT
     if rows * columns > most:
         raise UnusableDicom(f"is {columns}x{rows} pixels; at most {most:,} are decoded")
     raw = rows * columns * samples * bits / 8  # bytes
-    about = {"transfer_syntax_uid": file.syntax, "pixel_keyword": file.keyword, "pixel_vr": file.vr or "OW"}
-    options = as_pixel_options(header, **about)
-    if file.syntax.is_encapsulated:
-        plugin = _decoder(file.syntax, int(header.BitsStored), samples)
+    if syntax.is_encapsulated:
+        plugin = _decoder(syntax, int(header.BitsStored), samples)
         place = file.content.tell()
         offsets = options.get("extended_offsets")
         encoded = get_frame(file.content, index, number_of_frames=file.num_frames, extended_offsets=offsets)
@@ -209,7 +201,7 @@ def _decode(file: _File, index: int) -> tuple[np.ndarray, str]:
         part = 2 / 3 if header.PhotometricInterpretation == "YBR_FULL_422" else 1
         if file.num_bytes < math.ceil((index + 1) * raw * part):
             raise UnusableDicom("is a truncated DICOM: its pixels are fewer than its header says")
-    decode = partial(get_decoder(file.syntax).as_array, file.content, index=index, decoding_plugin=plugin, **options)
+    decode = partial(get_decoder(syntax).as_array, file.content, index=index, decoding_plugin=plugin, **options)
     pixels, properties = _in_child(decode) if plugin == GDCM[0] else decode()
     return pixels, str(properties["photometric_interpretation"])
 
@@ -266,17 +258,16 @@ def _check_frame(encoded: bytes, plugin: str, size: tuple[int, int], raw: float)
 # --- Rendering ------------------------------------------------------------------------------------------------
 
 
-def _render(pixels: np.ndarray, file: _File, index: int, interpretation: str) -> np.ndarray:
+def _render(pixels: np.ndarray, header: Dataset, index: int, interpretation: str) -> np.ndarray:
     """Return stored values as 0 to 255, or as colors of a palette.
 
     Integers are few: each value is rendered once, and looked up for the pixels.
     """
-    header = file.header
     for sequence, item in zip(GROUPS, (0, index), strict=True):
-        groups = (header.get(sequence) or [])[item : item + 1]
-        for name in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
-            for part in (part for group in groups for part in group.get(name) or ()):
-                header.update(part)
+        for group in (header.get(sequence) or [])[item : item + 1]:
+            for name in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
+                for part in group.get(name) or ():
+                    header.update(part)
     values, place, present = pixels, ..., np.ones(pixels.shape, bool)
     if pixels.dtype.kind in "iu" and int(pixels.max()) - int(pixels.min()) < 2**16:
         values = np.arange(int(pixels.min()), int(pixels.max()) + 1)
@@ -309,7 +300,7 @@ def _gray(stored: np.ndarray, present: np.ndarray, header: Dataset) -> np.ndarra
     if (tables := header.get("VOILUTSequence")) and tables[0].get("LUTData") is not None:
         values, _ = _look_up(values, tables[0].LUTDescriptor, tables[0].LUTData, header)
         return values * (255 / (2 ** int(tables[0].LUTDescriptor[2]) - 1))
-    center, width = (_first(header.get(name)) for name in ("WindowCenter", "WindowWidth"))
+    center, width = (_first(header, name) for name in ("WindowCenter", "WindowWidth"))
     function = str(header.get("VOILUTFunction") or "LINEAR").strip().upper()
     if math.isfinite(center) and (width >= 1 or (width > 0 and function in ("LINEAR_EXACT", "SIGMOID"))):
         if function == "SIGMOID":
@@ -328,10 +319,12 @@ def _gray(stored: np.ndarray, present: np.ndarray, header: Dataset) -> np.ndarra
     return (values - low) * (255 / max(high - low, 1e-12))
 
 
-def _first(value: Any) -> float:
+def _first(header: Dataset, name: str) -> float:
     """Return a number, or the first of several; NaN if there is none."""
-    value = next(iter(value), None) if hasattr(value, "__iter__") and not isinstance(value, str) else value
-    return math.nan if value is None else float(value)
+    try:
+        return float(np.ravel(header.get(name))[0])
+    except (TypeError, ValueError, IndexError):
+        return math.nan
 
 
 def _look_up(values: np.ndarray, descriptor: Any, data: Any, header: Dataset) -> tuple[np.ndarray, int]:

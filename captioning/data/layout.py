@@ -25,6 +25,7 @@ class Layout:
         None, "Share of rows to validate on. Default: 0.1 if there are no splits."
     )
     test_fraction: float | None = flag(None, "The same for the test split.")
+    concepts: str | None = flag(None, "Of Zenodo's tables: manual or all. Default: all, where there are such tables.")
     split_seed: int = flag(0, "Another number draws other rows for these; --seed does not.")
 
     def __post_init__(self):
@@ -35,6 +36,8 @@ class Layout:
                 raise UserError(f"{name}_fraction is {fraction}; set --{name}_fraction from 0 to below 1")
         if sum(fraction or 0 for fraction in given.values()) >= 1:
             raise UserError("validation_fraction and test_fraction leave nothing for the training; lower one")
+        if self.concepts not in (None, "manual", "all"):
+            raise UserError(f"concepts is '{self.concepts}'; set --concepts to manual or all")
         if self.image_folder is not None and not os.path.isdir(self.image_folder):
             raise UserError(f"image_folder '{self.image_folder}' is not a folder; set --image_folder")
 

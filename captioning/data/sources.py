@@ -74,6 +74,8 @@ def load_source(
     if streaming and layout.given():
         raise UserError(f"--{layout.given()[0]} does not go with --streaming; leave one of them out")
     splits = _load(name, revision, streaming, layout)
+    if layout.concepts and not (os.path.isdir(name) and any(Path(name).glob("*_captions.csv"))):
+        raise UserError(f"--concepts is for the tables of Zenodo; dataset '{name}' has none, leave it out")
     splits = DatasetDict({WHOLE: splits}) if isinstance(splits, Dataset) else splits
     is_whole = len(splits) == 1 and next(iter(splits)).lower() not in SPLIT_NAMES and not streaming
     if is_whole and (parts := rows_by_split(next(iter(splits.values())), f"dataset '{name}'")):
@@ -174,7 +176,7 @@ def _load_folder(folder: Path, streaming: bool, layout: Layout) -> DatasetDict |
         if is_zenodo:
             if wrong := [name for name in layout.given() if name.endswith(("_column", "_folder"))]:
                 raise UserError(f"--{wrong[0]} does not go with the layout of Zenodo in '{folder}'; leave it out")
-            return load_zenodo(folder)
+            return load_zenodo(folder, layout.concepts)
         if tables:
             return load_tables(str(folder), tables, layout)
     found = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in TABLE_ENDINGS]

@@ -38,31 +38,48 @@ class MarkedSplits(DatasetDict):
     """Splits with a column `UNUSABLE` that we wrote ourselves: only that one is trusted."""
 
 
-def load_zenodo(folder: Path) -> MarkedSplits:
+def load_zenodo(folder: Path, concepts: str | None = None) -> MarkedSplits:
     """Load `<split>_captions.csv`, `<split>_concepts.csv` and the images beside them, in a folder or a zip.
 
     Rows whose image cannot be read are kept, with the reason in the column `UNUSABLE`.
 
+    Args:
+        folder: of the tables.
+        concepts: "manual" ones, or "all", which tools have found too; None: all, else manual, else none.
+
     Raises:
-        UserError: a table or a zip cannot be read, or a table has no images beside it.
+        UserError: a table or a zip cannot be read, or a table has no images or `concepts` beside it.
     """
+    kinds = {"manual": ("_manual",), "all": ("",)}.get(concepts or "", ("", "_manual"))
     splits = {}
     for name, split in SPLIT_FILES.items():
         captions = folder / f"{name}_captions.csv"
         if not captions.is_file():
             continue
-        # `_concepts` holds manual and automatic concepts, `_concepts_manual` only the manual ones
-        concepts = [folder / f"{name}_concepts{kind}.csv" for kind in ("", "_manual")]
+        tables = [folder / f"{name}_concepts{kind}.csv" for kind in kinds]
         images = [folder / f"{name}_images", folder / name, folder / f"{name}_images.zip"]
         if not any(path.exists() for path in images):
             raise UserError(f"'{captions}' has no images beside it: '{images[0]}' and '{images[2]}' do not exist")
         sources = {"captions": captions, "images": next(path for path in images if path.exists())}
-        if found := [path for path in concepts if path.is_file()]:
+        if found := [path for path in tables if path.is_file()]:
             sources["concepts"] = found[0]
+        elif concepts:
+            raise UserError(f"'{tables[0]}' does not exist; leave --concepts {concepts} out, or download it")
         arguments = {"concepts": None} | {key: str(path) for key, path in sources.items()}
         arguments["state"] = _folder_state(list(sources.values()))
         splits[split] = Dataset.from_generator(_zenodo_rows, features=FEATURES, gen_kwargs=arguments, split=split)
     return MarkedSplits(splits)
+
+
+def concept_names(folder: str | os.PathLike) -> dict[str, str]:
+    """Return the name of each concept in `cui_mapping.csv` of a folder; none where there is no such file.
+
+    Raises:
+        UserError: the file has no columns `CUI` and `Canonical name`.
+    """
+    path = os.path.join(folder, "cui_mapping.csv")
+    rows = read_csv_rows(path, ("CUI", "Canonical name")) if os.path.isfile(path) else ()
+    return {(row["CUI"] or "").strip(): (row["Canonical name"] or "").strip() for row in rows}
 
 
 def _folder_state(paths: list[Path]) -> str:

@@ -43,7 +43,7 @@ MODEL_FILES = (
 # Without report.html: it holds the images, which the user may not have the right to publish
 RECORD_FILES = (
     "README.md", "recipe.json", "*_results.json", "scores.json", "trainer_state.json", "training_curve.png",
-    "predictions/*.jsonl", "sample.*", "examples/*.jpg", "submission.csv", "submission.zip",
+    "predictions/*.jsonl", "sample.*", "examples/*.jpg", "submission*.csv", "submission*.zip",
 )  # fmt: skip
 # Removed unless the run has them: those of a checkpoint before --merge_lora would be loaded in place of the model
 STALE_FILES = ("adapter_config.json", "adapter_model.safetensors", "base_config.json", "surface_form.json")

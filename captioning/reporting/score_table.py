@@ -12,10 +12,12 @@ from captioning.errors import printable
 from captioning.scoring.baselines import BASELINES
 from captioning.scoring.bertscore import NOT_COMPUTED
 from captioning.scoring.bootstrap import num_decimals
+from captioning.scoring.concept_detection import NAMES
 from captioning.scoring.score import BY_MODALITY
 
 
 CAPTION_WIDTH = 400  # characters of a caption on the terminal
+SHOWN_CONCEPTS = 20  # all are in --json
 CELL_WIDTH = 300  # characters of a text in Markdown
 
 
@@ -44,6 +46,21 @@ def comparison_table(result: Mapping[str, Any], format: str = "text") -> str:
     notes = [*not_computed(result), p_note, "The difference is the first score minus the second."]
     first, second = result["systems"]
     return _with_notes(f"captions: {result['captions']:,}; first: {first}; second: {second}", rows, notes, format)
+
+
+def concepts_table(result: Mapping[str, Any], format: str = "text") -> str:
+    """Return the dict of `score_concepts` as a table; as text, below it the most frequent concepts one by one."""
+    rows = [["", "score", "95 % interval", "most frequent concepts"]]
+    for name, entry in result["scores"].items():
+        show = in_digits(entry)
+        rows.append([name, show(entry["value"]), interval_in_words(entry), show(entry["baselines"].get("constant"))])
+    notes = [f"most frequent concepts, {name}: {', '.join(cuis)}" for name, cuis in result["constant"].items()]
+    lines = [["concept", "images", "right", "wrong", "missed", ""]]
+    for row in result["concepts"][:SHOWN_CONCEPTS]:
+        numbers = (f"{row[key]:,}" for key in ("support", "tp", "fp", "fn"))
+        lines.append([printable(row["cui"], 20), *numbers, NAMES.get(row["cui"], "")])
+    notes += ["", *_text_table(lines)] if format == "text" else []
+    return _with_notes(f"images: {result['images']:,}", rows, notes, format)
 
 
 def _details(scores: Mapping[str, Any]) -> list[str]:

@@ -7,8 +7,9 @@ import sys
 from captioning.errors import UserError, printable
 from captioning.files import to_json
 from captioning.reporting.comparison_page import write_comparison
-from captioning.reporting.score_table import comparison_table, score_table
+from captioning.reporting.score_table import comparison_table, concepts_table, score_table
 from captioning.scoring.captions import in_order_of, read_captions
+from captioning.scoring.concept_detection import holds_concepts, score_concepts
 from captioning.scoring.score import compare_captions, score
 from captioning.scoring.submission import check_submission
 from captioning.scoring.training_split import read_training
@@ -28,6 +29,9 @@ def score_captions(arguments: argparse.Namespace) -> None:
         raise UserError(f"--html would overwrite '{arguments.html}', which is read; name another file")
     if arguments.html and not os.path.isdir(os.path.dirname(arguments.html) or "."):
         raise UserError(f"'{arguments.html}' cannot be written: it has no folder yet; make it first")
+    if holds_concepts(arguments.predictions):
+        _score_concepts(arguments)
+        return
     captions = read_captions(arguments.predictions, arguments.references, arguments.concepts)
     training = read_training(arguments.train, arguments.train_concepts)
     options = None if arguments.tokenizer == "none" else arguments.tokenizer, arguments.bertscore_model
@@ -43,6 +47,16 @@ def score_captions(arguments: argparse.Namespace) -> None:
         result = score(captions, training, None, *options)
     table = comparison_table if arguments.against else score_table
     print(to_json(result, indent=2) if arguments.format == "json" else table(result, arguments.format))
+
+
+def _score_concepts(arguments: argparse.Namespace) -> None:
+    path = arguments.predictions
+    if arguments.references is None:
+        raise UserError(f"'{path}' holds concepts; add --references with a CSV of ID,CUIs of the same images")
+    if wrong := [name for name in ("train", "against", "html", "bertscore_model") if getattr(arguments, name)]:
+        raise UserError(f"'{path}' holds concepts, and --{wrong[0]} is for captions; leave it out")
+    result = score_concepts(path, arguments.references, arguments.concepts, arguments.train_concepts)
+    print(to_json(result, indent=2) if arguments.format == "json" else concepts_table(result, arguments.format))
 
 
 def check_rules(arguments: argparse.Namespace) -> None:

@@ -22,6 +22,9 @@ _SIGNATURES = {
     "imageclef_bertscore": "norm:imageclef|model:{model}|idf:references|rescale:no|bert-score:{bert-score}",
     "concept_f1": "reader:{concepts}|words:{clinical}|train:{train}|scikit-learn:{scikit-learn}",
 }
+for _part, _of in (("f1", "images"), ("precision", "pairs"), ("recall", "pairs")):
+    _SIGNATURES[f"concept_detection_{_part}"] = f"case:upper|mean:{_of}|concepts:all|imageclef:2026"
+    _SIGNATURES[f"concept_detection_manual_{_part}"] = f"case:upper|mean:{_of}|concepts:15|imageclef:2026"
 _CLINICAL = "reader:{clinical}"  # of all other names that end in _f1
 # Of the metrics of COCO captions, the tokens by the beginning of the name and the rest by its end
 _TOKENS = {

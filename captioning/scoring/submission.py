@@ -1,6 +1,7 @@
 """ImageCLEFmedical Caption submissions: written, and checked by the rules of the official checker of 2026.
 
-The rules are those of `submission_check.py` in github.com/taubsity/clef-caption-evaluation-2026.
+The rules are those of `caption_prediction/submission_check.py` and `concept_detection/submission_check.py` in
+github.com/taubsity/clef-caption-evaluation-2026.
 """
 
 import csv
@@ -8,12 +9,13 @@ import io
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from captioning.errors import UserError, as_user_error
 from captioning.files import write_whole
 from captioning.scoring.captions import id_faults, read_csv, well_formed
+from captioning.scoring.concept_detection import MAX_CONCEPTS
 
 
 OFFICIAL_MAX_FIELD = 2**17  # the default of the csv module, with which the official checker reads
@@ -30,20 +32,41 @@ def write_submission(folder: Path, image_ids: Sequence[str], captions: Sequence[
     Raises:
         UserError: an id cannot be written in a submission, or occurs twice.
     """
+    return _write_rows(folder, "submission", "Caption", image_ids, map(_quoted, captions))
+
+
+def write_concepts(folder: Path, image_ids: Sequence[str], concepts: Sequence[Iterable[str]]) -> Path:
+    """Write `submission_concepts.csv` (`ID,CUIs`), and a zip that contains it as `submission.csv`; return its path.
+
+    Raises:
+        UserError: see `write_submission`; or an image has more than `MAX_CONCEPTS`, or something else than a CUI.
+    """
+    fields = []
+    for image_id, found in zip(image_ids, concepts, strict=True):
+        cuis = sorted({cui.strip().upper() for cui in found})
+        if wrong := [cui for cui in cuis if not CUI.fullmatch(cui)]:
+            raise UserError(f"image '{image_id}': '{wrong[0]}' is not a concept such as C0040405; leave it out")
+        if len(cuis) > MAX_CONCEPTS:
+            raise UserError(f"image '{image_id}' has {len(cuis)} concepts; a submission may have {MAX_CONCEPTS}")
+        fields.append(";".join(cuis))
+    return _write_rows(folder, "submission_concepts", "CUIs", image_ids, fields)
+
+
+def _write_rows(folder: Path, stem: str, column: str, image_ids: Sequence[str], fields: Iterable[str]) -> Path:
     if len(set(image_ids)) < len(image_ids):
         raise UserError("an image id occurs twice; a submission must have each once")
     for image_id in image_ids:
         one_line = image_id == image_id.strip() and len(image_id.splitlines()) == 1
         if not one_line or image_id != well_formed(image_id) or set(image_id) & set(',"'):
             raise UserError(f"image id '{image_id}' cannot be in a submission; it must be text without , or \"")
-    lines = ["ID,Caption", *(f"{i},{_quoted(text)}" for i, text in zip(image_ids, captions, strict=True))]
+    lines = [f"ID,{column}", *(f"{image_id},{field}" for image_id, field in zip(image_ids, fields, strict=True))]
     content = "".join(f"{line}\n" for line in lines).encode("utf-8")
-    write_whole(folder / "submission.csv", content)
+    write_whole(folder / f"{stem}.csv", content)
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(zipfile.ZipInfo("submission.csv", ZIP_TIME), content, zipfile.ZIP_DEFLATED)
-    write_whole(folder / "submission.zip", buffer.getvalue())
-    return folder / "submission.csv"
+    write_whole(folder / f"{stem}.zip", buffer.getvalue())
+    return folder / f"{stem}.csv"
 
 
 def _quoted(caption: str) -> str:
@@ -126,4 +149,6 @@ def _row_faults(row: list[str], line: str, column: str) -> list[str]:
     faults += [f"'{cui}' is not a concept such as C0040405" for cui in cuis if not CUI.fullmatch(cui)]
     if len(set(cuis)) < len(cuis):
         faults.append("a concept occurs twice; keep one")
+    if len(cuis) > MAX_CONCEPTS:  # the rule of the evaluator, which the checker lacks
+        faults.append(f"concepts: {len(cuis)}; keep at most {MAX_CONCEPTS}")
     return faults

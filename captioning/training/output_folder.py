@@ -24,7 +24,7 @@ from captioning.training.recipe import resolved_recipe
 
 logger = logging.getLogger(__name__)
 
-RESULT_FILES = ("*_results.json", "scores.json", "report.html", "predictions/*.jsonl", "submission.*", "sample.*")
+RESULT_FILES = ("*_results.json", "scores.json", "report.html", "predictions/*.jsonl", "submission*.*", "sample.*")
 RESULT_FILES += ("surface_form.json",)  # a run that restores none writes none
 # Keys of a recipe in which two runs may differ whose results stand side by side
 STAGE_FIELDS = (

@@ -16,8 +16,10 @@ from PIL import Image as PIL
 from captioning.__main__ import main
 from captioning.data import phantoms
 from captioning.data.checks import check_rows, usable
+from captioning.data.layout import Layout
 from captioning.data.sources import dataset_commit, load_source
 from captioning.data.tokenize_captions import tokenize
+from captioning.data.zenodo import concept_names
 from captioning.errors import UserError
 
 
@@ -95,6 +97,26 @@ def test_zenodo_layout(tmp_path, zipped):
     assert rows["image_id"][:] == [f"ROCOv2_2023_valid_{i:06d}" for i in (1, 2, 5, 9)]
     assert rows["caption"][1] == 'A "quoted", comma-separated\ncaption 1'
     assert rows["cui"][:] == [["C0040405", "C0817096"], [], ["C1306645"], []]
+
+
+def test_manual_or_all_concepts_of_zenodo_are_taken(tmp_path):
+    folder = zenodo_folder(tmp_path / "zenodo")
+    manual, every = (load_source(str(folder), layout=Layout(concepts=kind)) for kind in ("manual", "all"))
+    assert manual["test"]["cui"][:] == [["C1306645"]] * 4
+    assert every["test"]["cui"][:] == load_source(str(folder))["test"]["cui"][:] != manual["test"]["cui"][:]
+    (folder / "test_concepts_manual.csv").unlink()
+    with pytest.raises(UserError, match=r"test_concepts_manual\.csv' does not exist"):
+        load_source(str(folder), layout=Layout(concepts="manual"))
+    with pytest.raises(UserError, match="is for the tables of Zenodo"):
+        load_source("phantoms", layout=Layout(concepts="all"))
+    with pytest.raises(UserError, match="set --concepts to manual or all"):
+        Layout(concepts="some")
+
+
+def test_names_of_concepts_are_read_where_there_are_some(tmp_path):
+    assert concept_names(tmp_path) == {}
+    write_csv(tmp_path / "cui_mapping.csv", ["CUI", "Canonical name"], [("C0040405", "X-Ray CT, any"), ("C1", "")])
+    assert concept_names(tmp_path) == {"C0040405": "X-Ray CT, any", "C1": ""}
 
 
 def test_a_changed_zenodo_folder_is_read_again(tmp_path):

@@ -15,6 +15,7 @@ from captioning.errors import UserError
 from captioning.reporting.score_table import comparison_table, score_table
 from captioning.scoring.bertscore import NOT_COMPUTED
 from captioning.scoring.bootstrap import num_decimals
+from captioning.scoring.concept_detection import best_constant_concepts, concept_table, detection_scores
 from captioning.scoring.score import score
 from captioning.scoring.training_split import Training
 
@@ -141,6 +142,30 @@ def test_a_mistake_is_one_line(run, arguments, message):
         run("score", *arguments)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_concepts_are_scored_beside_the_most_frequent_ones(run, files, captions, training):
+    (files / "own_concepts.csv").write_text("ID,CUIs\n" + "".join(f"id{i},C0040405\n" for i in range(len(captions))))
+    arguments = ("own_concepts.csv", "--references", "concepts.csv", "--train_concepts", "train_concepts.csv")
+    scores = json.loads(run("score", *arguments, "--json"))
+    truth = [set(cuis) for cuis in captions.cuis]
+    own = detection_scores([{"C0040405"}] * len(truth), truth)
+    assert {name: entry["value"] for name, entry in scores["scores"].items()} == {
+        name: pytest.approx(score.value) for name, score in own.items()
+    }
+    constant = set(best_constant_concepts([set(cuis) for cuis in training.cuis]))
+    assert set(scores["constant"]["concept_detection"]) == constant
+    entry = scores["scores"]["concept_detection_f1"]
+    assert (
+        entry["baselines"]["constant"]
+        == detection_scores([constant] * len(truth), truth)["concept_detection_f1"].value
+    )
+    assert entry["low"] < entry["value"] < entry["high"]
+    assert scores["concepts"] == concept_table([{"C0040405"}] * len(truth), truth)
+    table = run("score", *arguments)
+    assert "computed tomography" in table
+    manual = run("score", *arguments, "--concepts", "own_concepts.csv", "--json")
+    assert json.loads(manual)["scores"]["concept_detection_manual_f1"]["value"] == 1
 
 
 def test_a_valid_submission_is_said_to_be_one_and_faults_are_listed(run, files, capsys):

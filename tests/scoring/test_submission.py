@@ -6,7 +6,7 @@ import zipfile
 import pytest
 
 from captioning.errors import UserError
-from captioning.scoring.submission import check_submission, write_submission
+from captioning.scoring.submission import check_submission, write_concepts, write_submission
 
 
 HARD_CAPTIONS = [
@@ -82,6 +82,10 @@ def test_an_id_that_would_break_the_submission_is_rejected(tmp_path, image_id):
         ("ID,CUIs\nid_0,CT\nid_1,\n", "row 2: 'CT' is not a concept"),
         ("ID,CUIs\nid_0,C1;C1\nid_1,\n", "row 2: a concept occurs twice"),
         ("ID,CUIs\nid_0, C1\nid_1,\n", "row 2: the CUIs start or end with white space"),
+        ("ID,CUIs\nid_0," + ";".join(f"C{i}" for i in range(101)) + "\nid_1,\n", "row 2: concepts: 101; keep at most"),
+        ("ID,CUIs\nid_0,C1;;C2\nid_1,\n", "row 2: '' is not a concept"),
+        ("ID,CUIs\nid_0\nid_1,\n", "row 2: fields: 1, not 2"),
+        ("ID,CUIs\nid_1,\nid_0,\n", "row 2: id 'id_1' where 'id_0' is expected"),
     ],
 )
 def test_a_fault_of_a_submission_is_named_with_its_place(write, tmp_path, content, fault):
@@ -98,6 +102,20 @@ def test_a_caption_that_the_official_reader_cannot_hold_is_cut(tmp_path):
 def test_a_submission_has_each_image_once(tmp_path):
     with pytest.raises(UserError, match="occurs twice"):
         write_submission(tmp_path, ["a", "a"], ["x", "y"])
+
+
+def test_concepts_are_written_by_the_rules_beside_the_captions(tmp_path, write):
+    captions = write_submission(tmp_path, ["a", "b"], ["x", "y"])
+    path = write_concepts(tmp_path, ["a", "b"], [["C0040405", "c0000001 "], []])
+    assert path.read_text() == "ID,CUIs\na,C0000001;C0040405\nb,\n"
+    assert captions.read_text().startswith("ID,Caption")
+    for name in ("submission_concepts.csv", "submission_concepts.zip"):
+        assert check_submission(str(tmp_path / name), write("truth.csv", "ID,CUIs\na,\nb,C1\n")) == []
+    for wrong, message in ((["CT"], "'CT' is not a concept"), ([f"C{i}" for i in range(101)], "has 101 concepts")):
+        with pytest.raises(UserError, match=message):
+            write_concepts(tmp_path, ["a"], [wrong])
+    with pytest.raises(UserError, match="occurs twice"):
+        write_concepts(tmp_path, ["a", "a"], [[], []])
 
 
 def test_submissions_of_concepts_and_without_references_are_checked(write):

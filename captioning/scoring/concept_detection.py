@@ -1,0 +1,176 @@
+"""ImageCLEFmedical's other task: the concepts (CUIs) of each image, scored as its evaluator of 2026 does.
+
+The formulas are those of `concept_detection/evaluator.py` in github.com/taubsity/clef-caption-evaluation-2026: case
+does not count, and an image without concepts for which none is predicted scores 1.
+"""
+
+from collections import Counter
+from collections.abc import Sequence, Set
+from typing import Any
+
+import numpy as np
+
+from captioning.errors import UserError
+from captioning.files import without_nan
+from captioning.scoring.bootstrap import Score, interval, resampled, resampling_counts
+from captioning.scoring.captions import check_ids, read_csv
+from captioning.scoring.signatures import signature
+
+
+MAX_CONCEPTS = 100  # of an image, in a submission
+# ROCOv2's manual concepts. The official second score is of the first 15: modalities, body parts
+NAMES = {
+    "C0002978": "angiogram",
+    "C0040405": "computed tomography",
+    "C0024485": "magnetic resonance imaging",
+    "C0032743": "positron emission tomography",
+    "C0041618": "ultrasonography",
+    "C1306645": "plain X-ray",
+    "C0920367": "optical coherence tomography",
+    "C1140618": "upper extremity",
+    "C0037949": "vertebral column",
+    "C0030797": "pelvis",
+    "C0023216": "lower extremity",
+    "C0037303": "cranium",
+    "C0817096": "chest",
+    "C0006141": "breast",
+    "C0000726": "abdomen",
+    "C1999039": "anterior-posterior",
+    "C1996865": "postero-anterior",
+    "C0205129": "sagittal",
+}
+MANUAL = frozenset([*NAMES][:15])
+KINDS = {"concept_detection": None, "concept_detection_manual": MANUAL}
+EMPTY = frozenset({""})
+Concepts = Sequence[Set[str]]  # of each image
+
+
+def detection_scores(predicted: Concepts, truth: Concepts, manual_truth: Concepts | None = None) -> dict[str, Score]:
+    """Return F1, precision and recall of all concepts and of the `MANUAL` ones.
+
+    F1 is the mean over images of the F1 of two sets, precision and recall are of all pairs of image and concept.
+    Images without a manual concept do not count for the scores of these.
+
+    Args:
+        predicted: the concepts of N images; "" is one too, as where a field ends in ";".
+        truth: those of the references.
+        manual_truth: those of `concepts_manual.csv`; default: those of `truth`, which has them too.
+
+    Raises:
+        ValueError: there are not as many predictions as images, or more than `MAX_CONCEPTS` of one.
+    """
+    if max(map(len, predicted), default=0) > MAX_CONCEPTS:
+        raise ValueError(f"an image has more than {MAX_CONCEPTS} concepts")
+    scores = {}
+    for name, kept in KINDS.items():
+        pairs = zip(predicted, (kept and manual_truth) or truth, strict=True)
+        pairs = [(_upper(ours, kept), _upper(theirs, kept)) for ours, theirs in pairs]
+        # An empty field is one empty concept to the evaluator
+        fields = pairs if kept else [(a or EMPTY, b or EMPTY) for a, b in pairs]
+        f1 = np.array([2 * len(a & b) / max(len(a) + len(b), 1) for a, b in fields])
+        counted = np.array([kept is None or bool(b) for _, b in pairs])
+        sizes = [(len((a & b) - EMPTY), len(a - EMPTY), len(b - EMPTY)) for a, b in pairs]
+        right, ours, theirs = np.array(sizes).reshape(-1, 3).T
+        parts = {"f1": (f1, np.ones(len(pairs))), "precision": (right, ours), "recall": (right, theirs)}
+        for part, (above, below) in parts.items():
+            sums = np.stack([above * counted, below * counted], axis=1)
+            scores[f"{name}_{part}"] = Score(sums.astype(float), _ratio)
+    return scores
+
+
+def _upper(concepts: Set[str], kept: Set[str] | None = None) -> frozenset[str]:
+    found = frozenset(concept.upper() for concept in concepts)
+    return found if kept is None else found & kept
+
+
+def _ratio(sums: np.ndarray, number: int) -> np.ndarray:
+    return sums[..., 0] / np.where(sums[..., 1] == 0, np.nan, sums[..., 1])
+
+
+def concept_table(predicted: Concepts, truth: Concepts) -> list[dict[str, Any]]:
+    """Return for each concept, the most frequent first, `cui`, `tp`, `fp`, `fn` and `support`, all in images."""
+    pairs = [(_upper(ours) - EMPTY, _upper(theirs) - EMPTY) for ours, theirs in zip(predicted, truth, strict=True)]
+    right = Counter(cui for ours, theirs in pairs for cui in ours & theirs)
+    found = Counter(cui for ours, _ in pairs for cui in ours)
+    support = Counter(cui for _, theirs in pairs for cui in theirs)
+    rows = [
+        {"cui": cui, "tp": right[cui], "fp": found[cui] - right[cui], "fn": support[cui] - right[cui]}
+        | {"support": support[cui]}
+        for cui in found | support
+    ]
+    return sorted(rows, key=lambda row: (-row["support"], row["cui"]))
+
+
+def best_constant_concepts(training: Concepts) -> frozenset[str]:
+    """Return the most frequent concepts, so many that their mean F1 on the training images is highest: a baseline."""
+    counts = Counter(cui for known in training for cui in known)
+    ranked = sorted(counts, key=lambda cui: (-counts[cui], cui))[:MAX_CONCEPTS]
+    right = np.zeros(len(training))
+    sizes = np.array([len(known) for known in training], float)
+    best, number = float((sizes == 0).mean()) if len(training) else 0.0, 0
+    for k, cui in enumerate(ranked, start=1):
+        right += np.fromiter((cui in known for known in training), bool, len(training))
+        if (f1 := float((2 * right / (k + sizes)).mean())) > best:
+            best, number = f1, k
+    return frozenset(ranked[:number])
+
+
+# --- Files ----------------------------------------------------------------------------------------------------
+
+
+def score_concepts(
+    predictions: str, references: str, manual: str | None = None, training: str | None = None
+) -> dict[str, Any]:
+    """Score concepts of any system, all files CSVs of `ID,CUIs`.
+
+    Args:
+        predictions: the system's.
+        references: of the same images.
+        manual: the manual ones, for the scores of these; default: those among `references`.
+        training: of the training split, for the baseline.
+
+    Returns:
+        `images`, `scores` as in `scores.json`, `constant` (concepts of the baseline by score), `concepts`.
+
+    Raises:
+        UserError: a file cannot be read, ids differ, or an image has a concept twice or more than `MAX_CONCEPTS`.
+    """
+    truth, found = _read_concepts(references), _read_concepts(predictions, is_checked=True)
+    check_ids(found, truth, predictions, references)
+    of_manual = _read_concepts(manual) if manual else truth
+    check_ids(of_manual, truth, manual or references, references, more=True)
+    sides = [truth.values(), [of_manual[image_id] for image_id in truth]]
+    scores = detection_scores([found[image_id] for image_id in truth], *map(list, sides))
+    counts, constants, entries = resampling_counts(len(truth)), {}, {}
+    if training:
+        known = [*_read_concepts(training).values()]
+        kept = {name: [_upper(own, only) - EMPTY for own in known] for name, only in KINDS.items()}
+        kept["concept_detection_manual"] = [own for own in kept["concept_detection_manual"] if own]
+        constants = {name: sorted(best_constant_concepts(own)) for name, own in kept.items()}
+    for name, score in scores.items():
+        low, high = interval(resampled(score, counts)) if len(truth) > 1 else (None, None)
+        entries[name] = {"value": score.value, "low": low, "high": high, "signature": signature(name), "baselines": {}}
+        if training:
+            own = [set(constants[name.rpartition("_")[0]])] * len(truth)
+            entries[name]["baselines"]["constant"] = detection_scores(own, *map(list, sides))[name].value
+    table = concept_table(list(found[image_id] for image_id in truth), list(truth.values()))
+    return without_nan({"images": len(truth), "scores": entries, "constant": constants, "concepts": table})
+
+
+def _read_concepts(path: str, is_checked: bool = False) -> dict[str, frozenset[str]]:
+    """Return by id the concepts of a CSV of `ID,CUIs`, fields taken apart as by the official evaluator."""
+    concepts = {}
+    for image_id, text in read_csv(path, "CUIs").items():
+        parts = [cui.strip() for cui in text.split(";")]
+        if is_checked and len(set(parts)) < len(parts):
+            raise UserError(f"'{path}': image '{image_id}' has a concept twice; keep one")
+        if is_checked and len(parts) > MAX_CONCEPTS:
+            raise UserError(f"'{path}': image '{image_id}' has {len(parts)} concepts; keep at most {MAX_CONCEPTS}")
+        concepts[image_id] = frozenset(parts)
+    return concepts
+
+
+def holds_concepts(path: str) -> bool:
+    """Tell whether a file is a CSV of concepts, by its first line."""
+    with open(path, "rb") as file:
+        return file.readline(100).removeprefix(b"\xef\xbb\xbf").strip().lower().replace(b'"', b"") == b"id,cuis"
