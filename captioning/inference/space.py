@@ -63,7 +63,11 @@ def export_space(name: str, revision: str | None, folder: Path) -> None:
         raise UserError(f"export_space: '{name}' holds no model; give a folder with config.json, or a Hub id")
     folder.mkdir(parents=True, exist_ok=True)
     if is_local:
-        copy_model(Path(name), folder / MODEL_FOLDER)
+        try:
+            copy_model(Path(name), folder / MODEL_FOLDER)
+        except UserError:
+            shutil.rmtree(folder / MODEL_FOLDER)  # what is refused must not be pushed by mistake
+            raise
     unneeded = shutil.ignore_patterns("__pycache__", "*.pyc")
     for part in PACKAGE:
         source = PROJECT / part

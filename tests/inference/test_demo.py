@@ -478,6 +478,17 @@ def test_a_space_runs_from_its_own_folder(folder, browser, tmp_path, model):
         process.wait()
 
 
+def test_a_space_is_refused_whose_files_name_a_path_of_this_machine(folder, tmp_path):
+    copied = shutil.copytree(folder, tmp_path / "my-run")
+    tokenizer = json.loads((copied / "tokenizer_config.json").read_text())
+    (copied / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"source": str(tmp_path / "data")}))
+    with pytest.raises(UserError, match="tokenizer_config.json"):
+        main(["demo", str(copied), "--export_space", str(tmp_path / "space")])
+    assert list((tmp_path / "space").iterdir()) == []
+    with pytest.raises(UserError, match="holds no model"):
+        main(["demo", str(tmp_path), "--export_space", str(tmp_path / "space")])
+
+
 def test_a_space_of_a_model_on_the_hub_names_it(tmp_path):
     main(["demo", "user/name", "--export_space", str(tmp_path / "space")])
     assert 'models: ["user/name"]' in (tmp_path / "space" / "README.md").read_text()
