@@ -12,7 +12,7 @@ from captioning.models.lora import base_of_adapter
 
 MODEL_FOLDER = "model"
 PACKAGE = ("captioning", "metrics.py", "collator.py", "LICENSE")  # what `python -m captioning demo` needs
-APP = '''"""The demo of {title}."""
+APP = '''"""The demo of a captioning model."""
 
 import os
 
@@ -23,11 +23,11 @@ from captioning.command_line import exit_on_user_error
 os.chdir(os.path.dirname(os.path.abspath(__file__)))
 # Of Spaces; on another machine the page is for that machine alone
 host, port = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), os.environ.get("GRADIO_SERVER_PORT")
-arguments = ["demo", {model}, "--host", host]
+arguments = ["demo", *{model}, "--host", host]
 exit_on_user_error(lambda: main(arguments + (["--port", port] if port else [])))
 '''
 README = """---
-title: {title}
+title: {quoted}
 sdk: gradio
 sdk_version: {version}
 app_file: app.py
@@ -77,10 +77,14 @@ def export_space(name: str, revision: str | None, folder: Path) -> None:
     demo = (PROJECT / "requirements-demo.txt").read_text(encoding="utf-8").replace("-r requirements.txt\n", "")
     version = next(line.partition("==")[2] for line in demo.splitlines() if line.startswith("gradio=="))
     title = f"Captions by {Path(name).resolve().name if is_local else name}"
-    models, given = "[]" if is_local else json.dumps([name]), json.dumps(MODEL_FOLDER if is_local else name)
+    known = {
+        "title": title,
+        "quoted": json.dumps(title),
+        "version": version,
+        "models": "[]" if is_local else f"[{name}]",
+    }
+    given = [MODEL_FOLDER] if is_local else [name, *(["--revision", revision] if revision else [])]
     (folder / "requirements.txt").write_text(pins + demo, encoding="utf-8")
-    (folder / "app.py").write_text(APP.format(title=title, model=given), encoding="utf-8")
-    (folder / "README.md").write_text(
-        README.format(title=json.dumps(title), version=version, models=models), encoding="utf-8"
-    )
+    (folder / "app.py").write_text(APP.format(model=json.dumps(given)), encoding="utf-8")
+    (folder / "README.md").write_text(README.format(**known), encoding="utf-8")
     print(f"Space: {folder} (run it with `python app.py` in there, or push it to the Hub)")
