@@ -71,7 +71,7 @@ def demo(arguments: argparse.Namespace) -> None:
 
 def _import_gradio(folder: str) -> ModuleType:
     """Import gradio with analytics off and `folder` for its uploads: it reads both when it is imported."""
-    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_TEMP_DIR": folder}
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder}
     # It asks its own page whether it is up, which a proxy would not find
     os.environ |= {name: ",".join([os.environ.get(name, ""), *LOOPBACK]) for name in ("NO_PROXY", "no_proxy")}
     try:
@@ -86,12 +86,7 @@ def _launch_options(gradio: ModuleType, host: str, port: int | None) -> dict[str
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # not Google's
     look = {"theme": gradio.themes.Default(**fonts), "css": STYLE, "head": HEAD, "footer_links": []}
     server = {"server_name": host, "server_port": port, "max_file_size": MAX_FILE_SIZE}
-    server["app_kwargs"] = {
-        "middleware": [(_Policy, (), {})],
-        "docs_url": None,
-        "redoc_url": None,
-        "openapi_url": None,
-    }
+    server["app_kwargs"] = {"middleware": [(_Policy, (), {})], "openapi_url": None}  # and no pages of the API
     return dict.fromkeys(off, False) | look | server | {"quiet": True, "prevent_thread_lock": True}
 
 
