@@ -138,7 +138,7 @@ def test_damaged_exif_neither_warns_nor_costs_the_image(form):
     exif = b"Exif\0\0II*\0\x08\0\0\0\x09\0\x12\x01\x03\0\x01"
     content = encode(Image.new("L", (20, 30)), form, **({} if form == "TIFF" else {"exif": exif}))
     if form == "TIFF":
-        content["bytes"] = content["bytes"].replace(struct.pack("<HHI", 262, 3, 1), struct.pack("<HHI", 262, 3, 9**9))
+        content["bytes"] = content["bytes"].replace(struct.pack("<HHI", 278, 4, 1), struct.pack("<HHI", 278, 4, 9**9))
     with warnings.catch_warnings(record=True, action="always") as caught:
         opened = Image.open(io.BytesIO(content["bytes"]))
         ImageOps.exif_transpose(opened, in_place=True)

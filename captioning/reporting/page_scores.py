@@ -26,6 +26,7 @@ LABELS |= {
 _FAMILIES = {"coco": "COCO ", "imageclef": "ImageCLEF "}
 _FAMILIES |= {"nlgeval": "nlg-eval ", "nlgeval_lower": "nlg-eval, lower case: "}
 CLINICAL = "Content, F1"  # the group of all other scores
+REWARDED = "Rewarded in training; the scores below were held out"
 # The first three of these that there are stand at the top of the page, with what they measure
 HEADLINES = {
     HEADLINE: "words in common with the reference, in its order",
@@ -42,10 +43,11 @@ Score = Mapping[str, Any]  # an entry of `scores` or `modalities` in scores.json
 # --- Text -----------------------------------------------------------------------------------------------------
 
 
-def score_groups(keys: Collection[str]) -> dict[str, list[str]]:
-    """Return the keys of scores by the heading that says whose scores they are."""
-    groups = {heading: [key for key in labels if key in keys] for heading, labels in LABELS.items()}
-    known = {"captions"}.union(*LABELS.values())
+def score_groups(keys: Collection[str], rewarded: Collection[str] = ()) -> dict[str, list[str]]:
+    """Return the keys of scores by the heading that says whose scores they are, those `rewarded` first and apart."""
+    groups = {REWARDED: [key for key in keys if key in rewarded]}
+    groups |= {head: [key for key in labels if key in keys and key not in rewarded] for head, labels in LABELS.items()}
+    known = {"captions", *rewarded}.union(*LABELS.values())
     groups[CLINICAL] = [key for key in keys if key not in known]
     return {heading: found for heading, found in groups.items() if found}
 
