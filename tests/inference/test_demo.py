@@ -39,6 +39,13 @@ START = """import sys, tempfile
 from captioning.__main__ import exit_on_user_error, main
 tempfile.tempdir = None
 exit_on_user_error(lambda: main(sys.argv[1:]))"""
+# Until nothing of the page has changed for a while: Gradio mounts its parts one by one, and before that they do nothing
+SETTLED = """() => new Promise((done) => {
+  let timer;
+  const wait = () => { clearTimeout(timer); timer = setTimeout(done, 400); };
+  new MutationObserver(wait).observe(document.body, {childList: true, subtree: true, attributes: true});
+  wait();
+})"""
 MAP = "#picture canvas:not([hidden])"
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -128,6 +135,7 @@ def open_demo(browser, demo):
         page.on("pageerror", lambda error: others.append(str(error)))
         page.goto(url)
         page.wait_for_selector("#picture")
+        page.evaluate(SETTLED)
         return page
 
     yield open_demo
@@ -214,6 +222,7 @@ def test_other_settings_caption_the_image_again(open_demo, folder):
     send(page, png(image))
     first = caption_of(page)
     page.click("text=Decode settings")
+    page.evaluate(SETTLED)
     set_field(page, "Beams", "1")
     set_field(page, "Most new tokens", "5")
     page.click("text=Caption again")
@@ -228,6 +237,7 @@ def test_other_settings_caption_the_image_again(open_demo, folder):
 def test_a_new_image_ends_the_caption_of_the_one_before(open_demo, model):
     page, image = open_demo(), make_noise(3)
     page.click("text=Decode settings")
+    page.evaluate(SETTLED)
     set_field(page, "Beams", "10")
     set_field(page, "Most new tokens", "63")
     page.evaluate("""() => {
@@ -336,6 +346,7 @@ def test_a_phone_needs_no_horizontal_scroll_and_axe_finds_nothing(open_demo, sch
     axe = pytest.importorskip("axe_playwright_python.sync_playwright")
     page = open_demo(width=390, color_scheme=scheme, has_touch=True)
     page.tap("text=Decode settings")
+    page.evaluate(SETTLED)
     page.tap("text=Sample of the card")
     caption_of(page)
     page.tap("#details .tokens button >> nth=0")
@@ -470,6 +481,7 @@ def test_a_space_runs_from_its_own_folder(folder, browser, tmp_path, model):
         page.set_default_timeout(SECONDS)
         page.goto(f"http://127.0.0.1:{port}")
         page.wait_for_selector("#picture")
+        page.evaluate(SETTLED)
         send(page, png(make_noise(1)))
         assert caption_of(page) == model.caption([make_noise(1)])[0]
         page.close()
