@@ -39,7 +39,7 @@ START = """import sys, tempfile
 from captioning.__main__ import exit_on_user_error, main
 tempfile.tempdir = None
 exit_on_user_error(lambda: main(sys.argv[1:]))"""
-# Until nothing of the page has changed for a while: Gradio mounts its parts one by one, and before that they do nothing
+# Until nothing of the page has changed for a while: Gradio mounts its parts one by one, and one does nothing before
 SETTLED = """() => new Promise((done) => {
   let timer;
   const wait = () => { clearTimeout(timer); timer = setTimeout(done, 400); };
