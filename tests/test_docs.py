@@ -129,6 +129,6 @@ def test_commands_that_a_document_shows_are_known_with_their_flags(document):
 @pytest.mark.parametrize("document", CURRENT)
 def test_flags_between_backticks_are_known(document):
     known = set(RUN._option_string_actions) | set(PUSH._option_string_actions) | FOREIGN
-    known = known.union(*map(flags_of_command, ("prepare", "score", "check", "caption")))
+    known = known.union(*map(flags_of_command, ("prepare", "score", "check", "caption", "demo")))
     known = known.union(*(flags_of_benchmark(str(path)) for path in ROOT.glob("benchmarks/*.py")))
     assert set(re.findall(f"`({FLAG})", read(document))) <= known

@@ -25,8 +25,8 @@ LAYERS = {
     "foundation": ("captioning.command_line", "captioning.errors", "captioning.files", "captioning"),
 }
 HEIGHT = {room: height for height, rooms in enumerate(reversed(LAYERS.values())) for room in rooms}
-# Not in requirements.txt, or only needed with a Java runtime: imported where their scores are asked for
-OPTIONAL = {"bert_score", "pycocoevalcap"}
+# Not in requirements.txt, or only needed with a Java runtime: imported where they are asked for
+OPTIONAL = {"bert_score", "gradio", "pycocoevalcap"}
 # `WORK` of a command: imported by name, when the command is run
 BY_NAME = re.compile(r"(captioning(?:\.\w+)+):(\w+)")
 FAMILY_WORDS = re.compile(r"\[DEC\]|BlipProcessor|text_decoder|is_fast")

@@ -203,13 +203,7 @@ class Repository:
     def _stage(self, files: dict[str, Path]) -> Path:
         """Collect what is pushed in a folder of its own: training may rewrite or delete its files meanwhile."""
         stage = Path(tempfile.mkdtemp(prefix=".push-", dir=self.output_dir))
-        for path, source in files.items():
-            target = stage / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if source.name in REWRITTEN_FILES:
-                target.write_text(without_local_paths(source.read_text(encoding="utf-8")), encoding="utf-8")
-            else:
-                _link_or_copy(source, target)
+        _collect(files, stage)
         return stage
 
     def _upload(self, stage: Path, message: str, stale: tuple[str, ...] = ()) -> CommitInfo:
@@ -219,6 +213,17 @@ class Repository:
             return self._api.upload_folder(**where, commit_message=message)
         finally:
             shutil.rmtree(stage, ignore_errors=True)
+
+
+def copy_model(folder: Path, target: Path) -> None:
+    """Copy the model in an output folder and its card, as they would be pushed, into `target`.
+
+    Raises:
+        UserError: a file has a path of this machine or a token in it.
+    """
+    files = _select(folder, (*MODEL_FILES, "recipe.json", "README.md", "sample.png"))
+    _collect(files, target, shutil.copyfile)
+    refuse_private_strings(target, folder)
 
 
 def repository_of(args: TrainingArguments) -> Repository | None:
@@ -264,6 +269,17 @@ def _select(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
     """Return the files of `folder` that match a pattern, by their path in the repository."""
     found = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
     return {path.relative_to(folder).as_posix(): path for path in found}
+
+
+def _collect(files: dict[str, Path], folder: Path, copy: Callable[[Path, Path], Any] | None = None) -> None:
+    """Bring files into `folder`, without the paths of this machine; by default they are linked where that works."""
+    for path, source in files.items():
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.name in REWRITTEN_FILES:
+            target.write_text(without_local_paths(source.read_text(encoding="utf-8")), encoding="utf-8")
+        else:
+            (copy or _link_or_copy)(source, target)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -17,12 +17,12 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import BlipConfig, BlipForConditionalGeneration, BlipProcessor, GenerationConfig
+from transformers import BlipConfig, BlipForConditionalGeneration, BlipProcessor, GenerationConfig, LogitsProcessor
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.utils import ModelOutput
 
 from captioning.errors import UserError, as_user_error
-from captioning.models.captioner import GENERATE_CODE, IGNORE_INDEX, Batch, Captioner, CardFacts, DrawTokens, sum_nll
+from captioning.models.captioner import GENERATE_CODE, IGNORE_INDEX, Batch, Captioner, CardFacts, sum_nll
 from captioning.models.fast_blip.decoding import (
     CaptionDecoder,
     CrossAttention,
@@ -434,7 +434,7 @@ class BlipCaptioner(Captioner):
         self,
         encoded: EncodedImages,
         config: GenerationConfig,
-        *draw: DrawTokens,
+        *processors: LogitsProcessor,
         length_penalties: Sequence[float] = (),
     ) -> torch.Tensor:
         """Generate as `BlipForConditionalGeneration.generate(pixel_values, prompt)` does, token for token.
@@ -448,7 +448,7 @@ class BlipCaptioner(Captioner):
         embeds, config = encoded.image_embeds, self._with_special_tokens(config)
         # A new tensor for each call: `generate` may write into it (T10)
         input_ids = torch.tensor([self.prompt_row], device=embeds.device).repeat(len(embeds), 1)
-        if can_decode(config, *draw) and (cross_attention := self._cross_attention(encoded)):
+        if can_decode(config, *processors) and (cross_attention := self._cross_attention(encoded)):
             encoded.cross_attention = None
             images = {"custom_generate": decode_captions, "cross_attention": cross_attention}
             images["length_penalties"] = length_penalties
@@ -456,7 +456,7 @@ class BlipCaptioner(Captioner):
             mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
             images = {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
         start = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-        settings = {"generation_config": config, "logits_processor": list(draw)}
+        settings = {"generation_config": config, "logits_processor": list(processors)}
         generated = self.model.text_decoder.generate(**start, **images, **settings)
         return generated[:, input_ids.shape[1] :]
 

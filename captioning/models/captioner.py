@@ -98,6 +98,27 @@ class DrawTokens(LogitsProcessor):
         return torch.full_like(scores, float("-inf")).scatter_(1, tokens.gather(1, index), 0.0)
 
 
+class WatchTokens(LogitsProcessor):
+    """Shows the caption of one image while it is written, and changes no score.
+
+    Args:
+        show: called before each token but the first with the new tokens so far, int64 `[t]`; of several beams, those
+            of the most probable one that goes on. What it raises ends the search.
+    """
+
+    def __init__(self, show: Callable[[torch.Tensor], None]):
+        self.show = show
+        self.start: int | None = None  # tokens of the prompt
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Return the scores; both searches keep beams in the order of their probability."""
+        if self.start is None:
+            self.start = input_ids.shape[1]
+        else:
+            self.show(input_ids[0, self.start :])
+        return scores
+
+
 class Captioner(ABC):
     """A model and its processor.
 
@@ -405,8 +426,13 @@ class Captioner(ABC):
         """
 
     @abstractmethod
-    def generate(self, encoded: Any, config: GenerationConfig, *draw: DrawTokens) -> torch.Tensor:
+    def generate(self, encoded: Any, config: GenerationConfig, *processors: LogitsProcessor) -> torch.Tensor:
         """Generate captions from the images and the prompt, never from a reference (T1).
+
+        Args:
+            encoded: from `encode_images`.
+            config: decode settings.
+            processors: `DrawTokens`, with which `config` must sample, or `WatchTokens`, which takes one image.
 
         Returns:
             The new tokens int64 `[B, T]`, without the prompt, padded after the end token.

@@ -25,6 +25,7 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     GenerationConfig,
+    LogitsProcessor,
     PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
@@ -32,7 +33,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 
 from captioning.errors import UserError, as_user_error
-from captioning.models.captioner import IGNORE_INDEX, Batch, Captioner, CardFacts, DrawTokens, sum_nll
+from captioning.models.captioner import IGNORE_INDEX, Batch, Captioner, CardFacts, sum_nll
 from captioning.models.families import FAMILIES, Family, card_facts
 from captioning.models.processor import load_processor
 
@@ -373,10 +374,10 @@ class ImageTextToTextCaptioner(Captioner):
         return sum_nll(logits[is_target], labels, is_target)
 
     @torch.no_grad()
-    def generate(self, encoded: EncodedBatch, config: GenerationConfig, *draw: DrawTokens) -> torch.Tensor:
+    def generate(self, encoded: EncodedBatch, config: GenerationConfig, *processors: LogitsProcessor) -> torch.Tensor:
         """Generate by stock `generate` from images and prompt."""
         inputs, config = self._without_captions(encoded.batch), self._with_special_tokens(config)
-        generated = self.model.generate(**inputs, generation_config=config, logits_processor=list(draw))
+        generated = self.model.generate(**inputs, generation_config=config, logits_processor=list(processors))
         return generated[:, self._num_prompt_tokens(encoded.batch) :]
 
     def image_features(self, encoded: EncodedBatch) -> torch.Tensor:

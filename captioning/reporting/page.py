@@ -1,16 +1,13 @@
 """The report page, `report.html` of the output folder: scores beside their baselines, curves, and every caption."""
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from captioning.reporting import page_scores
 from captioning.reporting.curves import inline_curves
 from captioning.reporting.page_captions import caption_payload
-from captioning.reporting.page_images import image_blocks, to_base64
+from captioning.reporting.page_images import Words, image_blocks, map_levels
 from captioning.reporting.render_page import PAGE_BUDGET, render_page
 from captioning.reporting.run_record import RunRecord
 from captioning.reporting.score_table import items_in_words
@@ -19,11 +16,8 @@ from captioning.scoring.concept_detection import NAMES
 
 
 COMMIT_DIGITS = 7
-WORD = re.compile(r"\w")
 # What the template calls where a page has scores
 SCORE_TOOLS = {"baselines": BASELINES, "page_scores": page_scores, "items_in_words": items_in_words}
-
-Words = Sequence[tuple[str, np.ndarray]]  # of a caption, each with its attention map
 
 
 def write_report(
@@ -55,7 +49,9 @@ def write_report(
     names = NAMES | {row["cui"]: row["name"] for row in known if row["name"]}
     gallery = caption_payload(record.predictions(split), modalities, num_tokens, names)
     rows = gallery["rows"]
-    gallery["attention"] = {i: maps for i, row in enumerate(rows) if (maps := _maps(attention.get(row["id"], ())))}
+    gallery["attention"] = {
+        i: maps for i, row in enumerate(rows) if (maps := map_levels(attention.get(row["id"], ())))
+    }
     facts = record.facts(COMMIT_DIGITS) | {"split": f"{split}, {len(rows):,} captions"}
     if not gallery["attention"]:
         facts["attention maps"] = "this model gives none"
@@ -75,14 +71,3 @@ def write_report(
         tuned=record.recipe["tuned_decoding"],
         **SCORE_TOOLS,
     )
-
-
-def _maps(words: Words) -> list[dict[str, Any]]:
-    """Return the maps of the words of a caption, each in 256 levels of its own maximum; punctuation has none."""
-    found = []
-    for word, values in words:
-        grid = np.nan_to_num(np.asarray(values, dtype=np.float64), posinf=0.0, neginf=0.0).clip(min=0)
-        levels = np.round(grid * (255 / max(grid.max(), 1e-12))).astype(np.uint8)
-        if WORD.search(word):
-            found.append({"word": word, "columns": levels.shape[1], "levels": to_base64(levels.tobytes())})
-    return found

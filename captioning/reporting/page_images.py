@@ -1,9 +1,12 @@
-"""The images of the report page: small JPEGs of nothing but pixels, all of them together within a budget."""
+"""The images of a page: small JPEGs of nothing but pixels, all of them together within a budget; attention maps."""
 
 import base64
 import io
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
+import numpy as np
 from PIL import Image, ImageChops
 
 
@@ -12,7 +15,10 @@ LEAST_SHARE = 1500  # characters: a smaller image shows nothing, so beyond 30,00
 SIDES = (512, 384, 320, 256, 224, 192, 160, 128, 96, 64, 48, 32)  # longer side of a stored image, pixels
 QUALITIES = (80, 65, 50, 35)  # JPEG; below 35 blocks show, and a smaller side looks better
 BYTES_PER_PIXEL = 0.1  # what a radiograph takes at quality 80, so that most images fit at once
+WORD = re.compile(r"\w")
 GRAY_TOLERANCE = 10  # channels of a gray image that was stored as a color JPEG differ by a few levels
+
+Words = Sequence[tuple[str, np.ndarray]]  # of a caption, each with its attention map
 
 
 def image_blocks(images: Iterable[Image.Image | None], number: int, budget: int) -> Iterator[list[str | None]]:
@@ -55,6 +61,17 @@ def encode_image(image: Image.Image | None, max_bytes: int) -> bytes | None:
             if buffer.tell() <= max_bytes:
                 return buffer.getvalue()
     return None
+
+
+def map_levels(words: Words) -> list[dict[str, Any]]:
+    """Return the maps of the words of a caption, each in 256 levels of its own maximum; punctuation has none."""
+    found = []
+    for word, values in words:
+        grid = np.nan_to_num(np.asarray(values, dtype=np.float64), posinf=0.0, neginf=0.0).clip(min=0)
+        levels = np.round(grid * (255 / max(grid.max(), 1e-12))).astype(np.uint8)
+        if WORD.search(word):
+            found.append({"word": word, "columns": levels.shape[1], "levels": to_base64(levels.tobytes())})
+    return found
 
 
 def to_base64(data: bytes) -> str:

@@ -19,6 +19,7 @@ from captioning.reporting.page_images import IMAGES_PER_BLOCK, to_base64
 
 
 TEMPLATE = Path(__file__).parent / "page_template.html"
+ATTENTION_SCRIPT = (Path(__file__).parent / "attention.js").read_text(encoding="utf-8")
 PAGE_BUDGET = 57_000_000  # bytes of the page; what the captions leave of it goes to the images
 # Of the template
 EMPTY = {"comparison": None, "summary": {}, "facts": {}, "verdict": [], "splits": {}, "curves": [], "tuned": {}}
@@ -33,7 +34,8 @@ def render_page(
     `gallery` is what its script shows, `content` what its template shows beside `EMPTY`. `blocks` takes the bytes of
     the gallery, and returns the images as base64 JPEG, in portions of `IMAGES_PER_BLOCK`.
     """
-    source, payload = TEMPLATE.read_text(encoding="utf-8"), _script_json(gallery | {"block": IMAGES_PER_BLOCK})
+    source = TEMPLATE.read_text(encoding="utf-8").replace("/* attention.js */", ATTENTION_SCRIPT)
+    payload = _script_json(gallery | {"block": IMAGES_PER_BLOCK})
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,

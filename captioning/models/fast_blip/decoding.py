@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.models.blip.modeling_blip_text import BlipTextLayer, BlipTextLMHeadModel
 
 from captioning.models.captioner import DrawTokens
@@ -34,9 +34,10 @@ KNOWN_SETTINGS = (
 )
 
 
-def can_decode(config: GenerationConfig, *draw: DrawTokens) -> bool:
+def can_decode(config: GenerationConfig, *processors: LogitsProcessor) -> bool:
     """Tell whether `decode_captions` knows all that `config` sets; it samples by a `DrawTokens` alone."""
-    return bool(config.do_sample) == bool(draw) and config.to_diff_dict().keys() <= KNOWN_SETTINGS
+    draws = any(isinstance(process, DrawTokens) for process in processors)
+    return bool(config.do_sample) == draws and config.to_diff_dict().keys() <= KNOWN_SETTINGS
 
 
 def project_images(text_decoder: BlipTextLMHeadModel, image_embeds: torch.Tensor) -> CrossAttention:

@@ -1,0 +1,23 @@
+
+/** Return an element; children that are no elements become text. */
+function make(tag, className, ...children) {
+  const made = document.createElement(tag);
+  if (className) made.className = className;
+  made.append(...children);
+  return made;
+}
+
+/** Show the words of a new caption, and no map of an old one. */
+function update() {
+  document.getElementById("caption")?.setAttribute("aria-live", "polite");
+  const stage = document.querySelector("#picture .stage"), words = document.querySelector("#details .words");
+  if (stage && !words) stage.querySelector("canvas")?.remove();
+  if (!stage || !words?.dataset.maps) return;
+  const maps = JSON.parse(words.dataset.maps);
+  delete words.dataset.maps;
+  stage.querySelector("canvas")?.remove();
+  words.replaceChildren(...attention(maps, stage, stage.querySelector("img")));
+}
+
+new MutationObserver(update).observe(document.documentElement, {childList: true, subtree: true});
+addEventListener("resize", () => redraw());

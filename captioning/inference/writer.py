@@ -1,0 +1,167 @@
+"""What the demo asks of a model: a caption while it is written, then alternatives, attention and near captions."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from copy import copy
+from dataclasses import dataclass
+from queue import SimpleQueue
+from threading import Event
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import GenerationConfig
+
+from captioning.data.images import open_image
+from captioning.data.sources import load_source
+from captioning.errors import UserError
+from captioning.inference.model import InferenceModel
+from captioning.models.captioner import WatchTokens
+
+
+BATCH = 8  # training images that are encoded at a time
+NUM_NEIGHBORS = 3
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A caption that the search has found.
+
+    Attributes:
+        caption: in its surface form.
+        nll: the negative log-likelihood of its tokens given the image, in nats.
+        num_tokens: its tokens, the end token included.
+        is_cut: it ended at the most tokens, without an end token.
+    """
+
+    caption: str
+    nll: float
+    num_tokens: int
+    is_cut: bool
+
+    @property
+    def token_probability(self) -> float:
+        """The geometric mean of the probabilities of its tokens, from 0 to 1."""
+        return float(np.exp(-self.nll / max(self.num_tokens, 1)))
+
+
+@dataclass(frozen=True)
+class Written:
+    """All that is shown of an image.
+
+    Attributes:
+        alternatives: by the rank of the search; the first is the caption.
+        words: of the caption, each with its map over the image `[H, W]`; None where the family has none.
+        neighbors: captions of the nearest training images, each with the cosine; empty without such images.
+    """
+
+    alternatives: Sequence[Alternative]
+    words: Sequence[tuple[str, np.ndarray]] | None
+    neighbors: Sequence[tuple[str, float]]
+
+    @property
+    def shares(self) -> list[float]:
+        """The probability of each alternative among them all; the sum is 1."""
+        log_probs = -np.array([one.nll for one in self.alternatives])
+        probs = np.exp(log_probs - log_probs.max())
+        return list(probs / probs.sum())
+
+
+class Writer:
+    """Writes captions one at a time, whoever asks: one thread alone uses the model.
+
+    Args:
+        model: what writes.
+        train: source of training images, among which the nearest are looked for; None: none.
+        train_images: how many of them are used, the first.
+
+    Raises:
+        UserError: the source cannot be read.
+    """
+
+    def __init__(self, model: InferenceModel, train: str | None = None, train_images: int = 0):
+        self.model = model
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._train = _training_features(model, train, train_images) if train else ([], np.zeros((0, 1)))
+
+    def settings(self, changes: Mapping[str, Any]) -> GenerationConfig:
+        """Return the model's own decode settings with changes, None being none; UserError: too many tokens."""
+        config = copy(self.model.generation_config)
+        for name, value in changes.items():
+            if value is not None:
+                setattr(config, name, value)
+        self.model.captioner.check_lengths(1, config.max_new_tokens)
+        return config
+
+    def write(self, image: Image.Image, config: GenerationConfig) -> Iterator[str | Written]:
+        """Yield the caption of an image after each token, then what else is known of it.
+
+        With several beams it is the most probable one so far, which need not win. The last caption is that of
+        `InferenceModel.caption` by these settings. When the iterator is closed, the model stops.
+        """
+        texts, closed = SimpleQueue[str | None](), Event()
+
+        def show(tokens: torch.Tensor) -> None:
+            if closed.is_set():
+                raise InterruptedError
+            texts.put(self.model.captioner.decode(tokens[None].cpu().numpy())[0])
+
+        written = self._thread.submit(self._write, image, config, show)
+        written.add_done_callback(lambda _: texts.put(None))
+        try:
+            while (text := texts.get()) is not None:
+                yield text
+            yield written.result()
+        finally:
+            closed.set()
+            written.cancel()
+
+    def _write(self, image: Image.Image, config: GenerationConfig, show: Callable[[torch.Tensor], None]) -> Written:
+        captioner, config = self.model.captioner, copy(config)
+        config.num_return_sequences = config.num_beams
+        with self.model.computing():
+            encoded = self.model.encode([image])
+            tokens = captioner.generate(encoded, config, WatchTokens(show)).cpu().numpy()
+            rows = [captioner.without_padding(row) for row in tokens]
+            batch = captioner.collate([image], [captioner.prompt_row])
+            batch = {name: value.to(self.model.device) for name, value in batch.items()}
+            whole = [[*captioner.prompt_row, *row.tolist()] for row in rows]
+            nll = captioner.nll_of_captions(captioner.model, batch, whole).tolist()
+            words = captioner.word_attention(encoded, torch.from_numpy(rows[0]).to(self.model.device))
+            features = captioner.image_features(encoded).float().cpu().numpy()
+        cut = [not np.isin(captioner.end_token_ids, row).any() for row in rows]
+        found = zip(captioner.decode(tokens), nll, map(len, rows), cut, strict=True)
+        return Written([Alternative(*one) for one in found], words, self._nearest(features[0]))
+
+    def _nearest(self, features: np.ndarray) -> list[tuple[str, float]]:
+        """Return captions of training images by the cosine of features less their mean, as `nearest_captions` does."""
+        captions, train = self._train
+        if not captions:
+            return []
+        common = train.mean(axis=0)
+        train, own = train - common, features - common
+        cosines = train @ own / np.maximum(np.linalg.norm(train, axis=1) * np.linalg.norm(own), 1e-12)
+        return [(captions[i], float(cosines[i])) for i in np.argsort(-cosines)[:NUM_NEIGHBORS]]
+
+
+def _training_features(model: InferenceModel, source: str, number: int) -> tuple[list[str], np.ndarray]:
+    """Return N captions of training images that can be read, and their features `[N, D]`."""
+    splits, captions, features = load_source(source), [], []
+    if "train" not in splits:
+        raise UserError(f"train '{source}' has no split 'train', but {', '.join(splits)}")
+    rows = splits["train"].select(range(min(number, len(splits["train"]))))
+    for batch in rows.iter(BATCH):
+        images = []
+        for image, caption in zip(batch["image"], batch["caption"], strict=True):
+            try:
+                images.append(open_image(image))
+                captions.append(caption)
+            except ValueError:  # the nearest is looked for among the others
+                continue
+        if images:
+            with model.computing():
+                features.append(model.captioner.image_features(model.encode(images)).float().cpu().numpy())
+    if not captions:
+        raise UserError(f"train '{source}': none of the first {number} training images can be read")
+    return captions, np.concatenate(features)
