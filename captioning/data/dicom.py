@@ -10,6 +10,8 @@ import math
 import os
 import pickle
 import re
+import signal
+import threading
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -29,6 +31,8 @@ from pydicom.valuerep import EXPLICIT_VR_LENGTH_32, VR
 
 
 logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
+# For all threads: `catch_warnings` of one ends where another leaves it first
+warnings.filterwarnings("ignore", module="pydicom")
 
 ENDINGS = (".dcm", ".dicom", ".ima", "")  # many archives write files without one
 PREAMBLE = 128  # bytes, followed by "DICM"
@@ -39,6 +43,7 @@ MAX_PIXELS = 2**26
 MAX_PIXELS_16_BIT = 22 * 2**20
 MAX_INFLATED = 2**28  # bytes of a deflated data set
 MAX_JPEG_SCANS = 100  # encoders write about 10; each takes few bytes and makes the decoder pass over all pixels
+MAX_GDCM_SECONDS = 60  # for one frame; the largest takes some seconds
 PIXELS = {0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData", 0x7FE00010: "PixelData"}
 GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")  # a frame's own win
 PADDING = ("PixelPaddingValue", "PixelPaddingRangeLimit", "FloatPixelPaddingValue", "DoubleFloatPixelPaddingValue")
@@ -207,7 +212,7 @@ def _decode(file: _File, index: int) -> tuple[np.ndarray, str]:
 
 
 def _in_child(decode: Callable[[], Any]) -> Any:
-    """Return what `decode` does, from a forked process: gdcm prints, and aborts where a frame is damaged."""
+    """Return what `decode` does, from a forked process: on a damaged frame gdcm prints, and may abort or hang."""
     read, write = os.pipe()
     pid = os.fork()
     if not pid:
@@ -218,9 +223,16 @@ def _in_child(decode: Callable[[], Any]) -> Any:
         finally:
             os._exit(0)
     os.close(write)
-    with open(read, "rb") as file:
-        content = file.read()
-    os.waitpid(pid, 0)
+    limit = threading.Timer(MAX_GDCM_SECONDS, os.kill, (pid, signal.SIGKILL))
+    limit.start()
+    try:
+        with open(read, "rb") as file:
+            content = file.read()
+    finally:
+        limit.cancel()
+        limit.join()
+        os.kill(pid, signal.SIGKILL)  # it has ended, or nobody waits for it any more
+        os.waitpid(pid, 0)
     return pickle.loads(content)  # nothing, or half of it, is an error too
 
 
