@@ -484,6 +484,13 @@ def test_gdcm_neither_aborts_the_process_nor_prints(capfd, name, place, value):
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_header_cannot_name_more_frames_than_its_file_holds():
+    """With `--frame all`, each would be an image."""
+    content = written(dataset(GRADIENT.astype(np.uint16), NumberOfFrames=2**31 - 1))
+    with pytest.raises(ValueError, match="more frames than it can hold"):
+        count_frames(content)
+
+
 def test_a_decoder_that_hangs_ends(monkeypatch):
     monkeypatch.setattr(dicom, "MAX_GDCM_SECONDS", 0.3)
     with pytest.raises(EOFError):
