@@ -225,11 +225,10 @@ class PrintableFormatter(logging.Formatter):
 
 
 def set_up_logging() -> None:
-    """Log our own messages to standard error; of the Hub client only errors, since it reports each retry twice."""
+    """Log our own messages to standard error."""
     ours = logging.getLogger("captioning")
     ours.setLevel(logging.INFO)
     if not ours.handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(PrintableFormatter())
         ours.addHandler(handler)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

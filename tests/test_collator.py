@@ -166,7 +166,7 @@ def test_cmyk_and_transparent_palette_images_get_their_colors(captioner):
     ("content", "reason"),
     [
         (b"", "is empty"),
-        (b"<!DOCTYPE html><html>404</html>", "not an image: starts with b'<!DOCTYPE"),
+        (b"<!DOCTYPE html><html>404</html>", "not an image: starts with b'<!DOCTYP'"),
         (make_png(0)[:200], "cannot be decoded"),
         (make_png(0, (1, 1)), "1x1 pixels"),
         (make_png(0, (300, 2)), "300x2 pixels"),

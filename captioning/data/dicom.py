@@ -10,6 +10,8 @@ import math
 import os
 import pickle
 import re
+import signal
+import threading
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -29,6 +31,8 @@ from pydicom.valuerep import EXPLICIT_VR_LENGTH_32, VR
 
 
 logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
+# For all threads: `catch_warnings` of one ends where another leaves it first
+warnings.filterwarnings("ignore", module="pydicom")
 
 ENDINGS = (".dcm", ".dicom", ".ima", "")  # many archives write files without one
 PREAMBLE = 128  # bytes, followed by "DICM"
@@ -37,13 +41,15 @@ BURNED_IN = "burned_in"  # a key of `Image.info`
 # with 22 million it stays below 1 GB
 MAX_PIXELS = 2**26
 MAX_PIXELS_16_BIT = 22 * 2**20
+MIN_FRAME_BYTES = 8  # of 8x8 pixels of one bit, or of the head of a compressed frame
 MAX_INFLATED = 2**28  # bytes of a deflated data set
 MAX_JPEG_SCANS = 100  # encoders write about 10; each takes few bytes and makes the decoder pass over all pixels
+MAX_GDCM_SECONDS = 60  # for one frame; the largest takes some seconds
 PIXELS = {0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData", 0x7FE00010: "PixelData"}
-GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")  # a frame's own win
+GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")  # values of a frame go first
 PADDING = ("PixelPaddingValue", "PixelPaddingRangeLimit", "FloatPixelPaddingValue", "DoubleFloatPixelPaddingValue")
 OFFSETS = (0x7FE00001, 0x7FE00002)  # tables of where frames are
-# All that is read of a header
+# The only elements of a header that are read
 TAGS = [tag for tag in DicomDictionary if tag >> 16 == 0x0028 or tag in OFFSETS]
 TAGS += [tag_for_keyword(name) for name in ("SOPClassUID", "PresentationLUTShape", *GROUPS)]
 # One decoder for each syntax, whatever else is installed: pixels of lossy ones differ between decoders
@@ -87,6 +93,8 @@ def count_frames(source: bytes | str | os.PathLike) -> int:
         ValueError: it has no pixels, or is damaged.
     """
     with _at_pixels(source) as file:
+        if file.num_frames > max(1, file.num_bytes / MIN_FRAME_BYTES):
+            raise UnusableDicom("is a damaged DICOM: its header says more frames than it can hold")
         return file.num_frames
 
 
@@ -163,9 +171,13 @@ def _read_header(content: BinaryIO) -> _File:
     if syntax not in uid.UID_dictionary or not uid.UID(syntax).is_transfer_syntax:
         raise UnusableDicom("has an unknown transfer syntax")
     found: list[tuple[int, str | None, int]] = []
+
+    def is_pixels(tag: int, vr: str | None, length: int) -> bool:
+        found.extend([(tag, vr, length)] if tag in PIXELS else [])
+        return tag in PIXELS
+
     order = (syntax.is_implicit_VR, syntax.is_little_endian)
-    stop = lambda tag, vr, length: tag in PIXELS and not found.append((tag, vr, length))  # noqa: E731
-    header = read_dataset(content, *order, stop_when=stop, specific_tags=TAGS)
+    header = read_dataset(content, *order, stop_when=is_pixels, specific_tags=TAGS)
     if not found:
         kind = uid.UID(header.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID") or "")
         name = f": it is {kind.name}" if kind in uid.UID_dictionary else ""
@@ -207,7 +219,7 @@ def _decode(file: _File, index: int) -> tuple[np.ndarray, str]:
 
 
 def _in_child(decode: Callable[[], Any]) -> Any:
-    """Return what `decode` does, from a forked process: gdcm prints, and aborts where a frame is damaged."""
+    """Return what `decode` does, from a forked process: on a damaged frame gdcm prints, and may abort or hang."""
     read, write = os.pipe()
     pid = os.fork()
     if not pid:
@@ -218,9 +230,16 @@ def _in_child(decode: Callable[[], Any]) -> Any:
         finally:
             os._exit(0)
     os.close(write)
-    with open(read, "rb") as file:
-        content = file.read()
-    os.waitpid(pid, 0)
+    limit = threading.Timer(MAX_GDCM_SECONDS, os.kill, (pid, signal.SIGKILL))
+    limit.start()
+    try:
+        with open(read, "rb") as file:
+            content = file.read()
+    finally:
+        limit.cancel()
+        limit.join()
+        os.kill(pid, signal.SIGKILL)  # it has ended, or nobody waits for it any more
+        os.waitpid(pid, 0)
     return pickle.loads(content)  # nothing, or half of it, is an error too
 
 

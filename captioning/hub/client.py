@@ -28,11 +28,15 @@ RETRIED_ERRORS = (httpx2.ReadError, httpx2.WriteError, httpx2.CloseError, httpx2
 
 
 class SilentHub(OfflineModeIsEnabled):
-    """The Hub has sent nothing for `TIMEOUT`: clients do not try again, and take what is in their cache."""
+    """The Hub sends nothing, or was never reached: clients do not try again, and take what is in their cache."""
 
 
 def limit_waiting() -> None:
-    """Bound how long calls to the Hub wait: neither the start of a run nor its upload may hang."""
+    """Bound how long calls to the Hub wait: neither the start of a run nor its upload may hang.
+
+    Its client's messages, which report each retry twice, are no longer shown but for errors.
+    """
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     set_client_factory(_make_client)
 
 
@@ -59,6 +63,7 @@ def _refuse_long_wait(response: httpx2.Response) -> None:
 
 # --- Silence --------------------------------------------------------------------------------------------------
 
+_reached = threading.Event()  # a host has sent a byte
 _in_vain: dict[str, tuple[float, float]] = {}  # by host, seconds waited since its last byte, and when that ended
 
 
@@ -105,6 +110,7 @@ class _Wait:
         self.since = None
 
     def receive(self) -> None:
+        _reached.set()
         _in_vain.pop(self.host, None)
         self.pause()
 
@@ -114,6 +120,8 @@ class _Wait:
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self._over.set()
+        if isinstance(error, httpx2.ConnectError) and not _reached.is_set():  # there is no network
+            raise SilentHub(f"the Hub cannot be reached ({error})") from error
         if isinstance(error, httpx2.TimeoutException):
             seconds = self._silence()
             _in_vain[self.host] = (seconds, time.monotonic())

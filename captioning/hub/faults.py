@@ -8,6 +8,7 @@ from huggingface_hub import get_token
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     HTTPError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -54,14 +55,17 @@ def reading_from_hub(what: str, mend: str = "") -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            known = RepositoryNotFoundError, SilentHub
+            known = RepositoryNotFoundError, SilentHub, HFValidationError
             if fault := next((cause for cause in causes(error) if isinstance(cause, known)), None):
-                reason = str(fault) if isinstance(fault, SilentHub) else _describe_access(fault)
-                raise UserError(f"{what}: {reason}{'; ' if mend else ''}{mend}") from error
+                raise UserError(f"{what}: {_describe_access(fault)}{'; ' if mend else ''}{mend}") from error
             raise
 
 
 def _describe_access(error: Exception) -> str:
+    if isinstance(error, SilentHub):
+        return str(error)
+    if isinstance(error, HFValidationError):
+        return "there is no such folder, and a name on the Hub is user/name"
     log_in = "`hf auth login` with a token that may read it" if get_token() else "run `hf auth login`"
     if isinstance(error, GatedRepoError):
         return f"it is gated: accept its terms on its page of the Hub, and {log_in}"

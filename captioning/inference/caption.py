@@ -39,7 +39,7 @@ def caption_images(arguments: argparse.Namespace) -> None:
     for name, reason in found.faults.items():
         faults.add(name, reason)
     if found.passed_over:
-        say(f"passed over in the folders: {found.passed_over:,} files that are not images")
+        say(f"files in the folders that are not images, and are passed over: {found.passed_over:,}")
     if not images:
         raise UserError("no images were found; name files or folders that hold some")
     limit_waiting()

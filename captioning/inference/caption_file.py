@@ -42,8 +42,7 @@ class CaptionFile:
         self.captions: dict[str, str] = {}
         self._digests: dict[str, str] = {}
         state = f"{path}.state"
-        holds_rows = os.path.exists(path) and os.path.getsize(path) > 0
-        if holds_rows and not os.path.exists(state):
+        if not _is_empty(path) and _is_empty(state):
             raise UserError(f"'{path}' was not written by this command, for lack of '{state}'; {OTHER}")
         with as_user_error(f"'{path}' cannot be continued", OTHER):
             self._state = self._stack.enter_context(open(state, "a+b", 0))  # noqa: SIM115
@@ -53,7 +52,7 @@ class CaptionFile:
             except BlockingIOError:
                 raise UserError(f"'{path}' is being written by another process; wait for it, or {OTHER}") from None
             header, *images = [json.loads(line) for line in _whole_lines(self._state)] or [None]
-            rows = self._read_rows() if header else []
+            rows = self._read_rows()
             self._digests = {image["id"]: image["digest"] for image in images}
             if unknown := [image_id for image_id, _ in rows if image_id not in self._digests]:
                 raise UserError(f"'{path}' has a row '{unknown[0]}' that this command did not write; {OTHER}")
@@ -66,8 +65,8 @@ class CaptionFile:
         if not rows:  # also where the file was deleted
             for file in (self._state, self._rows):
                 file.truncate(0)
-            self._state.write(json.dumps(made_by).encode() + b"\n")
-            self._rows.write(CSV_HEADER.encode() if self._is_csv else b"")
+            _append(self._state, json.dumps(made_by) + "\n")
+            _append(self._rows, CSV_HEADER if self._is_csv else "")
 
     def __enter__(self) -> "CaptionFile":
         return self
@@ -87,15 +86,16 @@ class CaptionFile:
         Raises:
             UserError: an id is that of another image.
         """
-        earlier = {self._digests[name]: name for name in self.captions.keys() - {image.id for image in images}}
+        others = self.captions.keys() - {image.id for image in images}
+        earlier = {(_stem(name), self._digests[name]): name for name in others}
         found = []
         for image in images:
-            digest = _digest_of(image) if earlier or image.id in self.captions else None
-            if digest and image.id in self.captions and digest != self._digests[image.id]:
+            is_known = image.id in self.captions
+            digest = _digest_of(image) if earlier or is_known else None
+            if digest and is_known and digest != self._digests[image.id]:
                 what = f"'{self.path}' holds the caption of another image '{image.id}' than '{image}'"
                 raise UserError(f"{what}, or that has changed; {OTHER}")
-            is_new = image.id not in self.captions
-            found.append(image._replace(id=earlier.pop(digest, image.id) if is_new else image.id))
+            found.append(image if is_known else image._replace(id=earlier.pop((_stem(image.id), digest), image.id)))
         return found
 
     def add(self, captions: Mapping[OwnImage, str]) -> None:
@@ -104,12 +104,32 @@ class CaptionFile:
         for image, caption in captions.items():
             images += json.dumps({"id": image.id, "digest": _digest_of(image)}) + "\n"
             file = "/".join(os.path.abspath(image.path).split(os.sep)[-1 - image.id.count("/") :])
+            file = os.fsencode(file).decode(errors="replace")  # a name in another encoding is no text
             row = {"id": image.id, "file": file, "caption": caption}
             quoted = " ".join(caption.replace("\0", " ").split()).replace('"', '""')
             rows += f'{image.id},"{quoted}"\n' if self._is_csv else json.dumps(row) + "\n"
-        self._state.write(images.encode())
-        self._rows.write(rows.encode())
+        _append(self._state, images)
+        _append(self._rows, rows)
         self.captions |= {image.id: caption for image, caption in captions.items()}
+
+
+def _is_empty(path: str) -> bool:
+    return not os.path.exists(path) or os.path.getsize(path) == 0
+
+
+def _append(file: BinaryIO, text: str) -> None:
+    left = text.encode()
+    try:
+        while left:  # on a disk that is almost full, only a part is written at first
+            left = left[file.write(left) :]
+    except OSError as error:
+        error.filename = file.name
+        raise
+
+
+def _stem(image_id: str) -> str:
+    """Return what an id keeps when other images come: the name of the file, without folders and ending."""
+    return os.path.splitext(image_id.rpartition("/")[2])[0]
 
 
 def _digest_of(image: OwnImage) -> str | None:

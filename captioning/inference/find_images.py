@@ -114,10 +114,10 @@ def own_images(paths: Sequence[str], frame: str) -> list[OwnImage]:
         if frame == "all":
             with suppress(OSError, ValueError):  # `open` will say what is wrong with it
                 number = count_frames(path) if is_dicom(path) else 1
-        each = range(1, number + 1)
-        images += [OwnImage(f"{image_id}#{i}", path, i) for i in each if number > 1] or [
-            OwnImage(image_id, path, "middle" if frame == "all" else frame)
-        ]
+        if number > 1:
+            images += [OwnImage(f"{image_id}#{i}", path, i) for i in range(1, number + 1)]
+        else:
+            images.append(OwnImage(image_id, path, "middle" if frame == "all" else frame))
     if repeated := [name for name, count in Counter(image.id for image in images).items() if count > 1]:
         raise UserError(f"two images would have the id '{repeated[0]}'; rename one")
     return images

@@ -22,10 +22,7 @@ from captioning.training.decoding import DEFAULTS, check_decoding, generation_co
 
 RECIPE = "recipe.json"
 INNER_FOLDER = re.compile(r"checkpoint-\d+|adapter")  # of a run, whose recipe is beside it
-# Of a model that was not saved by this recipe and says nothing: what a run would take
-UNRECORDED = DEFAULTS | {"num_beams": 3, "max_new_tokens": 64}
-
-
+UNRECORDED = DEFAULTS | {"num_beams": 3, "max_new_tokens": 64}  # a run's, for a model that says nothing
 # What is read of a recipe, with the types of JSON
 RECORDED = {"prompt": (str,), "torch_dtype": (str,), "bf16": (bool,), "fp16": (bool,), "length_penalty": (int, float)}
 RECORDED |= {name: (int,) for name in DEFAULTS if name not in RECORDED}
@@ -63,6 +60,7 @@ class InferenceModel:
         prompt: str | None = None,
     ):
         given = {key: value for key, value in settings.items() if value is not None}
+        # Before the model is loaded, so its own limits are not known
         check_decoding(UNRECORDED | {"max_new_tokens": 10**9} | given)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         with as_user_error(f"device '{device}' cannot be used", "set --device to cpu or cuda"):

@@ -4,6 +4,9 @@ import io
 import logging
 import os
 import struct
+import subprocess
+import sys
+import time
 import warnings
 import zlib
 from itertools import pairwise
@@ -17,6 +20,7 @@ from helpers import flags, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from processes import ROOT
 from pydicom import Dataset, FileMetaDataset, uid
 from pydicom.data import get_testdata_files
 from pydicom.encaps import encapsulate
@@ -478,6 +482,39 @@ def test_gdcm_neither_aborts_the_process_nor_prints(capfd, name, place, value):
     with pytest.raises(ValueError, match="damaged"):
         open_dicom(bytes(content))
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_header_cannot_name_more_frames_than_its_file_holds():
+    """With `--frame all`, each would be an image."""
+    content = written(dataset(GRADIENT.astype(np.uint16), NumberOfFrames=2**31 - 1))
+    with pytest.raises(ValueError, match="more frames than it can hold"):
+        count_frames(content)
+
+
+def test_a_decoder_that_hangs_ends(monkeypatch):
+    monkeypatch.setattr(dicom, "MAX_GDCM_SECONDS", 0.3)
+    with pytest.raises(EOFError):
+        dicom._in_child(lambda: time.sleep(100))
+
+
+def test_no_thread_prints_a_header_while_another_ends():
+    """`catch_warnings` of two threads that do not nest would leave the second without it."""
+    code = """
+import io, sys, warnings
+from pydicom.data import get_testdata_file
+from captioning.data.dicom import _at_pixels
+first, second = (_at_pixels(get_testdata_file("CT_small.dcm")) for _ in range(2))
+first.__enter__(); second.__enter__(); first.__exit__(None, None, None)
+warnings.warn_explicit("the name of a patient", UserWarning, "valuerep.py", 1, module="pydicom.valuerep")
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ended.stderr == ""
+
+
+def test_no_letter_of_a_name_is_quoted_of_a_file_that_is_not_known_as_dicom():
+    with pytest.raises(ValueError, match="not an image") as error:
+        open_image({"bytes": b"\x10\0\x10\0PN\x10\0" + MARK.encode(), "path": None})
+    assert MARK[:2] not in str(error.value)
 
 
 SEEDS = [Path(path).read_bytes() for path in READABLE if os.path.getsize(path) < 12_000]

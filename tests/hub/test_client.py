@@ -1,8 +1,12 @@
 """A silent Hub neither hangs a run nor keeps the user guessing; a slow one is waited for."""
 
+import os
+import subprocess
+import sys
 import time
 
 import pytest
+from processes import ROOT
 
 from captioning.hub import client
 
@@ -52,6 +56,30 @@ assert 1.5 < time.monotonic() - start < 2.5, time.monotonic() - start
 """
     lines = served[2].run(["-c", SHORT + calls]).stdout.splitlines()
     assert len(lines) == 4 and all("the Hub has been silent for 1.5 s" in line for line in lines)
+
+
+def test_without_a_network_a_wrong_name_is_said_at_once(tmp_path):
+    """The client alone tries each of several files six times, for 24 s each."""
+    environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    code = """
+import time
+from captioning.hub import client
+from captioning.inference.model import InferenceModel
+client.limit_waiting()
+for name in ("user/name", "./name", "/some/name", "a/b/c"):
+    start = time.monotonic()
+    try:
+        InferenceModel(name, device="cpu")
+    except ValueError as error:
+        print(error)
+    assert time.monotonic() - start < 10
+"""
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=True)
+    reached, *others = ended.stdout.splitlines()
+    assert reached.startswith("model 'user/name' cannot be loaded: the Hub cannot be reached (")
+    assert len(others) == 3 and all("there is no such folder, and a name on the Hub is user/name" in x for x in others)
+    assert ended.stderr.count("\n") == 1, "that the commit cannot be checked"
 
 
 def test_a_download_that_makes_progress_may_take_longer_than_the_limit(hub, served):

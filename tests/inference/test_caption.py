@@ -1,5 +1,7 @@
 """One's own images: found, captioned as the run did, kept while they come, and a line for each that has no caption."""
 
+import errno
+import io
 import json
 import os
 import re
@@ -19,6 +21,7 @@ from pydicom.data import get_testdata_file
 import run_captioning
 from captioning.__main__ import main
 from captioning.errors import UserError
+from captioning.inference import caption_file
 from captioning.inference.caption_file import CaptionFile
 from captioning.inference.find_images import find_files, own_images
 from captioning.inference.model import UNRECORDED, InferenceModel
@@ -173,14 +176,13 @@ def test_each_frame_of_a_dicom_has_a_caption_if_asked_for(model, scans):
 # --- Output -----------------------------------------------------------------------------------------------------
 
 
-def test_captions_go_to_standard_output_line_by_line(model, scans):
-    listed = subprocess.run(
-        ["sh", "-c", f"ls scans/*.png | PYTHONPATH={ROOT} {sys.executable} -m captioning caption {model} -"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    rows = [line.split("\t") for line in listed.stdout.splitlines()]
+def test_captions_go_to_standard_output_line_by_line(model, scans, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"scans/a.png\nscans/b.png\nscans/c.png\n")))
+    main(["caption", str(model), "-"])
+    found = capsys.readouterr()
+    rows = [line.split("\t") for line in found.out.splitlines()]
     assert [path for path, _ in rows] == ["scans/a.png", "scans/b.png", "scans/c.png"]
-    assert all(text for _, text in rows) and listed.stderr == ""
+    assert all(text for _, text in rows) and found.err == ""
 
 
 def test_the_csv_is_a_submission_and_a_second_call_does_what_is_missing(model, scans):
@@ -248,6 +250,67 @@ def test_files_of_others_of_other_settings_and_of_other_images_are_refused(model
     with open("own.csv", "a") as file:
         file.write("theirs,row\n")
     assert "a row 'theirs'" in caption(model, scans / "c.png", "--output", "own.csv", code=2).stderr
+
+
+def test_a_full_disk_ends_in_one_line_and_the_file_can_be_completed(scans, monkeypatch):
+    """A disk that is almost full takes a part of a write and says nothing."""
+    one, two = own_images(find_files(["scans/a.png", "scans/b.png"]).paths, "middle")
+    room = 10**6
+
+    class AlmostFull(io.FileIO):
+        def write(self, data):
+            nonlocal room
+            if not room:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            taken = min(room, len(data))
+            room -= taken
+            return super().write(data[:taken])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(caption_file, "open", lambda path, *_: AlmostFull(path, "a+"), raising=False)
+        file = CaptionFile("own.jsonl", {"model": "x"})
+    with file:
+        file.add({one: "first"})
+        room = 20
+        with pytest.raises(OSError) as full:
+            file.add({two: "second"})
+    assert full.value.filename == "own.jsonl.state"
+    with CaptionFile("own.jsonl", {"model": "x"}) as file:
+        assert file.captions == {"a": "first"}
+        file.add({two: "second"})
+    with CaptionFile("own.jsonl", {"model": "x"}) as file:
+        assert file.captions == {"a": "first", "b": "second"}
+
+
+def test_captions_whose_state_is_lost_are_refused_and_stay(scans):
+    with CaptionFile("own.jsonl", {"model": "x"}) as file:
+        file.add({own_images(find_files(["scans/a.png"]).paths, "middle")[0]: "first"})
+    before = Path("own.jsonl").read_text()
+    for content in ("", '{"model": "x"}'):  # after a power failure
+        Path("own.jsonl.state").write_text(content)
+        with pytest.raises(UserError, match="name another --output"):
+            CaptionFile("own.jsonl", {"model": "x"})
+        assert Path("own.jsonl").read_text() == before
+
+
+def test_an_image_is_the_earlier_one_only_if_its_file_has_the_same_name(scans):
+    shutil.copy(scans / "a.png", scans / "copy.png")
+    first, whole, copy = (find_files([f"scans/{name}"]).paths for name in ("a.png", "", "copy.png"))
+    with CaptionFile("own.jsonl", {"model": "x"}) as file:
+        file.add({own_images(first, "middle")[0]: "first"})
+    with CaptionFile("own.jsonl", {"model": "x"}) as file:
+        named = [image.id for image in file.with_known_ids(own_images(whole, "middle"))]
+        assert named == ["a", "scans/b", "scans/c", "scans/copy", "below/a", "below/d"]
+        assert [image.id for image in file.with_known_ids(own_images(copy, "middle"))] == ["copy"]
+
+
+def test_a_file_whose_name_is_not_text_has_a_row_that_any_reader_takes(scans):
+    path = os.fsdecode(b"scans/M\xfcller.png")
+    shutil.copy(scans / "a.png", path)
+    with CaptionFile("own.jsonl", {"model": "x"}) as file:
+        file.add({own_images(find_files([path]).paths, "middle")[0]: "first"})
+    row = read_lines(Path("own.jsonl"))[0]
+    assert row == {"id": "M ller", "file": "M\ufffdller.png", "caption": "first"}
 
 
 def test_two_processes_do_not_write_one_file(model, scans):
