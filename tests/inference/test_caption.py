@@ -358,6 +358,7 @@ def test_each_image_that_cannot_be_used_is_one_line_and_the_rest_goes_on(model, 
     for name in ("cut.png", "report.pdf", "film.mp4", "zero.dcm", "report.dcm", "slide.png", "link.png", "pipe.png"):
         assert sum(f"bad/{name}: " in line for line in lines) == 1, name
     assert lines[-1] == "error: 9 of 14 images could not be captioned"
+    assert "DOS attack" not in ended.stderr, "Pillow's words for a slide"
     assert len(lines) == 11, "and one that counts the files that were passed over"
 
 
