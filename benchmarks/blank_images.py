@@ -35,7 +35,8 @@ COMMON += ["--warmup_steps", "0.1", "--load_best_model_at_end", "true", "--metri
 CAPTION_LOSS = ["--config_name", str(PROJECT / "recipes/configs/blip_small.json"), "--vocab_size", "4000"]
 CAPTION_LOSS += ["--learning_rate", "1e-3", "--num_train_epochs", "10", "--eval_strategy", "epoch"]
 CAPTION_LOSS += ["--save_strategy", "epoch"]
-SAMPLES = ["--objective", "self_critical", "--reward", "rougeL", "--num_samples", "8", "--learning_rate", "3e-4"]
+SAMPLES = ["--objective", "self_critical", "--reward", "rougeL", "--num_samples", "5", "--learning_rate", "5e-5"]
+SAMPLES += ["--per_device_train_batch_size", "32", "--caption_loss_weight", "1"]
 SAMPLES += ["--eval_strategy", "steps", "--eval_steps", "50", "--save_strategy", "steps", "--save_steps", "50"]
 SAMPLES += ["--logging_steps", "10", "--eval_on_start", "true"]
 

@@ -16,12 +16,13 @@ from captioning.errors import UserError, as_user_error, is_out_of_memory, printa
 from captioning.hub.client import limit_waiting
 from captioning.inference.caption_file import CaptionFile
 from captioning.inference.find_images import OwnImage, find_files, own_images
-from captioning.inference.model import InferenceModel
+from captioning.inference.model import Description, InferenceModel
 from captioning.reporting.page_images import image_blocks
 from captioning.reporting.render_page import PAGE_BUDGET, render_page
 from captioning.training.decoding import DEFAULTS, in_words
 
 
+PREDICTED_CONCEPT = 7  # its place in `PLACES` of the page's script
 MANY = 20  # images, from which on a progress bar is of use
 
 
@@ -59,8 +60,9 @@ def caption_images(arguments: argparse.Namespace) -> None:
         captions = {}
         for new in _in_batches(model, images, arguments.batch_size, faults, shows_bar=not sys.stdout.isatty()):
             captions |= new
-            for image, caption in new.items():
-                print(printable(str(image)), " ".join(printable(caption).split()), sep="\t")
+            for image, found in new.items():
+                parts = [found.caption, *([] if found.concepts is None else ["; ".join(model.names(found.concepts))])]
+                print(printable(str(image)), *(" ".join(printable(part).split()) for part in parts), sep="\t")
             sys.stdout.flush()
     if arguments.html:
         write_gallery(arguments.html, model, captions)
@@ -91,7 +93,7 @@ class Faults:
 
 def _in_batches(
     model: InferenceModel, images: Sequence[OwnImage], size: int, faults: Faults, shows_bar: bool
-) -> Iterator[dict[OwnImage, str]]:
+) -> Iterator[dict[OwnImage, Description]]:
     """Yield the captions of each batch, the first image alone, so that its caption is soon there."""
     starts = [0, *range(1, len(images), size), len(images)]
     with tqdm(total=len(images), unit=" images", disable=None if shows_bar and len(images) >= MANY else True) as bar:
@@ -107,9 +109,11 @@ def _in_batches(
             bar.update(end - start)
 
 
-def _captions(model: InferenceModel, opened: Mapping[OwnImage, Image.Image], faults: Faults) -> dict[OwnImage, str]:
+def _captions(
+    model: InferenceModel, opened: Mapping[OwnImage, Image.Image], faults: Faults
+) -> dict[OwnImage, Description]:
     try:
-        return dict(zip(opened, model.caption(list(opened.values())) if opened else (), strict=True))
+        return dict(zip(opened, model.describe(list(opened.values())) if opened else (), strict=True))
     except ValueError as error:
         if len(opened) == 1:
             faults.add(*opened, error)
@@ -124,14 +128,19 @@ def _captions(model: InferenceModel, opened: Mapping[OwnImage, Image.Image], fau
         raise
 
 
-def write_gallery(file: str, model: InferenceModel, captions: Mapping[OwnImage, str]) -> None:
+def write_gallery(file: str, model: InferenceModel, captions: Mapping[OwnImage, Description]) -> None:
     """Write the page of some images with their captions; images are opened again, one at a time.
 
     Raises:
         UserError: the page cannot be written.
     """
-    unscored = {"modality": "", "reference": "", "tags": [[]], "kinds": [], "concepts": [], "scores": []}
-    rows = [{"id": image.id, "predictions": [caption]} | unscored for image, caption in captions.items()]
+    unscored = {"modality": "", "reference": "", "kinds": [], "concepts": [], "scores": []}
+    rows = [
+        {"id": image.id, "predictions": [found.caption]}
+        | {"tags": [[(name, PREDICTED_CONCEPT) for name in model.names(found.concepts or ())]]}
+        | unscored
+        for image, found in captions.items()
+    ]
     gallery = {"systems": ["Caption"], "scores": [], "onCard": [], "kinds": {}, "highlights": [], "rows": rows}
     name = Path(model.name).resolve().name if os.path.exists(model.name) else model.name
     facts = {"model": name, "revision": model.revision, "prompt": model.prompt}

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 from captioning.errors import UserError, as_user_error
 from captioning.inference.find_images import OwnImage
+from captioning.inference.model import Description
 
 
 CSV_HEADER = "ID,Caption\n"
@@ -30,7 +31,7 @@ class CaptionFile:
         made_by: what the captions depend on beside the image, by name; JSON.
 
     Attributes:
-        captions: by id, those that the file holds.
+        captions: by id, those that the file holds; a CSV has no concepts.
 
     Raises:
         UserError: the file is not one of ours, holds captions of another model or settings, is broken, or is being
@@ -39,7 +40,7 @@ class CaptionFile:
 
     def __init__(self, path: str, made_by: Mapping[str, Any]):
         self.path, self._is_csv, self._stack = path, path.lower().endswith(".csv"), ExitStack()
-        self.captions: dict[str, str] = {}
+        self.captions: dict[str, Description] = {}
         self._digests: dict[str, str] = {}
         state = f"{path}.state"
         if not _is_empty(path) and _is_empty(state):
@@ -74,11 +75,12 @@ class CaptionFile:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def _read_rows(self) -> list[tuple[str, str]]:
+    def _read_rows(self) -> list[tuple[str, Description]]:
         lines = _whole_lines(self._rows)
         if self._is_csv:
-            return [(image_id, text) for image_id, text in csv.reader(line.decode() for line in lines[1:])]
-        return [(row["id"], row["caption"]) for row in map(json.loads, lines)]
+            rows = csv.reader(line.decode() for line in lines[1:])
+            return [(image_id, Description(text)) for image_id, text in rows]
+        return [(row["id"], Description(row["caption"], row.get("concepts"))) for row in map(json.loads, lines)]
 
     def with_known_ids(self, images: Sequence[OwnImage]) -> list[OwnImage]:
         """Return the images, those with the ids of the file whose captions it holds under an earlier id.
@@ -98,19 +100,20 @@ class CaptionFile:
             found.append(image if is_known else image._replace(id=earlier.pop((_stem(image.id), digest), image.id)))
         return found
 
-    def add(self, captions: Mapping[OwnImage, str]) -> None:
+    def add(self, captions: Mapping[OwnImage, Description]) -> None:
         """Append the captions of some images; they are on their way to the disk when this returns."""
         images, rows = "", ""
-        for image, caption in captions.items():
+        for image, (caption, concepts) in captions.items():
             images += json.dumps({"id": image.id, "digest": _digest_of(image)}) + "\n"
             file = "/".join(os.path.abspath(image.path).split(os.sep)[-1 - image.id.count("/") :])
             file = os.fsencode(file).decode(errors="replace")  # a name in another encoding is no text
             row = {"id": image.id, "file": file, "caption": caption}
+            row |= {} if concepts is None else {"concepts": concepts}
             quoted = " ".join(caption.replace("\0", " ").split()).replace('"', '""')
             rows += f'{image.id},"{quoted}"\n' if self._is_csv else json.dumps(row) + "\n"
         _append(self._state, images)
         _append(self._rows, rows)
-        self.captions |= {image.id: caption for image, caption in captions.items()}
+        self.captions |= {image.id: found for image, found in captions.items()}
 
 
 def _is_empty(path: str) -> bool:

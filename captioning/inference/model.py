@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import xxhash
@@ -26,6 +26,13 @@ UNRECORDED = DEFAULTS | {"num_beams": 3, "max_new_tokens": 64}  # a run's, for a
 # What is read of a recipe, with the types of JSON
 RECORDED = {"prompt": (str,), "torch_dtype": (str,), "bf16": (bool,), "fp16": (bool,), "length_penalty": (int, float)}
 RECORDED |= {name: (int,) for name in DEFAULTS if name not in RECORDED}
+
+
+class Description(NamedTuple):
+    """What a model says of an image; `concepts` are the CUIs of its concept head, None without one."""
+
+    caption: str
+    concepts: list[str] | None = None
 
 
 class InferenceModel:
@@ -92,10 +99,15 @@ class InferenceModel:
         return torch.bfloat16 if recipe.get("bf16", torch.cuda.is_bf16_supported(False)) else None
 
     def digest(self) -> str:
-        """Return a digest of all that a caption depends on beside image, prompt and decode settings."""
-        parts = (self.captioner.processor.image_processor.to_json_string(), self.captioner.surface_form)
-        found = xxhash.xxh3_128(repr(parts).encode())
-        for name, weight in self.captioner.model.state_dict().items():
+        """Return a digest of all that a description depends on beside image, prompt and decode settings."""
+        head = self.captioner.concept_head
+        parts = [self.captioner.processor.image_processor.to_json_string(), self.captioner.surface_form]
+        weights = self.captioner.model.state_dict()
+        if head:
+            parts += [head.concepts, head.thresholds]
+            weights |= {"head weight": head.weight.detach(), "head bias": head.bias.detach()}
+        found = xxhash.xxh3_128(repr(tuple(parts)).encode())
+        for name, weight in weights.items():
             found.update(name.encode())
             found.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
         return found.hexdigest()
@@ -116,8 +128,18 @@ class InferenceModel:
         batch = self.captioner.collate(images, [self.captioner.prompt_row] * len(images))
         return self.captioner.encode_images({name: value.to(self.device) for name, value in batch.items()})
 
-    def caption(self, images: Sequence[Image.Image]) -> list[str]:
-        """Return the captions of B images, one batch, in their surface form.
+    def concepts(self, encoded: Any) -> list[list[str]] | None:
+        """Return the concepts of B encoded images, the most probable first; None if the model has no concept head."""
+        head = self.captioner.concept_head
+        return head and head.predict(self.captioner.image_features(encoded).float().cpu().numpy())
+
+    def names(self, concepts: Sequence[str]) -> list[str]:
+        """Return the names of CUIs where the concept head knows them, else the CUIs."""
+        head = self.captioner.concept_head
+        return [head.names.get(cui, cui) if head else cui for cui in concepts]
+
+    def describe(self, images: Sequence[Image.Image]) -> list[Description]:
+        """Return the captions of B images, one batch, in their surface form, and their concepts.
 
         Args:
             images: as `data.images.open_image` returns them.
@@ -126,8 +148,14 @@ class InferenceModel:
             ValueError: an image cannot be processed.
         """
         with self.computing():
-            tokens = self.captioner.generate(self.encode(images), self.generation_config)
-        return self.captioner.decode(tokens.cpu().numpy())
+            encoded = self.encode(images)
+            tokens = self.captioner.generate(encoded, self.generation_config)
+            concepts = self.concepts(encoded) or [None] * len(images)
+        return [Description(*one) for one in zip(self.captioner.decode(tokens.cpu().numpy()), concepts, strict=True)]
+
+    def caption(self, images: Sequence[Image.Image]) -> list[str]:
+        """Return the captions alone, as `describe`."""
+        return [one.caption for one in self.describe(images)]
 
 
 def recorded_recipe(name: str, revision: str | None = None) -> dict[str, Any]:

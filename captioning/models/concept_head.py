@@ -21,6 +21,7 @@ from captioning.files import to_json, write_whole
 
 CONFIG_FILE, WEIGHTS_FILE = "concept_head.json", "concept_head.safetensors"
 DEFAULT_THRESHOLD = 0.5
+MAX_CONCEPTS = 100  # of an image, in a submission to ImageCLEF
 
 
 class ConceptHead(nn.Linear):
@@ -59,6 +60,10 @@ class ConceptHead(nn.Linear):
     def probabilities(self, features: np.ndarray) -> np.ndarray:
         """Return the probabilities, float32 `[N, C]`, of features `[N, D]`."""
         return self(torch.from_numpy(features).to(self.weight.device)).sigmoid().cpu().numpy()
+
+    def predict(self, features: np.ndarray) -> list[list[str]]:
+        """Return the concepts of N images with features `[N, D]`, the most probable first."""
+        return concepts_above(self.probabilities(features), self.concepts, self.thresholds or DEFAULT_THRESHOLD)
 
     def _save_to_state_dict(self, *args) -> None:
         """Add nothing to the state dict of the model."""
@@ -122,3 +127,15 @@ class ConceptHead(nn.Linear):
                 if value.shape != tensors[name].shape or not tensors[name].isfinite().all():
                     raise UserError(f"the concept head cannot be loaded: its {name} is of another head, or NaN")
                 value.copy_(tensors[name])
+
+
+def concepts_above(
+    probabilities: np.ndarray, concepts: Sequence[str], thresholds: Sequence[float] | float
+) -> list[list[str]]:
+    """Return the concepts of N images with a probability `[N, C]` from the threshold on, the most probable first.
+
+    Of an image at most `MAX_CONCEPTS`.
+    """
+    ranked = np.argsort(-probabilities, axis=1, kind="stable")[:, :MAX_CONCEPTS]
+    passes = probabilities >= np.asarray(thresholds)
+    return [[concepts[c] for c in own if kept[c]] for own, kept in zip(ranked, passes, strict=True)]

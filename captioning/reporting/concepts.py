@@ -13,12 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from captioning.models.concept_head import CONFIG_FILE, DEFAULT_THRESHOLD, ConceptHead
+from captioning.models.concept_head import (
+    CONFIG_FILE,
+    DEFAULT_THRESHOLD,
+    MAX_CONCEPTS,
+    ConceptHead,
+    concepts_above,
+)
 from captioning.reporting.run_record import RunRecord
 from captioning.scoring.bootstrap import resampling_counts
 from captioning.scoring.captions import Captions
 from captioning.scoring.concept_detection import (
-    MAX_CONCEPTS,
     NAMES,
     best_constant_concepts,
     concept_table,
@@ -27,7 +32,6 @@ from captioning.scoring.concept_detection import (
 from captioning.scoring.concept_systems import (
     SYSTEMS,
     choose_thresholds,
-    concepts_above,
     neighbor_votes,
 )
 from captioning.scoring.concepts import known_concepts
@@ -62,7 +66,7 @@ def detect_concepts(
             head.thresholds = choose_thresholds(probabilities, head.concepts, truth, each)
             _save_thresholds(head, record)
         thresholds["head"] = head.thresholds
-        predicted["head"] = concepts_above(probabilities, head.concepts, head.thresholds or DEFAULT_THRESHOLD)
+        predicted["head"] = head.predict(features)
     if not any(truth):
         return predicted.get("head"), {}
     if training and training.features is not None and any(map(known_concepts, training.neighbor_cuis)):

@@ -12,12 +12,12 @@ import numpy as np
 
 from captioning.errors import UserError
 from captioning.files import without_nan
+from captioning.models.concept_head import MAX_CONCEPTS
 from captioning.scoring.bootstrap import Score, interval, resampled, resampling_counts
 from captioning.scoring.captions import check_ids, read_csv
 from captioning.scoring.signatures import signature
 
 
-MAX_CONCEPTS = 100  # of an image, in a submission
 # ROCOv2's manual concepts. The official second score is of the first 15: modalities, body parts
 NAMES = {
     "C0002978": "angiogram",

@@ -8,7 +8,6 @@ from collections.abc import Sequence, Set
 import numpy as np
 
 from captioning.scoring.baselines import Baseline, similarities
-from captioning.scoring.concept_detection import MAX_CONCEPTS
 from captioning.scoring.concepts import known_concepts
 from captioning.scoring.training_split import Training
 
@@ -78,18 +77,6 @@ def _indicators(sets: Sequence[Set[str]], concepts: Sequence[str]) -> np.ndarray
     for row, own in enumerate(sets):
         found[row, [column[cui] for cui in own if cui in column]] = True
     return found
-
-
-def concepts_above(
-    probabilities: np.ndarray, concepts: Sequence[str], thresholds: Sequence[float] | float
-) -> list[list[str]]:
-    """Return the concepts of N images with a probability `[N, C]` from the threshold on, the most probable first.
-
-    Of an image at most `MAX_CONCEPTS`.
-    """
-    ranked = np.argsort(-probabilities, axis=1, kind="stable")[:, :MAX_CONCEPTS]
-    passes = probabilities >= np.asarray(thresholds)
-    return [[concepts[c] for c in own if kept[c]] for own, kept in zip(ranked, passes, strict=True)]
 
 
 # --- Without training -----------------------------------------------------------------------------------------

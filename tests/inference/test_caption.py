@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from families import save_tiny
 from helpers import flags, make_png, predictions, read_lines, save_captioner, signal_when
 from PIL import Image
@@ -20,11 +21,14 @@ from pydicom.data import get_testdata_file
 
 import run_captioning
 from captioning.__main__ import main
+from captioning.data.images import open_image
 from captioning.errors import UserError
 from captioning.inference import caption_file
 from captioning.inference.caption_file import CaptionFile
 from captioning.inference.find_images import find_files, own_images
 from captioning.inference.model import UNRECORDED, InferenceModel
+from captioning.models.concept_head import ConceptHead
+from captioning.models.load import load_captioner
 from captioning.scoring.submission import check_submission
 from captioning.training.arguments import CaptioningArguments
 from captioning.training.decoding import generation_config
@@ -440,3 +444,32 @@ def test_what_a_caption_does_not_need_is_not_imported():
     command = [sys.executable, "-c", code]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout.split() == []
+
+
+# --- Concepts -------------------------------------------------------------------------------------------------
+
+
+def test_concepts_of_the_models_head_are_in_rows_terminal_and_page(model, scans, capsys):
+    captioner = load_captioner(str(model))
+    images = [open_image({"bytes": None, "path": str(path)}) for path in (scans / "a.png", scans / "b.png")]
+    encoded = captioner.encode_images(captioner.collate(images, [captioner.prompt_row] * 2))
+    features = captioner.image_features(encoded).detach()
+    head = ConceptHead(features.shape[1], ["C0000001", "C0000002", "C0000003"], {"C0000001": "Zyste"}, [0.5] * 3)
+    with torch.no_grad():  # the first for the first image alone, the second for all, the third for none
+        head.weight[0] = 9 * (features[0] - features[1])
+        normed = torch.nn.functional.layer_norm(features, features.shape[1:])
+        head.bias[:] = torch.tensor([-(normed @ head.weight[0]).mean(), 1.0, -1.0])
+    shutil.copytree(model, "with-head")
+    head.save("with-head")
+    main(["caption", "with-head", str(scans / "a.png"), str(scans / "b.png"), "--html", "own.html"])
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [set(line[2].split("; ")) for line in lines] == [{"Zyste", "C0000002"}, {"C0000002"}]
+    main(["caption", "with-head", str(scans), "--output", "own.jsonl"])
+    rows = read_lines(Path("own.jsonl"))
+    assert {row["id"]: set(row["concepts"]) for row in rows}["scans/a"] == {"C0000001", "C0000002"}
+    page = Path("own.html").read_text()
+    assert '"Zyste"' in page and "C0000002" in page and "C0000003" not in page
+    head.thresholds = [0.9] * 3
+    head.save("with-head")
+    with pytest.raises(UserError, match="another model"):
+        main(["caption", "with-head", str(scans), "--output", "own.jsonl"])

@@ -5,10 +5,10 @@ from itertools import product
 import numpy as np
 import pytest
 
+from captioning.models.concept_head import concepts_above
 from captioning.scoring.concept_systems import (
     THRESHOLDS,
     choose_thresholds,
-    concepts_above,
     neighbor_votes,
 )
 from captioning.scoring.training_split import Training
