@@ -54,11 +54,16 @@ def reading_from_hub(what: str, mend: str = "") -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            known = RepositoryNotFoundError, SilentHub
-            if fault := next((cause for cause in causes(error) if isinstance(cause, known)), None):
+            if fault := next(filter(_is_of_access, causes(error)), None):
                 reason = str(fault) if isinstance(fault, SilentHub) else _describe_access(fault)
                 raise UserError(f"{what}: {reason}{'; ' if mend else ''}{mend}") from error
             raise
+
+
+def _is_of_access(error: BaseException) -> bool:
+    # By its name: `datasets` takes seconds to import, and captions of one's own images do without it
+    of_datasets = type(error).__name__ == "DatasetNotFoundError"
+    return of_datasets or isinstance(error, (RepositoryNotFoundError, SilentHub))
 
 
 def _describe_access(error: Exception) -> str:
