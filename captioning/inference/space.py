@@ -30,6 +30,7 @@ README = """---
 title: {quoted}
 sdk: gradio
 sdk_version: {version}
+python_version: "3.11"
 app_file: app.py
 license: apache-2.0
 models: {models}
