@@ -5,6 +5,7 @@ as soon as it has been read. No state is shared between users: an image is held 
 """
 
 import argparse
+import logging
 import os
 import socket
 import tempfile
@@ -30,6 +31,7 @@ from captioning.inference.model import InferenceModel
 from captioning.inference.page_parts import HEAD, STYLE, banner, caption_text, details, fault, picture
 from captioning.inference.space import export_space
 from captioning.inference.writer import Writer, Written
+from captioning.training.decoding import DEFAULTS
 
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -37,12 +39,12 @@ MAX_FILE_SIZE = 2**28  # bytes of an upload; a tomosynthesis in DICOM may have 2
 MAX_MESSAGE = 300  # characters; it may quote a file
 STATE_SECONDS = 3600  # after which an image that is still shown is forgotten
 EXAMPLES = (("radiograph", "chest", "nodule"), ("CT", "abdomen", "cyst"), ("MRI", "head", "mass"))
-# Decode settings: the field's label, the least and the most, and the value where the model has none
+# Decode settings: the field's label, the least and the most
 SETTINGS = {
-    "num_beams": ("Beams; 1 is greedy search", 1, 10, 1),
-    "max_new_tokens": ("Most new tokens", 1, 256, 64),
-    "length_penalty": ("Length penalty; above 1, long captions win", -100, 100, 1),
-    "no_repeat_ngram_size": ("No sequence of this many tokens twice; 0: allowed", 0, 256, 0),
+    "num_beams": ("Beams; 1 is greedy search", 1, 10),
+    "max_new_tokens": ("Most new tokens", 1, 256),
+    "length_penalty": ("Length penalty; above 1, long captions win", -100, 100),
+    "no_repeat_ngram_size": ("No sequence of this many tokens twice; 0: allowed", 0, 256),
 }
 # A browser that keeps to it asks no other server, whatever Gradio's scripts want
 POLICY = (
@@ -74,7 +76,8 @@ def demo(arguments: argparse.Namespace) -> None:
                 print("Warning: whoever reaches this address may use the page, without password or encryption")
             print(f"Demo: {url} (end it with Ctrl-C)", flush=True)
             ended.wait()
-        page.server.force_exit = True  # do not wait for open pages
+        # Open pages are not waited for, and that they are cut off is not an error
+        page.server.force_exit = logging.getLogger("uvicorn.error").disabled = True
         page.close(verbose=False)
 
 
@@ -153,7 +156,7 @@ def build_page(gradio: ModuleType, writer: Writer, is_local: bool) -> Any:
         writer: of the model.
         is_local: whether it is reached from this machine alone.
     """
-    name = writer.model.name
+    own, name = writer.model.generation_config, writer.model.name
     title = f"{Path(name).resolve().name if Path(name).exists() else name}: captions of radiology images"
     with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=(60, 300)) as page:
         gradio.HTML(banner(title, is_local))
@@ -165,14 +168,11 @@ def build_page(gradio: ModuleType, writer: Writer, is_local: bool) -> Any:
                     button = partial(gradio.Button, size="sm", min_width=150)
                     examples = [(button(text), example) for text, example in _images_to_try(name)]
                 with gradio.Accordion("Decode settings", open=False):
-                    settings = [
-                        gradio.Number(
-                            getattr(writer.model.generation_config, key) or unset,
-                            label=label,
-                            precision=None if key == "length_penalty" else 0,
-                        )
-                        for key, (label, *_, unset) in SETTINGS.items()
-                    ]
+                    settings = []
+                    for key, (label, *_) in SETTINGS.items():
+                        precision = None if key == "length_penalty" else 0
+                        value = getattr(own, key) or DEFAULTS[key]
+                        settings.append(gradio.Number(value, label=label, precision=precision))
                     again = gradio.Button("Caption again", interactive=False)
             with gradio.Column(scale=3, min_width=300):
                 place = gradio.HTML(picture(None), elem_id="picture")
@@ -226,7 +226,7 @@ def _checked(own: GenerationConfig, values: Sequence[float | None]) -> dict[str,
     """Return the given values of the `SETTINGS` by name; ValueError: one is out of range, the model's own is not."""
     given = {key: value for key, value in zip(SETTINGS, values, strict=True) if value is not None}
     for key, value in given.items():
-        label, least, most, _ = SETTINGS[key]
+        label, least, most = SETTINGS[key]
         if value != getattr(own, key) and not least <= value <= most:
             raise ValueError(f"{label.partition(';')[0]}: {value:g} is not from {least} to {most}")
     return given

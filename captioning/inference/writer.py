@@ -86,11 +86,10 @@ class Writer:
         self._train = _training_features(model, train, train_images) if train else ([], np.zeros((0, 1)))
 
     def settings(self, changes: Mapping[str, Any]) -> GenerationConfig:
-        """Return the model's own decode settings with changes, None being none; UserError: too many tokens."""
+        """Return the model's own decode settings with changes; UserError: too many tokens."""
         config = copy(self.model.generation_config)
         for name, value in changes.items():
-            if value is not None:
-                setattr(config, name, value)
+            setattr(config, name, value)
         self.model.captioner.check_lengths(1, config.max_new_tokens)
         return config
 
