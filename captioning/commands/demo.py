@@ -12,10 +12,6 @@ ARGUMENTS = {
     "--host": {"default": "127.0.0.1", "help": "address to listen at; default: 127.0.0.1, for this machine alone"},
     "--port": {"type": positive, "help": "default: the first free one from 7860"},
     "--train": {"help": "source of training images, as --dataset_name: the page shows the captions of the nearest"},
-    "--train_images": {
-        "type": positive,
-        "default": 500,
-        "help": "how many of them, encoded at the start: 500",
-    },
+    "--train_images": {"type": positive, "default": 500, "help": "how many of them, encoded at the start: 500"},
     "--export_space": {"metavar": "FOLDER", "help": "write the page as a Hugging Face Space instead of showing it"},
 }

@@ -55,10 +55,15 @@ def reading_from_hub(what: str, mend: str = "") -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            known = RepositoryNotFoundError, SilentHub, HFValidationError
-            if fault := next((cause for cause in causes(error) if isinstance(cause, known)), None):
+            if fault := next(filter(_is_of_access, causes(error)), None):
                 raise UserError(f"{what}: {_describe_access(fault)}{'; ' if mend else ''}{mend}") from error
             raise
+
+
+def _is_of_access(error: BaseException) -> bool:
+    # By its name: `datasets` takes seconds to import, and captions of one's own images do without it
+    of_datasets = type(error).__name__ == "DatasetNotFoundError"
+    return of_datasets or isinstance(error, (RepositoryNotFoundError, SilentHub, HFValidationError))
 
 
 def _describe_access(error: Exception) -> str:

@@ -5,9 +5,11 @@ as soon as it has been read. No state is shared between users: an image is held 
 """
 
 import argparse
+import logging
 import os
+import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +17,7 @@ from pathlib import Path
 from threading import Event, Lock
 from types import ModuleType
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 from PIL import Image
@@ -28,15 +31,21 @@ from captioning.inference.model import InferenceModel
 from captioning.inference.page_parts import HEAD, STYLE, banner, caption_text, details, fault, picture
 from captioning.inference.space import export_space
 from captioning.inference.writer import Writer, Written
+from captioning.training.decoding import DEFAULTS
 
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_FILE_SIZE = 2**28  # bytes of an upload; a tomosynthesis in DICOM may have 200 MB
-MAX_NEW_TOKENS, MAX_BEAMS = 256, 10
 MAX_MESSAGE = 300  # characters; it may quote a file
 STATE_SECONDS = 3600  # after which an image that is still shown is forgotten
 EXAMPLES = (("radiograph", "chest", "nodule"), ("CT", "abdomen", "cyst"), ("MRI", "head", "mass"))
-SETTINGS = ("num_beams", "max_new_tokens", "length_penalty", "no_repeat_ngram_size")
+# Decode settings: the field's label, the least and the most
+SETTINGS = {
+    "num_beams": ("Beams; 1 is greedy search", 1, 10),
+    "max_new_tokens": ("Most new tokens", 1, 256),
+    "length_penalty": ("Length penalty; above 1, long captions win", -100, 100),
+    "no_repeat_ngram_size": ("No sequence of this many tokens twice; 0: allowed", 0, 256),
+}
 # A browser that keeps to it asks no other server, whatever Gradio's scripts want
 POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
@@ -48,24 +57,27 @@ def demo(arguments: argparse.Namespace) -> None:
     """Serve the page until a signal comes, or write it as a Space.
 
     Raises:
-        UserError: gradio is not installed, the model or the data cannot be loaded, or the port is taken.
+        UserError: gradio is not installed, the address is taken or impossible, or the model or the data cannot be
+            loaded.
     """
     if arguments.export_space:
         export_space(arguments.model, arguments.revision, Path(arguments.export_space))
         return
     with tempfile.TemporaryDirectory(prefix="captioning-demo-") as folder:
         gradio = _import_gradio(folder)
+        _check_address(arguments.host, arguments.port)
         model = InferenceModel(arguments.model, arguments.revision, arguments.device)
         writer = Writer(model, arguments.train, arguments.train_images)
         page = build_page(gradio, writer, arguments.host in LOOPBACK)
         ended = Event()
         with on_stop_signals(lambda number: ended.set()):
-            try:
-                _, url, _ = page.launch(**_launch_options(gradio, arguments.host, arguments.port))
-            except OSError as error:  # gradio's message names the ports that it tried
-                raise UserError(f"the demo cannot listen at {arguments.host}: {error}; set --port") from error
+            _, url, _ = page.launch(**_launch_options(gradio, arguments.host, arguments.port))
+            if arguments.host not in LOOPBACK:
+                print("Warning: whoever reaches this address may use the page, without password or encryption")
             print(f"Demo: {url} (end it with Ctrl-C)", flush=True)
             ended.wait()
+        # Open pages are not waited for, and that they are cut off is not an error
+        page.server.force_exit = logging.getLogger("uvicorn.error").disabled = True
         page.close(verbose=False)
 
 
@@ -79,6 +91,17 @@ def _import_gradio(folder: str) -> ModuleType:
     except ImportError as error:
         raise UserError("the demo needs gradio; run `pip install -r requirements-demo.txt`") from error
     return gradio
+
+
+def _check_address(host: str, port: int | None) -> None:
+    """Raise a UserError if nobody can listen there: gradio asks for a name or a port for minutes."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listening:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind((host, port or 0))
+    except (OSError, OverflowError) as error:
+        what = f"the demo cannot listen at {host}" + f", port {port}" * bool(port)
+        raise UserError(f"{what}: {error}; set another --host or --port") from error
 
 
 def _launch_options(gradio: ModuleType, host: str, port: int | None) -> dict[str, Any]:
@@ -103,6 +126,11 @@ class _Policy:
             await send(message)
 
         await self.app(scope, receive, send_with_policy)
+
+
+# Images on the page of any user, by the path of the file. Gradio names it by its content: of two users who send the
+# same at the same moment, one finds it deleted
+_OPENED: WeakValueDictionary[str, Image.Image] = WeakValueDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,10 +165,14 @@ def build_page(gradio: ModuleType, writer: Writer, is_local: bool) -> Any:
             with gradio.Column(scale=2, min_width=300):
                 upload = gradio.File(label="Image to caption: PNG, JPEG, TIFF, DICOM, ...", height=160)
                 with gradio.Row(elem_classes="examples"):
-                    button = partial(gradio.Button, size="sm", min_width=80)
+                    button = partial(gradio.Button, size="sm", min_width=150)
                     examples = [(button(text), example) for text, example in _images_to_try(name)]
                 with gradio.Accordion("Decode settings", open=False):
-                    settings = _settings(gradio, own)
+                    settings = []
+                    for key, (label, *_) in SETTINGS.items():
+                        precision = None if key == "length_penalty" else 0
+                        value = getattr(own, key) or DEFAULTS[key]
+                        settings.append(gradio.Number(value, label=label, precision=precision))
                     again = gradio.Button("Caption again", interactive=False)
             with gradio.Column(scale=3, min_width=300):
                 place = gradio.HTML(picture(None), elem_id="picture")
@@ -177,9 +209,7 @@ def _write(
         yield gradio.skip(), gradio.skip()
         return
     try:
-        config = writer.settings(
-            {key: value for key, value in zip(SETTINGS, values, strict=True) if value is not None}
-        )
+        config = writer.settings(_checked(writer.model.generation_config, values))
         with shown.writing:
             for step in writer.write(shown.image, config):
                 if shown.replaced.is_set():
@@ -188,20 +218,18 @@ def _write(
                     yield caption_text(step.alternatives[0].caption), details(step)
                 else:
                     yield caption_text(step, "…"), ""
-    except (ValueError, RuntimeError) as error:  # such as of full memory
+    except (ValueError, RuntimeError) as error:  # a setting is out of range, memory is full
         yield fault(printable(str(error), MAX_MESSAGE)), ""
 
 
-def _settings(gradio: ModuleType, own: GenerationConfig) -> list[Any]:
-    """Return the fields of the `SETTINGS`, with the model's own values."""
-    beams, tokens = max(MAX_BEAMS, own.num_beams), max(MAX_NEW_TOKENS, own.max_new_tokens)
-    number = partial(gradio.Number, minimum=1, precision=0)
-    return [
-        number(own.num_beams, maximum=beams, label=f"Beams, 1 to {beams}; 1 is greedy search"),
-        number(own.max_new_tokens, maximum=tokens, label=f"Most new tokens, 1 to {tokens}"),
-        gradio.Number(own.length_penalty or 1.0, label="Length penalty; above 1, long captions win"),
-        number(own.no_repeat_ngram_size or 0, minimum=0, label="No sequence of this many tokens twice; 0: allowed"),
-    ]
+def _checked(own: GenerationConfig, values: Sequence[float | None]) -> dict[str, float]:
+    """Return the given values of the `SETTINGS` by name; ValueError: one is out of range, the model's own is not."""
+    given = {key: value for key, value in zip(SETTINGS, values, strict=True) if value is not None}
+    for key, value in given.items():
+        label, least, most = SETTINGS[key]
+        if value != getattr(own, key) and not least <= value <= most:
+            raise ValueError(f"{label.partition(';')[0]}: {value:g} is not from {least} to {most}")
+    return given
 
 
 def _images_to_try(name: str) -> list[tuple[str, Image.Image]]:
@@ -220,11 +248,13 @@ def _read_upload(path: str) -> tuple[Image.Image | None, str]:
     """Return the image of an upload, None if it is none, and what is wrong; the file is deleted."""
     try:
         content = Path(path).read_bytes()
-        Path(path).unlink()
-    except OSError:  # another user sent the same file at the same moment
-        return None, "the file did not arrive; choose it again"
+        Path(path).unlink(missing_ok=True)
+    except OSError:
+        image = _OPENED.get(path)
+        return image, "" if image else "the file did not arrive; choose it again"
     try:
-        return open_image({"bytes": content, "path": None}), ""
+        image = _OPENED[path] = open_image({"bytes": content, "path": None})
+        return image, ""
     except ValueError as error:
         return None, f"unusable file: {printable(str(error), MAX_MESSAGE)}"
     except Exception as error:  # a parser's fault must not end the session; its message may quote the file

@@ -36,6 +36,9 @@ NEIGHBORS = Markup(
     "<h2>Captions of the nearest training images</h2><ol>{}</ol><p class=muted>Cosine of the model's features of the "
     "two images, less their mean.</p>"
 )
+CONCEPTS = Markup(
+    "<h2>Concepts</h2><ul>{}</ul><p class=muted>UMLS concepts that the model's concept head finds in the image.</p>"
+)
 
 
 def banner(name: str, is_local: bool) -> Markup:
@@ -66,11 +69,13 @@ def fault(message: str) -> Markup:
 
 
 def details(written: Written) -> Markup:
-    """Return the words over their attention, the alternatives, and the nearest training captions."""
+    """Return the words over their attention, the alternatives, concepts, and the nearest training captions."""
     maps = map_levels(written.words or ())
     words = Markup("<div class=words data-maps='{}'></div>").format(json.dumps(maps)) if maps else NO_MAPS
     found = zip(written.alternatives, written.shares, strict=True)
     rows = Markup().join(ROW.format(one.caption or "(empty)", share, one.token_probability) for one, share in found)
     notes = GREEDY * (len(written.alternatives) == 1) + CUT * written.alternatives[0].is_cut
     near = Markup().join(Markup("<li>{} <span class=muted>{:.2f}</span>").format(*one) for one in written.neighbors)
-    return words + ALTERNATIVES.format(rows, notes) + (NEIGHBORS.format(near) if near else "")
+    names = Markup().join(Markup("<li>{}").format(name) for name in written.concepts or ["none"])
+    concepts = "" if written.concepts is None else CONCEPTS.format(names)
+    return words + ALTERNATIVES.format(rows, notes) + concepts + (NEIGHBORS.format(near) if near else "")

@@ -11,7 +11,7 @@ from captioning.models.lora import base_of_adapter
 
 
 MODEL_FOLDER = "model"
-PACKAGE = ("captioning", "metrics.py", "collator.py", "LICENSE")  # what `python -m captioning demo` needs
+FILES = ("metrics.py", "LICENSE")  # which the package needs beside it
 APP = '''"""The demo of a captioning model."""
 
 import os
@@ -30,6 +30,7 @@ README = """---
 title: {quoted}
 sdk: gradio
 sdk_version: {version}
+python_version: "3.11"
 app_file: app.py
 license: apache-2.0
 models: {models}
@@ -68,23 +69,17 @@ def export_space(name: str, revision: str | None, folder: Path) -> None:
         except UserError:
             shutil.rmtree(folder / MODEL_FOLDER)  # what is refused must not be pushed by mistake
             raise
-    unneeded = shutil.ignore_patterns("__pycache__", "*.pyc")
-    for part in PACKAGE:
-        source = PROJECT / part
-        copy = shutil.copyfile if source.is_file() else lambda *paths: shutil.copytree(*paths, ignore=unneeded)
-        copy(source, folder / part)
+    shutil.copytree(PROJECT / "captioning", folder / "captioning", ignore=shutil.ignore_patterns("__pycache__"))
+    for file in FILES:
+        shutil.copyfile(PROJECT / file, folder / file)
     pins = (PROJECT / "requirements.txt").read_text(encoding="utf-8")
     demo = (PROJECT / "requirements-demo.txt").read_text(encoding="utf-8").replace("-r requirements.txt\n", "")
     version = next(line.partition("==")[2] for line in demo.splitlines() if line.startswith("gradio=="))
     title = f"Captions by {Path(name).resolve().name if is_local else name}"
-    known = {
-        "title": title,
-        "quoted": json.dumps(title),
-        "version": version,
-        "models": "[]" if is_local else f"[{name}]",
-    }
+    models = "[]" if is_local else f"[{name}]"
+    readme = README.format(title=title, quoted=json.dumps(title), version=version, models=models)
     given = [MODEL_FOLDER] if is_local else [name, *(["--revision", revision] if revision else [])]
     (folder / "requirements.txt").write_text(pins + demo, encoding="utf-8")
     (folder / "app.py").write_text(APP.format(model=json.dumps(given)), encoding="utf-8")
-    (folder / "README.md").write_text(README.format(**known), encoding="utf-8")
+    (folder / "README.md").write_text(readme, encoding="utf-8")
     print(f"Space: {folder} (run it with `python app.py` in there, or push it to the Hub)")

@@ -54,11 +54,13 @@ class Written:
         alternatives: by the rank of the search; the first is the caption.
         words: of the caption, each with its map over the image `[H, W]`; None where the family has none.
         neighbors: captions of the nearest training images, each with the cosine; empty without such images.
+        concepts: names of the concepts that the concept head predicts; None without one.
     """
 
     alternatives: Sequence[Alternative]
     words: Sequence[tuple[str, np.ndarray]] | None
     neighbors: Sequence[tuple[str, float]]
+    concepts: Sequence[str] | None
 
     @property
     def shares(self) -> list[float]:
@@ -86,11 +88,10 @@ class Writer:
         self._train = _training_features(model, train, train_images) if train else ([], np.zeros((0, 1)))
 
     def settings(self, changes: Mapping[str, Any]) -> GenerationConfig:
-        """Return the model's own decode settings with changes, None being none; UserError: too many tokens."""
+        """Return the model's own decode settings with changes; UserError: too many tokens."""
         config = copy(self.model.generation_config)
         for name, value in changes.items():
-            if value is not None:
-                setattr(config, name, value)
+            setattr(config, name, value)
         self.model.captioner.check_lengths(1, config.max_new_tokens)
         return config
 
@@ -130,9 +131,11 @@ class Writer:
             nll = captioner.nll_of_captions(captioner.model, batch, whole).tolist()
             words = captioner.word_attention(encoded, torch.from_numpy(rows[0]).to(self.model.device))
             features = captioner.image_features(encoded).float().cpu().numpy()
+            concepts = self.model.concepts(encoded)
         cut = [not np.isin(captioner.end_token_ids, row).any() for row in rows]
         found = zip(captioner.decode(tokens), nll, map(len, rows), cut, strict=True)
-        return Written([Alternative(*one) for one in found], words, self._nearest(features[0]))
+        names = concepts and self.model.names(concepts[0])
+        return Written([Alternative(*one) for one in found], words, self._nearest(features[0]), names)
 
     def _nearest(self, features: np.ndarray) -> list[tuple[str, float]]:
         """Return captions of training images by the cosine of features less their mean, as `nearest_captions` does."""

@@ -1,6 +1,7 @@
 """What the demo shows of a caption is what the model says: the caption, its alternatives, their probabilities."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from transformers import GenerationConfig
 from captioning.data.images import open_image
 from captioning.errors import UserError
 from captioning.inference.model import InferenceModel
+from captioning.inference.page_parts import details
 from captioning.inference.writer import Writer, Written
 from captioning.models.captioner import WatchTokens
+from captioning.models.concept_head import ConceptHead
 
 
 BEAMS = {"num_beams": 3, "max_new_tokens": 10}
@@ -126,6 +129,24 @@ def test_the_nearest_training_image_is_the_image_itself(model, raw_dataset, parq
         assert last.neighbors[0] == (row["caption"], pytest.approx(1))
         assert len(last.neighbors) == 3
         assert last.neighbors[1][1] <= last.neighbors[0][1]
+
+
+def test_concepts_are_those_of_the_head(model):
+    writer = Writer(model)
+    assert written(writer, make_noise())[1].concepts is None
+    head = ConceptHead(
+        model.captioner.config.vision_config.hidden_size, ["C0000001", "C0000002"], {"C0000002": "Zyste"}
+    )
+    with torch.no_grad():
+        head.bias[:] = torch.tensor([-1.0, 1.0])
+    model.captioner.concept_head = head
+    try:
+        last = written(writer, make_noise())[1]
+    finally:
+        model.captioner.concept_head = None
+    assert last.concepts == ["Zyste"] and "<li>Zyste" in details(last)
+    last = dataclasses.replace(last, concepts=[])
+    assert "<li>none" in details(last)
 
 
 def test_training_images_that_cannot_be_read_are_left_out(model, tmp_path):
