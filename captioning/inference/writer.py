@@ -60,7 +60,7 @@ class Written:
     alternatives: Sequence[Alternative]
     words: Sequence[tuple[str, np.ndarray]] | None
     neighbors: Sequence[tuple[str, float]]
-    concepts: Sequence[str] | None
+    concepts: Sequence[str] | None = None
 
     @property
     def shares(self) -> list[float]:

@@ -301,7 +301,7 @@ def test_unusable_files_get_one_message_each_and_the_server_goes_on(open_demo, m
     files = {
         b"%PDF-1.7 a report": "not an image: starts with b'%PDF-1.7",
         png(make_noise(4))[:300]: "cannot be decoded",
-        large.getvalue(): "200000000 pixels",
+        large.getvalue(): "at most 67,108,864 are decoded",
         b"": "is empty",
         b"\x89PNG\r\n\x1a\n<script>window.hacked=1</script>": "",
     }
