@@ -173,4 +173,5 @@ def _read_concepts(path: str, is_checked: bool = False) -> dict[str, frozenset[s
 def holds_concepts(path: str) -> bool:
     """Tell whether a file is a CSV of concepts, by its first line."""
     with open(path, "rb") as file:
-        return file.readline(100).removeprefix(b"\xef\xbb\xbf").strip().lower().replace(b'"', b"") == b"id,cuis"
+        line = file.readline(100).removeprefix(b"\xef\xbb\xbf").lower()
+    return line.translate(None, b'" \r\n') == b"id,cuis"

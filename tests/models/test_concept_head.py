@@ -14,6 +14,7 @@ from captioning.errors import UserError
 from captioning.hub.repository import MODEL_FILES
 from captioning.models.concept_head import CONFIG_FILE, WEIGHTS_FILE, ConceptHead
 from captioning.models.load import load_captioner
+from captioning.models.lora import add_lora
 
 
 CONCEPTS = ["C0000001", "C0000002", "C0000003"]
@@ -93,6 +94,11 @@ model, loading = found.from_pretrained(folder, output_loading_info=True)
 assert not any(loading.values()), loading
 torch.save(model.state_dict(), folder + "/stock.pt")
 """
+
+
+def test_an_adapter_leaves_the_head_of_its_model_to_learn(captioner, head, tmp_path):
+    add_lora(captioner, str(tmp_path), None, target_modules=["query", "concept_head"])
+    assert captioner.concept_head is head and head.weight.requires_grad and head.bias.requires_grad
 
 
 @pytest.mark.parametrize("family", ["blip", "llava"])
