@@ -20,7 +20,6 @@ from captioning.scoring.captions import Captions
 from captioning.scoring.concept_detection import (
     MAX_CONCEPTS,
     NAMES,
-    best_constant_concepts,
     concept_table,
     detection_scores,
 )
@@ -31,6 +30,7 @@ from captioning.scoring.concept_systems import (
     neighbor_votes,
 )
 from captioning.scoring.concepts import known_concepts
+from captioning.scoring.constants import best_concepts
 from captioning.scoring.score import score_entry
 from captioning.scoring.signatures import signature
 from captioning.scoring.training_split import Training
@@ -75,7 +75,7 @@ def detect_concepts(
             thresholds["neighbors"] = [before.get("neighbors", {}).get("threshold") or DEFAULT_THRESHOLD]
         predicted["neighbors"] = concepts_above(votes, concepts, thresholds["neighbors"])
     if training and (known := [own for own in map(known_concepts, training.cuis) if own]):
-        predicted["frequent"] = [sorted(best_constant_concepts(known))] * len(captions)
+        predicted["frequent"] = [best_concepts(known)] * len(captions)
     if training and not training.extractor.reason:
         predicted["captions"] = [sorted(own) for own in training.extractor.predict(captions.predictions)]
     if head:

@@ -14,6 +14,7 @@ from captioning.errors import UserError
 from captioning.files import without_nan
 from captioning.scoring.bootstrap import Score, interval, resampled, resampling_counts
 from captioning.scoring.captions import check_ids, read_csv
+from captioning.scoring.constants import best_concepts
 from captioning.scoring.signatures import signature
 
 
@@ -101,20 +102,6 @@ def concept_table(predicted: Concepts, truth: Concepts) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (-row["support"], row["cui"]))
 
 
-def best_constant_concepts(training: Concepts) -> frozenset[str]:
-    """Return the most frequent concepts, so many that their mean F1 on the training images is highest: a baseline."""
-    counts = Counter(cui for known in training for cui in known)
-    ranked = sorted(counts, key=lambda cui: (-counts[cui], cui))[:MAX_CONCEPTS]
-    right = np.zeros(len(training))
-    sizes = np.array([len(known) for known in training], float)
-    best, number = float((sizes == 0).mean()) if len(training) else 0.0, 0
-    for k, cui in enumerate(ranked, start=1):
-        right += np.fromiter((cui in known for known in training), bool, len(training))
-        if (f1 := float((2 * right / (k + sizes)).mean())) > best:
-            best, number = f1, k
-    return frozenset(ranked[:number])
-
-
 # --- Files ----------------------------------------------------------------------------------------------------
 
 
@@ -146,7 +133,7 @@ def score_concepts(
         known = [*_read_concepts(training).values()]
         kept = {name: [_upper(own, only) - EMPTY for own in known] for name, only in KINDS.items()}
         kept["concept_detection_manual"] = [own for own in kept["concept_detection_manual"] if own]
-        constants = {name: sorted(best_constant_concepts(own)) for name, own in kept.items()}
+        constants = {name: best_concepts(own) for name, own in kept.items()}
     for name, score in scores.items():
         low, high = interval(resampled(score, counts)) if len(truth) > 1 else (None, None)
         entries[name] = {"value": score.value, "low": low, "high": high, "signature": signature(name), "baselines": {}}
