@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.utils import cached_file
 
-from captioning.errors import UserError, as_user_error
+from captioning.errors import as_user_error
 from captioning.files import to_json, write_whole
 
 

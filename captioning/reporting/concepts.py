@@ -15,24 +15,11 @@ import numpy as np
 
 from captioning.models.concept_head import CONFIG_FILE, DEFAULT_THRESHOLD, ConceptHead
 from captioning.reporting.run_record import RunRecord
-from captioning.scoring.bootstrap import resampling_counts
 from captioning.scoring.captions import Captions
-from captioning.scoring.concept_detection import (
-    MAX_CONCEPTS,
-    NAMES,
-    concept_table,
-    detection_scores,
-)
-from captioning.scoring.concept_systems import (
-    SYSTEMS,
-    choose_thresholds,
-    concepts_above,
-    neighbor_votes,
-)
+from captioning.scoring.concept_detection import MAX_CONCEPTS, NAMES, concept_table, detection_entries
+from captioning.scoring.concept_systems import SYSTEMS, choose_thresholds, concepts_above, neighbor_votes
 from captioning.scoring.concepts import known_concepts
 from captioning.scoring.constants import best_concepts
-from captioning.scoring.score import score_entry
-from captioning.scoring.signatures import signature
 from captioning.scoring.training_split import Training
 from captioning.training.trainer import CaptioningTrainer
 
@@ -97,10 +84,9 @@ def _scored(
     truth: Sequence[frozenset[str]],
     names: Mapping[str, str],
 ) -> dict[str, Any]:
-    counts, systems = resampling_counts(len(truth)), {}
+    systems = {}
     for key in (key for key in SYSTEMS if key in predicted):
-        found = detection_scores([set(own[:MAX_CONCEPTS]) for own in predicted[key]], truth)
-        systems[key] = {name: score_entry(own, counts) | {"signature": signature(name)} for name, own in found.items()}
+        systems[key] = detection_entries([set(own[:MAX_CONCEPTS]) for own in predicted[key]], truth)
         if len(common := set(thresholds.get(key) or ())) == 1:
             systems[key]["threshold"] = common.pop()
     first = next(iter(systems))
