@@ -199,10 +199,10 @@ def _is_blank(caption: str | None) -> bool:
 
 
 def _clean_cui(cui: list[str] | str | None) -> list[str]:
-    """Return the concepts as a list; the Hub's ROCOv2 writes `["nan"]` where there is none."""
+    """Return the concepts as a list, in upper case; the Hub's ROCOv2 writes `["nan"]` where there is none."""
     concepts = cui.split(";") if isinstance(cui, str) else cui if isinstance(cui, list) else [cui]
-    concepts = [str(concept).strip() for concept in concepts if concept is not None]
-    return [concept for concept in concepts if concept and concept.lower() != "nan"]
+    concepts = [str(concept).strip().upper() for concept in concepts if concept is not None]
+    return [concept for concept in concepts if concept not in ("", "NAN")]
 
 
 def _mark_repeated(checked: Dataset, split: str) -> Dataset:

@@ -118,8 +118,11 @@ def description_table(name: str, result: Mapping[str, Any]) -> str:
         frequent = {row["name"] or row["cui"]: row["images"] for row in own["concepts"]["most_frequent"]}
         lines += [f"  concepts: {_counted(frequent)}"] if frequent else []
         lines += [f"  left out: {_counted(own['left_out'])}"] if own["left_out"] else []
-    none = "none found by id, pixels and caption" if len(splits) > 1 else "there is one split"
+    none = "none found by id and pixels" if len(splits) > 1 else "there is one split"
     lines += ["", f"leaks between splits: {'; '.join(result['leakage']) or none}"]
+    for split, leaks in result["leaks"].items():
+        shared = (f"{counts['caption']:,} of them in '{other}'" for other, counts in leaks.items())
+        lines.append(f"captions in common: {split}: {', '.join(shared)}")
     return "\n".join([f"dataset '{name}'", "", *map(printable, lines)])
 
 

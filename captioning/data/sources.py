@@ -73,9 +73,9 @@ def load_source(
     layout = layout or Layout()
     if streaming and layout.given():
         raise UserError(f"--{layout.given()[0]} does not go with --streaming; leave one of them out")
-    splits = _load(name, revision, streaming, layout)
     if layout.concepts and not (os.path.isdir(name) and any(Path(name).glob("*_captions.csv"))):
         raise UserError(f"--concepts is for the tables of Zenodo; dataset '{name}' has none, leave it out")
+    splits = _load(name, revision, streaming, layout)
     splits = DatasetDict({WHOLE: splits}) if isinstance(splits, Dataset) else splits
     is_whole = len(splits) == 1 and next(iter(splits)).lower() not in SPLIT_NAMES and not streaming
     if is_whole and (parts := rows_by_split(next(iter(splits.values())), f"dataset '{name}'")):

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.utils import cached_file
 
-from captioning.errors import UserError, as_user_error
+from captioning.errors import as_user_error
 from captioning.files import to_json, write_whole
 
 
@@ -53,8 +53,8 @@ class ConceptHead(nn.Linear):
         nn.init.zeros_(self.weight)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Return the logits `[B, C]` of features `[B, D]`."""
-        return super().forward(F.layer_norm(features.float(), features.shape[-1:]))
+        """Return the logits float32 `[B, C]` of features `[B, D]`, also in mixed precision."""
+        return super().forward(F.layer_norm(features.float(), features.shape[-1:])).float()
 
     @torch.no_grad()
     def probabilities(self, features: np.ndarray) -> np.ndarray:
@@ -121,11 +121,11 @@ class ConceptHead(nn.Linear):
         Raises:
             UserError: they are missing, those of another head, NaN or infinite.
         """
-        with as_user_error("the concept head cannot be loaded"):
+        with as_user_error("the concept head cannot be loaded", "give the flags of concepts that it was trained with"):
             tensors = source if isinstance(source, dict) else load_file(source)
             for name, value in self._tensors().items():
                 if value.shape != tensors[name].shape or not tensors[name].isfinite().all():
-                    raise UserError(f"the concept head cannot be loaded: its {name} is of another head, or NaN")
+                    raise ValueError(f"its {name} is NaN or of another head")
                 value.copy_(tensors[name])
 
 

@@ -61,6 +61,7 @@ def add_lora(
     )
     tied = captioner.model.all_tied_weights_keys  # none where the config does not tie them
     tied = {*tied.keys(), *tied.values()}
+    head, captioner.concept_head = captioner.concept_head, None  # peft would freeze it, or adapt it
     with as_user_error("LoRA cannot be added", "set --lora_target_modules to names of linear layers"):
         model = get_peft_model(captioner.model, config)
     adapted = [path for path, module in model.base_model.model.named_modules() if isinstance(module, BaseTunerLayer)]
@@ -81,7 +82,7 @@ def add_lora(
     is_local = os.path.exists(name)
     config.base_model_name_or_path = os.path.abspath(name) if is_local else name
     config.revision = None if is_local else revision
-    captioner.model = model
+    captioner.model, captioner.concept_head = model, head
 
 
 def _do_nothing() -> None:

@@ -21,22 +21,11 @@ from captioning.models.concept_head import (
     concepts_above,
 )
 from captioning.reporting.run_record import RunRecord
-from captioning.scoring.bootstrap import resampling_counts
 from captioning.scoring.captions import Captions
-from captioning.scoring.concept_detection import (
-    NAMES,
-    best_constant_concepts,
-    concept_table,
-    detection_scores,
-)
-from captioning.scoring.concept_systems import (
-    SYSTEMS,
-    choose_thresholds,
-    neighbor_votes,
-)
+from captioning.scoring.concept_detection import NAMES, concept_table, detection_entries
+from captioning.scoring.concept_systems import SYSTEMS, choose_thresholds, neighbor_votes
 from captioning.scoring.concepts import known_concepts
-from captioning.scoring.score import score_entry
-from captioning.scoring.signatures import signature
+from captioning.scoring.constants import best_concepts
 from captioning.scoring.training_split import Training
 from captioning.training.trainer import CaptioningTrainer
 
@@ -79,7 +68,7 @@ def detect_concepts(
             thresholds["neighbors"] = [before.get("neighbors", {}).get("threshold") or DEFAULT_THRESHOLD]
         predicted["neighbors"] = concepts_above(votes, concepts, thresholds["neighbors"])
     if training and (known := [own for own in map(known_concepts, training.cuis) if own]):
-        predicted["frequent"] = [sorted(best_constant_concepts(known))] * len(captions)
+        predicted["frequent"] = [best_concepts(known)] * len(captions)
     if training and not training.extractor.reason:
         predicted["captions"] = [sorted(own) for own in training.extractor.predict(captions.predictions)]
     if head:
@@ -101,10 +90,9 @@ def _scored(
     truth: Sequence[frozenset[str]],
     names: Mapping[str, str],
 ) -> dict[str, Any]:
-    counts, systems = resampling_counts(len(truth)), {}
+    systems = {}
     for key in (key for key in SYSTEMS if key in predicted):
-        found = detection_scores([set(own[:MAX_CONCEPTS]) for own in predicted[key]], truth)
-        systems[key] = {name: score_entry(own, counts) | {"signature": signature(name)} for name, own in found.items()}
+        systems[key] = detection_entries([set(own[:MAX_CONCEPTS]) for own in predicted[key]], truth)
         if len(common := set(thresholds.get(key) or ())) == 1:
             systems[key]["threshold"] = common.pop()
     first = next(iter(systems))

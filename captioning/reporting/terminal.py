@@ -29,7 +29,7 @@ def score_captions(arguments: argparse.Namespace) -> None:
         raise UserError(f"--html would overwrite '{arguments.html}', which is read; name another file")
     if arguments.html and not os.path.isdir(os.path.dirname(arguments.html) or "."):
         raise UserError(f"'{arguments.html}' cannot be written: it has no folder yet; make it first")
-    if holds_concepts(arguments.predictions):
+    if any(path and holds_concepts(path) for path in (arguments.predictions, arguments.references)):
         _score_concepts(arguments)
         return
     captions = read_captions(arguments.predictions, arguments.references, arguments.concepts)

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from captioning.errors import UserError
-from captioning.files import without_nan
 from captioning.models.concept_head import MAX_CONCEPTS
-from captioning.scoring.bootstrap import Score, interval, resampled, resampling_counts
+from captioning.scoring.bootstrap import Score, resampling_counts
 from captioning.scoring.captions import check_ids, read_csv
+from captioning.scoring.constants import best_concepts
+from captioning.scoring.score import finite, score_entry
 from captioning.scoring.signatures import signature
 
 
@@ -41,6 +42,7 @@ NAMES = {
 }
 MANUAL = frozenset([*NAMES][:15])
 KINDS = {"concept_detection": None, "concept_detection_manual": MANUAL}
+PARTS = ("f1", "precision", "recall")
 EMPTY = frozenset({""})
 Concepts = Sequence[Set[str]]  # of each image
 
@@ -71,11 +73,17 @@ def detection_scores(predicted: Concepts, truth: Concepts, manual_truth: Concept
         counted = np.array([kept is None or bool(b) for _, b in pairs])
         sizes = [(len((a & b) - EMPTY), len(a - EMPTY), len(b - EMPTY)) for a, b in pairs]
         right, ours, theirs = np.array(sizes).reshape(-1, 3).T
-        parts = {"f1": (f1, np.ones(len(pairs))), "precision": (right, ours), "recall": (right, theirs)}
-        for part, (above, below) in parts.items():
+        fractions = ((f1, np.ones(len(pairs))), (right, ours), (right, theirs))
+        for part, (above, below) in zip(PARTS, fractions, strict=True):
             sums = np.stack([above * counted, below * counted], axis=1)
             scores[f"{name}_{part}"] = Score(sums.astype(float), _ratio)
     return scores
+
+
+def detection_entries(predicted: Concepts, truth: Concepts, manual_truth: Concepts | None = None) -> dict[str, Any]:
+    """Return `detection_scores` as `scores.json` has them: value, interval, signature."""
+    counts, scores = resampling_counts(len(truth)), detection_scores(predicted, truth, manual_truth)
+    return {name: score_entry(own, counts) | {"signature": signature(name)} for name, own in scores.items()}
 
 
 def _upper(concepts: Set[str], kept: Set[str] | None = None) -> frozenset[str]:
@@ -99,20 +107,6 @@ def concept_table(predicted: Concepts, truth: Concepts) -> list[dict[str, Any]]:
         for cui in found | support
     ]
     return sorted(rows, key=lambda row: (-row["support"], row["cui"]))
-
-
-def best_constant_concepts(training: Concepts) -> frozenset[str]:
-    """Return the most frequent concepts, so many that their mean F1 on the training images is highest: a baseline."""
-    counts = Counter(cui for known in training for cui in known)
-    ranked = sorted(counts, key=lambda cui: (-counts[cui], cui))[:MAX_CONCEPTS]
-    right = np.zeros(len(training))
-    sizes = np.array([len(known) for known in training], float)
-    best, number = float((sizes == 0).mean()) if len(training) else 0.0, 0
-    for k, cui in enumerate(ranked, start=1):
-        right += np.fromiter((cui in known for known in training), bool, len(training))
-        if (f1 := float((2 * right / (k + sizes)).mean())) > best:
-            best, number = f1, k
-    return frozenset(ranked[:number])
 
 
 # --- Files ----------------------------------------------------------------------------------------------------
@@ -139,22 +133,23 @@ def score_concepts(
     check_ids(found, truth, predictions, references)
     of_manual = _read_concepts(manual) if manual else truth
     check_ids(of_manual, truth, manual or references, references, more=True)
-    sides = [truth.values(), [of_manual[image_id] for image_id in truth]]
-    scores = detection_scores([found[image_id] for image_id in truth], *map(list, sides))
-    counts, constants, entries = resampling_counts(len(truth)), {}, {}
+    sides = [*truth.values()], [of_manual[image_id] for image_id in truth]
+    predicted = [found[image_id] for image_id in truth]
+    entries, constants = detection_entries(predicted, *sides), {}
     if training:
         known = [*_read_concepts(training).values()]
-        kept = {name: [_upper(own, only) - EMPTY for own in known] for name, only in KINDS.items()}
-        kept["concept_detection_manual"] = [own for own in kept["concept_detection_manual"] if own]
-        constants = {name: sorted(best_constant_concepts(own)) for name, own in kept.items()}
-    for name, score in scores.items():
-        low, high = interval(resampled(score, counts)) if len(truth) > 1 else (None, None)
-        entries[name] = {"value": score.value, "low": low, "high": high, "signature": signature(name), "baselines": {}}
-        if training:
-            own = [set(constants[name.rpartition("_")[0]])] * len(truth)
-            entries[name]["baselines"]["constant"] = detection_scores(own, *map(list, sides))[name].value
-    table = concept_table(list(found[image_id] for image_id in truth), list(truth.values()))
-    return without_nan({"images": len(truth), "scores": entries, "constant": constants, "concepts": table})
+        for kind, only in KINDS.items():
+            own = [_upper(concepts, only) - EMPTY for concepts in known]
+            constants[kind] = best_concepts([concepts for concepts in own if concepts or only is None])
+            values = detection_scores([set(constants[kind])] * len(truth), *sides)
+            for part in PARTS:
+                entries[f"{kind}_{part}"]["baselines"] = {"constant": finite(values[f"{kind}_{part}"].value)}
+    return {
+        "images": len(truth),
+        "scores": entries,
+        "constant": constants,
+        "concepts": concept_table(predicted, sides[0]),
+    }
 
 
 def _read_concepts(path: str, is_checked: bool = False) -> dict[str, frozenset[str]]:
@@ -173,4 +168,5 @@ def _read_concepts(path: str, is_checked: bool = False) -> dict[str, frozenset[s
 def holds_concepts(path: str) -> bool:
     """Tell whether a file is a CSV of concepts, by its first line."""
     with open(path, "rb") as file:
-        return file.readline(100).removeprefix(b"\xef\xbb\xbf").strip().lower().replace(b'"', b"") == b"id,cuis"
+        line = file.readline(100).removeprefix(b"\xef\xbb\xbf").lower()
+    return line.translate(None, b'" \r\n') == b"id,cuis"

@@ -66,6 +66,7 @@ def test_the_table_says_leaks_in_one_line(source, capsys, tmp_path):
     assert len(leaks) == 1
     assert "1 of 2 image ids are also in split 'train'" in leaks[0]
     assert "same pixels" in leaks[0]
+    assert "captions in common: test: 1 of them in 'train'" in lines
     assert "  left out: repeated image_id 1, blank caption 1" in lines
     assert "  concepts: computed tomography 2, A thing 1" in lines
     assert set(tmp_path.rglob("*")) == before, "nothing is written"

@@ -14,6 +14,7 @@ from captioning.errors import UserError
 from captioning.hub.repository import MODEL_FILES
 from captioning.models.concept_head import CONFIG_FILE, WEIGHTS_FILE, ConceptHead
 from captioning.models.load import load_captioner
+from captioning.models.lora import add_lora
 
 
 CONCEPTS = ["C0000001", "C0000002", "C0000003"]
@@ -95,6 +96,11 @@ torch.save(model.state_dict(), folder + "/stock.pt")
 """
 
 
+def test_an_adapter_leaves_the_head_of_its_model_to_learn(captioner, head, tmp_path):
+    add_lora(captioner, str(tmp_path), None, target_modules=["query"])
+    assert captioner.concept_head is head and head.weight.requires_grad and head.bias.requires_grad
+
+
 @pytest.mark.parametrize("family", ["blip", "llava"])
 def test_stock_loads_the_captioner_alone(family, captioner, tmp_path):
     """As the Trainer saves it, and though a head is a part of the model."""
@@ -129,9 +135,9 @@ def test_a_model_without_a_head_has_none(captioner, head, tmp_path):
     ("file", "content", "message"),
     [
         (CONFIG_FILE, b'{"concepts": [{"cui": 1}]}', "its concept head cannot be read"),
-        (CONFIG_FILE, b'{"concepts": []}', "its weight is of another head"),
+        (CONFIG_FILE, b'{"concepts": []}', "its weight is NaN or of another head"),
         (WEIGHTS_FILE, b"half", "its concept head cannot be read"),
-        (WEIGHTS_FILE, {"weight": torch.full((3, 32), torch.nan)}, "or NaN"),
+        (WEIGHTS_FILE, {"weight": torch.full((3, 32), torch.nan)}, "NaN or"),
         (WEIGHTS_FILE, {"weight": torch.ones(2, 32)}, "of another head"),
     ],
 )

@@ -15,7 +15,8 @@ from captioning.errors import UserError
 from captioning.reporting.score_table import comparison_table, score_table
 from captioning.scoring.bertscore import NOT_COMPUTED
 from captioning.scoring.bootstrap import num_decimals
-from captioning.scoring.concept_detection import best_constant_concepts, concept_table, detection_scores
+from captioning.scoring.concept_detection import concept_table, detection_scores
+from captioning.scoring.constants import best_concepts
 from captioning.scoring.score import score
 from captioning.scoring.training_split import Training
 
@@ -153,7 +154,7 @@ def test_concepts_are_scored_beside_the_most_frequent_ones(run, files, captions,
     assert {name: entry["value"] for name, entry in scores["scores"].items()} == {
         name: pytest.approx(score.value) for name, score in own.items()
     }
-    constant = set(best_constant_concepts([set(cuis) for cuis in training.cuis]))
+    constant = set(best_concepts([set(cuis) for cuis in training.cuis]))
     assert set(scores["constant"]["concept_detection"]) == constant
     entry = scores["scores"]["concept_detection_f1"]
     assert (

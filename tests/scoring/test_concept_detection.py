@@ -5,7 +5,7 @@ import pytest
 from sklearn.metrics import f1_score, precision_score, recall_score
 
 from captioning.scoring.bootstrap import interval, resampled, resampling_counts
-from captioning.scoring.concept_detection import MANUAL, NAMES, best_constant_concepts, concept_table, detection_scores
+from captioning.scoring.concept_detection import MANUAL, NAMES, concept_table, detection_scores
 
 
 OTHERS = [f"C{number:07}" for number in range(1, 12)]
@@ -94,13 +94,3 @@ def test_the_table_counts_images_of_each_concept():
         {"cui": "C2", "tp": 1, "fp": 1, "fn": 0, "support": 1},
         {"cui": "C3", "tp": 0, "fp": 1, "fn": 0, "support": 0},
     ]
-
-
-def test_the_constant_concepts_are_as_many_as_score_highest():
-    training = draw(150, 5)[1]
-    found = best_constant_concepts(training)
-    counts = sorted(CUIS, key=lambda cui: (-sum(cui in known for known in training), cui))
-    values = [official([set(counts[:k])] * len(training), training) for k in range(len(CUIS))]
-    assert found == set(counts[: int(np.argmax(values))])
-    assert best_constant_concepts([{"C1"}, {"C1", "C2"}, set()]) == {"C1"}
-    assert best_constant_concepts([set(), set(), {"C1"}]) == set(), "none is the best for images without concepts"
