@@ -60,8 +60,8 @@ def caption_images(arguments: argparse.Namespace) -> None:
         captions = {}
         for new in _in_batches(model, images, arguments.batch_size, faults, shows_bar=not sys.stdout.isatty()):
             captions |= new
-            for image, found in new.items():
-                parts = [found.caption, *([] if found.concepts is None else ["; ".join(model.names(found.concepts))])]
+            for image, (caption, concepts) in new.items():
+                parts = [caption, *([] if concepts is None else ["; ".join(model.names(concepts))])]
                 print(printable(str(image)), *(" ".join(printable(part).split()) for part in parts), sep="\t")
             sys.stdout.flush()
     if arguments.html:

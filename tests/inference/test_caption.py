@@ -26,7 +26,7 @@ from captioning.errors import UserError
 from captioning.inference import caption_file
 from captioning.inference.caption_file import CaptionFile
 from captioning.inference.find_images import find_files, own_images
-from captioning.inference.model import UNRECORDED, InferenceModel
+from captioning.inference.model import UNRECORDED, Description, InferenceModel
 from captioning.models.concept_head import ConceptHead
 from captioning.models.load import load_captioner
 from captioning.scoring.submission import check_submission
@@ -274,21 +274,21 @@ def test_a_full_disk_ends_in_one_line_and_the_file_can_be_completed(scans, monke
         patch.setattr(caption_file, "open", lambda path, *_: AlmostFull(path, "a+"), raising=False)
         file = CaptionFile("own.jsonl", {"model": "x"})
     with file:
-        file.add({one: "first"})
+        file.add({one: Description("first")})
         room = 20
         with pytest.raises(OSError) as full:
-            file.add({two: "second"})
+            file.add({two: Description("second")})
     assert full.value.filename == "own.jsonl.state"
     with CaptionFile("own.jsonl", {"model": "x"}) as file:
-        assert file.captions == {"a": "first"}
-        file.add({two: "second"})
+        assert file.captions == {"a": ("first", None)}
+        file.add({two: Description("second")})
     with CaptionFile("own.jsonl", {"model": "x"}) as file:
-        assert file.captions == {"a": "first", "b": "second"}
+        assert file.captions == {"a": ("first", None), "b": ("second", None)}
 
 
 def test_captions_whose_state_is_lost_are_refused_and_stay(scans):
     with CaptionFile("own.jsonl", {"model": "x"}) as file:
-        file.add({own_images(find_files(["scans/a.png"]).paths, "middle")[0]: "first"})
+        file.add({own_images(find_files(["scans/a.png"]).paths, "middle")[0]: Description("first")})
     before = Path("own.jsonl").read_text()
     for content in ("", '{"model": "x"}'):  # after a power failure
         Path("own.jsonl.state").write_text(content)
@@ -301,7 +301,7 @@ def test_an_image_is_the_earlier_one_only_if_its_file_has_the_same_name(scans):
     shutil.copy(scans / "a.png", scans / "copy.png")
     first, whole, copy = (find_files([f"scans/{name}"]).paths for name in ("a.png", "", "copy.png"))
     with CaptionFile("own.jsonl", {"model": "x"}) as file:
-        file.add({own_images(first, "middle")[0]: "first"})
+        file.add({own_images(first, "middle")[0]: Description("first")})
     with CaptionFile("own.jsonl", {"model": "x"}) as file:
         named = [image.id for image in file.with_known_ids(own_images(whole, "middle"))]
         assert named == ["a", "scans/b", "scans/c", "scans/copy", "below/a", "below/d"]
@@ -312,7 +312,7 @@ def test_a_file_whose_name_is_not_text_has_a_row_that_any_reader_takes(scans):
     path = os.fsdecode(b"scans/M\xfcller.png")
     shutil.copy(scans / "a.png", path)
     with CaptionFile("own.jsonl", {"model": "x"}) as file:
-        file.add({own_images(find_files([path]).paths, "middle")[0]: "first"})
+        file.add({own_images(find_files([path]).paths, "middle")[0]: Description("first")})
     row = read_lines(Path("own.jsonl"))[0]
     assert row == {"id": "M ller", "file": "M\ufffdller.png", "caption": "first"}
 
@@ -403,17 +403,17 @@ def test_full_memory_names_the_batch_size(model, scans, monkeypatch):
     def full(self, images):
         raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(InferenceModel, "caption", full)
+    monkeypatch.setattr(InferenceModel, "describe", full)
     with pytest.raises(UserError, match="fewer --num_beams"):
         main(["caption", str(model), str(scans / "b.png")])
-    first = iter([["a caption"]])
-    monkeypatch.setattr(InferenceModel, "caption", lambda self, images: next(first, None) or full(self, images))
+    first = iter([[Description("a caption")]])
+    monkeypatch.setattr(InferenceModel, "describe", lambda self, images: next(first, None) or full(self, images))
     with pytest.raises(UserError, match="batch of 4; set a lower --batch_size"):
         main(["caption", str(model), str(scans)])
 
 
 def test_of_a_batch_that_cannot_be_processed_only_the_culprit_has_no_caption(model, scans, monkeypatch, capsys):
-    original = InferenceModel.caption
+    original = InferenceModel.describe
 
     def refuse(self, images):
         if any(image.size == (41, 36) for image in images):
@@ -421,7 +421,7 @@ def test_of_a_batch_that_cannot_be_processed_only_the_culprit_has_no_caption(mod
         return original(self, images)
 
     (scans / "below" / "a.png").write_bytes(make_png(3, (41, 36)))
-    monkeypatch.setattr(InferenceModel, "caption", refuse)
+    monkeypatch.setattr(InferenceModel, "describe", refuse)
     with pytest.raises(SystemExit):
         main(["caption", str(model), str(scans)])
     found = capsys.readouterr()
