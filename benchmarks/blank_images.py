@@ -76,6 +76,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("captions", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=400, help="of self-critical training: 400")
+    parser.add_argument("--steps", type=int, default=200, help="of self-critical training: 200")
     arguments = parser.parse_args()
     main(arguments.captions, arguments.folder, arguments.steps)
