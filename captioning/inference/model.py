@@ -11,12 +11,12 @@ import torch
 import xxhash
 from PIL import Image
 from transformers import GenerationConfig
-from transformers.utils import cached_file
 
 from captioning.errors import as_user_error
 from captioning.hub.faults import reading_from_hub
 from captioning.hub.revisions import pin_revision
 from captioning.models.load import load_captioner
+from captioning.models.optional_file import optional_file
 from captioning.training.decoding import DEFAULTS, check_decoding, generation_config
 
 
@@ -167,9 +167,8 @@ def recorded_recipe(name: str, revision: str | None = None) -> dict[str, Any]:
     folder = Path(name)
     inner = INNER_FOLDER.fullmatch(folder.resolve().name) and not (folder / RECIPE).exists()
     where = str(folder.resolve().parent) if inner and folder.is_dir() else name
-    raises = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     with reading_from_hub(f"model '{name}' cannot be loaded", "give the folder of a saved model or a Hub id"):
-        path = cached_file(where, RECIPE, revision=revision, **raises)
+        path = optional_file(where, RECIPE, revision)
     if path is None:
         return {}
     with as_user_error(f"model '{name}': {RECIPE} cannot be read", "correct it or leave it out"):

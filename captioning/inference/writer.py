@@ -18,6 +18,7 @@ from captioning.data.sources import load_source
 from captioning.errors import UserError
 from captioning.inference.model import InferenceModel
 from captioning.models.captioner import WatchTokens
+from captioning.scoring.baselines import similarities
 
 
 BATCH = 8  # training images that are encoded at a time
@@ -135,17 +136,15 @@ class Writer:
         cut = [not np.isin(captioner.end_token_ids, row).any() for row in rows]
         found = zip(captioner.decode(tokens), nll, map(len, rows), cut, strict=True)
         names = concepts and self.model.names(concepts[0])
-        return Written([Alternative(*one) for one in found], words, self._nearest(features[0]), names)
+        return Written([Alternative(*one) for one in found], words, self._nearest(features), names)
 
     def _nearest(self, features: np.ndarray) -> list[tuple[str, float]]:
-        """Return captions of training images by the cosine of features less their mean, as `nearest_captions` does."""
+        """Return the captions of the training images nearest to one with features `[1, D]`, each with the cosine."""
         captions, train = self._train
         if not captions:
             return []
-        common = train.mean(axis=0)
-        train, own = train - common, features - common
-        cosines = train @ own / np.maximum(np.linalg.norm(train, axis=1) * np.linalg.norm(own), 1e-12)
-        return [(captions[i], float(cosines[i])) for i in np.argsort(-cosines)[:NUM_NEIGHBORS]]
+        _, cosines = next(similarities(features, train))
+        return [(captions[i], float(cosines[0, i])) for i in np.argsort(-cosines[0])[:NUM_NEIGHBORS]]
 
 
 def _training_features(model: InferenceModel, source: str, number: int) -> tuple[list[str], np.ndarray]:

@@ -17,6 +17,7 @@ from transformers.utils import cached_file
 
 from captioning.errors import as_user_error
 from captioning.files import to_json, write_whole
+from captioning.models.optional_file import optional_file
 
 
 CONFIG_FILE, WEIGHTS_FILE = "concept_head.json", "concept_head.safetensors"
@@ -99,10 +100,7 @@ class ConceptHead(nn.Linear):
         Raises:
             UserError: it cannot be read, or a weight is NaN or infinite.
         """
-        path = cached_file(
-            name, CONFIG_FILE, revision=revision, _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )  # fmt: skip
+        path = optional_file(name, CONFIG_FILE, revision)
         if path is None:
             return None
         with as_user_error(f"model '{name}': its concept head cannot be read", f"delete its {CONFIG_FILE}"):

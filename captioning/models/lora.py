@@ -15,10 +15,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoImageProcessor, GenerationConfig
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import cached_file
 
 from captioning.errors import UserError, as_user_error
 from captioning.models.captioner import Captioner
+from captioning.models.optional_file import optional_file
 
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -114,10 +114,7 @@ def is_adapted(model: nn.Module) -> bool:
 
 def base_of_adapter(name: str, revision: str | None) -> tuple[str, str | None] | None:
     """Return the Hub id or folder, and the commit, of the model that `name` adapts; None if it is no adapter."""
-    path = cached_file(
-        name, ADAPTER_CONFIG, revision=revision, _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )  # fmt: skip
+    path = optional_file(name, ADAPTER_CONFIG, revision)
     if path is None:
         return None
     with as_user_error(f"adapter '{name}': {ADAPTER_CONFIG} cannot be read"):

@@ -15,10 +15,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers.utils import cached_file
-
 from captioning.errors import as_user_error
 from captioning.files import write_whole
+from captioning.models.optional_file import optional_file
 
 
 FILE = "surface_form.json"
@@ -65,8 +64,7 @@ class SurfaceForm:
     @classmethod
     def load(cls, name: str, revision: str | None = None) -> "SurfaceForm | None":
         """Read what lies beside a model on the Hub or in a folder, None if there is none; UserError: it is broken."""
-        raises = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-        path = cached_file(name, FILE, revision=revision, **raises)
+        path = optional_file(name, FILE, revision)
         with as_user_error(f"model '{name}': {FILE} cannot be read", "leave out the file"):
             found = path and cls(**json.loads(Path(path).read_text(encoding="utf-8")))
             if found and not (all(map(str.strip, found.forms.values())) and isinstance(found.capital_after, list)):
