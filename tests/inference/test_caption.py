@@ -202,14 +202,19 @@ def test_the_csv_is_a_submission_and_a_second_call_does_what_is_missing(model, s
     assert str(Path.cwd()) not in whole + Path("own.csv.state").read_text()
 
 
-def test_what_a_killed_call_has_written_stays_and_a_torn_row_is_mended(model, scans):
+def signaled(number, model, scans, output) -> subprocess.Popen:
+    """Return the process of a call on 65 images that got a signal after some of them."""
     for i in range(60):
         (scans / f"{i:03}.png").write_bytes(make_png(i))
-    output = Path("own.jsonl")
     arguments = ["-m", "captioning", "caption", model, scans, "--output", output, "--batch_size", "1"]
     process = server().start(arguments, cwd=os.getcwd())
-    signal_when(lambda: output.exists() and output.read_bytes().count(b"\n") > 5, signal.SIGKILL, process)
-    process.wait()
+    signal_when(lambda: output.exists() and output.read_bytes().count(b"\n") > 5, number, process)
+    return process
+
+
+def test_what_a_killed_call_has_written_stays_and_a_torn_row_is_mended(model, scans):
+    output = Path("own.jsonl")
+    signaled(signal.SIGKILL, model, scans, output).wait()
     kept = output.read_text()
     assert 5 < kept.count("\n") < 65
     with open(output, "a") as file:
@@ -222,12 +227,8 @@ def test_what_a_killed_call_has_written_stays_and_a_torn_row_is_mended(model, sc
 
 
 def test_an_interrupted_call_ends_in_one_line(model, scans):
-    for i in range(60):
-        (scans / f"{i:03}.png").write_bytes(make_png(i))
     output = Path("own.csv")
-    arguments = ["-m", "captioning", "caption", model, scans, "--output", output, "--batch_size", "1"]
-    process = server().start(arguments, cwd=os.getcwd())
-    signal_when(lambda: output.exists() and output.read_bytes().count(b"\n") > 5, signal.SIGINT, process)
+    process = signaled(signal.SIGINT, model, scans, output)
     errors = process.communicate()[1]
     assert process.returncode == 130 and errors.count("\n") == 1 and "SIGINT" in errors
     assert check_submission(str(output)) == []
