@@ -14,7 +14,6 @@ What a folder holds is not computed again. About half an hour on one core.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np

@@ -23,7 +23,7 @@ def look(hub, home, served):
         result = served[2].run(["-c", variables + CODE + code + LOOK.format(commit)])
         return result.stdout.strip(), result.stderr.strip()
 
-    run.download = f"from huggingface_hub import snapshot_download; snapshot_download('some/model', revision='{commit}')"
+    run.download = f"import huggingface_hub; huggingface_hub.snapshot_download('some/model', revision='{commit}')"
     return run
 
 
