@@ -174,12 +174,12 @@ def well_formed(text: str) -> str:
 # --- Two files of the same images -----------------------------------------------------------------------------
 
 
-def id_faults(found: Iterable[str], wanted: Iterable[str], path: str, reference: str) -> list[str]:
-    """Return a line for the ids of the file `reference` that `path` lacks, and one for those that only `path` has."""
+def id_faults(found: Iterable[str], wanted: Iterable[str], reference: str) -> list[str]:
+    """Return a line for the ids of the file `reference` that are not found, and one for those that only are found."""
     faults = []
     for ids, others, what in (
-        (wanted, set(found), f"'{path}' lacks ids of '{reference}'"),
-        (found, set(wanted), f"'{path}' has ids that '{reference}' lacks"),
+        (wanted, set(found), f"lacks ids of '{reference}'"),
+        (found, set(wanted), f"has ids that '{reference}' lacks"),
     ):
         if differ := [image_id for image_id in ids if image_id not in others]:
             faults.append(f"{what}: {len(differ)} ({', '.join(differ[:3])})")
@@ -192,8 +192,8 @@ def check_ids(found: Iterable[str], wanted: Iterable[str], path: str, reference:
     Raises:
         UserError: ids are missing or unknown; the message counts them and names some.
     """
-    if faults := id_faults(set(found) & set(wanted) if more else found, wanted, path, reference):
-        raise UserError(f"{faults[0]}; both must be of one split, ids alike")
+    if faults := id_faults(set(found) & set(wanted) if more else found, wanted, reference):
+        raise UserError(f"'{path}' {faults[0]}; both must be of one split, ids alike")
 
 
 def in_order_of(like: Captions, captions: Captions, name: str, other_name: str) -> Captions:

@@ -113,7 +113,7 @@ def check_submission(path: str, references: str | None = None) -> list[str]:
     if references is None:
         return faults
     wanted = list(read_csv(references, "Caption", "CUIs"))
-    faults += id_faults(ids, wanted, path, references)
+    faults += id_faults(ids, wanted, references)
     if not faults:
         pairs = enumerate(zip(ids, wanted, strict=True), 2)
         wrong = [f"row {row}: id '{own}' where '{other}' is expected" for row, (own, other) in pairs if own != other]

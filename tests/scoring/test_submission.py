@@ -92,6 +92,7 @@ def test_a_fault_of_a_submission_is_named_with_its_place(write, tmp_path, conten
     path = write("submission.csv", content)
     faults = check_submission(path, references_of(tmp_path / "submission.csv", 2))
     assert any(fault in found for found in faults), faults
+    assert not any(path in found for found in faults), "the command names the file before each fault"
 
 
 def test_a_caption_that_the_official_reader_cannot_hold_is_cut(tmp_path):
