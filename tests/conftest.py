@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 
 
@@ -31,6 +32,8 @@ from metrics import compute_metrics
 
 
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+# A shell's background job ignores it, and so would all processes that it starts
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

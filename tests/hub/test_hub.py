@@ -475,7 +475,6 @@ import functools, signal
 import run_captioning
 from captioning.command_line import exit_on_user_error
 from captioning.hub import repository
-signal.signal(signal.SIGINT, signal.default_int_handler)
 repository.HfApi = functools.partial(repository.HfApi, endpoint="http://127.0.0.1:{silent.getsockname()[1]}")
 exit_on_user_error(lambda: run_captioning.main(["--push_only", {str(finished)!r}, "--hub_model_id", "a/b"]))
 """

@@ -192,13 +192,12 @@ def test_processes_that_check_rows_end_with_the_command_and_without_a_word(heard
 
 def test_a_second_ctrl_c_ends_the_process_at_once():
     code = """
-import time, signal
-from captioning.command_line import STOP_SIGNALS, exit_on_user_error, on_stop_signals, on_stop_signals
+import time
+from captioning.command_line import exit_on_user_error, on_stop_signals
 def main():
     with on_stop_signals(lambda number: print("first", flush=True)):
         print("ready", flush=True)
         time.sleep(60)
-signal.signal(signal.SIGINT, signal.SIG_DFL)
 exit_on_user_error(main)
 """
     process = server().start(["-c", code])
@@ -236,7 +235,6 @@ def main():
     signal.pthread_sigmask = send_and_unblock
     multiprocessing.get_context("fork").Process(target=os.getpid).start()
     time.sleep(60)
-signal.signal(signal.SIGINT, signal.SIG_DFL)
 exit_on_user_error(main)
 """
     process = server().start(["-c", code])
@@ -248,13 +246,12 @@ exit_on_user_error(main)
 
 def test_an_upload_goes_on_after_a_signal_and_ends_by_another():
     code = """
-import threading, time, signal
+import threading, time
 from captioning.command_line import exit_on_user_error
 def main():
     threading.Thread(target=time.sleep, args=(60,)).start()
     print("ready", flush=True)
     time.sleep(60)
-signal.signal(signal.SIGINT, signal.SIG_DFL)
 exit_on_user_error(main)
 """
     process = server().start(["-c", code])
