@@ -14,6 +14,7 @@ What a folder holds is not computed again. About half an hour on one core.
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,12 @@ from captioning.scoring.bootstrap import Score, compare, resampling_counts
 
 STEPS = {500: 320, 2000: 640}  # by number of training images
 VALIDATED = 4  # times in a training
-SYSTEMS = {"without head": "quickstart", "with head": "quickstart_concepts"}
+# By what each is called: recipe, flags
+SYSTEMS = {
+    "without head": ("quickstart", ()),
+    "with head, auto": ("quickstart_concepts", ()),
+    "with head, weight .1": ("quickstart_concepts", ("--concept_loss_weight", "0.1")),
+}
 PREDICTORS = ("head", "neighbors", "captions", "frequent")
 
 
@@ -34,21 +40,25 @@ def main(folder: Path, seeds: list[int]) -> None:
     scores, concepts = {}, {}
     for number, steps in STEPS.items():
         for seed in seeds:
-            for system, recipe in SYSTEMS.items():
-                run_folder = folder / f"{number}-{seed}" / recipe
-                run(run_folder, recipe, "--seed", str(seed), "--max_train_samples", str(number), *schedule(steps))
+            for system, (recipe, flags) in SYSTEMS.items():
+                run_folder = folder / f"{number}-{seed}" / system
+                flags = ["--seed", str(seed), "--max_train_samples", str(number), *schedule(steps), *flags]
+                run(run_folder, recipe, *flags)
                 file = run_folder / "captions.json"
                 if not file.exists():
-                    found = {
-                        name: caption(run_folder.parent, recipe, recipe, True, rows) for name, rows in data.items()
-                    }
+                    runs = run_folder.parent
+                    found = {name: caption(runs, system, system, True, rows) for name, rows in data.items()}
                     file.write_text(json.dumps(found))
                 found = json.loads(file.read_text())
                 for name, rows in data.items():
                     scores[number, seed, system, name] = measure(found[name], list(rows["caption"]))
                 detected = json.loads((run_folder / "scores.json").read_text())["test"]["concept_detection"]
                 concepts[number, seed, system] = detected["systems"]
-    print_captions(scores, seeds)
+    print("On the 2,000 fresh images:\n")
+    print_captions({run[:3]: found for run, found in scores.items() if run[3] == "fresh"}, seeds, list(SYSTEMS))
+    of_test = {run[:3]: found for run, found in scores.items() if run[3] == "test"}
+    print("\nOn the 400 test images:\n")
+    print_captions(of_test, seeds, list(SYSTEMS))
     print_concepts(concepts, seeds)
 
 
@@ -60,22 +70,22 @@ def schedule(steps: int) -> list[str]:
     return [part for name, value in flags.items() for part in (f"--{name}", value)]
 
 
-def print_captions(scores: dict, seeds: list[int]) -> None:
-    print("| training images | | test | fresh | difference | of each seed | attributes, fresh | of each seed |")
-    print("|---|---|---|---|---|---|---|---|")
+def print_captions(scores: dict, seeds: list[int], systems: Sequence[str]) -> None:
+    """Print the scores of `measure` by number of training images, seed and system; the first is compared with."""
+    print("| training images | | ROUGE-L | difference | of each seed | attributes | of each seed |")
+    print("|---|---|---|---|---|---|---|")
     for number in STEPS:
-        for system in SYSTEMS:
+        for system in systems:
 
-            def of(data: str, score: str, system: str = system, number: int = number) -> np.ndarray:
+            def of(score: str, system: str, number: int = number) -> np.ndarray:
                 """Return the scores of all captions of all seeds."""
-                return np.concatenate([scores[number, seed, system, data][score] for seed in seeds])
+                return np.concatenate([scores[number, seed, system][score] for seed in seeds])
 
-            own, start = of("fresh", "rougeL"), of("fresh", "rougeL", "without head")
-            cells = [f"{of('test', 'rougeL').mean():.3f}", f"{own.mean():.3f}"]
+            own, start = of("rougeL", system), of("rougeL", systems[0])
             found = compare(Score.of(own), Score.of(start), resampling_counts(len(own)))
-            cells += [f"{found.difference:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"]
+            cells = [f"{own.mean():.3f}", f"{found.difference:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"]
             cells += [", ".join(f"{value:+.3f}" for value in (own - start).reshape(len(seeds), -1).mean(axis=1))]
-            attributes = of("fresh", "attributes")
+            attributes = of("attributes", system)
             cells += [f"{attributes.mean():.3f}", ", ".join(f"{value:.3f}" for value in attributes)]
             print(f"| {number:,} | {system} | {' | '.join(cells)} |")
 
