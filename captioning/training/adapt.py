@@ -7,13 +7,25 @@ from itertools import tee
 from captioning.errors import UserError
 from captioning.hub.revisions import pin_revision
 from captioning.models.captioner import Captioner
-from captioning.models.load import build_captioner, load_captioner, read_config
+from captioning.models.load import build_captioner, load_captioner, read_config, refuse_retrieved
 from captioning.models.lora import add_lora, count_learning, is_adapted, merge_adapter
 from captioning.training.arguments import CaptioningArguments, DataArguments, ModelArguments
 from captioning.training.decoding import warn_of_other_settings
 
 
 logger = logging.getLogger(__name__)
+
+
+def pin_retriever(model_args: ModelArguments, args: CaptioningArguments) -> None:
+    """Write the commit of the retriever, if there is one, into `args`.
+
+    Raises:
+        UserError: captions are to be retrieved, and the model takes none; of it only the config is read.
+    """
+    if args.retriever:
+        args.retriever_revision = pin_revision(args.retriever, args.retriever_revision, role="retriever")
+    if args.retrieved_captions:
+        refuse_retrieved(model_args.model_name_or_path, model_args.model_revision)
 
 
 def load_model(
@@ -48,6 +60,7 @@ def load_model(
             model_args.config_name, args.seed, tokenizer, captions, model_args.vocab_size, model_args.model_config
         )
     _adapt(captioner, model_args, args)
+    captioner.retrieved_captions = args.retrieved_captions
     captioner.set_prompt(data_args.prompt)
     data_args.prompt = captioner.prompt
     captioner.check_lengths(data_args.max_caption_length, args.max_new_tokens)
