@@ -93,7 +93,8 @@ def run(
         set_up_concept_head(captioner, splits.get("train"), args, concept_names(data_args.dataset_name))
         leaks = find_leaks({**dataset, **splits})  # a run that only scores has the training split unchecked
 
-    write_recipe(model_args, data_args, args, fingerprint(dataset, captioner, model_args), checkpoint)
+    digests = fingerprint(dataset, captioner, model_args, pool and pool.retriever)
+    write_recipe(model_args, data_args, args, digests, checkpoint)
     if pool and args.do_train and args.should_save:
         pool.save(Path(args.output_dir) / FOLDER)
     if repository:
@@ -134,12 +135,12 @@ def load_data(model_args: ModelArguments, data_args: DataArguments, args: Captio
     The commit on the Hub that the data came from is written into `data_args.dataset_revision`.
     """
     trains_tokenizer = model_args.config_name is not None and model_args.tokenizer_name is None
-    needed = {"train": args.do_train or trains_tokenizer or bool(args.retrieved_captions)}
-    needed |= {"validation": args.do_eval, "test": args.do_predict}
+    needed = {"train": args.do_train or trains_tokenizer, "validation": args.do_eval, "test": args.do_predict}
     data_args.dataset_revision = dataset_commit(data_args.dataset_name, data_args.dataset_revision)
     dataset = load_source(data_args.dataset_name, data_args.dataset_revision, data_args.streaming, data_args)
     limits = data_args.max_samples()
-    return select_splits(dataset, data_args.dataset_name, needed, limits, with_captions=args.predict_with_generate)
+    uses_captions = args.predict_with_generate or args.retrieved_captions > 0
+    return select_splits(dataset, data_args.dataset_name, needed, limits, with_captions=uses_captions)
 
 
 def check_splits(dataset: DatasetDict, data_args: DataArguments, args: CaptioningArguments) -> DatasetDict:

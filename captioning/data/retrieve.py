@@ -183,9 +183,14 @@ def retrieve(dataset: DatasetDict, args, max_samples: dict[str, int | None]) -> 
 
     Returns:
         The splits, and the training images; as they are and None where no captions are retrieved.
+
+    Raises:
+        UserError: there is no training split, or no such retriever.
     """
     if not args.retrieved_captions:
         return dataset, None
+    if "train" not in dataset:
+        raise UserError("retrieved_captions: the data has no split 'train' to retrieve from; add it, or set it to 0")
     retriever = Retriever.from_pretrained(args.retriever, args.device, args.retriever_revision)
     used = {split: usable_rows(rows, max_samples[split]) for split, rows in dataset.items()}
     splits = {split: rows.select(used[split]) for split, rows in dataset.items()}

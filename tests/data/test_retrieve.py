@@ -6,13 +6,16 @@ from argparse import Namespace
 
 import numpy as np
 import pytest
-from datasets import DatasetDict, Image
+from datasets import DatasetDict, Image, load_from_disk
 from families import save_vision_model
 from helpers import make_png, make_rows
 
+from captioning.__main__ import main
 from captioning.data import retrieve as module
 from captioning.data.checks import check_rows, usable
+from captioning.data.layout import Layout
 from captioning.data.retrieve import Pool, Retrieval, cached_features, nearest_rows, retrieve
+from captioning.data.sources import load_source
 from captioning.errors import UserError
 from captioning.models.retriever import Retriever
 
@@ -168,6 +171,27 @@ def test_no_image_gets_captions_of_itself_its_copies_its_group_or_of_images_that
     )
     assert set(across["test"][1]["retrieved_ids"]) == set(used)
     assert set(across["train"][0]["retrieved_ids"]) == set(used) - {"image_0000"}
+
+
+def test_groups_of_a_table_reach_the_retrieval_and_are_not_stored_by_prepare(retriever, tmp_path):
+    lines = ["file_name,caption,patient"]
+    for i in range(12):
+        (tmp_path / f"{i}.png").write_bytes(make_png(i))
+        lines.append(f"{i}.png,caption {i},{i // 3}")
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    layout = Layout(validation_fraction=0.25, test_fraction=0)
+    checked = check_rows(load_source(str(tmp_path / "labels.csv"), layout=layout), 0, None)
+    splits, _ = retrieve(checked, run_args(tmp_path / "vit", retrieved_captions=9), dict(train=None, validation=None))
+    for row in splits["train"]:
+        patient = {f"{3 * (int(row['image_id'].split('.')[0]) // 3) + i}.png" for i in range(3)}
+        assert len(row["retrieved_ids"]) == 6 and not patient.intersection(row["retrieved_ids"])
+    main(["prepare", str(tmp_path / "labels.csv"), str(tmp_path / "stored"), "--group_column", "patient"])
+    assert "group" not in load_from_disk(tmp_path / "stored")["train"].column_names
+
+
+def test_data_without_a_training_split_is_a_line(grouped, tmp_path):
+    with pytest.raises(UserError, match="retrieved_captions: the data has no split 'train' to retrieve from"):
+        retrieve(DatasetDict(test=grouped["test"]), run_args(tmp_path), {})
 
 
 def test_a_stored_pool_finds_for_ones_own_images_what_the_run_found(grouped, retriever, tmp_path):
