@@ -40,10 +40,10 @@ COLUMNS = Features({"retrieved": List(Value("string")), "retrieved_ids": List(Va
 
 
 def cached_features(retriever: Retriever, rows: Dataset) -> np.ndarray:
-    """Return the features of N images by a retriever, float32 `[N, D]`, those that are known from the cache.
+    """Return the features of N images by a retriever, float32 `[N, D]`; those that the cache has are not computed.
 
-    An image is known by its pixels, in whatever data it is. One without `pixels`, which `check_rows` has not opened,
-    is encoded each time.
+    The cache knows an image by its pixels, in whatever data it is. One without `pixels`, which `check_rows` has not
+    opened, is encoded each time.
     """
     file = CACHE / f"{retriever.digest()}.safetensors"
     known = _read_cache(file)

@@ -41,7 +41,7 @@ def trained(train_flags, tmp_path_factory):
     return folder
 
 
-def test_recipe_card_page_and_predictions_name_what_was_retrieved(trained, raw_dataset):
+def test_recipe_card_page_and_predictions_name_what_was_retrieved(trained, raw_dataset, monkeypatch, capsys):
     recipe = read_json(trained / "recipe.json")
     assert (recipe["retrieved_captions"], recipe["retriever"].endswith("vit")) == (2, True)
     captions = dict(zip(raw_dataset["train"]["image_id"], raw_dataset["train"]["caption"], strict=True))
@@ -54,10 +54,14 @@ def test_recipe_card_page_and_predictions_name_what_was_retrieved(trained, raw_d
     assert "`--retriever`" in card and "token for token" not in card
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
     assert not any(caption in code for caption in captions.values()), "they may be private"
+    monkeypatch.chdir(trained.parent)
+    capsys.readouterr()
+    exec(compile(code, "card", "exec"), {})
+    assert capsys.readouterr().out == read_json(trained / "sample.json")["caption"] + "\n"
 
 
 def test_a_rerun_and_a_run_that_only_scores_give_the_same_and_encode_no_image_again(
-    trained, train_flags, parquet_folder, models, tmp_path, monkeypatch
+    trained, train_flags, parquet_folder, models, tmp_path, monkeypatch, caplog
 ):
     monkeypatch.setattr(Retriever, "features", lambda self, images: pytest.fail("encoded again"))
     run_captioning.main([str(trained / "recipe.json"), "--output_dir", str(tmp_path / "again")])
@@ -68,7 +72,9 @@ def test_a_rerun_and_a_run_that_only_scores_give_the_same_and_encode_no_image_ag
     assert predictions(tmp_path / "check") == predictions(trained)
     assert metrics["predict_loss"] == read_json(trained / "all_results.json")["predict_loss"]
     assert not (tmp_path / "check/retrieval").exists(), "there is no model in this folder"
+    assert "was trained with --retrieved_captions" not in caplog.text
     without = run_captioning.main(score_flags(trained, parquet_folder, tmp_path / "without"))
+    assert "The model was trained with --retrieved_captions 2, this run has 0" in caplog.text
     assert abs(without["predict_loss"] - metrics["predict_loss"]) > 1e-3
 
 
