@@ -41,6 +41,8 @@ class CaptioningCollator:
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Return the batch of `examples`: see `Captioner.collate`.
 
+        An example may have `retrieved`, captions for its prompt, where the captioner takes them.
+
         With `concepts` it has `concept_labels` float32 `[B, C]`, 0 or 1, -100 in the rows of masked images.
 
         Raises:
@@ -48,7 +50,9 @@ class CaptioningCollator:
         """
         images = [self._image(example) for example in examples]
         rows = [example["input_ids"] for example in examples]
-        batch = self.captioner.collate([image or Image.new("L", (64, 64)) for image in images], rows)
+        retrieved = [example.get("retrieved") or [] for example in examples]
+        more = [retrieved] if any(retrieved) else []
+        batch = self.captioner.collate([image or Image.new("L", (64, 64)) for image in images], rows, *more)
         batch["labels"][torch.tensor([image is None for image in images])] = IGNORE_INDEX
         if self.concepts:
             pairs = zip(examples, images, strict=True)

@@ -20,6 +20,7 @@ from transformers import set_seed
 from captioning.command_line import exit_on_user_error, set_up_logging
 from captioning.data.checks import check_rows
 from captioning.data.leaks import find_leaks
+from captioning.data.retrieve import FOLDER, retrieve
 from captioning.data.sources import dataset_commit, load_source
 from captioning.data.splits import captions_to_learn, keep_usable, sample_training, select_splits
 from captioning.data.tokenize_captions import tokenize
@@ -36,7 +37,7 @@ from captioning.reporting.results import keep_split, training_for_baselines, wri
 from captioning.reporting.run_record import SPLITS, RunRecord
 from captioning.reporting.summary import summary
 from captioning.scoring.training_split import Training
-from captioning.training.adapt import load_model
+from captioning.training.adapt import load_model, pin_retriever
 from captioning.training.arguments import CaptioningArguments, DataArguments, ModelArguments
 from captioning.training.concept_loss import caption_and_concept_loss, set_up_concept_head
 from captioning.training.fingerprint import fingerprint
@@ -78,6 +79,7 @@ def run(
     """Run the recipe in its output folder, from a checkpoint if there is one, and return all its metrics."""
     repository = repository_of(args)
     set_seed(args.seed)
+    pin_retriever(model_args, args)
 
     with args.main_process_first(desc="loading the data"):
         dataset = load_data(model_args, data_args, args)
@@ -86,11 +88,15 @@ def run(
         captions = captions_to_learn(dataset, check, data_args.max_train_samples, args.do_train)
         captioner = load_model(model_args, data_args, captions, args, checkpoint)
         tokenized = tokenize(check(), captioner, data_args.max_caption_length)
+        tokenized, pool = retrieve(tokenized, args, data_args.max_samples())
         splits = keep_usable(tokenized, data_args.max_samples(), data_args.neighbor_samples, args.do_train)
         set_up_concept_head(captioner, splits.get("train"), args, concept_names(data_args.dataset_name))
         leaks = find_leaks({**dataset, **splits})  # a run that only scores has the training split unchecked
 
-    write_recipe(model_args, data_args, args, fingerprint(dataset, captioner, model_args), checkpoint)
+    digests = fingerprint(dataset, captioner, model_args, pool and pool.retriever)
+    write_recipe(model_args, data_args, args, digests, checkpoint)
+    if pool and args.do_train and args.should_save:
+        pool.save(Path(args.output_dir) / FOLDER)
     if repository:
         repository.try_to_open()
     with as_user_error("the Trainer cannot be set up with these arguments"):
@@ -133,18 +139,19 @@ def load_data(model_args: ModelArguments, data_args: DataArguments, args: Captio
     data_args.dataset_revision = dataset_commit(data_args.dataset_name, data_args.dataset_revision)
     dataset = load_source(data_args.dataset_name, data_args.dataset_revision, data_args.streaming, data_args)
     limits = data_args.max_samples()
-    return select_splits(dataset, data_args.dataset_name, needed, limits, with_captions=args.predict_with_generate)
+    uses_captions = args.predict_with_generate or args.retrieved_captions > 0
+    return select_splits(dataset, data_args.dataset_name, needed, limits, with_captions=uses_captions)
 
 
 def check_splits(dataset: DatasetDict, data_args: DataArguments, args: CaptioningArguments) -> DatasetDict:
-    """Check the rows, of a run that does not train those of a sample of the training split.
+    """Check the rows; of a run that neither trains nor retrieves captions those of a sample of the training split.
 
     Rows that cannot be used are marked, and listed in `rejected.jsonl`.
     """
     rejected_file = Path(args.output_dir) / "rejected.jsonl" if args.should_save else None
     if rejected_file and not args.resume_from_checkpoint:
         rejected_file.unlink(missing_ok=True)  # a resumed run keeps what it has found in streamed images
-    if not args.do_train:
+    if not args.do_train and not args.retrieved_captions:
         dataset = sample_training(dataset, data_args.max_train_samples, data_args.neighbor_samples)
     return check_rows(
         dataset,

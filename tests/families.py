@@ -13,8 +13,10 @@ from helpers import make_captions
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForImageTextToText,
     Blip2Processor,
+    CLIPConfig,
     Gemma3Processor,
     GenerationConfig,
     GitProcessor,
@@ -27,8 +29,10 @@ from transformers import (
     ProcessorMixin,
     Qwen2_5_VLProcessor,
     Qwen3VLProcessor,
+    ResNetConfig,
     SmolVLMProcessor,
     VisionTextDualEncoderProcessor,
+    ViTConfig,
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -255,3 +259,22 @@ def save_tiny(family: str, folder: Path, seed: int = 0) -> Path:
     for part in (model, processor):
         part.save_pretrained(folder)
     return folder
+
+
+# --- Retrievers -----------------------------------------------------------------------------------------------
+
+PIXELS = dict(image_size=32, patch_size=8)
+RETRIEVERS = {
+    "vit": ViTConfig(**SHAPE, **PIXELS),
+    "clip": CLIPConfig(vision_config=SHAPE | PIXELS, text_config=SHAPE, projection_dim=16),
+    "resnet": ResNetConfig(embedding_size=8, hidden_sizes=[8, 24], depths=[1, 1]),
+}
+
+
+def save_vision_model(folder: Path, kind: str = "vit", seed: int = 0) -> str:
+    """Write a tiny vision model with its image processor."""
+    torch.manual_seed(seed)
+    AutoModel.from_config(RETRIEVERS[kind]).save_pretrained(folder)
+    images = CLIPImageProcessorPil(**CROP) if kind == "clip" else ViTImageProcessorPil(size=SIDE)
+    images.save_pretrained(folder)
+    return str(folder)

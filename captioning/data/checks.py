@@ -20,6 +20,7 @@ from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_da
 
 from captioning.data.dicom import burned_in
 from captioning.data.images import MISSING, open_image, pixel_hash
+from captioning.data.own_data import GROUP
 from captioning.data.zenodo import UNUSABLE
 from captioning.errors import UserError
 from captioning.files import write_whole
@@ -64,7 +65,8 @@ def check_rows(
         unopened: splits whose images are not opened, because the training streams them.
 
     Returns:
-        The same rows with the columns `image` and those of `CLEAN_COLUMNS` but `ABOUT_IMAGES`.
+        The same rows with the columns `image`, `group` if they have one, and those of `CLEAN_COLUMNS` but
+        `ABOUT_IMAGES`.
 
     Raises:
         UserError: a split has no usable row, or more rejected ones than `max_rejected_fraction` allows.
@@ -135,14 +137,22 @@ def texts(rows: Dataset) -> tuple[list[str], list[list[str]]]:
 
 def usable(rows: Dataset, max_samples: int | None = None) -> Dataset:
     """Return the first `max_samples` rows (default: all) that `check_rows` did not mark."""
-    keep = np.flatnonzero(np.fromiter((not reason for (reason,) in _columns(rows, "rejected")), bool, len(rows)))
-    keep = keep[:max_samples]
+    keep = usable_rows(rows, max_samples)
     is_range = len(keep) and keep[-1] == len(keep) - 1  # `select` writes no table of indices for a range
     return rows.select(range(len(keep)) if is_range else keep).remove_columns("rejected")
 
 
+def usable_rows(rows: Dataset, max_samples: int | None = None) -> np.ndarray:
+    """Return the numbers of the rows of `usable`."""
+    keep = np.fromiter((not reason for (reason,) in _columns(rows, "rejected")), bool, len(rows))
+    return np.flatnonzero(keep)[:max_samples]
+
+
 def mark_rows(rows: Dataset, split: str, num_proc: int | None = None, open_images: bool = True) -> Dataset:
-    """Return the rows of a split with the columns `image` and `CLEAN_COLUMNS`; see `check_rows`."""
+    """Return the rows of a split with the columns `image`, `group` if it has one, and `CLEAN_COLUMNS`.
+
+    See `check_rows`.
+    """
     checked = rows.map(
         _check_batch,
         batched=True,
@@ -153,7 +163,8 @@ def mark_rows(rows: Dataset, split: str, num_proc: int | None = None, open_image
         features=CLEAN_COLUMNS,
         desc=f"Checking {split}",
     )
-    return concatenate_datasets([rows.select_columns("image"), _mark_repeated(checked, split)], axis=1)
+    kept = [column for column in ("image", GROUP) if column in rows.column_names]
+    return concatenate_datasets([rows.select_columns(kept), _mark_repeated(checked, split)], axis=1)
 
 
 def _check_batch(batch: dict[str, list[Any]], open_images: bool) -> dict[str, list[Any]]:

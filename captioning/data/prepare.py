@@ -20,6 +20,7 @@ from captioning.files import to_json
 from captioning.hub.client import limit_waiting
 
 
+STORED = ("image", "image_id", "caption", "cui")  # and no groups, which may be patients
 BEFORE_STORING = {UNFINISHED, "rejected.jsonl"}  # in a folder that `prepare` has made, until it stores rows
 
 
@@ -56,7 +57,7 @@ def prepare(arguments: argparse.Namespace) -> None:
         rows_to_store = {split: usable(rows) for split, rows in checked.items()}
         find_leaks(rows_to_store)
         stored = DatasetDict({
-            split: _without_headers(rows.remove_columns("pixels")).cast_column("image", Image())
+            split: _without_headers(rows.select_columns([*STORED])).cast_column("image", Image())
             for split, rows in rows_to_store.items()
         })  # fmt: skip
         stored.save_to_disk(str(folder), num_proc=arguments.num_proc)

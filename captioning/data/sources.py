@@ -65,7 +65,8 @@ def load_source(
         layout: which columns and files are used, and how data without splits is split; default: what is usual.
 
     Returns:
-        Splits with at least the columns `image` (decoded by the collator only), `image_id` and `caption`.
+        Splits with at least the columns `image` (decoded by the collator only), `image_id` and `caption`, and `group`
+        where the data has it.
 
     Raises:
         UserError: the source does not exist, cannot be read, cannot be streamed, or lacks a column.
@@ -103,7 +104,7 @@ def load_source(
     complete = with_splits(with_ids(checked), name, layout, is_whole)
     if not streaming:  # where a column `group` is none of ours
         warn_of_shared_groups(complete)
-    ours = {split: [name for name in (GROUP, FILE) if name in rows.column_names] for split, rows in complete.items()}
+    ours = {split: [FILE] if FILE in rows.column_names else [] for split, rows in complete.items()}
     return DatasetDict({split: rows.remove_columns(ours[split]) for split, rows in complete.items()})
 
 

@@ -36,7 +36,7 @@ def select_splits(
         name: for the error.
         needed: whether each of `STAGES` is needed.
         max_samples: usable rows of each split; None: all.
-        with_captions: also keep a training split that no stage needs; the baselines are made of its captions.
+        with_captions: also keep a training split that no stage needs, for its captions, as the baselines do.
 
     Raises:
         UserError: a needed split does not exist.

@@ -16,13 +16,14 @@ COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
 HUB_RECIPE = re.compile(r"hf://(?P<repo>[^/@\s]+/[^/@\s]+)(@(?P<revision>[^/\s]+))?(/(?P<file>\S+))?")
 
 
-def pin_revision(name: str, revision: str | None, kind: str = "model") -> str | None:
+def pin_revision(name: str, revision: str | None, kind: str = "model", role: str | None = None) -> str | None:
     """Return the commit that `revision` of a Hub repository names now, or `revision` itself if the Hub has no answer.
 
     Args:
         name: Hub id.
         revision: commit, branch or tag; None: the main branch.
         kind: `model` or `dataset`.
+        role: what it is called in messages, and in the name of the flag; by default its kind.
 
     Raises:
         UserError: `revision` is not in the repository (any more); the message says where its main branch is.
@@ -35,25 +36,25 @@ def pin_revision(name: str, revision: str | None, kind: str = "model") -> str | 
             return api.resolve_revision(name, repo_type=kind, revision=revision).resolved
         found = api.repo_info(name, repo_type=kind, revision=revision).sha
     except errors.RevisionNotFoundError as error:
-        raise UserError(_moved(api, name, revision, kind)) from error
+        raise UserError(_moved(api, name, revision, kind, role)) from error
     except (errors.HFValidationError, errors.RepositoryNotFoundError):
         return revision  # loading it will say what is wrong
     except Exception as error:  # it may still be in the cache
-        logger.warning("The commit of %s '%s' cannot be checked: %s", kind, name, describe_fault(error))
+        logger.warning("The commit of %s '%s' cannot be checked: %s", role or kind, name, describe_fault(error))
         return revision
     if found != revision:
-        raise UserError(_moved(api, name, revision, kind))
+        raise UserError(_moved(api, name, revision, kind, role))
     return revision
 
 
-def _moved(api: HfApi, name: str, revision: str | None, kind: str) -> str:
+def _moved(api: HfApi, name: str, revision: str | None, kind: str, role: str | None) -> str:
     try:
         now = f"at {api.repo_info(name, repo_type=kind).sha}"
     except Exception:
         now = "out of reach too"
     return (
-        f"{kind} '{name}' has moved: revision {revision} is not there, its main branch is {now}; "
-        f"to use other contents, set --{kind}_revision to that commit"
+        f"{role or kind} '{name}' has moved: revision {revision} is not there, its main branch is {now}; "
+        f"to use other contents, set --{role or kind}_revision to that commit"
     )
 
 

@@ -1,6 +1,7 @@
 """A saved model that captions images as its run's evaluation did: its own prompt, decode settings and precision."""
 
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,17 +9,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import xxhash
 from PIL import Image
 from transformers import GenerationConfig
 
+from captioning.data.retrieve import FOLDER, Pool, Retrieval
 from captioning.errors import as_user_error
 from captioning.hub.faults import reading_from_hub
 from captioning.hub.revisions import pin_revision
+from captioning.models.captioner import Batch
 from captioning.models.load import load_captioner
 from captioning.models.optional_file import optional_file
+from captioning.models.retriever import Retriever, weights_digest
 from captioning.training.decoding import DEFAULTS, check_decoding, generation_config
 
+
+logger = logging.getLogger(__name__)
 
 RECIPE = "recipe.json"
 INNER_FOLDER = re.compile(r"checkpoint-\d+|adapter")  # of a run, whose recipe is beside it
@@ -26,6 +31,7 @@ UNRECORDED = DEFAULTS | {"num_beams": 3, "max_new_tokens": 64}  # a run's, for a
 # What is read of a recipe, with the types of JSON
 RECORDED = {"prompt": (str,), "torch_dtype": (str,), "bf16": (bool,), "fp16": (bool,), "length_penalty": (int, float)}
 RECORDED |= {name: (int,) for name in DEFAULTS if name not in RECORDED}
+RECORDED |= {"retrieved_captions": (int,), "retriever": (str,), "retriever_revision": (str,)}
 
 
 class Description(NamedTuple):
@@ -50,6 +56,7 @@ class InferenceModel:
         captioner: in evaluation mode, on the device, with the family's fast code.
         generation_config: decode settings, for `captioner.generate`.
         prompt: text that every caption continues.
+        retrieval: finds captions for the prompt; None: the model was trained without, or they are not there.
         device: where it computes.
         name: what was given.
         revision: the commit on the Hub; None for a folder.
@@ -77,6 +84,8 @@ class InferenceModel:
         self.captioner = load_captioner(name, self.revision, recipe.get("torch_dtype", "float32"))
         model = self.captioner.model.to(self.device).eval()
         self.captioner.adapt(fast=True)
+        self.retrieval = _load_retrieval(name, recipe, self.device)
+        self.captioner.retrieved_captions = self.retrieval.number if self.retrieval else 0
         self.captioner.set_prompt(recipe.get("prompt") if prompt is None else prompt)
         self.prompt = self.captioner.prompt
         recorded = {key: getattr(self.captioner.plain_model.generation_config, key) for key in UNRECORDED}
@@ -106,11 +115,10 @@ class InferenceModel:
         if head:
             parts += [head.concepts, head.thresholds]
             weights |= {"head weight": head.weight.detach(), "head bias": head.bias.detach()}
-        found = xxhash.xxh3_128(repr(tuple(parts)).encode())
-        for name, weight in weights.items():
-            found.update(name.encode())
-            found.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return found.hexdigest()
+        if self.retrieval:
+            parts += [self.retrieval.number, self.retrieval.pool.retriever, self.retrieval.pool.captions]
+            weights |= {"retrieval": torch.from_numpy(self.retrieval.pool.features)}
+        return weights_digest(weights, *parts)
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -119,14 +127,19 @@ class InferenceModel:
         with torch.inference_mode(), mixed, self.captioner.evaluation():
             yield
 
-    def encode(self, images: Sequence[Image.Image]) -> Any:
-        """Encode B images for the captioner's methods; to be called within `computing`.
+    def collate(self, images: Sequence[Image.Image]) -> Batch:
+        """Return the captioner's batch of B images, on the device, with their prompts alone.
 
         Raises:
             ValueError: an image cannot be processed.
         """
-        batch = self.captioner.collate(images, [self.captioner.prompt_row] * len(images))
-        return self.captioner.encode_images({name: value.to(self.device) for name, value in batch.items()})
+        retrieved = [self.retrieval.captions(images)] if self.retrieval else []
+        batch = self.captioner.collate(images, [self.captioner.prompt_row] * len(images), *retrieved)
+        return {name: value.to(self.device) for name, value in batch.items()}
+
+    def encode(self, images: Sequence[Image.Image]) -> Any:
+        """Encode B images for the captioner's methods; to be called within `computing`; see `collate`."""
+        return self.captioner.encode_images(self.collate(images))
 
     def concepts(self, encoded: Any) -> list[list[str]] | None:
         """Return the concepts of B encoded images, the most probable first; None if the model has no concept head."""
@@ -164,9 +177,7 @@ def recorded_recipe(name: str, revision: str | None = None) -> dict[str, Any]:
     Raises:
         UserError: there is no such model, or the file is broken.
     """
-    folder = Path(name)
-    inner = INNER_FOLDER.fullmatch(folder.resolve().name) and not (folder / RECIPE).exists()
-    where = str(folder.resolve().parent) if inner and folder.is_dir() else name
+    where = _run_of(name)
     with reading_from_hub(f"model '{name}' cannot be loaded", "give the folder of a saved model or a Hub id"):
         path = optional_file(where, RECIPE, revision)
     if path is None:
@@ -179,3 +190,25 @@ def recorded_recipe(name: str, revision: str | None = None) -> dict[str, Any]:
         if found.get("torch_dtype", "float32") not in ("float32", "bfloat16"):
             raise ValueError(f"torch_dtype is '{found['torch_dtype']}'")
     return found
+
+
+def _run_of(name: str) -> str:
+    """Return the output folder of the run that a model is a part of, by default the name of the model itself."""
+    folder = Path(name)
+    inner = INNER_FOLDER.fullmatch(folder.resolve().name) and not (folder / RECIPE).exists()
+    return str(folder.resolve().parent) if inner and folder.is_dir() else name
+
+
+def _load_retrieval(name: str, recipe: Mapping[str, Any], device: torch.device) -> Retrieval | None:
+    """Return what finds captions for the prompts of a model that was trained with them; warn where it is not there."""
+    number, folder = recipe.get("retrieved_captions"), Path(_run_of(name)) / FOLDER
+    if not number:
+        return None
+    if not folder.is_dir():
+        logger.warning(
+            "model '%s' was trained with the captions of %d similar images in each prompt; its folder '%s', which is "
+            "never pushed, is not there: it writes without them, which it was not trained for", name, number, FOLDER
+        )  # fmt: skip
+        return None
+    retriever = Retriever.from_pretrained(recipe.get("retriever"), device, recipe.get("retriever_revision"))
+    return Retrieval(Pool.load(folder), retriever, number)

@@ -123,11 +123,10 @@ class Writer:
         captioner, config = self.model.captioner, copy(config)
         config.num_return_sequences = config.num_beams
         with self.model.computing():
-            encoded = self.model.encode([image])
+            batch = self.model.collate([image])
+            encoded = captioner.encode_images(batch)
             tokens = captioner.generate(encoded, config, WatchTokens(show)).cpu().numpy()
             rows = [captioner.without_padding(row) for row in tokens]
-            batch = captioner.collate([image], [captioner.prompt_row])
-            batch = {name: value.to(self.model.device) for name, value in batch.items()}
             whole = [[*captioner.prompt_row, *row.tolist()] for row in rows]
             nll = captioner.nll_of_captions(captioner.model, batch, whole).tolist()
             words = captioner.word_attention(encoded, torch.from_numpy(rows[0]).to(self.model.device))

@@ -129,6 +129,7 @@ class Captioner(ABC):
         prompt: text that every caption continues.
         prompt_ids: its tokens, without special tokens.
         prompt_arguments: what the processor is called with beside an image to make the prompt, for the card.
+        retrieved_captions: how many captions of other images a prompt may hold, see `takes_retrieved`.
         surface_form: restores the case and spacing of decoded captions; None: they stay as the tokenizer decodes them.
         card: what the model card says of the family, if it is the only one of its class: see `card_facts`.
     """
@@ -144,6 +145,7 @@ class Captioner(ABC):
         self.prompt: str | None = None
         self.prompt_ids: list[int] = []
         self.prompt_arguments: dict[str, Any] = {}
+        self.retrieved_captions = 0
         self.surface_form: SurfaceForm | None = None
 
     def without_weights(self) -> "Captioner":
@@ -178,6 +180,11 @@ class Captioner(ABC):
     def card_facts(cls, model_type: str) -> CardFacts:
         """Return what the model card says of a model with this `model_type` in its config."""
         return cls.card
+
+    @classmethod
+    def takes_retrieved(cls, model_type: str) -> bool:
+        """Tell whether the `collate` of a model with this `model_type` takes captions of similar images, too."""
+        return False
 
     # --- Load and adapt ---------------------------------------------------------------------------------------
 
@@ -337,6 +344,9 @@ class Captioner(ABC):
     @abstractmethod
     def collate(self, images: Sequence[Image.Image], rows: Sequence[Sequence[int]]) -> Batch:
         """Make the model's batch of B images and their rows of tokens.
+
+        Where the family `takes_retrieved`, there is a third argument `retrieved`: for each image the captions of
+        similar ones, which become a part of its prompt; by default there are none.
 
         Returns:
             The keyword arguments of the model's `forward`, `labels` int64 `[B, L]` among them: -100 where a token is

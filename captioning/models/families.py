@@ -29,6 +29,8 @@ class Family:
         vision: path of the module that encodes images where stock's `get_encoder("image")` does not find it.
         text: path of the module that writes where stock's `get_decoder()` does not find it.
         takes_prompt: whether there is one.
+        image_start: with what the place of the image in a prompt begins, before which retrieved captions are written;
+            None: the family takes none.
         generates_by_decoder: whether `generate` is that of an inner model, which ignores the outer settings (T7).
     """
 
@@ -42,6 +44,7 @@ class Family:
     vision: str | None = None
     text: str | None = None
     takes_prompt: bool = True
+    image_start: str | None = None
     generates_by_decoder: bool = False
 
 
@@ -62,21 +65,31 @@ FAMILIES = {
     "llava": Family(
         ("Liu and others", "Visual Instruction Tuning", 2023, "2304.08485"),
         template="USER: {image}\n{prompt} ASSISTANT:",
+        image_start="<image>",
     ),
     "llava_onevision": Family(
-        ("Li and others", "LLaVA-OneVision: Easy Visual Task Transfer", 2024, "2408.03326"), template=QWEN
+        ("Li and others", "LLaVA-OneVision: Easy Visual Task Transfer", 2024, "2408.03326"),
+        template=QWEN,
+        image_start="<image>",
     ),
     "qwen2_5_vl": Family(
-        ("Bai and others", "Qwen2.5-VL Technical Report", 2025, "2502.13923"), template=QWEN, image_size="area"
+        ("Bai and others", "Qwen2.5-VL Technical Report", 2025, "2502.13923"),
+        template=QWEN,
+        image_size="area",
+        image_start="<|vision_start|>",
     ),
     "qwen3_vl": Family(
-        ("Bai and others", "Qwen3-VL Technical Report", 2025, "2511.21631"), template=QWEN, image_size="area"
+        ("Bai and others", "Qwen3-VL Technical Report", 2025, "2511.21631"),
+        template=QWEN,
+        image_size="area",
+        image_start="<|vision_start|>",
     ),
     "gemma3": Family(
         ("Gemma Team", "Gemma 3 Technical Report", 2025, "2503.19786"),
         template="<start_of_turn>user\n{image}{prompt}<end_of_turn>\n<start_of_turn>model\n",
         end="<end_of_turn>",
         has_token_types=True,
+        image_start="<start_of_image>",
     ),
     "paligemma": Family(
         ("Beyer and others", "PaliGemma: A versatile 3B VLM for transfer", 2024, "2407.07726"),
@@ -89,12 +102,14 @@ FAMILIES = {
         template=IDEFICS,
         end="<end_of_utterance>",
         image_size="longest_edge",
+        image_start="<image>",
     ),
     "smolvlm": Family(
         ("Marafioti and others", "SmolVLM: Redefining small and efficient multimodal models", 2025, "2504.05299"),
         template=IDEFICS,
         end="<end_of_utterance>",
         image_size="longest_edge",
+        image_start="<image>",
     ),
     "git": Family(
         ("Wang and others", "GIT: A Generative Image-to-text Transformer", 2022, "2205.14100"),

@@ -38,6 +38,8 @@ from captioning.models.families import FAMILIES, Family, card_facts
 from captioning.models.processor import load_processor
 
 
+RETRIEVED = "Captions of similar images:\n{}\n"  # written before the image; a line for each, after a dash
+RETRIEVED_TOKENS = 64  # of each, what is longer is cut
 # Inputs with one value a token; those of a caption, where 1 has another meaning than "attend to it"
 TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
@@ -152,11 +154,15 @@ class ImageTextToTextCaptioner(Captioner):
         """See `Captioner.check_lengths`."""
         text = self.config.get_text_config()
         positions = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+        prompt = self.prompt_length
+        if self.retrieved_captions:  # with a dash and the end of the line
+            prompt += len(self._tokens([RETRIEVED])[0]) + self.retrieved_captions * (RETRIEVED_TOKENS + 3)
         for flag, number in {"max_caption_length": max_caption_length, "max_new_tokens": max_new_tokens}.items():
-            if positions and self.prompt_length + number > positions:
+            if positions and prompt + number > positions:
+                fewer = " or fewer --retrieved_captions" * bool(self.retrieved_captions)
                 raise UserError(
-                    f"{flag} {number} after {self.prompt_length} tokens of prompt and image exceeds the model's "
-                    f"{positions} positions; set --{flag} to {max(positions - self.prompt_length, 1)} or less"
+                    f"{flag} {number} after {prompt} tokens of prompt and image exceeds the model's {positions} "
+                    f"positions; set --{flag} to {max(positions - prompt, 1)} or less{fewer}"
                 )
 
     def set_generation_config(self, config: GenerationConfig) -> None:
@@ -174,6 +180,11 @@ class ImageTextToTextCaptioner(Captioner):
     def card_facts(cls, model_type: str) -> CardFacts:
         """See `Captioner.card_facts`."""
         return card_facts(model_type)
+
+    @classmethod
+    def takes_retrieved(cls, model_type: str) -> bool:
+        """See `Captioner.takes_retrieved`: those do in whose prompt the place of the image is known."""
+        return FAMILIES[model_type].image_start is not None
 
     def _with_special_tokens(self, config: GenerationConfig) -> GenerationConfig:
         config, text = deepcopy(config), self.config.get_text_config(decoder=True)
@@ -215,7 +226,7 @@ class ImageTextToTextCaptioner(Captioner):
         """See `Captioner.set_prompt`; None takes the family's prompt.
 
         Raises:
-            UserError: the prompt holds no place for the image.
+            UserError: the prompt holds no place for the image, or for retrieved captions.
         """
         self.prompt = self.family.prompt if prompt is None else prompt
         if written := [token for token in self._image_tokens() if token in self.prompt]:
@@ -223,6 +234,14 @@ class ImageTextToTextCaptioner(Captioner):
                 f"the prompt '{self.prompt}' holds '{written[0]}', which is put there anyway; leave it out"
             )
         self.prompt_text = text = self._render(self.prompt)
+        if self.retrieved_captions and self.family.image_start not in text:
+            raise UserError(
+                f"the prompt '{text}' has no '{self.family.image_start}', before which retrieved captions are "
+                "written; leave out --retrieved_captions"
+            )
+        special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        special = sorted({*special, *self._image_tokens()}, key=len, reverse=True)
+        self._special_tokens = re.compile("|".join(map(re.escape, special)))
         starts = (self.tokenizer.bos_token, self.tokenizer.cls_token)  # a template may have written it
         adds = not any(token and text.startswith(token) for token in starts)
         self.prompt_arguments = {"text": [text]} | ({} if adds else {"add_special_tokens": False})
@@ -280,13 +299,18 @@ class ImageTextToTextCaptioner(Captioner):
 
     # --- Batches ----------------------------------------------------------------------------------------------
 
-    def collate(self, images: Sequence[Image.Image], rows: Sequence[Sequence[int]]) -> Batch:
+    def collate(
+        self,
+        images: Sequence[Image.Image],
+        rows: Sequence[Sequence[int]],
+        retrieved: Sequence[Sequence[str]] = (),
+    ) -> Batch:
         """Return the inputs of the processor, and `input_ids`, `attention_mask`, `labels` int64 `[B, P + C]`.
 
         Prompts are padded on the left and captions on the right, so that all captions start at the same place. A
         label is at the position of its token: these models shift them themselves.
         """
-        return self._joined(self._prompt_inputs(images), rows)
+        return self._joined(self._prompt_inputs(images, retrieved), rows)
 
     def _joined(self, inputs: Batch, rows: Sequence[Sequence[int]]) -> Batch:
         """Return what `collate` does from what the processor made of images and prompt."""
@@ -306,12 +330,27 @@ class ImageTextToTextCaptioner(Captioner):
         rows = [torch.tensor(row or [IGNORE_INDEX], dtype=torch.long) for row in rows]
         return pad_sequence(rows, batch_first=True, padding_value=IGNORE_INDEX)
 
-    def _prompt_inputs(self, images: Sequence[Image.Image]) -> Batch:
-        """Return what the processor makes of B images and the prompt; each token input is `[B, P]`."""
+    def _prompt_inputs(self, images: Sequence[Image.Image], retrieved: Sequence[Sequence[str]] = ()) -> Batch:
+        """Return what the processor makes of B images and their prompts; each token input is `[B, P]`."""
+        texts = [self._prompt_with(captions) for captions in retrieved] or [self.prompt_text] * len(images)
         images, options = [[image.convert("RGB")] for image in images], {"padding": True, "padding_side": "left"}
-        ours = self.prompt_arguments | {"text": self.prompt_arguments["text"] * len(images)}
+        ours = self.prompt_arguments | {"text": texts}
         inputs = self.processor(images=images, **ours, **options, return_tensors="pt")
         return {name: value for name, value in inputs.items() if name != "labels" and self._takes(name)}
+
+    def _prompt_with(self, captions: Sequence[str]) -> str:
+        """Return the prompt with captions of similar images, before the image: what follows it is as in any row."""
+        if not captions:
+            return self.prompt_text
+        place = self.prompt_text.index(self.family.image_start)
+        lines = RETRIEVED.format("\n".join(f"- {self._quoted(caption)}" for caption in captions))
+        return self.prompt_text[:place] + lines + self.prompt_text[place:]
+
+    def _quoted(self, caption: str) -> str:
+        """Return a caption as one line of `RETRIEVED_TOKENS` at most, without what would be read as special tokens."""
+        text = " ".join(self._special_tokens.sub(" ", caption).split())
+        tokens = self._tokens([text])[0]
+        return text if len(tokens) <= RETRIEVED_TOKENS else self.tokenizer.decode(tokens[:RETRIEVED_TOKENS]).strip()
 
     def _without_captions(self, batch: Batch) -> Batch:
         """Return a batch of `collate` without its captions: copies, since `generate` may write into them (T10)."""
@@ -430,7 +469,7 @@ class EncoderDecoderCaptioner(ImageTextToTextCaptioner):
             raise UserError(f"a {self.config.model_type} takes no prompt; leave out --prompt")
         self.prompt_length, self._last_word = 1, ""  # the decoder begins with its start token
 
-    def _prompt_inputs(self, images: Sequence[Image.Image]) -> Batch:
+    def _prompt_inputs(self, images: Sequence[Image.Image], retrieved: Sequence[Sequence[str]] = ()) -> Batch:
         if self.family.takes_prompt:
             return super()._prompt_inputs(images)
         images = [image.convert("RGB") for image in images]

@@ -32,20 +32,22 @@ def captioner_class(model_type: str | None, name: str) -> type[Captioner]:
     return CAPTIONERS[model_type]
 
 
+def refuse_retrieved(name: str, revision: str | None = None) -> None:
+    """Raise UserError if the family of a model takes no captions of similar images; only its config is read."""
+    model_type = _base_and_type(name, revision)[1]
+    if not captioner_class(model_type, name).takes_retrieved(model_type):
+        families = ", ".join(kind for kind, found in CAPTIONERS.items() if found.takes_retrieved(kind))
+        raise UserError(f"a {model_type} takes no retrieved captions, only {families}; leave out --retrieved_captions")
+
+
 def load_captioner(name: str, revision: str | None = None, dtype: str = "float32") -> Captioner:
     """See `Captioner.from_pretrained`; an unsupported type and weights that are NaN are `UserError`s, too.
 
     Of an adapter, the model that it adapts is loaded, and the adapter put into it.
     """
-    mend = "give the folder of a saved model or a Hub id"
-    with reading_from_hub(f"model '{name}' cannot be loaded", mend):
-        adapts = base_of_adapter(name, revision)
+    adapts, model_type = _base_and_type(name, revision)
     base, base_revision = adapts or (name, revision)
-    what = f"model '{base}'" + (f", which '{name}' adapts," if adapts else "")
-    with reading_from_hub(f"{what} cannot be loaded", mend):
-        model_type = PreTrainedConfig.get_config_dict(base, revision=base_revision)[0].get("model_type")
-    found = captioner_class(model_type, base)
-    captioner = found.from_pretrained(base, base_revision, getattr(torch, dtype))
+    captioner = captioner_class(model_type, base).from_pretrained(base, base_revision, getattr(torch, dtype))
     refuse_nan_weights(captioner.model, base)
     if adapts:
         load_adapter(captioner, name, revision)
@@ -54,6 +56,18 @@ def load_captioner(name: str, revision: str | None = None, dtype: str = "float32
     if captioner.loses_surface_form:
         captioner.surface_form = SurfaceForm.load(name, revision)
     return captioner
+
+
+def _base_and_type(name: str, revision: str | None) -> tuple[tuple[str, str | None] | None, str | None]:
+    """Return the name and commit of the model that `name` adapts, None if it is whole, and the `model_type`."""
+    mend = "give the folder of a saved model or a Hub id"
+    with reading_from_hub(f"model '{name}' cannot be loaded", mend):
+        adapts = base_of_adapter(name, revision)
+    base, base_revision = adapts or (name, revision)
+    what = f"model '{base}'" + (f", which '{name}' adapts," if adapts else "")
+    with reading_from_hub(f"{what} cannot be loaded", mend):
+        model_type = PreTrainedConfig.get_config_dict(base, revision=base_revision)[0].get("model_type")
+    return adapts, model_type
 
 
 def nan_weights(model: torch.nn.Module) -> str | None:

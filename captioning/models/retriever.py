@@ -1,10 +1,12 @@
 """A vision model whose features say which images look alike, in place of those of the captioner."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
@@ -22,15 +24,22 @@ class Retriever:
         self.model, self.processor = model.eval(), processor
 
     @classmethod
-    def from_pretrained(cls, name: str, device: torch.device | str = "cpu") -> "Retriever":
+    def from_pretrained(
+        cls, name: str, device: torch.device | str = "cpu", revision: str | None = None
+    ) -> "Retriever":
         """Load a model; of one of images and text, such as CLIP, the part for images is used.
 
         Raises:
             UserError: there is no such model, or it has no image processor.
         """
         with reading_from_hub(f"retriever '{name}' cannot be loaded", "give the Hub id or folder of a vision model"):
-            processor = AutoImageProcessor.from_pretrained(name, backend="pil")  # the same pixels everywhere (T11)
-            return cls(AutoModel.from_pretrained(name).to(device), processor)
+            # By PIL: the same pixels everywhere (T11)
+            processor = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")
+            return cls(AutoModel.from_pretrained(name, revision=revision).to(device), processor)
+
+    def digest(self) -> str:
+        """Return a digest of all that features depend on."""
+        return weights_digest(self.model.state_dict(), self.processor.to_json_string())
 
     @torch.no_grad()
     def features(self, images: Iterable[Image.Image]) -> np.ndarray:
@@ -44,3 +53,12 @@ class Retriever:
             pooled = outputs.last_hidden_state.mean(dim=1) if pooled is None else pooled
             found.append(pooled.flatten(1).float().cpu().numpy())  # a ResNet keeps the axes of the pixels
         return np.concatenate(found)
+
+
+def weights_digest(weights: Mapping[str, torch.Tensor], *more: Any) -> str:
+    """Return a digest of named weights, and of more values by their `repr`."""
+    found = xxhash.xxh3_128(repr(more).encode())
+    for name, weight in weights.items():
+        found.update(name.encode())
+        found.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()

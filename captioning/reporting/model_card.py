@@ -216,6 +216,7 @@ def _missing_flags(record: RunRecord) -> list[str]:
         "`--model_name_or_path` (to train again)": start and recipe["do_train"] and not start.revision,
         "`--config_name`": not recipe.get("model_config")
         and not (PROJECT / (recipe["config_name"] or "")).is_relative_to(PROJECT),
+        "`--retriever`": recipe.get("retriever") and not recipe.get("retriever_revision"),
         "`--tokenizer_name`": Path(recipe["tokenizer_name"] or "").is_absolute(),
     }
     return [flag for flag, is_local in local.items() if is_local]

@@ -27,6 +27,7 @@ def write_report(
     modalities: Sequence[str],
     attention: Mapping[str, Words] = {},
     num_tokens: Sequence[int] | None = None,
+    retrieved: Sequence[Sequence[tuple[str, str]]] = (),
 ) -> None:
     """Write `report.html` into the output folder of a run, whole or not at all.
 
@@ -40,6 +41,7 @@ def write_report(
         attention: of some image ids the words of the prediction, each with its attention map over the image `[H, W]`,
             non-negative, rows from the top.
         num_tokens: of the N references, for the negative log-likelihood per token.
+        retrieved: for each of the N prompts the ids and captions of other images in it; empty: there are none.
 
     Raises:
         ValueError: there are more or fewer images, modalities or numbers of tokens than predictions.
@@ -47,7 +49,7 @@ def write_report(
     summary = record.scores.get(split, {})
     known = summary.get("concept_detection", {"concepts": []})["concepts"]
     names = NAMES | {row["cui"]: row["name"] for row in known if row["name"]}
-    gallery = caption_payload(record.predictions(split), modalities, num_tokens, names)
+    gallery = caption_payload(record.predictions(split), modalities, num_tokens, names, retrieved)
     rows = gallery["rows"]
     gallery["attention"] = {
         i: maps for i, row in enumerate(rows) if (maps := map_levels(attention.get(row["id"], ())))

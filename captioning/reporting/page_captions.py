@@ -28,10 +28,11 @@ def caption_payload(
     modalities: Sequence[str],
     num_tokens: Sequence[int] | None = None,
     names: Mapping[str, str] = NAMES,
+    retrieved: Sequence[Sequence[tuple[str, str]]] = (),
 ) -> dict[str, Any]:
     """Return what the page's script is given of the N captions of a run.
 
-    `num_tokens` are those of the references, `names` those of concepts.
+    `num_tokens` are those of the references, `names` those of concepts, `retrieved` see `write_report`.
 
     Raises:
         ValueError: there are more or fewer modalities or numbers of tokens than predictions.
@@ -56,6 +57,8 @@ def caption_payload(
         )
         for row, modality, *values in zip(predictions, modalities, *scores.values(), strict=True)
     ]
+    for row, own in zip(rows, retrieved, strict=bool(retrieved)):
+        row["retrieved"] = own
     labels = [key if key in (NLL, NLL_PER_TOKEN) else score_label(key, full=True) for key in scores]
     names = {"systems": ["Prediction"], "scores": labels, "onCard": [labels[0], NLL, NLL_PER_TOKEN], "kinds": KINDS}
     return names | {"hasImages": True, "highlights": _highlights(rows), "rows": rows}

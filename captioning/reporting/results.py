@@ -15,6 +15,7 @@ from PIL import Image
 
 from captioning.data import checks
 from captioning.data.images import open_image
+from captioning.data.retrieve import cached_features
 from captioning.data.splits import NEIGHBORS
 from captioning.files import to_json, write_whole
 from captioning.models.retriever import Retriever
@@ -58,8 +59,8 @@ def training_for_baselines(
     training = Training(captions, cuis, trainer.image_features(rows), *columns)
     if not args.retriever or not trainer.is_world_process_zero():
         return training
-    retriever = Retriever.from_pretrained(args.retriever, args.device)
-    return replace(training, retriever=retriever, retrieved=retriever.features(images_of(rows)))
+    retriever = Retriever.from_pretrained(args.retriever, args.device, args.retriever_revision)
+    return replace(training, retriever=retriever, retrieved=cached_features(retriever, rows))
 
 
 def images_of(rows: Dataset) -> Iterator[Image.Image]:
@@ -84,9 +85,11 @@ def keep_split(
         return {}
     folder, args = record.folder, trainer.args
     captions = Captions(list(rows["image_id"]), found.captions, list(rows["caption"]), list(rows["cui"]))
-    retrieved = training.retriever.features(images_of(rows)) if training and training.retriever else None
-    concepts, detection = detect_concepts(trainer, record, captions, found.features, split, training, retrieved)
-    predictions = write_predictions(folder / "predictions" / f"{split}.jsonl", captions, found.nll, concepts)
+    features = cached_features(training.retriever, rows) if training and training.retriever else None
+    concepts, detection = detect_concepts(trainer, record, captions, found.features, split, training, features)
+    retrieved = list(rows["retrieved_ids"]) if "retrieved_ids" in rows.column_names else None
+    file = folder / "predictions" / f"{split}.jsonl"
+    predictions = write_predictions(file, captions, found.nll, concepts, retrieved)
     bound = trainer.captioner.round_trip(captions.references) if trainer.captioner.loses_surface_form else None
     tokenizer = "ptb" if args.coco_metrics else None
     scores = score(captions, training, found.features, tokenizer, args.bertscore_model, bound)
@@ -118,6 +121,8 @@ def write_page(trainer: CaptioningTrainer, record: RunRecord, rows: Dataset, fou
         chosen = shown_with_attention(record.predictions(split))
         attended = rows.select(chosen)
         attention = trainer.word_attention(attended, found.tokens[chosen])
+        has_retrieved = "retrieved" in rows.column_names
+        retrieved = zip(rows["retrieved_ids"], rows["retrieved"], strict=True) if has_retrieved else ()
         write_report(
             record,
             split,
@@ -125,6 +130,7 @@ def write_page(trainer: CaptioningTrainer, record: RunRecord, rows: Dataset, fou
             modalities=[modality_of(cui, caption) for cui, caption in zip(rows["cui"], rows["caption"], strict=True)],
             attention=dict(zip(attended["image_id"], attention, strict=True)),
             num_tokens=found.num_tokens.tolist(),
+            retrieved=[list(zip(*own, strict=True)) for own in retrieved],
         )
     except Exception as error:  # the page is made of what is on disk already: no reason to lose card and push
         logger.error("report.html cannot be written: %s: %s", type(error).__name__, error)

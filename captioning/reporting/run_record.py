@@ -229,7 +229,11 @@ class RunRecord:
         else:
             model = f"{Path(self.recipe['config_name']).stem}, {'trained from ' if trained else ''}random weights"
         data = self.data.in_words(digits) if self.data.revision else self.data_in_words
-        return {"model": model, "data": data, "decoding": in_words(self.decoding)}
+        found = {"model": model, "data": data, "decoding": in_words(self.decoding)}
+        if number := self.recipe.get("retrieved_captions"):
+            by = Origin.of(self.recipe["retriever"], self.recipe.get("retriever_revision")).in_words(digits)
+            found["prompt"] = f"with the captions of the {number} nearest training images, found by {by}"
+        return found
 
 
 def _with_nan(metrics: Mapping[str, float | None]) -> dict[str, float]:

@@ -81,16 +81,19 @@ def nearest_captions(features: np.ndarray, train_features: np.ndarray, train_cap
     return [train_captions[i] for i in np.concatenate(nearest)]
 
 
-def similarities(features: np.ndarray, train_features: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+def similarities(
+    features: np.ndarray, train_features: np.ndarray, chunk: int = CHUNK
+) -> Iterator[tuple[int, np.ndarray]]:
     """Yield cosines `[n, M]` of some images at a time with M training images, with the number of the first.
 
     Args:
         features: float `[N, H]`.
         train_features: float `[M, H]`, whose mean is subtracted from all.
+        chunk: the most images at a time.
     """
     common = train_features.mean(axis=0)
     train, own = train_features - common, features - common
     for centered in (train, own):
         centered /= np.maximum(np.linalg.norm(centered, axis=1, keepdims=True), 1e-12)
-    for start in range(0, len(own), CHUNK):
-        yield start, own[start : start + CHUNK] @ train.T
+    for start in range(0, len(own), chunk):
+        yield start, own[start : start + chunk] @ train.T

@@ -47,7 +47,11 @@ class Captions:
 
 
 def write_predictions(
-    path: Path, captions: Captions, nll: np.ndarray, concepts: Sequence[list[str]] | None = None
+    path: Path,
+    captions: Captions,
+    nll: np.ndarray,
+    concepts: Sequence[list[str]] | None = None,
+    retrieved: Sequence[list[str]] | None = None,
 ) -> list[dict[str, Any]]:
     """Write one JSON object a line: `image_id`, `reference`, `prediction`, `rougeL`, `nll`, `cui`. Return these.
 
@@ -56,11 +60,13 @@ def write_predictions(
         captions: of N images. Their concepts are written too, so that the file alone can be scored.
         nll: `[N]`, the negative log-likelihood of the whole reference in nats.
         concepts: those predicted for each image, written too; None: none were.
+        retrieved: ids of the images whose captions were in the prompt of each, written too; None: none were.
     """
     scores = wording_scores(tuple(captions.predictions), tuple(captions.references))["rougeL"].tolist()
     columns = (captions.image_ids, captions.references, captions.predictions, scores, nll.tolist(), captions.cuis)
     rows = [dict(zip(PREDICTION_KEYS, row, strict=True)) for row in zip(*columns, strict=True)]
-    rows = [row | {"concepts": own} for row, own in zip(rows, concepts, strict=True)] if concepts else rows
+    for name, column in {"concepts": concepts, "retrieved": retrieved}.items():
+        rows = [row | {name: own} for row, own in zip(rows, column, strict=True)] if column else rows
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, "".join(f"{to_json(row, ensure_ascii=False)}\n" for row in rows))
     return rows

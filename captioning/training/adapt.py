@@ -1,19 +1,35 @@
 """The model, loaded or built, and adapted to a run."""
 
+import json
 import logging
 from collections.abc import Iterable
+from contextlib import suppress
 from itertools import tee
+from pathlib import Path
 
 from captioning.errors import UserError
 from captioning.hub.revisions import pin_revision
 from captioning.models.captioner import Captioner
-from captioning.models.load import build_captioner, load_captioner, read_config
+from captioning.models.load import build_captioner, load_captioner, read_config, refuse_retrieved
 from captioning.models.lora import add_lora, count_learning, is_adapted, merge_adapter
+from captioning.models.optional_file import optional_file
 from captioning.training.arguments import CaptioningArguments, DataArguments, ModelArguments
 from captioning.training.decoding import warn_of_other_settings
 
 
 logger = logging.getLogger(__name__)
+
+
+def pin_retriever(model_args: ModelArguments, args: CaptioningArguments) -> None:
+    """Write the commit of the retriever, if there is one, into `args`.
+
+    Raises:
+        UserError: captions are to be retrieved, and the model takes none; of it only the config is read.
+    """
+    if args.retriever:
+        args.retriever_revision = pin_revision(args.retriever, args.retriever_revision, role="retriever")
+    if args.retrieved_captions:
+        refuse_retrieved(model_args.model_name_or_path, model_args.model_revision)
 
 
 def load_model(
@@ -41,6 +57,7 @@ def load_model(
         captioner = load_captioner(changed or name, revision, model_args.torch_dtype)
         if not args.do_train:
             warn_of_other_settings(captioner.model.generation_config, args.decoding())
+            _warn_of_other_prompts(name, revision, args.retrieved_captions)
     else:
         model_args.model_config = read_config(model_args.config_name, model_args.model_config)
         tokenizer = changed or model_args.tokenizer_name or checkpoint
@@ -48,6 +65,7 @@ def load_model(
             model_args.config_name, args.seed, tokenizer, captions, model_args.vocab_size, model_args.model_config
         )
     _adapt(captioner, model_args, args)
+    captioner.retrieved_captions = args.retrieved_captions
     captioner.set_prompt(data_args.prompt)
     data_args.prompt = captioner.prompt
     captioner.check_lengths(data_args.max_caption_length, args.max_new_tokens)
@@ -57,6 +75,14 @@ def load_model(
     elif args.do_train and captioner.loses_surface_form:
         captioner.learn_surface_form(to_write)
     return captioner
+
+
+def _warn_of_other_prompts(name: str, revision: str | None, number: int) -> None:
+    """Log that a model was trained with another number of retrieved captions, if the recipe beside it says so."""
+    with suppress(OSError, ValueError, TypeError, AttributeError):  # there is none, or one that is not ours
+        recorded = json.loads(Path(optional_file(name, "recipe.json", revision)).read_text(encoding="utf-8"))
+        if (was := recorded.get("retrieved_captions")) and was != number:
+            logger.warning("The model was trained with --retrieved_captions %s, this run has %s", was, number)
 
 
 def _adapt(captioner: Captioner, model_args: ModelArguments, args: CaptioningArguments) -> None:

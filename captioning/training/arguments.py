@@ -50,6 +50,7 @@ RANGES = LIMITS | {
     "num_samples": (2, 256),
     "sampling_temperature": (0.01, 100),
     "sampling_top_p": (0.001, 1),
+    "retrieved_captions": (0, 64),
 }
 RANGES |= dict.fromkeys((
     "data_seed", "neighbor_samples", "sampling_top_k", "caption_loss_weight",
@@ -233,6 +234,13 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
     retriever: str | None = HfArg(
         default=None, help="Hub id or folder of a vision model that finds these images. Default: the model itself."
     )
+    retriever_revision: str | None = HfArg(default=None, help="Its commit, branch or tag.")
+
+    # Captions in the prompt
+    retrieved_captions: int = HfArg(
+        default=0, help="Put the captions of so many training images, the nearest by --retriever, into each prompt."
+    )
+    retrieve_across_groups: bool = HfArg(default=False, help="Also those of images of the same --group_column.")
 
     # Evaluation, checkpoints, logs
     eval_strategy: str = HfArg(default="epoch", help="no, steps or epoch.")
@@ -332,6 +340,11 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
             raise UserError(f"concept_loss is '{self.concept_loss}'; set {' or '.join(CONCEPT_LOSSES)}")
         if self.concept_thresholds not in ("one", "each"):
             raise UserError(f"concept_thresholds is '{self.concept_thresholds}'; set one or each")
+        if self.retrieved_captions and not self.retriever:
+            raise UserError(
+                "retrieved_captions needs a model that does not change while this one learns; set --retriever to a "
+                "vision model such as facebook/dinov2-base"
+            )
         if self.dataloader_persistent_workers and not self.dataloader_num_workers:
             raise UserError("dataloader_persistent_workers needs workers; set --dataloader_num_workers to 1 or more")
 

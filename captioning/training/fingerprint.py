@@ -28,13 +28,16 @@ HASHED_IMAGES = 1000  # of a split whose bytes are hashed; of the others the siz
 BATCH_SIZE = 1000
 
 
-def fingerprint(dataset: DatasetDict, captioner: Captioner, model_args: ModelArguments) -> dict[str, Any]:
+def fingerprint(
+    dataset: DatasetDict, captioner: Captioner, model_args: ModelArguments, retriever: str | None = None
+) -> dict[str, Any]:
     """Return the digests of a run: of each split, of the vocabulary and, where it is known, of the start.
 
     Args:
         dataset: unchecked splits, as `select_splits` returned them.
         captioner: as it was loaded or built.
         model_args: with the commit or the config that it came from.
+        retriever: the digest of what finds captions for the prompts; None: nothing does.
     """
     found: dict[str, Any] = {split: _of_rows(rows) for split, rows in dataset.items()}
     found["tokenizer"] = _digest(sorted(captioner.tokenizer.get_vocab().items()))
@@ -45,7 +48,7 @@ def fingerprint(dataset: DatasetDict, captioner: Captioner, model_args: ModelArg
         found["model"] = revision
     elif os.path.isdir(name):
         found["model"] = _of_files(sorted(path for pattern in START_FILES for path in Path(name).glob(pattern)))
-    return found
+    return found | ({"retriever": retriever} if retriever else {})
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -58,8 +61,8 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             if parts:
                 rows = f"{old.get('rows')} rows before, {new['rows']} now"
                 found.append(f"split '{split}' has changed ({rows}; other {', '.join(parts)})")
-    other = [part for part in ("tokenizer", "model") if part in before and before[part] != now.get(part, before[part])]
-    return found + [f"the {part} is another" for part in other]
+    parts = [part for part in ("tokenizer", "model", "retriever") if part in before]
+    return found + [f"the {part} is another" for part in parts if before[part] != now.get(part, before[part])]
 
 
 def refuse_changes(checkpoint: str, now: Mapping[str, Any]) -> None:

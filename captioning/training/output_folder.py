@@ -25,7 +25,7 @@ from captioning.training.recipe import resolved_recipe
 logger = logging.getLogger(__name__)
 
 RESULT_FILES = ("*_results.json", "scores.json", "report.html", "predictions/*.jsonl", "submission*.*", "sample.*")
-RESULT_FILES += ("surface_form.json", "concept_head.*")  # a run without these writes none
+RESULT_FILES += ("surface_form.json", "concept_head.*", "retrieval/*")  # a run without these writes none
 # Keys of a recipe in which two runs may differ whose results stand side by side
 STAGE_FIELDS = (
     "do_train", "do_eval", "do_predict", "write_submission", "package_versions", "hardware", "code", "fingerprint",

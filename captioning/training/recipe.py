@@ -50,6 +50,7 @@ REPLACED_BY_FLAG = {
     "model_name_or_path": ("model_revision", "config_name", "model_config", "tokenizer_name"),
     "config_name": ("model_config", "model_name_or_path", "model_revision"),
     "dataset_name": ("dataset_revision",),
+    "retriever": ("retriever_revision",),
     **dict.fromkeys((*DEFAULTS, "tune_decoding"), ("tuned_decoding",)),
 }
 # Where a run's output and logs go
@@ -112,6 +113,10 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
         args.has_default_output_dir = not given
         if args.objective == "self_critical" and model_args.config_name:
             raise UserError("objective self_critical starts from a trained model; give one by --model_name_or_path")
+        if args.retrieved_captions and model_args.config_name:
+            raise UserError("retrieved_captions goes with --model_name_or_path: no model of a config takes them")
+        if args.retrieved_captions and data_args.streaming:
+            raise UserError("retrieved_captions needs the features of all images first; leave out --streaming")
         return model_args, data_args, args
     except (ValueError, TypeError, ImportError) as error:  # from the Trainer's checks of its arguments, and from ours
         raise UserError(" ".join(str(error).split())) from error

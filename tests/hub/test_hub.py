@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from families import save_vision_model
 from helpers import flags, outcome, predictions, read_json, save_captioner, score_flags, without_times
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
@@ -377,6 +378,24 @@ def test_a_hub_run_is_pinned_and_repeated_from_its_pushed_recipe(hub, home, run,
     hub.drop_history("some/data", kind="dataset")
     result = run(["hf://tester/model", "--output_dir", home / "third", "--model_revision", "main"], code=2)
     assert f"dataset 'some/data' has moved: revision {data_commit} is not there" in result.stderr
+
+
+def test_the_commit_of_a_retriever_is_pinned_and_its_local_path_is_not_pushed(hub, home, run, start, parquet_folder):
+    save_vision_model(home / "vit")
+    commit = hub.add_repository("some/vit", files_of(home / "vit"))
+    short = {"model_name_or_path": start, "max_steps": 1, "do_eval": False, "eval_strategy": "no"}
+    run(flags(None, parquet_folder, home / "run", retriever="some/vit", **short))
+    recipe = read_json(home / "run/recipe.json")
+    assert (recipe["retriever"], recipe["retriever_revision"]) == ("some/vit", commit)
+    (home / "vit/README.md").write_text("moved on")
+    hub.add_repository("some/vit", files_of(home / "vit"))
+    hub.drop_history("some/vit")
+    shutil.rmtree(home / "huggingface")
+    result = run([home / "run/recipe.json", "--output_dir", home / "again"], code=2)
+    assert f"retriever 'some/vit' has moved: revision {commit} is not there" in result.stderr
+    assert "set --retriever_revision to that commit" in result.stderr
+    run([*flags(None, parquet_folder, home / "local", retriever=home / "vit", **short), *PUSH, "end"])
+    assert json.loads(hub.files("tester/model")["recipe.json"])["retriever"] == "./vit"
 
 
 def test_an_adapter_is_pushed_without_paths_and_loaded_by_a_stranger_and_scored_again(

@@ -3,32 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from families import save_vision_model
 from helpers import make_noise
-from transformers import AutoModel, CLIPConfig, CLIPImageProcessorPil, ResNetConfig, ViTConfig, ViTImageProcessorPil
+from transformers import AutoModel
 
 from captioning.errors import UserError
 from captioning.models import retriever as module
 from captioning.models.retriever import Retriever
-
-
-SHAPE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
-PIXELS = dict(image_size=32, patch_size=8)
-CONFIGS = {
-    "vit": ViTConfig(**SHAPE, **PIXELS),
-    "clip": CLIPConfig(vision_config=SHAPE | PIXELS, text_config=SHAPE, projection_dim=16),
-    "resnet": ResNetConfig(embedding_size=8, hidden_sizes=[8, 24], depths=[1, 1]),
-}
-
-
-def save_vision_model(folder, kind="vit"):
-    torch.manual_seed(0)
-    AutoModel.from_config(CONFIGS[kind]).save_pretrained(folder)
-    side = {"height": 32, "width": 32}
-    processor = ViTImageProcessorPil(size=side)
-    if kind == "clip":
-        processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=side)
-    processor.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.mark.parametrize(("kind", "width"), [("vit", 32), ("clip", 16), ("resnet", 24)])

@@ -107,6 +107,7 @@ def test_a_retriever_finds_the_neighbors_in_place_of_the_model(finished, few_pha
 
     monkeypatch.setattr(Retriever, "features", features)
     monkeypatch.setattr(Retriever, "from_pretrained", lambda *args: Retriever.__new__(Retriever))
+    monkeypatch.setattr(Retriever, "digest", lambda self: "that of the concepts")
     more = {"num_beams": 1, "max_new_tokens": 8, "do_predict": False, "retriever": tmp_path}
     run_captioning.main(score_flags(folder, few_phantoms, tmp_path / "run", **more))
     scores = read_json(tmp_path / "run" / "scores.json")["validation"]["concept_detection"]["systems"]

@@ -70,12 +70,21 @@ def corner(row, column, side=6):
 
 
 def make_page(
-    folder, rows, log=(), scores=None, images=None, modalities=None, attention=None, num_tokens=None, **recipe
+    folder,
+    rows,
+    log=(),
+    scores=None,
+    images=None,
+    modalities=None,
+    attention=None,
+    num_tokens=None,
+    retrieved=(),
+    **recipe,
 ):
     """Write the page of a run into `folder`, and return this."""
     images, modalities = images or [make_noise()] * len(rows), modalities or ["CT"] * len(rows)
     record = make_record(folder, rows, log, scores, **recipe)
-    write_report(record, "test", images, modalities, attention or {}, num_tokens)
+    write_report(record, "test", images, modalities, attention or {}, num_tokens, retrieved)
     return folder
 
 
@@ -194,6 +203,17 @@ def ids(page):
 
 
 # --- What the page says ---------------------------------------------------------------------------------------
+
+
+def test_retrieved_captions_stand_under_the_caption_whose_prompt_they_were_in(tmp_path, open_page):
+    retrieved = [[("train_7", HOSTILE[0]), ("train_2", "An effusion")], [("train_2", "An effusion")], []]
+    tab = open_page(make_page(tmp_path, make_predictions(3), retrieved=retrieved))
+    assert texts(tab, "#cards .card:nth-child(1) .label")[-2:] == ["In the prompt: train_7", "In the prompt: train_2"]
+    assert texts(tab, "#cards .card:nth-child(1) .caption")[-2:] == [HOSTILE[0], "An effusion"]
+    assert not tab.query_selector(".card:nth-child(1) .caption:last-of-type mark")
+    assert texts(tab, "#cards .card:nth-child(2) .label")[-1:] == ["In the prompt: train_2"]
+    assert texts(tab, "#cards .card:nth-child(3) .label") == ["Reference", "Prediction"]
+    assert tab.evaluate("window.hacked") is None
 
 
 def test_header_names_the_run_and_its_verdict_without_a_folder_of_the_machine(page):

@@ -1,0 +1,167 @@
+"""Captions of similar images in the prompt: what each family makes of them, in any batch, against stock.
+
+The prompts are written out here, and nothing but the processor and the model is asked for what is expected.
+"""
+
+import re
+
+import pytest
+import torch
+from families import FAMILIES, save_tiny
+from helpers import make_noise
+from transformers import GenerationConfig
+
+from captioning.errors import UserError
+from captioning.models.image_text_to_text import RETRIEVED_TOKENS
+from captioning.models.load import load_captioner, refuse_retrieved
+
+
+ASK = "Write a caption for this radiology image."
+CHAT = "user: {}IMAGE" + ASK + "\nassistant:"
+QWEN = CHAT.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
+# By family, the whole prompt; {} is the place of retrieved captions
+PROMPTS = {
+    "llava": "USER: {}<image>\n" + ASK + " ASSISTANT:",
+    "llava_onevision": CHAT.replace("IMAGE", "<image>"),
+    "qwen2_5_vl": QWEN,
+    "qwen3_vl": QWEN,
+    "gemma3": "<s>" + CHAT.replace("IMAGE", "<start_of_image>"),
+    "idefics3": CHAT.replace("IMAGE", "<image>"),
+    "smolvlm": CHAT.replace("IMAGE", "<image>"),
+}
+RETRIEVED = [["An effusion"], ["A large cyst at the left lower pole", "No abnormality", "Chest radiograph"], []]
+WRITTEN = [
+    "Captions of similar images:\n- An effusion\n",
+    "Captions of similar images:\n- A large cyst at the left lower pole\n- No abnormality\n- Chest radiograph\n",
+    "",
+]
+CAPTIONS = ["A nodule", "Renal ultrasound shows an effusion", "Normal"]
+BEAMS = GenerationConfig(num_beams=3, max_new_tokens=8, do_sample=False)
+
+
+@pytest.fixture(scope="module", params=PROMPTS)
+def captioner(request, tmp_path_factory):
+    captioner = load_captioner(str(save_tiny(request.param, tmp_path_factory.mktemp("tiny"))))
+    captioner.model.eval()
+    captioner.name = request.param
+    return captioner
+
+
+@pytest.fixture(scope="module")
+def images():
+    return [make_noise(seed, size) for seed, size in enumerate([(40, 60), (60, 60), (60, 30)])]
+
+
+def batch_of(captioner, images, retrieved, captions=CAPTIONS):
+    return captioner.collate(images, captioner.tokenize(captions, 40)[0], retrieved)
+
+
+def stock_inputs(captioner, image, written):
+    text = PROMPTS[captioner.name].format(written)
+    begins = {"add_special_tokens": False} if text.startswith("<s>") else {}
+    inputs = dict(captioner.processor(images=[[image.convert("RGB")]], text=[text], **begins, return_tensors="pt"))
+    if captioner.name != "gemma3":
+        inputs.pop("token_type_ids", None)
+    return inputs
+
+
+def test_each_row_is_read_as_stock_reads_it_alone_whatever_stands_in_the_other_prompts(captioner, images):
+    with torch.no_grad():
+        batch = batch_of(captioner, images, RETRIEVED)
+        nll = captioner.caption_nll(captioner.encode_images(batch), batch)
+        tokens = captioner.generate(captioner.encode_images(batch), BEAMS).numpy()
+        features = captioner.image_features(captioner.encode_images(batch))
+        for row, image in enumerate(images):
+            own = slice(row, row + 1)
+            alone = batch_of(captioner, images[own], RETRIEVED[own], CAPTIONS[own])
+            for name in ("input_ids", "labels"):
+                kept = batch["attention_mask"][row].bool()
+                assert batch[name][row][kept].tolist() == alone[name][0].tolist()
+            encoded = captioner.encode_images(alone)
+            assert float(nll[row]) == pytest.approx(float(captioner.caption_nll(encoded, alone)), rel=1e-5)
+            torch.testing.assert_close(features[own], captioner.image_features(encoded), rtol=1e-4, atol=1e-5)
+
+            inputs = stock_inputs(captioner, image, WRITTEN[row])
+            number, ends = inputs["input_ids"].shape[1], captioner.end_token_ids
+            assert alone["input_ids"][0, :number].tolist() == inputs["input_ids"][0].tolist()
+            pad = captioner.tokenizer.pad_token_id
+            stock = captioner.model.generate(
+                **inputs, num_beams=3, max_new_tokens=8, eos_token_id=ends, pad_token_id=pad
+            )
+            written = captioner.without_padding(stock[0, number:].numpy()).tolist()
+            assert captioner.without_padding(tokens[row]).tolist() == written
+            labels = alone["labels"][:, number:]
+            more = {"input_ids": labels, "attention_mask": torch.ones_like(labels)}
+            more |= {name: torch.zeros_like(labels) for name in ("token_type_ids", "mm_token_type_ids")}
+            whole = {name: torch.cat([inputs[name], more[name]], dim=1) for name in more if name in inputs}
+            whole["labels"] = torch.cat([torch.full_like(inputs["input_ids"], -100), labels], dim=1)
+            loss = captioner.model(**inputs | whole).loss
+            assert float(nll[row]) == pytest.approx(float(loss) * labels.shape[1], rel=1e-5)
+
+
+def test_retrieved_captions_change_what_is_predicted(captioner, images):
+    with torch.no_grad():
+        found = []
+        for retrieved in (RETRIEVED, RETRIEVED[::-1]):
+            batch = batch_of(captioner, images, retrieved)
+            found.append(captioner.caption_nll(captioner.encode_images(batch), batch))
+    assert abs(float(found[0][0] - found[1][0])) > 1e-3 and abs(float(found[0][2] - found[1][2])) > 1e-3
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-5, atol=0)
+
+
+def test_samples_of_self_critical_training_are_scored_behind_the_same_prompts(captioner, images):
+    batch = batch_of(captioner, images, RETRIEVED)
+    rows = captioner.tokenize([*CAPTIONS, "B", "C c", "D"], 40)[0]
+    with torch.no_grad():
+        nll = captioner.nll_of_captions(captioner.model, batch, rows)
+        expected = captioner.caption_nll(captioner.encode_images(batch), batch)
+    torch.testing.assert_close(nll[:3], expected, rtol=1e-5, atol=0)
+
+
+def test_without_retrieved_captions_a_batch_is_what_it_was(captioner, images):
+    none = batch_of(captioner, images, [[], [], []])
+    plain = captioner.collate(images, captioner.tokenize(CAPTIONS, 40)[0])
+    assert none.keys() == plain.keys()
+    assert all(torch.equal(none[name], plain[name]) for name in plain)
+
+
+def test_special_tokens_and_line_breaks_in_a_retrieved_caption_do_no_harm(captioner, images):
+    tokens = [str(token) for token in (*captioner._image_tokens(), captioner.tokenizer.eos_token)]
+    hostile = f"A {tokens[0]}nodule\n\n- {' '.join(tokens)} on the {tokens[0][:3]}{tokens[0]}{tokens[0][3:]} left"
+    plain = f"A nodule - on the {tokens[0][:3]} {tokens[0][3:]} left"
+    found, expected = (batch_of(captioner, images, [[text], [], []]) for text in (hostile, plain))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_long_retrieved_caption_is_cut_so_that_the_lengths_that_were_checked_hold(captioner, images):
+    plain, long = captioner.prompt_length, "left renal cyst " * 99
+    captioner.retrieved_captions = 2
+    try:
+        image = make_noise(0, (64, 64))  # that of which the prompt is measured
+        number = captioner.collate([image], [[]], [[long, long]])["input_ids"].shape[1]
+        assert number > plain + RETRIEVED_TOKENS * 2
+        with pytest.raises(UserError, match=r"tokens of prompt .* or less or fewer --retrieved_captions") as error:
+            captioner.check_lengths(1, 512 - plain)
+        most = int(re.search(r"max_new_tokens to (\d+)", str(error.value))[1])
+        captioner.check_lengths(1, most)
+        assert 512 - 32 < number + most <= 512 + 1, "a row without a caption has one padding token"
+    finally:
+        captioner.retrieved_captions = 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_whose_prompt_has_no_known_place_for_them_are_one_line(family, tmp_path):
+    folder = str(save_tiny(family, tmp_path))
+    if family in PROMPTS:
+        refuse_retrieved(folder)
+        return
+    with pytest.raises(UserError, match=r"^a [\w-]+ takes no retrieved captions, only llava, .*smolvlm; leave out --"):
+        refuse_retrieved(folder)
+
+
+def test_a_chat_template_without_a_known_place_is_one_line(tmp_path):
+    captioner = load_captioner(str(save_tiny("qwen3_vl", tmp_path)))
+    captioner.retrieved_captions = 1
+    captioner.processor.chat_template = captioner.processor.chat_template.replace("<|vision_start|>", "")
+    with pytest.raises(UserError, match=r"has no '<\|vision_start\|>', before which retrieved captions are written"):
+        captioner.set_prompt(None)
