@@ -47,6 +47,7 @@ def main(arguments) -> bool:
 def measure_apart(arguments, variant: str, batch_size: int) -> tuple[int, int]:
     """Return `measure_here` of a process of its own."""
     command = [sys.executable, __file__, "--device", arguments.device, "--dtype", arguments.dtype]
+    command += ["--model", arguments.model]
     command += ["--batch_size", str(batch_size), "--variant", variant] + ["--quick"] * arguments.quick
     # Blocks of this size and above go back to the system when they are freed: the peak is that of what is in use
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}

@@ -17,7 +17,7 @@ import torch
 from measure import TextlessCaptioner, build_captioner, make_batch, now, parser, report
 
 from captioning.models.captioner import Captioner
-from captioning.models.fast_blip.decoding import project_images
+from captioning.models.fast_blip.decoder import project_images
 from captioning.training.decoding import DEFAULT_GRID, DEFAULTS, generation_config, settings_of_grid
 
 

@@ -23,13 +23,8 @@ from transformers.utils import ModelOutput
 
 from captioning.errors import UserError, as_user_error
 from captioning.models.captioner import GENERATE_CODE, IGNORE_INDEX, Batch, Captioner, CardFacts, sum_nll
-from captioning.models.fast_blip.decoding import (
-    CaptionDecoder,
-    CrossAttention,
-    can_decode,
-    decode_captions,
-    project_images,
-)
+from captioning.models.fast_blip.decoder import CrossAttention, decoder_class, project_images
+from captioning.models.fast_blip.decoding import can_decode, decode_captions
 from captioning.models.fast_blip.modules import has_shipped_layers, use_fast_blip
 from captioning.models.fast_blip.packed_weights import packed_weights
 from captioning.models.fast_blip.pixel_values import fast_pixel_values
@@ -375,7 +370,7 @@ class BlipCaptioner(Captioner):
 
     @property
     def _decodes_fast(self) -> bool:
-        """Whether `decoding.py` may call the parts of the text decoder's layers instead of the layers."""
+        """Whether `decoder.py` may call the parts of the text decoder's layers instead of the layers."""
         decoder = self.model.text_decoder
         return self.fast and not decoder.training and has_shipped_layers(decoder)
 
@@ -410,7 +405,7 @@ class BlipCaptioner(Captioner):
                 rows = slice(row, row + step)
                 length = int(batch["attention_mask"][rows].sum(dim=1).max())
                 images = [(keys[rows], values[rows]) for keys, values in cross_attention]
-                hidden = CaptionDecoder(decoder, images, length).read(input_ids[rows, :length])
+                hidden = decoder_class(labels.device)(decoder, images, length).read(input_ids[rows, :length])
                 logits.append(decoder.cls(hidden[:, :-1][predicts[rows, : length - 1]]))
             logits = torch.cat(logits)
         return self._nll(logits, labels)

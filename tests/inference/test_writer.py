@@ -8,7 +8,7 @@ import pytest
 import torch
 from families import save_tiny
 from helpers import make_noise, make_rows, save_captioner, stock_copy
-from transformers import GenerationConfig
+from transformers import GenerationConfig, RepetitionPenaltyLogitsProcessor
 
 from captioning.data.images import open_image
 from captioning.errors import UserError
@@ -17,6 +17,7 @@ from captioning.inference.page_parts import details
 from captioning.inference.writer import Writer, Written
 from captioning.models.captioner import WatchTokens
 from captioning.models.concept_head import ConceptHead
+from captioning.models.fast_blip import decoder
 
 
 BEAMS = {"num_beams": 3, "max_new_tokens": 10}
@@ -88,8 +89,10 @@ def test_fast_alternatives_are_those_of_stock(captioner):
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_fast_code_shows_the_steps_of_stock(captioner, num_beams):
+def test_fast_code_shows_the_steps_of_stock(captioner, num_beams, kind, monkeypatch):
+    monkeypatch.setattr(decoder, "FIXED_SHAPE_ON", {"cpu"} if kind == "cuda" else set())
     config, steps = GenerationConfig(num_beams=num_beams, max_new_tokens=10, do_sample=False), {True: [], False: []}
     for fast, shown in steps.items():
         captioner.adapt(fast=fast)
@@ -102,6 +105,22 @@ def test_fast_code_shows_the_steps_of_stock(captioner, num_beams):
     assert steps[True][0] == greedy[0].tolist(), "the most probable beam"
     if num_beams == 1:
         assert steps[True] == [last[:length] for length in range(1, 10)]
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_nothing_is_shown_after_the_end(captioner, kind, monkeypatch):
+    monkeypatch.setattr(decoder, "FIXED_SHAPE_ON", {"cpu"} if kind == "cuda" else set())
+    captioner.adapt(fast=True)
+    end, shown = captioner.end_token_id, []
+
+    def end_after_three(self, input_ids, scores):
+        return scores if input_ids.shape[1] < 4 else scores.index_fill(1, torch.tensor([end]), 99.0)
+
+    monkeypatch.setattr(RepetitionPenaltyLogitsProcessor, "__call__", end_after_three)
+    encoded = captioner.encode_images(captioner.collate([make_noise(3)], [captioner.prompt_row]))
+    config = GenerationConfig(max_new_tokens=20, do_sample=False, repetition_penalty=1.1)
+    tokens = captioner.generate(encoded, config, WatchTokens(lambda tokens: shown.append(len(tokens))))
+    assert tokens.shape == (1, 4) and shown == [1, 2, 3]
 
 
 def test_a_closed_iterator_stops_the_model(model):

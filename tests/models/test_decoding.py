@@ -1,15 +1,23 @@
 """The fast path decodes the tokens of stock `generate`, and each image only until its own caption is finished."""
 
+import contextlib
 import copy
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import make_batch, stock_copy
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import GenerationConfig
 
 from captioning.data.images import open_image
-from captioning.models.fast_blip.decoding import CaptionDecoder, can_decode, decode_captions, project_images
+from captioning.models.captioner import DrawTokens, WatchTokens
+from captioning.models.fast_blip import decoder as decoders
+from captioning.models.fast_blip.decoder import CaptionDecoder, FixedShapeDecoder, project_images
+from captioning.models.fast_blip.decoding import can_decode, decode_captions
 from captioning.models.fast_blip.packed_weights import packed_weights
 
 
@@ -69,6 +77,13 @@ def text_decoded(model, pixel_values, prompt=None, **settings):
     return model.text_decoder.generate(start, encoder_hidden_states=embeds, **settings)
 
 
+@pytest.fixture(params=[CaptionDecoder, FixedShapeDecoder])
+def both(request, monkeypatch):
+    """Run a test with the decoder of CPUs and with that of GPUs, on the CPU."""
+    monkeypatch.setattr(decoders, "FIXED_SHAPE_ON", {"cpu"} if request.param is FixedShapeDecoder else set())
+    return request.param
+
+
 @pytest.fixture
 def decoded(monkeypatch):
     """The shapes `[images, rows]` of the tokens that each call of a `CaptionDecoder` gets."""
@@ -116,9 +131,9 @@ def draw_settings(draw: random.Random, beams: int | None = None) -> dict:
 @pytest.mark.parametrize(
     "seeds", [range(24), pytest.param(range(24, 96), marks=pytest.mark.slow)], ids=["few", "many"]
 )
-def test_tokens_are_those_of_stock_for_any_settings(build, decoded, seeds):
+def test_tokens_are_those_of_stock_for_any_settings(build, decoded, seeds, both):
     """Random models, images, prompts and settings; the sample holds the cases in which the two could part."""
-    various = left_early = 0
+    various = left_early = ran_on = 0
     for seed in seeds:
         draw = random.Random(seed)
         model = build(seed % 16, end_bias=draw.choice([0, 3, 4, 5, 6]))
@@ -134,12 +149,16 @@ def test_tokens_are_those_of_stock_for_any_settings(build, decoded, seeds):
         assert torch.equal(decode(model, pixel_values, prompt, **settings), expected), (seed, settings)
         various += len(set(caption_lengths(expected, model))) > 1
         left_early += decoded[-1][0] < batch
+        ran_on += len(decoded) > expected.shape[1] - (1 if prompt is None else prompt.shape[1] - 1)
     assert various > len(seeds) / 4, "hardly a batch has captions of different lengths"
-    assert left_early > len(seeds) / 4, "hardly a batch has images that finish before others"
+    if both is FixedShapeDecoder:
+        assert not left_early and ran_on > len(seeds) / 8, "hardly a batch is finished between two looks"
+    else:
+        assert left_early > len(seeds) / 4, "hardly a batch has images that finish before others"
 
 
 @pytest.mark.parametrize("prompted", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_tokens_of_a_trained_model_are_those_of_stock(trained, prompted):
+def test_tokens_of_a_trained_model_are_those_of_stock(trained, prompted, both):
     model, batch = trained
     pixel_values = batch["pixel_values"]
     prompt = batch["input_ids"][:, :5] if prompted else None  # each image has its own
@@ -164,7 +183,7 @@ def test_tokens_of_a_trained_model_are_those_of_stock(trained, prompted):
     ],
     ids=lambda settings: "-".join(settings),
 )
-def test_less_usual_settings_mean_what_they_mean_in_stock(build, settings, num_beams):
+def test_less_usual_settings_mean_what_they_mean_in_stock(build, settings, num_beams, both):
     model, pixel_values = build(1, end_bias=4), images(build(1), 6)
     settings = {"max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": 3, "num_beams": num_beams} | settings
     torch.manual_seed(0)
@@ -174,7 +193,7 @@ def test_less_usual_settings_mean_what_they_mean_in_stock(build, settings, num_b
 
 
 @pytest.mark.parametrize("stopping", [False, True, "never"])
-def test_one_search_serves_all_length_penalties(build, decoded, stopping):
+def test_one_search_serves_all_length_penalties(build, decoded, stopping, both):
     model, penalties = build(1, end_bias=4), [-2.0, 0.0, 1.0, 4.0]
     settings = {"num_beams": 3, "max_new_tokens": 20, "early_stopping": stopping}
     pixel_values = images(model, 9)
@@ -187,7 +206,7 @@ def test_one_search_serves_all_length_penalties(build, decoded, stopping):
     assert len(texts) > 1 and num_steps < (len(decoded) - num_steps) / 2
 
 
-def test_beams_go_on_where_all_of_the_likeliest_tokens_are_ends(build):
+def test_beams_go_on_where_all_of_the_likeliest_tokens_are_ends(build, both):
     model, ends = build(1, end_bias=8), [3, 9, 11]
     with torch.no_grad():
         model.text_decoder.cls.predictions.bias[ends[1:]] += 8
@@ -241,7 +260,7 @@ def test_an_image_leaves_the_batch_when_it_is_finished(build, decoded, num_beams
 
 
 @torch.no_grad()
-def test_an_image_is_projected_once_for_scoring_and_all_beams(captioner):
+def test_an_image_is_projected_once_for_scoring_and_all_beams(captioner, both):
     captioner.adapt(fast=True)
     batch, shapes = make_batch(captioner.model, number=3), []
     layers = captioner.model.text_decoder.bert.encoder.layer
@@ -255,6 +274,195 @@ def test_an_image_is_projected_once_for_scoring_and_all_beams(captioner):
     assert shapes == [(3, 17)] * 2 * len(layers)
     assert torch.equal(captioner.caption_nll(encoded, batch), nll)
     assert torch.equal(captioner.generate(encoded, config), captions), "the first call has changed the encoded images"
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations for which the CPU would wait for a GPU: a value, or a shape, depends on its results.
+
+    A bool index is one: it calls `nonzero`. So is a tensor of Python's numbers, which is copied to the GPU.
+    """
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "lift_fresh")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+        self.reads = _Reads(self.found)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
+        if name in self.NAMES or any(index is not None and index.dtype == torch.bool for index in indices):
+            self.found.append(name)
+        return func(*args, **kwargs or {})
+
+
+class _Reads(TorchFunctionMode):
+    """Finds what a CPU's tensors are read by without an operation."""
+
+    def __init__(self, found):
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in ("tolist", "numpy", "cpu"):
+            self.found.append(func.__name__)
+        return func(*args, **kwargs or {})
+
+
+def num_waits(model, pixel_values, **settings):
+    waits = Waits()
+    with waits, waits.reads:
+        decode(model, pixel_values, eos_token_id=None, **settings)
+    return waits.found
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 1},
+        {"num_beams": 3},
+        {"num_beams": 3, "no_repeat_ngram_size": 2, "repetition_penalty": 1.3, "suppress_tokens": [7, 9]},
+        {"num_beams": 2, "length_penalties": [-1.0, 1.0, 2.0]},
+        {"num_return_sequences": 3, "do_sample": True},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+def test_a_gpu_is_waited_for_once_in_eight_tokens(build, settings, monkeypatch):
+    """Captions that never end: 24 tokens more are three looks more, and nothing else is waited for."""
+    monkeypatch.setattr(decoders, "FIXED_SHAPE_ON", {"cpu"})
+    model, found = build(1), []
+    for length in (10, 34):
+        if "do_sample" in settings:
+            draw = DrawTokens(GenerationConfig(temperature=0.9, top_k=40, top_p=0.85), torch.rand(9, length))
+            settings = settings | {"logits_processor": [draw]}
+        found.append(num_waits(model, images(model, 3), max_new_tokens=length, **settings))
+    assert FixedShapeDecoder.look_every == 8
+    assert len(found[1]) - len(found[0]) == 3, [sorted(names) for names in found]
+
+
+def test_waits_are_counted(build, monkeypatch):
+    """The decoder of CPUs looks at each token; a processor that reads its tokens is seen."""
+    model, pixel_values = build(1), images(build(1), 3)
+    grown = [len(num_waits(model, pixel_values, max_new_tokens=length)) for length in (10, 34)]
+    assert grown[1] - grown[0] >= 24
+    monkeypatch.setattr(decoders, "FIXED_SHAPE_ON", {"cpu"})
+    shown = num_waits(model, pixel_values, max_new_tokens=10, logits_processor=[WatchTokens(torch.Tensor.tolist)])
+    assert shown.count("tolist") == 9
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_a_step_of_fixed_shape_reads_and_writes_the_same_tensors_each_time(build, num_beams, monkeypatch):
+    """What a CUDA graph repeats: no shape and no address changes from step to step but those of the logits."""
+    monkeypatch.setattr(decoders, "FIXED_SHAPE_ON", {"cpu"})
+    step, seen = FixedShapeDecoder._step, []
+
+    def record(self):
+        state = [self.tokens, self.parents, self.visible, self.position, self.slots]
+        state += [tensor for tensors in (*self.cache, *self.cross_attention) for tensor in tensors]
+        seen.append([(tensor.data_ptr(), tensor.shape) for tensor in state])
+        return step(self)
+
+    monkeypatch.setattr(FixedShapeDecoder, "_step", record)
+    model = build(1, end_bias=6)
+    decode(model, images(model, 9), num_beams=num_beams, max_new_tokens=20)
+    assert len(seen) > 4 and all(found == seen[0] for found in seen)
+
+
+class Graph:
+    """Plays a `torch.cuda.CUDAGraph`: what is captured is not done until it is replayed, on the same memory."""
+
+    def __init__(self):
+        self.calls, self.before, self.replays = [], [], 0
+
+    def pool(self):
+        return 1
+
+    def capture_begin(self, pool=None, capture_error_mode="global"):
+        assert capture_error_mode == "thread_local"
+        self.mode = Recorder(self)
+        self.mode.__enter__()
+
+    def capture_end(self):
+        self.mode.__exit__(None, None, None)
+        for tensor, value in reversed(self.before):
+            tensor.copy_(value)
+
+    def replay(self):
+        self.replays += 1
+        for func, args, kwargs, made in self.calls:
+            found = func(*args, **kwargs)
+            if not func._schema.is_mutable:
+                for old, new in zip(tree_leaves(made), tree_leaves(found), strict=True):
+                    old.copy_(new)
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self, graph):
+        super().__init__()
+        self.graph = graph
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        assert func.overloadpacket.__name__ not in Waits.NAMES, "a recording must not wait"
+        written = [arg for arg, of in zip(args, func._schema.arguments, strict=False) if of.alias_info and of.is_write]
+        self.graph.before += [(tensor, tensor.clone()) for tensor in written]
+        made = func(*args, **kwargs)
+        is_view = any(output.alias_info for output in func._schema.returns) and not func._schema.is_mutable
+        if not is_view:  # a view stays one when its base changes
+            self.graph.calls.append((func, args, kwargs, made))
+        return made
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Let the decoder of GPUs record its steps on the CPU; the graphs that it records."""
+    made = []
+
+    def make():
+        made.append(Graph())
+        return made[-1]
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    cuda = {"Stream": lambda _: stream, "current_stream": lambda _: stream, "CUDAGraph": make}
+    cuda["stream"] = lambda stream: contextlib.nullcontext()
+    for name, fake in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(decoders, "FIXED_SHAPE_ON", {"cpu"})
+    monkeypatch.setattr(decoders, "GRAPHS_ON", {"cpu"})
+    monkeypatch.setattr(FixedShapeDecoder, "_last", {})
+    return made
+
+
+@pytest.mark.parametrize("settings", [{"num_beams": 1}, {"num_beams": 3, "no_repeat_ngram_size": 2}])
+def test_recorded_steps_write_the_tokens_of_stock(build, decoded, graphs, settings):
+    model = build(1, end_bias=5)
+    for seed, number in ((0, 9), (1, 9), (2, 4)):
+        pixel_values = images(model, number, seed)
+        expected = model.generate(pixel_values, max_new_tokens=20, **settings)
+        decoded.clear()
+        assert torch.equal(decode(model, pixel_values, max_new_tokens=20, **settings), expected)
+        assert len(decoded) == 3, "the prompt, the first step, and the recording of the second"
+    assert len(graphs) == 3 and all(graph.replays > 3 for graph in graphs)
+
+
+def test_slots_that_are_not_written_yet_may_hold_anything(build, monkeypatch):
+    monkeypatch.setattr(decoders, "FIXED_SHAPE_ON", {"cpu"})
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *shape: self.new_full(shape, float("nan")))
+    model, settings = build(1), {"num_beams": 3, "max_new_tokens": 12}
+    pixel_values = images(model, 3)
+    assert torch.equal(decode(model, pixel_values, **settings), model.generate(pixel_values, **settings))
+
+
+@torch.no_grad()
+def test_samples_are_those_of_stock(captioner, both):
+    batch = make_batch(captioner.model, number=4)
+    config = GenerationConfig(do_sample=True, temperature=0.9, top_k=40, top_p=0.85)
+    uniforms, found = torch.rand(4, 3, 20, generator=torch.Generator().manual_seed(0)), []
+    for fast in (True, False):
+        captioner.adapt(fast=fast)
+        found.append(captioner.sample(captioner.encode_images(batch), config, uniforms))
+    assert torch.equal(*found) and len(set(map(str, found[0].tolist()))) == 4
 
 
 # --- Packed weights -------------------------------------------------------------------------------------------
@@ -328,7 +536,7 @@ def test_half_precision_and_replaced_forwards_are_not_packed_nor_anything_withou
 # --- The decoder ----------------------------------------------------------------------------------------------
 
 
-def test_hidden_states_of_captions_are_those_of_stock(model, collator, splits):
+def test_hidden_states_of_captions_are_those_of_stock(model, collator, splits, both):
     """All positions that are not padding, with captions of very different lengths in one batch."""
     batch = collator([splits["train"][i] for i in range(10)])
     stock = stock_copy(model).text_decoder
@@ -337,7 +545,7 @@ def test_hidden_states_of_captions_are_those_of_stock(model, collator, splits):
     with torch.no_grad():
         expected = stock.bert(**inputs, encoder_hidden_states=image_embeds, is_decoder=True).last_hidden_state
         projected = project_images(model.text_decoder, image_embeds)
-        found = CaptionDecoder(model.text_decoder, projected, batch["input_ids"].shape[1]).read(batch["input_ids"])
+        found = both(model.text_decoder, projected, batch["input_ids"].shape[1]).read(batch["input_ids"])
     real = batch["attention_mask"].bool()
     assert 0 < real.sum() < real.numel()
     torch.testing.assert_close(found[real], expected[real], atol=1e-5, rtol=1e-5)

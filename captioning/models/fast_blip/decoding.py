@@ -6,7 +6,8 @@ What stock `generate` spends on BLIP, and how it is saved here:
   each token. Here they are computed once per image, and its beams, or samples, attend to them together.
 * It gathers the self-attention cache after each token, so that each beam's row holds the keys of its own ancestors.
   Here keys stay where they were written, and a mask says which of them are a beam's ancestors.
-* It decodes all images of a batch until the last is finished. Here a finished image leaves the batch.
+* It decodes all images of a batch until the last is finished. Here a finished image leaves the batch, on a CPU.
+* It waits for the GPU after each token, to learn whether all are finished. Here the GPU is asked after every eighth.
 
 Tokens are chosen by stock's own code: its logits processors, its stopping criteria and its rules by which beams are
 ranked and finished. So a setting means the same in both.
@@ -19,12 +20,12 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
-from transformers.models.blip.modeling_blip_text import BlipTextLayer, BlipTextLMHeadModel
+from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel
 
-from captioning.models.captioner import DrawTokens
+from captioning.models.captioner import DrawTokens, WatchTokens
+from captioning.models.fast_blip.decoder import CaptionDecoder, CrossAttention, decoder_class
 
 
-CrossAttention = list[tuple[torch.Tensor, torch.Tensor]]
 # The settings with which `decode_captions` is tested against stock
 KNOWN_SETTINGS = (
     {"do_sample", "num_beams", "num_return_sequences", "early_stopping", "length_penalty", "repetition_penalty"}
@@ -38,111 +39,6 @@ def can_decode(config: GenerationConfig, *processors: LogitsProcessor) -> bool:
     """Tell whether `decode_captions` knows all that `config` sets; it samples by a `DrawTokens` alone."""
     draws = any(isinstance(process, DrawTokens) for process in processors)
     return bool(config.do_sample) == draws and config.to_diff_dict().keys() <= KNOWN_SETTINGS
-
-
-def project_images(text_decoder: BlipTextLMHeadModel, image_embeds: torch.Tensor) -> CrossAttention:
-    """Project `image_embeds` `[B, P + 1, D]` into the keys and values of each layer's cross-attention.
-
-    Returns:
-        For each layer the keys `[B, H, d, P + 1]`, ready to be multiplied by queries from the left, and the values
-        `[B, H, P + 1, d]`.
-    """
-    projected = []
-    for layer in text_decoder.bert.encoder.layer:
-        attention = layer.crossattention.self
-        heads = (attention.num_attention_heads, attention.attention_head_size)
-        keys = attention.key(image_embeds).unflatten(-1, heads).permute(0, 2, 3, 1).contiguous()
-        values = attention.value(image_embeds).unflatten(-1, heads).transpose(1, 2).contiguous()
-        projected.append((keys, values))
-    return projected
-
-
-class CaptionDecoder:
-    """The text decoder with a cache of the keys and values of all tokens so far.
-
-    The beams of an image share one row of the cache, and each token takes one slot of it.
-
-    Args:
-        text_decoder: supplies the layers.
-        cross_attention: from `project_images`; `keep` overwrites it.
-        num_slots: the most tokens that an image can have, those of all its beams together.
-    """
-
-    def __init__(self, text_decoder: BlipTextLMHeadModel, cross_attention: CrossAttention, num_slots: int):
-        self.model, self.cross_attention = text_decoder, cross_attention
-        # Keys and values [B, H, slots, d] of each layer. Not filled: on a CPU, slots never used then take no memory
-        self.cache = [
-            tuple(values.new_empty(*values.shape[:2], num_slots, values.shape[3]) for _ in range(2))
-            for _, values in cross_attention
-        ]
-        self.used = 0  # slots
-
-    def read(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the last hidden states `[B, N, D]` of captions or prompts `[B, N]`, padded on the right.
-
-        Padding needs no mask: attention is causal, so no token attends to what follows it.
-        """
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        return self(tokens, positions, (positions <= positions[:, None])[None])
-
-    def __call__(self, tokens: torch.Tensor, positions: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        """Decode N more tokens of each image, which take the next N slots of the cache.
-
-        Args:
-            tokens: `[B, N]`: a prompt of N tokens, or the last token of each of N beams.
-            positions: `[N]`, or one for all N, in their captions.
-            visible: bool `[B or 1, N, slots]`, the slots that each token attends to, its own among them.
-
-        Returns:
-            The last hidden states `[B, N, D]`.
-        """
-        start, self.used = self.used, self.used + tokens.shape[1]
-        hidden = self.model.bert.embeddings(input_ids=tokens, position_ids=positions[None])
-        mask = torch.zeros(visible.shape, dtype=hidden.dtype, device=hidden.device)
-        mask = mask.masked_fill_(~visible, float("-inf"))[:, None]
-        for index, layer in enumerate(self.model.bert.encoder.layer):
-            hidden = self._layer(layer, index, hidden, start, mask)
-        return hidden
-
-    def _layer(
-        self, layer: BlipTextLayer, index: int, hidden: torch.Tensor, start: int, mask: torch.Tensor
-    ) -> torch.Tensor:
-        attention = layer.attention.self
-        heads = (attention.num_attention_heads, attention.attention_head_size)
-        query, key, value = (
-            linear(hidden).unflatten(-1, heads).transpose(1, 2)
-            for linear in (attention.query, attention.key, attention.value)
-        )
-        keys, values = (tensor[:, :, : self.used] for tensor in self.cache[index])
-        keys[:, :, start:], values[:, :, start:] = key, value
-        context = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
-        hidden = layer.attention.output(context.transpose(1, 2).flatten(2), hidden)
-
-        # One product for all beams of an image; for so few rows a fused kernel is not faster
-        attention = layer.crossattention.self
-        query = attention.query(hidden).unflatten(-1, heads).transpose(1, 2)
-        image_keys, image_values = self.cross_attention[index]
-        weights = torch.matmul(query / heads[1] ** 0.5, image_keys).softmax(dim=-1)
-        context = torch.matmul(weights, image_values)
-        hidden = layer.crossattention.output(context.transpose(1, 2).flatten(2), hidden)
-        return layer.feed_forward_chunk(hidden)
-
-    def keep(self, done: torch.Tensor) -> torch.Tensor:
-        """Drop the finished images, bool `done` `[B]`, and return the indices `[B']` of those kept, in new order.
-
-        The last images move into the places of the dropped ones, so that large tensors are not copied whole.
-        """
-        num_kept = int((~done).sum())
-        index = torch.arange(num_kept, device=done.device)
-        holes = done[:num_kept].nonzero()[:, 0]
-        movers = num_kept + (~done[num_kept:]).nonzero()[:, 0]
-        index[holes] = movers
-        for layers in (self.cross_attention, self.cache):
-            for layer, tensors in enumerate(layers):
-                for tensor in tensors:
-                    tensor[holes] = tensor[movers]
-                layers[layer] = tuple(tensor[:num_kept] for tensor in tensors)
-        return index
 
 
 def decode_captions(
@@ -168,8 +64,11 @@ def decode_captions(
     prompt, layers = input_ids[::num_rows], list(cross_attention)
     cross_attention.clear()
     length = prompt.shape[1]
-    decoder = CaptionDecoder(model, layers, length + (generation_config.max_length - length) * num_rows)
-    logits = model.cls(decoder.read(prompt)[:, -1])
+    decoder = decoder_class(prompt.device)(model, layers, length + (generation_config.max_length - length) * num_rows)
+    if any(isinstance(process, WatchTokens) for process in logits_processor):
+        decoder.look_every = 1  # nothing is shown after the end
+    logits = model.cls(decoder.read(prompt)[:, -1:]).expand(-1, num_rows, -1)
+    decoder.start(num_rows)
     rules = []
     for penalty in length_penalties or [generation_config.length_penalty]:
         rules.append(_Rules(logits_processor, stopping_criteria, copy(generation_config)))
@@ -190,20 +89,19 @@ class _Rules(NamedTuple):
 def _greedy_search(decoder: CaptionDecoder, prompt: torch.Tensor, logits: torch.Tensor, rules: _Rules) -> torch.Tensor:
     """Take the most probable token each time, as `GenerationMixin._sample` does (5.23).
 
-    Of K samples an image, it is the one that `DrawTokens` has drawn. `logits` `[B, V]` are those of the token after
-    the prompt `[B, T]`.
+    Of K samples an image, it is the one that `DrawTokens` has drawn. `logits` `[B, K, V]` are those of the token
+    after the prompt `[B, T]`.
     """
-    (batch, length), config, number = prompt.shape, rules.config, rules.config.num_return_sequences
+    (batch, start), config, number = prompt.shape, rules.config, rules.config.num_return_sequences
+    length, device = start, prompt.device
     padding = int(config._pad_token_tensor) if config._pad_token_tensor is not None else 0
-    results = torch.full((batch, number, config.max_length), padding, device=prompt.device)
+    results = torch.full((batch, number, config.max_length), padding, device=device)
     results[:, :, :length] = prompt[:, None]
-    captions = torch.arange(batch * number, device=prompt.device).view(batch, number)
+    captions = torch.arange(batch * number, device=device).view(batch, number)
     rows = captions[:, 0] // number  # of `results` that are still decoded
     ended = torch.zeros_like(captions, dtype=torch.bool)
-    visible = torch.ones(1, number, length, dtype=torch.bool, device=prompt.device)
-    itself = torch.eye(number, dtype=torch.bool, device=prompt.device)[None]
+    new_length = torch.zeros((), dtype=torch.int64, device=device)  # until the last has ended
     draws = [process for process in rules.process if isinstance(process, DrawTokens)]
-    logits = logits[:, None].expand(-1, number, -1)
     while True:
         for draw in draws:
             draw.rows = captions[rows].flatten()
@@ -211,16 +109,15 @@ def _greedy_search(decoder: CaptionDecoder, prompt: torch.Tensor, logits: torch.
         tokens = scores.argmax(dim=-1).view(-1, number).masked_fill_(ended, padding)
         results[rows, :, length] = tokens
         length += 1
+        new_length += ~ended.all()
         ended |= rules.stop(results[rows, :, :length].flatten(0, 1), None).view(-1, number)
         done = ended.all(dim=1)
-        if done.all():
-            return results.flatten(0, 1)[:, :length]
-        if done.any():
+        if decoder.someone_leaves(done, length - start, length == config.max_length):
+            if done.all():
+                return results.flatten(0, 1)[:, : start + int(new_length)]
             index = decoder.keep(done)
             rows, tokens, ended = rows[index], tokens[index], ended[index]
-        visible = torch.cat([visible, itself], dim=2)
-        position = torch.full((1,), length - 1, device=prompt.device)
-        logits = decoder.model.cls(decoder(tokens, position, visible))
+        logits = decoder.step(tokens)
 
 
 def _beam_search(
@@ -228,21 +125,18 @@ def _beam_search(
 ) -> torch.Tensor:
     """Decode as `GenerationMixin._beam_search` does (5.23) by rules that differ in the length penalty alone."""
     (batch, start), config = prompt.shape, rules[0].config
-    num_beams, num_results = config.num_beams, config.num_return_sequences
+    num_results = config.num_return_sequences
     searches = [_Beams(decoder.model, prompt, own) for own in rules]  # whose running beams are the same
     beams = searches[0]
     results = [search.finished[:, :num_results].clone() for search in searches]
     lengths = torch.zeros(len(searches), batch, num_results, dtype=torch.int64, device=prompt.device)
     rows = torch.arange(batch, device=prompt.device)  # of `results` that are still decoded
-    itself = torch.eye(num_beams, dtype=torch.bool, device=prompt.device)
-    visible = torch.ones(batch, num_beams, start, dtype=torch.bool, device=prompt.device)
-    logits = logits[:, None].expand(-1, num_beams, -1)
     while True:
         log_probs = F.log_softmax(logits.flatten(0, 1).float(), dim=-1)
         log_probs = rules[0].process(beams.running[:, :, : beams.length].flatten(0, 1), log_probs)
         (parent, *_), done = zip(*(search.step(log_probs) for search in searches), strict=True)
         done = torch.stack(done).all(dim=0)
-        if done.any():
+        if decoder.someone_leaves(done, beams.length - start, beams.length == config.max_length):
             for search, result, length in zip(searches, results, lengths, strict=True):
                 result[rows[done]] = search.finished[done, :num_results]
                 length[rows[done]] = (search.finished_parents[done, :num_results] >= 0).sum(dim=-1)
@@ -251,11 +145,8 @@ def _beam_search(
             index = decoder.keep(done)
             for search in searches:
                 search.keep(index)
-            rows, parent, visible = rows[index], parent[index], visible[index]
-        ancestors = visible.gather(1, parent[:, :, None].long().expand(-1, -1, visible.shape[2]))
-        visible = torch.cat([ancestors, itself.expand(len(rows), -1, -1)], dim=2)
-        position = torch.full((1,), beams.length - 1, device=prompt.device)
-        logits = decoder.model.cls(decoder(beams.running[:, :, beams.length - 1], position, visible))
+            rows, parent = rows[index], parent[index]
+        logits = decoder.step(beams.running[:, :, beams.length - 1], parent)
 
 
 class _Beams:

@@ -153,7 +153,7 @@ STOCK_CLASSES = {
 
 
 def has_shipped_layers(text_decoder: BlipTextLMHeadModel) -> bool:
-    """Tell whether the modules whose parts `decoding.py` calls one by one are those of this file and transformers.
+    """Tell whether the modules whose parts `decoder.py` calls one by one are those of this file and transformers.
 
     Hooks on them, or other modules in their places, would be passed over.
     """

@@ -1,0 +1,44 @@
+"""`benchmarks/gpu.sh` runs without a GPU: its table holds what each part found, also where one fails."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from captioning.files import PROJECT
+
+
+def run_gpu_sh(*words, **environment):
+    command = ["bash", "benchmarks/gpu.sh", *map(str, words)]
+    own = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=PROJECT, env=os.environ | own | environment, capture_output=True, text=True)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.slow
+def test_parts_are_run_and_their_rows_are_in_the_table(tmp_path):
+    parts = ["tokens", "gradients", "two_processes", "out_of_memory"]
+    status, _ = run_gpu_sh(tmp_path, "--device", "cpu", "--only", *parts, QUICK="1")
+    report = (tmp_path / "report.md").read_text()
+    assert status == 0, report
+    for part in parts:
+        assert f"\n| {part} | " in report and (tmp_path / f"{part}.json").exists()
+    assert "3 beams, float32: captions that differ from stock's | 0 of 4" in report
+    assert "not run: a CPU would swap" in report and "Quick: small models" in report
+
+
+@pytest.mark.slow
+def test_a_part_that_takes_too_long_is_ended_and_reported(tmp_path):
+    status, _ = run_gpu_sh(
+        tmp_path, "--quick", "--device", "cpu", "--seconds", "5.5", "--only", "tokens", "memory_base"
+    )
+    report = (tmp_path / "report.md").read_text()
+    assert status == 1 and "| tokens | failed: more than 5 s |" in report
+    assert "| memory_base | not run: no time left |" in report
+
+
+@pytest.mark.slow
+def test_no_gpu_is_one_line(tmp_path):
+    status, errors = run_gpu_sh(tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert status == 2 and errors.count("\n") == 1 and errors.startswith("error: PyTorch finds no GPU")
