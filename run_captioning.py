@@ -11,6 +11,7 @@ The first trains on ROCOv2 from the Hub, the second runs a recipe (flags win), t
 fourth repeats a published run, the fifth pushes a finished one.
 """
 
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from captioning.data.sources import dataset_commit, load_source
 from captioning.data.splits import captions_to_learn, keep_usable, sample_training, select_splits
 from captioning.data.tokenize_captions import tokenize
 from captioning.data.zenodo import concept_names
-from captioning.errors import as_user_error
+from captioning.errors import UserError, as_user_error
 from captioning.hub.client import limit_waiting
 from captioning.hub.repository import PushCheckpoints, Repository, repository_of
 from captioning.models.captioner import Captioner
@@ -35,7 +36,9 @@ from captioning.reporting.publish import push, push_finished_run
 from captioning.reporting.results import keep_split, training_for_baselines, write_page
 from captioning.reporting.run_record import SPLITS, RunRecord
 from captioning.reporting.summary import summary
+from captioning.scoring.coco import start_meteor
 from captioning.scoring.training_split import Training
+from captioning.stages import begin_stages, keep_stages, stage, time_in_words
 from captioning.training.adapt import load_model
 from captioning.training.arguments import CaptioningArguments, DataArguments, ModelArguments
 from captioning.training.concept_loss import caption_and_concept_loss, set_up_concept_head
@@ -59,6 +62,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     Raises:
         UserError: a mistake in the recipe, the data or the folders, or a push that failed; its message is one line.
     """
+    begin_stages(imported=__name__ == "__main__")
     set_up_logging()
     limit_waiting()
     if push_args := parse_push_arguments(argv):
@@ -68,7 +72,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, data_args, args = parse_arguments(argv)
     if args.push_to_hub:
         Repository(args.output_dir, args.hub_model_id)  # refuses an impossible name before anything is written
-    with own_output_dir(args) as checkpoint:
+    with own_output_dir(args) as checkpoint, keep_stages(args.output_dir, bool(checkpoint), args.should_save):
         return run(model_args, data_args, args, checkpoint)
 
 
@@ -115,6 +119,7 @@ def run(
         print(summary(metrics, record))
         if repository:
             push(repository, record, trainer)
+        print(f"\n{time_in_words()}")
     trainer.accelerator.wait_for_everyone()  # a process that ends earlier takes the launcher, and the others, with it
     trainer.accelerator.end_training()
     return metrics
@@ -123,6 +128,7 @@ def run(
 # --- Data and model -------------------------------------------------------------------------------------------
 
 
+@stage("load")
 def load_data(model_args: ModelArguments, data_args: DataArguments, args: CaptioningArguments) -> DatasetDict:
     """Load the splits that the run needs; their rows are checked later, since that takes minutes.
 
@@ -189,6 +195,7 @@ def make_trainer(
     )
 
 
+@stage("training")
 def train(trainer: CaptioningTrainer, checkpoint: str | None, merge_lora: bool) -> dict[str, float]:
     """Train, save model or adapter, processor and trainer state, and return the training metrics."""
     result = trainer.train(resume_from_checkpoint=checkpoint)
@@ -207,7 +214,10 @@ def predict(
     trainer: CaptioningTrainer, record: RunRecord, rows: Dataset, split: str, training: Training | None, page: bool
 ) -> dict[str, float]:
     """Caption and score a split; write its metrics, predictions and scores, and the page if asked for."""
-    prefix = SPLITS[split]
+    prefix, args = SPLITS[split], trainer.args
+    if args.coco_metrics and args.predict_with_generate and trainer.is_world_process_zero():
+        with suppress(UserError):  # the scores say what is missing
+            start_meteor()  # reads its tables while the model writes captions
     output = trainer.predict(rows, metric_key_prefix=prefix)
     found = output.predictions
     metrics = output.metrics | {f"{prefix}_samples": len(rows)}

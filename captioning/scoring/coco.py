@@ -6,13 +6,19 @@ be computed is named, with one line that says what is missing and how to get it.
 Nothing is downloaded, and nothing that the library prints reaches the user.
 """
 
+import atexit
+import contextlib
 import functools
 import importlib
 import itertools
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -220,7 +226,7 @@ def _rouge_l(captions: Sequence[str], references: Sequence[str]) -> np.ndarray:
 
 
 def meteor_scores(systems: Mapping[str, Sequence[str]], references: Sequence[str]) -> dict[str, Score]:
-    """Return the METEOR of each system, as `Meteor()` gives it, from one start of its jar, which takes seconds.
+    """Return the METEOR of each system, as `Meteor()` gives it, by one program for all calls: `start_meteor`.
 
     Args:
         systems: the N captions of each, from `coco_tokens`.
@@ -248,11 +254,14 @@ def _meteor_statistics(pairs: Sequence[tuple[str, str]]) -> np.ndarray:
     # "|||" separates the fields. The library removes it from predictions only: a reference with it would become two
     texts = [[one_line(text).replace("|||", "") for text in pair] for pair in pairs]
     lines = [f"SCORE ||| {reference} ||| {prediction}" for prediction, reference in texts]
-    meteor = _pycocoevalcap("meteor.meteor")
-    options = ["-jar", "-Xmx2G", meteor.METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm"]
-    rows = [line.split() for line in _java(meteor, options, lines)[:-1]]
-    if [len(row) for row in rows] != [SEGMENT_STATISTICS] * len(pairs):
-        raise UserError(WRONG_ANSWER)
+    program = start_meteor()
+    try:
+        rows = [line.split() for line in program.answers(lines)]
+        if [len(row) for row in rows] != [SEGMENT_STATISTICS] * len(pairs):
+            raise UserError(WRONG_ANSWER)
+    except BaseException:  # an interruption leaves answers unread
+        program.close()
+        raise
     table = np.array(rows, float)
     lengths, function_words = table[:, 0:2], table[:, 2:4]
     matches = table[:, 4:20].reshape(-1, 4, 2, 2)  # of each module content, then function words; of both sides
@@ -264,6 +273,59 @@ def _meteor_statistics(pairs: Sequence[tuple[str, str]]) -> np.ndarray:
     whole = (matches.sum(axis=(1, 2)) == lengths).all(axis=1) & (chunks == 1)
     chunks = np.where(whole, 0, chunks)
     return np.column_stack([weighted_matches, weighted_lengths, chunks, word_matches.mean(axis=1)])
+
+
+def start_meteor() -> "MeteorProgram":
+    """Start METEOR's program if it does not run: it reads its tables for seconds, while the caller may go on.
+
+    Raises:
+        UserError: `pycocoevalcap` or Java is not installed.
+    """
+    return _program_of(shutil.which("java"))
+
+
+@functools.cache
+def _program_of(java: str | None) -> "MeteorProgram":
+    return MeteorProgram()
+
+
+class MeteorProgram:
+    """METEOR's jar, which answers as long as this process lives. See `start_meteor`."""
+
+    def __init__(self):
+        meteor = _pycocoevalcap("meteor.meteor")
+        options = ["-jar", "-Xmx2G", meteor.METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm"]
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the program)
+        self._process = _start_java(meteor, options, self._errors)
+        atexit.register(self.close)
+
+    def answers(self, lines: Sequence[str]) -> list[str]:
+        """Return the line that the program answers to each of `lines`.
+
+        Raises:
+            UserError: it has ended by an error.
+        """
+        # Not until the end of its output: forked workers may hold its input open
+        with ThreadPoolExecutor(max_workers=1) as beside:  # else both wait when the pipes are full
+            beside.submit(self._send, "".join(f"{line}\n" for line in lines))
+            found = [self._process.stdout.readline().decode("utf-8") for _ in lines]
+        if found[-1:] == [""]:
+            self._errors.seek(0)
+            _refuse_failed(self._process.wait(), self._errors.read())
+        return found
+
+    def _send(self, text: str) -> None:
+        self._process.stdin.write(text.encode("utf-8", errors="replace"))  # JSON can hold an unpaired surrogate
+        self._process.stdin.flush()
+
+    def close(self) -> None:
+        """End the program; the next `start_meteor` starts another."""
+        _program_of.cache_clear()
+        self._process.kill()
+        self._process.wait()
+        for file in (self._process.stdin, self._process.stdout, self._errors):
+            with contextlib.suppress(BrokenPipeError):
+                file.close()
 
 
 def _meteor(sums: np.ndarray, number: int) -> np.ndarray:
@@ -291,13 +353,21 @@ def _pycocoevalcap(module: str) -> ModuleType:
 def _java(library: ModuleType, options: list[str], lines: list[str]) -> list[str]:
     """Run a jar that lies beside the module `library`, and return the lines that it answers."""
     text = "\n".join(lines).encode("utf-8", errors="replace")  # JSON can hold an unpaired surrogate
+    with _start_java(library, options, subprocess.PIPE) as run:
+        output, errors = run.communicate(text)
+    _refuse_failed(run.returncode, errors)
+    return output.decode("utf-8").split("\n")
+
+
+def _start_java(library: ModuleType, options: list[str], errors: Any) -> subprocess.Popen:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
     try:
-        run = subprocess.run(
-            ["java", *JVM_OPTIONS, *options], input=text, capture_output=True, cwd=Path(library.__file__).parent
-        )
+        return subprocess.Popen(["java", *JVM_OPTIONS, *options], cwd=Path(library.__file__).parent, **pipes)
     except OSError as error:
         raise UserError(f"`java` cannot be run ({error.strerror}): {INSTALL_JAVA}") from error
-    if run.returncode:
-        reason = " ".join(run.stderr.decode(errors="replace").split())[:200]
-        raise UserError(f"`java` failed with status {run.returncode} ({reason}): {INSTALL_JAVA}")
-    return run.stdout.decode("utf-8").split("\n")
+
+
+def _refuse_failed(status: int, errors: bytes) -> None:
+    if status:
+        reason = " ".join(errors.decode(errors="replace").split())[:200]
+        raise UserError(f"`java` failed with status {status} ({reason}): {INSTALL_JAVA}")

@@ -9,6 +9,7 @@ from captioning.hub.revisions import pin_revision
 from captioning.models.captioner import Captioner
 from captioning.models.load import build_captioner, load_captioner, read_config
 from captioning.models.lora import add_lora, count_learning, is_adapted, merge_adapter
+from captioning.stages import stage
 from captioning.training.arguments import CaptioningArguments, DataArguments, ModelArguments
 from captioning.training.decoding import warn_of_other_settings
 
@@ -16,6 +17,7 @@ from captioning.training.decoding import warn_of_other_settings
 logger = logging.getLogger(__name__)
 
 
+@stage("model")
 def load_model(
     model_args: ModelArguments,
     data_args: DataArguments,

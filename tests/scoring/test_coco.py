@@ -2,7 +2,10 @@
 
 import os
 import sys
+import time
+from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -141,7 +144,8 @@ def test_the_separator_of_meteor_in_a_caption_does_not_add_a_reference(monkeypat
     # A carriage return would add a line
     parted = [text.replace(" at ", f"{separator}at ") for separator in (" ||| ", " |||||| ", "\r")]
     sent = []
-    monkeypatch.setattr(coco, "_java", lambda library, options, lines: sent.extend(lines) or [])
+    program = SimpleNamespace(answers=lambda lines: sent.extend(lines) or [], close=lambda: None)
+    monkeypatch.setattr(coco, "start_meteor", lambda: program)
     with pytest.raises(UserError, match="answer"):
         meteor_scores({"": [*parted, *[text] * 3]}, [*[text] * 3, *parted])
     assert [line.split() for line in sent] == [f"SCORE ||| {text} ||| {text}".split()] * 6
@@ -212,6 +216,30 @@ def test_nothing_is_printed_written_or_left_running(capfd):
     assert capfd.readouterr() == ("", "")
     assert sorted(path for path in folder.rglob("*") if "__pycache__" not in path.parts) == before
     assert psutil.Process().children() == children
+
+
+@needs_java
+def test_meteor_starts_once_also_where_it_was_started_ahead_and_after_it_was_killed():
+    program = coco.start_meteor()
+    first = meteor_scores({"": ["a cyst"] * 3}, ["a large cyst", "a cyst", "none"])[""].statistics
+    assert coco.start_meteor() is program
+    program._process.kill()
+    with pytest.raises(UserError, match="status -9"):
+        meteor_scores({"": ["a cyst"] * 3}, ["a large cyst", "a cyst", "none"])
+    again = meteor_scores({"": ["a cyst"] * 3}, ["a large cyst", "a cyst", "none"])[""].statistics
+    assert (again == first).all() and coco.start_meteor() is not program
+
+
+@needs_java
+def test_meteor_answers_more_lines_than_the_pipes_hold_while_a_fork_holds_its_input_open():
+    coco.start_meteor()
+    sleeping = get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
+    sleeping.start()
+    captions = [f"a cyst of {number} mm " * 20 for number in range(600)]
+    assert len("".join(captions)) > 2**17
+    assert meteor_scores({"": captions}, captions)[""].value > 0.9
+    assert sleeping.is_alive()
+    sleeping.kill()
 
 
 @needs_library
