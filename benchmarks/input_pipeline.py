@@ -76,7 +76,8 @@ def main(arguments: argparse.Namespace) -> bool:
     print(f"{'file':<18}{'images':>7}{'decode':>8}{'+resize':>9}{'stock':>8}{'ours':>8}{'bound':>8}{'ratio':>8}")
     rows = []
     for (kind, format), files in sorted(groups.items()):
-        row = {"kind": kind, "format": format, "images": len(files)} | measure(kind, files, rounds)
+        row = {"what": f"{kind} {format}", "kind": kind, "format": format, "images": len(files)}
+        row |= measure(kind, files, rounds)
         row["reached"] = row["difference"] <= TOLERANCE and (kind not in KINDS or row["ratio"] >= TARGET)
         rows.append(row)
         print(
@@ -91,7 +92,8 @@ def main(arguments: argparse.Namespace) -> bool:
     for row in loader:
         print(f"DataLoader, {row['workers']} workers: {row['name']} {row['images_per_second']:.0f} images/s")
     if arguments.json:
-        record = {"target": TARGET, "rounds": rounds, "machine": machine(), "rows": rows, "loader": loader}
+        record = {"title": "Input pipeline", "quick": arguments.quick, "target": TARGET, "rounds": rounds}
+        record |= {"machine": machine(), "rows": rows, "loader": loader}
         Path(arguments.json).write_text(json.dumps(record, indent=2) + "\n")
     return reached or (arguments.quick and difference <= TOLERANCE)
 
@@ -236,7 +238,8 @@ def alternating_medians(steps: dict[str, Callable], rounds: int) -> dict[str, fl
 def machine() -> dict:
     versions = {module.__name__: module.__version__ for module in (np, PIL, torch, transformers)}
     codecs = {name: features.version(name) for name in ("libjpeg_turbo", "zlib_ng", "zlib")}
-    return {"processor": processor(), "versions": {"python": platform.python_version()} | versions | codecs}
+    same = {"device": processor(), "threads": 1, "dtype": "float32"}
+    return same | {"versions": {"python": platform.python_version()} | versions | codecs}
 
 
 if __name__ == "__main__":

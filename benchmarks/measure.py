@@ -167,8 +167,8 @@ def report(arguments: argparse.Namespace, title: str, rows: list[dict[str, Any]]
     Args:
         arguments: of the benchmark.
         title: what is measured.
-        rows: each with `what`, `value` as it is to be printed, and, where there is a target, `ratio` and `target`: at
-            least that much, or at most if `at_most`.
+        rows: each with `what`, `value` as it is to be printed, where there is a ratio to stock `ratio`, and, where
+            there is a target, `target`: at least that much, or at most if `at_most`.
         figures: more for the JSON.
     """
     described = machine(arguments)
@@ -176,7 +176,9 @@ def report(arguments: argparse.Namespace, title: str, rows: list[dict[str, Any]]
     reached = True
     for row in rows:
         line = f"{row['what']:<58}{row['value']:>12}"
-        if "ratio" in row:
+        if "target" not in row and "ratio" in row:
+            line += f"{row['ratio']:9.2f}x"
+        elif "ratio" in row:
             met = row["ratio"] <= row["target"] if row.get("at_most") else row["ratio"] >= row["target"]
             row["reached"] = met
             reached &= met or arguments.quick
