@@ -4,8 +4,8 @@
 
 FOLDER holds what the other scripts wrote by `--json`. Each ratio to stock, which both sides of one run share the noise
 of, is compared with the last one stored: of the same machine if there is one, else of another. Seconds are compared on
-the same machine only: the same device, threads and data type. `--store` then keeps the results, one file for each
-device, the last of each benchmark.
+the same machine only: device, threads, data type and clock. `--store` then keeps the results, one file a device, the
+last of each benchmark.
 
 The exit status is 1 if something became slower by more than a tenth.
 """
@@ -22,7 +22,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 NOISE = 1.1  # times slower
-SAME = ("device", "threads", "dtype")  # of a machine on which seconds are comparable
+SAME = ("device", "threads", "dtype", "clock")  # of a machine on which seconds are comparable
 KEPT = (*SAME, "python", "torch", "transformers")
 
 

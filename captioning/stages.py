@@ -18,6 +18,7 @@ from captioning.files import write_whole
 
 OTHER = "other"  # what is in no stage
 STAGES_FILE = "stages.json"
+BEGUN = ("training", "prediction")  # a run without any has ended before it began, and leaves no file
 LEAST_SHARE = 1  # percent of the wall time from which on `time_in_words` names a stage
 
 _open = [OTHER]
@@ -55,7 +56,7 @@ def keep_stages(folder: str, resumed: bool, should_save: bool) -> Iterator[None]
     try:
         yield
     finally:
-        if should_save:
+        if should_save and _spent.keys() & BEGUN:
             path, runs = Path(folder) / STAGES_FILE, []
             with suppress(OSError, ValueError):
                 runs = json.loads(path.read_text()) if resumed else []

@@ -53,16 +53,23 @@ def test_an_interrupted_run_keeps_its_times_and_those_before_it(tmp_path):
     for number in range(3):  # the second resumes the first, the third begins anew
         begin_stages(imported=False)
         kept = keep_stages(tmp_path, resumed=number == 1, should_save=True)
-        with pytest.raises(KeyboardInterrupt), kept, stage(f"training {number}"):
+        with pytest.raises(KeyboardInterrupt), kept, stage("training"), stage(f"part {number}"):
             raise KeyboardInterrupt
-        names = [set(each) - {"other"} for each in read_json(tmp_path / "stages.json")]
-        assert names == [[{"training 0"}], [{"training 0"}, {"training 1"}], [{"training 2"}]][number]
+        names = [set(each) - {"other", "training"} for each in read_json(tmp_path / "stages.json")]
+        assert names == [[{"part 0"}], [{"part 0"}, {"part 1"}], [{"part 2"}]][number]
     (tmp_path / "stages.json").write_text("[{")
     with keep_stages(tmp_path, resumed=True, should_save=True):
         pass
     with keep_stages(tmp_path / "of another process", resumed=True, should_save=False):
         pass
     assert len(read_json(tmp_path / "stages.json")) == 1
+
+
+def test_a_run_that_ends_before_it_begins_leaves_the_file_of_the_run_before(tmp_path, wait):
+    """Else its folder would pass for that of a run, or lose the times that belong to its scores."""
+    with pytest.raises(ValueError), keep_stages(tmp_path, resumed=False, should_save=True), stage("load"):
+        raise ValueError
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_says_where_its_time_went(config_file, parquet_folder, tmp_path):
