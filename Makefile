@@ -24,9 +24,13 @@ lint: .venv/requirements-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Minutes, on a model of a sixth of the layers: what is faster, not by how much. benchmarks/README.md has the long form.
+# Minutes, on a model of a sixth of the layers: what is faster, not by how much, and what became slower since the stored
+# results. benchmarks/README.md has the long form.
 benchmark: .venv/requirements-dev
-	for name in evaluation training memory weights input_pipeline; do $(BIN)/python benchmarks/$$name.py --quick || exit 1; done
+	mkdir -p outputs/benchmark && rm -f outputs/benchmark/*.json
+	for name in evaluation training memory weights input_pipeline end_to_end; do \
+		$(BIN)/python benchmarks/$$name.py --quick --json outputs/benchmark/$$name.json || exit 1; done
+	$(BIN)/python benchmarks/compare.py outputs/benchmark
 
 # All packages with their hashes; PyTorch apart, see the head that is put before them. What need not change keeps its
 # version; `make lock UPGRADE=--upgrade` takes the newest of all.

@@ -37,6 +37,7 @@ from captioning.reporting.results import keep_split, training_for_baselines, wri
 from captioning.reporting.run_record import SPLITS, RunRecord
 from captioning.reporting.summary import summary
 from captioning.scoring.training_split import Training
+from captioning.stages import begin_stages, keep_stages, stage, time_in_words
 from captioning.training.adapt import load_model, pin_retriever
 from captioning.training.arguments import CaptioningArguments, DataArguments, ModelArguments
 from captioning.training.concept_loss import caption_and_concept_loss, set_up_concept_head
@@ -60,6 +61,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     Raises:
         UserError: a mistake in the recipe, the data or the folders, or a push that failed; its message is one line.
     """
+    begin_stages(imported=__name__ == "__main__")
     set_up_logging()
     limit_waiting()
     if push_args := parse_push_arguments(argv):
@@ -69,7 +71,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, data_args, args = parse_arguments(argv)
     if args.push_to_hub:
         Repository(args.output_dir, args.hub_model_id)  # refuses an impossible name before anything is written
-    with own_output_dir(args) as checkpoint:
+    with own_output_dir(args) as checkpoint, keep_stages(args.output_dir, bool(checkpoint), args.should_save):
         return run(model_args, data_args, args, checkpoint)
 
 
@@ -121,6 +123,7 @@ def run(
         print(summary(metrics, record))
         if repository:
             push(repository, record, trainer)
+        print(f"\n{time_in_words()}")
     trainer.accelerator.wait_for_everyone()  # a process that ends earlier takes the launcher, and the others, with it
     trainer.accelerator.end_training()
     return metrics
@@ -129,6 +132,7 @@ def run(
 # --- Data and model -------------------------------------------------------------------------------------------
 
 
+@stage("load")
 def load_data(model_args: ModelArguments, data_args: DataArguments, args: CaptioningArguments) -> DatasetDict:
     """Load the splits that the run needs; their rows are checked later, since that takes minutes.
 
@@ -196,6 +200,7 @@ def make_trainer(
     )
 
 
+@stage("training")
 def train(trainer: CaptioningTrainer, checkpoint: str | None, merge_lora: bool) -> dict[str, float]:
     """Train, save model or adapter, processor and trainer state, and return the training metrics."""
     result = trainer.train(resume_from_checkpoint=checkpoint)

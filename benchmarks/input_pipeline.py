@@ -47,7 +47,7 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from measure import processor
+from measure import CLOCK, clock, processor
 
 from captioning.data.images import open_image
 from captioning.models.blip import BlipCaptioner
@@ -76,7 +76,8 @@ def main(arguments: argparse.Namespace) -> bool:
     print(f"{'file':<18}{'images':>7}{'decode':>8}{'+resize':>9}{'stock':>8}{'ours':>8}{'bound':>8}{'ratio':>8}")
     rows = []
     for (kind, format), files in sorted(groups.items()):
-        row = {"kind": kind, "format": format, "images": len(files)} | measure(kind, files, rounds)
+        row = {"what": f"{kind} {format}", "kind": kind, "format": format, "images": len(files)}
+        row |= measure(kind, files, rounds)
         row["reached"] = row["difference"] <= TOLERANCE and (kind not in KINDS or row["ratio"] >= TARGET)
         rows.append(row)
         print(
@@ -91,7 +92,8 @@ def main(arguments: argparse.Namespace) -> bool:
     for row in loader:
         print(f"DataLoader, {row['workers']} workers: {row['name']} {row['images_per_second']:.0f} images/s")
     if arguments.json:
-        record = {"target": TARGET, "rounds": rounds, "machine": machine(), "rows": rows, "loader": loader}
+        record = {"title": "Input pipeline", "quick": arguments.quick, "target": TARGET, "rounds": rounds}
+        record |= {"machine": machine(), "rows": rows, "loader": loader}
         Path(arguments.json).write_text(json.dumps(record, indent=2) + "\n")
     return reached or (arguments.quick and difference <= TOLERANCE)
 
@@ -207,7 +209,7 @@ def measure_loader(groups: dict[tuple[str, str], list[bytes]], workers: int, rou
         for name in ("stock", "ours")
     }
     steps = {name: lambda loader=loader: sum(1 for _ in loader) for name, loader in loaders.items()}
-    seconds = alternating_medians(steps, min(rounds, 3))
+    seconds = alternating_medians(steps, min(rounds, 3), time.perf_counter)  # the workers' time, too
     return [
         {"name": name, "workers": workers, "cores": len(CORES), "images_per_second": len(examples) / seconds[name]}
         for name in loaders
@@ -222,21 +224,22 @@ def collator(fast: bool) -> CaptioningCollator:
     return CaptioningCollator(captioner)
 
 
-def alternating_medians(steps: dict[str, Callable], rounds: int) -> dict[str, float]:
+def alternating_medians(steps: dict[str, Callable], rounds: int, clock: Callable = clock) -> dict[str, float]:
     """Return the median seconds of each step, after one that is not counted."""
     seconds = defaultdict(list)
     for _ in range(1 + rounds):
         for name, step in steps.items():
-            started = time.perf_counter()
+            started = clock()
             step()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(clock() - started)
     return {name: statistics.median(found[1:]) for name, found in seconds.items()}
 
 
 def machine() -> dict:
     versions = {module.__name__: module.__version__ for module in (np, PIL, torch, transformers)}
     codecs = {name: features.version(name) for name in ("libjpeg_turbo", "zlib_ng", "zlib")}
-    return {"processor": processor(), "versions": {"python": platform.python_version()} | versions | codecs}
+    same = {"device": processor(), "threads": 1, "dtype": "float32", "clock": CLOCK}
+    return same | {"versions": {"python": platform.python_version()} | versions | codecs}
 
 
 if __name__ == "__main__":

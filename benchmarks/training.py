@@ -61,8 +61,8 @@ def main(arguments) -> bool:
     rows += [
         {"what": "matrix products alone, seconds", "value": f"{flops / rate:.3f}"},
         {
-            "what": f"ours, GFLOP/s of {rate / 1e9:.0f}",
-            "value": f"{flops / seconds['ours'] / 1e9:.0f}",
+            "what": "ours, GFLOP/s of the best measured",
+            "value": f"{flops / seconds['ours'] / 1e9:.0f} of {rate / 1e9:.0f}",
             "ratio": flops / seconds["ours"] / rate,
             "target": targets["matrix rate"],
         },

@@ -24,7 +24,7 @@ KINDS = ("", "--freeze_vision_model true", "--use_peft true", "--use_peft true -
 
 def _measure(folder: str, kind: str) -> dict:
     model_args, data_args, args = parse_arguments((RUN.format(folder) + kind).split())
-    captioner = load_model(model_args, data_args, [], args)
+    captioner = load_model(model_args, data_args, ["chest"], args)
     image = {"path": str(PROJECT / "docs" / "images" / "example.png"), "bytes": None}
     rows = Dataset.from_dict({"image": [image], "input_ids": captioner.tokenize(["chest"], 64)[0]})
     options = {"args": args, "generation_config": args.decoding(), "train_dataset": rows}

@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import os
+import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,16 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets
+from datasets import Dataset, DatasetDict, Features, Image, List, Value, concatenate_datasets
+from datasets.fingerprint import Hasher
 
+from captioning.data import dicom, images
 from captioning.data.dicom import burned_in
 from captioning.data.images import MISSING, open_image, pixel_hash
 from captioning.data.own_data import GROUP
 from captioning.data.zenodo import UNUSABLE
 from captioning.errors import UserError
 from captioning.files import write_whole
+from captioning.stages import stage
 
 
 logger = logging.getLogger(__name__)
@@ -48,6 +53,7 @@ MAX_ID = 1000  # characters; ids appear in logs, pages and submissions
 COLUMN_BATCH_SIZE = 1000  # rows whose text columns are in memory at once
 
 
+@stage("checks")
 def check_rows(
     dataset: DatasetDict,
     max_rejected_fraction: float,
@@ -61,7 +67,7 @@ def check_rows(
         dataset: what `load_source` returned.
         max_rejected_fraction: of each split, from 0 to 1.
         rejected_file: list of the marked rows, one JSON object a line; None: it is not written.
-        num_proc: processes; `datasets` caches the result.
+        num_proc: processes. `datasets` caches the result; see `_depends` for what is checked again.
         unopened: splits whose images are not opened, because the training streams them.
 
     Returns:
@@ -161,10 +167,29 @@ def mark_rows(rows: Dataset, split: str, num_proc: int | None = None, open_image
         num_proc=num_proc,
         remove_columns=rows.column_names,
         features=CLEAN_COLUMNS,
+        new_fingerprint=Hasher.hash((rows._fingerprint, *_depends(rows, open_images))),
         desc=f"Checking {split}",
     )
     kept = [column for column in ("image", GROUP) if column in rows.column_names]
     return concatenate_datasets([rows.select_columns(kept), _mark_repeated(checked, split)], axis=1)
+
+
+def _depends(rows: Dataset, open_images: bool) -> list[Any]:
+    """Return what the check depends on beside the table: the code, and sizes and times of the files of images.
+
+    All are part of the cache key: `datasets` looks neither at the code of modules nor at files that a row names.
+    """
+    found: list[Any] = [Path(module.__file__).read_bytes() for module in (dicom, images, sys.modules[__name__])]
+    if open_images and isinstance(rows.features["image"], Image):
+        content, paths = (pc.struct_field(rows.data.column("image"), name) for name in ("bytes", "path"))
+        is_read = content.is_null()
+        if UNUSABLE in rows.column_names:
+            is_read = pc.and_(is_read, rows.data.column(UNUSABLE).is_null())
+        for path in paths.filter(is_read).drop_null().to_pylist():
+            with contextlib.suppress(OSError, ValueError):
+                status = os.stat(path)
+                found.append((path, status.st_size, status.st_mtime_ns))
+    return [PIL.__version__, open_images, *found]
 
 
 def _check_batch(batch: dict[str, list[Any]], open_images: bool) -> dict[str, list[Any]]:
@@ -174,8 +199,8 @@ def _check_batch(batch: dict[str, list[Any]], open_images: bool) -> dict[str, li
         "caption": ["" if caption is None else str(caption) for caption in batch["caption"]],
         "cui": [_clean_cui(cui) for cui in batch.get("cui") or nothing],
     }
-    images = batch["image"] if open_images else nothing
-    columns = (images, clean["image_id"], clean["caption"], batch.get(UNUSABLE) or nothing)
+    opened = batch["image"] if open_images else nothing
+    columns = (opened, clean["image_id"], clean["caption"], batch.get(UNUSABLE) or nothing)
     found = [_check_row(*row, open_images) for row in zip(*columns, strict=True)]
     return clean | {name: [row.get(name) for row in found] for name in ("rejected", "pixels", *ABOUT_IMAGES)}
 

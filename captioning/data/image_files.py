@@ -73,8 +73,6 @@ def with_files(rows: Dataset, files: ImageFiles, where: str) -> Dataset:
             f"{where}: none of its {len(found)} images can be used; the first is '{names[0]}' ({found[0][1]}), sought "
             f"in '{files.root}'; set --image_folder to the folder that holds them, or --image_column"
         )
-    # As part of the fingerprint, sizes and times make a changed file be read again
-    states = [reason or (os.stat(path).st_size, os.stat(path).st_mtime_ns) for path, reason in found]
 
     def add_files(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
         known = batch.get(UNUSABLE) or [None] * len(numbers)
@@ -96,7 +94,7 @@ def with_files(rows: Dataset, files: ImageFiles, where: str) -> Dataset:
         features=Features(
             rows.features | {"image": Image(decode=False), FILE: Value("string"), UNUSABLE: Value("string")}
         ),
-        new_fingerprint=Hasher.hash((rows._fingerprint, str(files.root), repr(found), repr(states))),
+        new_fingerprint=Hasher.hash((rows._fingerprint, str(files.root), repr(found))),
         desc="Looking for the images",
     )
 

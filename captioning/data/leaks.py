@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from captioning.data.splits import NEIGHBORS
+from captioning.stages import stage
 
 
 logger = logging.getLogger(__name__)
@@ -17,6 +18,7 @@ EARLIER = {"validation": ("train",), "test": ("train", "validation")}
 Leaks = Mapping[str, Mapping[str, int]]  # of a split: by the earlier split, what `find_leaks` counts
 
 
+@stage("leaks")
 def find_leaks(splits: Mapping[str, Dataset]) -> dict[str, dict[str, dict[str, int]]]:
     """Count and log the rows of each scored split that an earlier split has too.
 

@@ -6,11 +6,13 @@ from datasets import Dataset, DatasetDict, concatenate_datasets
 from datasets.fingerprint import Hasher
 
 from captioning.models.captioner import Captioner
+from captioning.stages import stage
 
 
 logger = logging.getLogger(__name__)
 
 
+@stage("tokenize")
 def tokenize(dataset: DatasetDict, captioner: Captioner, max_length: int) -> DatasetDict:
     """Add the column `input_ids`: the start, the prompt, the caption, the end token.
 

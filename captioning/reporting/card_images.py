@@ -19,12 +19,14 @@ from captioning.data.phantoms import combinations, draw
 from captioning.files import write_whole
 from captioning.reporting.page_images import encode_image
 from captioning.reporting.run_record import RunRecord
+from captioning.stages import stage
 from captioning.training.trainer import CaptioningTrainer
 
 
 EXAMPLE_BYTES = 20_000  # of an image beside a caption: about 384 pixels a side
 
 
+@stage("card")
 def write_card_images(trainer: CaptioningTrainer, record: RunRecord, rows: Dataset | None) -> None:
     """Write `sample.png`, its caption, and how stock decodes it, into `sample.json`, and `examples/*.jpg`.
 

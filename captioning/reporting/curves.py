@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from captioning.files import write_whole
 from captioning.reporting.run_record import RunRecord
+from captioning.stages import stage
 
 
 # The label of each plot's y-axis; the keys of the log that it shows, with their names
@@ -29,6 +30,7 @@ LARGEST = 1e100  # of a diverged loss; matplotlib fails near the largest float
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 
 
+@stage("card")
 def draw_training_curve(record: RunRecord) -> None:
     """Draw `training_curve.png`, loss and ROUGE-L by optimizer step, unless the run did not train."""
     plots = curves_of_log(record.log_history)

@@ -20,6 +20,7 @@ from captioning.reporting.card_images import chosen_examples
 from captioning.reporting.run_record import SPLITS, RunRecord
 from captioning.reporting.score_table import detection_rows, in_digits, markdown, number_text, score_cells
 from captioning.scoring.baselines import BASELINES
+from captioning.stages import stage
 from captioning.training.decoding import decode_settings
 
 
@@ -54,6 +55,7 @@ DECIMALS = {"perplexity": 1, "gen_len": 1, "unique_captions": 2}  # of columns w
 LICENSES = {"rocov2": "cc-by-nc-sa-4.0", "phantoms": "apache-2.0", "other": "other"}
 
 
+@stage("card")
 def write_model_card(record: RunRecord, name: str | None = None) -> None:
     """Write `README.md` into the output folder of a run; `name` is as in `render_card`, by default the folder's."""
     write_whole(record.folder / "README.md", render_card(record, name or record.folder.resolve().name))

@@ -13,6 +13,7 @@ from captioning.hub.repository import Repository
 from captioning.reporting.model_card import render_card, write_model_card
 from captioning.reporting.run_record import RunRecord
 from captioning.reporting.verify_push import verify_push
+from captioning.stages import stage
 from captioning.training.trainer import CaptioningTrainer
 
 
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 NAME_LINE = re.compile(r'^name = "(.*)"$', re.MULTILINE)
 
 
+@stage("push")
 def push(repository: Repository, record: RunRecord, trainer: CaptioningTrainer | None = None) -> None:
     """Push the output folder of a run, and verify the push, see `verify_push`.
 

@@ -27,6 +27,7 @@ from captioning.scoring.clinical import modality_of
 from captioning.scoring.score import flat, score
 from captioning.scoring.submission import write_concepts, write_submission
 from captioning.scoring.training_split import Training
+from captioning.stages import stage
 from captioning.training.arguments import DataArguments
 from captioning.training.self_critical import SelfCritical, parse_reward
 from captioning.training.trainer import CaptioningTrainer, Evaluated
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 SHOWN_ATTENTION = 4  # captions of each order whose attention the page shows
 
 
+@stage("baselines")
 def training_for_baselines(
     trainer: CaptioningTrainer, dataset: DatasetDict, splits: DatasetDict, data_args: DataArguments
 ) -> Training | None:
@@ -68,6 +70,7 @@ def images_of(rows: Dataset) -> Iterator[Image.Image]:
     return (open_image(row["image"]) for row in rows.select_columns("image"))
 
 
+@stage("scores")
 def keep_split(
     trainer: CaptioningTrainer,
     record: RunRecord,
@@ -110,6 +113,7 @@ def keep_split(
     return flat(scores)
 
 
+@stage("page")
 def write_page(trainer: CaptioningTrainer, record: RunRecord, rows: Dataset, found: Evaluated, split: str) -> None:
     """Write `report.html` of a split, with the attention maps of some captions. A failure is logged, and no more.
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from captioning.scoring.captions import Captions
 from captioning.scoring.training_split import Training
+from captioning.stages import stage
 
 
 CHUNK = 2048  # images whose neighbors are sought at a time
@@ -34,6 +35,7 @@ BASELINES = {
 }
 
 
+@stage("baselines")
 def baseline_captions(
     captions: Captions, modalities: Sequence[str], split: Training, features: np.ndarray | None, constant: str
 ) -> tuple[dict[str, list[str]], dict[str, Any]]:

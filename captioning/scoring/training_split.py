@@ -13,6 +13,7 @@ from captioning.scoring.clinical import UNKNOWN, modality_of
 from captioning.scoring.concepts import ConceptExtractor
 from captioning.scoring.constant_caption import typical_captions
 from captioning.scoring.constants import Constants, find_constants
+from captioning.stages import stage
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Training:
     def _constants(self) -> dict[str | None, Constants]:
         return {}
 
+    @stage("baselines")
     def constants(self, tokenizer: str | None) -> Constants:
         """Return the best constant for each score, see `find_constants`; they are searched once."""
         if tokenizer not in self._constants:

@@ -13,6 +13,7 @@ from captioning.models.captioner import Captioner
 from captioning.models.load import build_captioner, load_captioner, read_config, refuse_retrieved
 from captioning.models.lora import add_lora, count_learning, is_adapted, merge_adapter
 from captioning.models.optional_file import optional_file
+from captioning.stages import stage
 from captioning.training.arguments import CaptioningArguments, DataArguments, ModelArguments
 from captioning.training.decoding import warn_of_other_settings
 
@@ -32,6 +33,7 @@ def pin_retriever(model_args: ModelArguments, args: CaptioningArguments) -> None
         refuse_retrieved(model_args.model_name_or_path, model_args.model_revision)
 
 
+@stage("model")
 def load_model(
     model_args: ModelArguments,
     data_args: DataArguments,

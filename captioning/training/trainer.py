@@ -36,6 +36,7 @@ from captioning.models.lora import (
     merge_adapter,
     save_config,
 )
+from captioning.stages import stage
 from captioning.training.checkpoints import last_complete_checkpoint
 from captioning.training.concept_loss import CaptionAndConceptLoss
 from captioning.training.fingerprint import FINGERPRINT_FILE
@@ -213,6 +214,7 @@ class CaptioningTrainer(Seq2SeqTrainer):
 
     # --- Files ------------------------------------------------------------------------------------------------
 
+    @stage("saving")
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as the stock Trainer does; in the output folder each file appears whole, the weights last."""
         if output_dir is not None:  # a checkpoint, which is complete when its `trainer_state.json` is there
@@ -262,6 +264,7 @@ class CaptioningTrainer(Seq2SeqTrainer):
         self.model = self.model_wrapped = self.captioner.model
         self.save_model()
 
+    @stage("saving")
     def _save_checkpoint(self, model, trial) -> None:
         """Save as the stock Trainer does; a run that is to stop ends here, before old checkpoints are deleted.
 
@@ -423,10 +426,12 @@ class CaptioningTrainer(Seq2SeqTrainer):
         self._references = list(dataloader.dataset["caption"])
         # `evaluate` would set `gather`, which keeps the rows that pad the last batch of several processes
         self.gather_function = self.accelerator.gather_for_metrics
-        with full_is_user_error(self.args.output_dir, self.args.eval_batch_size, "eval"):
+        full = full_is_user_error(self.args.output_dir, self.args.eval_batch_size, "eval")
+        with full, stage("evaluation in training" if self.is_in_train else "prediction"):
             output = super().evaluation_loop(dataloader, *args, **kwargs)
         return output._replace(predictions=self._evaluated)
 
+    @stage("scores")
     def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Turn the tokens of a split into text, once, and call `compute_metrics` with an `Evaluated`."""
         nll, num_tokens, *generated = prediction.predictions

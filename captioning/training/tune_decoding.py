@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import GenerationConfig
 
 from captioning.files import to_json, write_whole
+from captioning.stages import stage
 from captioning.training.decoding import generation_config, in_words, settings_of_grid
 from captioning.training.safeguards import full_is_user_error
 from captioning.training.trainer import CaptioningTrainer
@@ -20,6 +21,7 @@ from metrics import CaptionMetric
 logger = logging.getLogger(__name__)
 
 
+@stage("choice of decoding")
 def tune_decoding(trainer: CaptioningTrainer, rows: Dataset) -> None:
     """Caption validation images by each of the settings to try, and go on with the best by `metric_for_best_model`.
 

@@ -1,0 +1,84 @@
+"""The check of rows is cached between runs, whatever the source, until a file or the code changes."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from datasets import Dataset, Image
+from helpers import make_png
+from processes import ROOT
+
+
+COUNT = """
+import json, sys
+from PIL import Image
+from captioning.data import checks, phantoms, sources
+
+phantoms.SPLIT_SIZES.update(train=3, validation=2, test=2)
+original, opened = Image.open, []
+Image.open = lambda *args, **kwargs: opened.append(1) or original(*args, **kwargs)
+found = {}
+for name in sys.argv[1:]:
+    opened.clear()
+    checks.check_rows(sources.load_source(name), 0.0, None)
+    found[name.rpartition("/")[2]] = len(opened)
+print(json.dumps(found))
+"""
+
+
+def make_sources(root: Path, raw_dataset) -> list[str]:
+    """Write each kind of source; return their names."""
+    small = {split: rows.select(range(3)) for split, rows in raw_dataset.items()}
+    type(raw_dataset)(small).save_to_disk(root / "saved")
+    (root / "parquet").mkdir()
+    for split, rows in small.items():
+        rows.to_parquet(root / "parquet" / f"{split}-0.parquet")
+    for folder, table, columns in (
+        ("own", "captions.csv", ("file_name", "caption")),
+        ("zenodo", "../train_captions.csv", ("ID", "Caption")),
+    ):
+        images = root / folder / ("train_images" if folder == "zenodo" else "")
+        images.mkdir(parents=True)
+        with open(images / table, "w", newline="") as file:
+            csv.writer(file).writerows(
+                [columns, *((f"{i}.png"[: 5 * (folder == "own") or 1], "a cyst") for i in range(3))]
+            )
+        for i in range(3):
+            (images / f"{i}.png").write_bytes(make_png(i))
+    paths = {"image": [{"bytes": None, "path": str(root / "paths" / f"{i}.png")} for i in range(3)]}
+    shutil.copytree(root / "own", root / "paths", ignore=shutil.ignore_patterns("*.csv"))
+    rows = Dataset.from_dict(paths | {"image_id": [*"abc"], "caption": ["a cyst"] * 3})
+    pq.write_table(rows.cast_column("image", Image(decode=False)).data.table, root / "paths" / "train-0.parquet")
+    return [*(str(root / name) for name in ("saved", "parquet", "own", "zenodo", "paths")), "phantoms"]
+
+
+def images_opened_by_checks(names: list[str], cache: Path, project: Path = ROOT, seed: int = 0) -> dict[str, int]:
+    """Return by source how many images the check opens in a new process."""
+    environment = os.environ | {"HF_HOME": str(cache), "PYTHONPATH": str(project), "PYTHONHASHSEED": str(seed)}
+    run = subprocess.run([sys.executable, "-c", COUNT, *names], cwd=cache, env=environment, stdout=-1, check=True)
+    return json.loads(run.stdout)
+
+
+def test_a_second_run_opens_no_image_again_but_where_a_file_or_the_code_has_changed(raw_dataset, tmp_path):
+    (cache := tmp_path / "cache").mkdir()
+    names = make_sources(tmp_path, raw_dataset)
+    all_images = {"saved": 9, "parquet": 9, "own": 3, "zenodo": 3, "paths": 3, "phantoms": 7}
+    assert images_opened_by_checks(names, cache, seed=1) == all_images
+    assert images_opened_by_checks(names, cache, seed=2) == dict.fromkeys(all_images, 0)
+
+    for folder in ("own", "zenodo/train_images", "paths"):
+        (tmp_path / folder / "1.png").write_bytes(make_png(77))  # another image of the same name
+    again = images_opened_by_checks(names, cache)
+    assert {name for name, opened in again.items() if opened} == {"own", "zenodo", "paths"}
+
+    shutil.copytree(ROOT / "captioning", tmp_path / "code" / "captioning")
+    shutil.copy(ROOT / "metrics.py", tmp_path / "code")
+    module = tmp_path / "code" / "captioning" / "data" / "images.py"
+    module.write_text(module.read_text().replace("MIN_IMAGE_SIDE = 8", "MIN_IMAGE_SIDE = 9"))
+    newer = images_opened_by_checks(["phantoms", *names[:2]], cache, tmp_path / "code")
+    assert newer == {"phantoms": 7, "saved": 9, "parquet": 9}, "a stricter check looks again"
