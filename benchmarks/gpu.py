@@ -51,7 +51,9 @@ def main(arguments: argparse.Namespace) -> int:
             continue
         (arguments.out / f"{name}.json").unlink(missing_ok=True)
         left = end - time.monotonic()
-        outcomes[name] = run(name, min(factor * limit, left), words, arguments) if left > 5 else "not run: no time left"
+        outcomes[name] = (
+            run(name, min(factor * limit, left), words, arguments) if left > 5 else "not run: no time left"
+        )
         print(f"{name}: {outcomes[name]}", flush=True)
         (arguments.out / "report.md").write_text(table(arguments, outcomes), encoding="utf-8")
     print(arguments.out / "report.md")
