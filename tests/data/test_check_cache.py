@@ -19,6 +19,7 @@ from pydicom.pixels import get_decoder
 
 from captioning.data.checks import mark_rows
 
+
 COUNT = """
 import json, sys
 from PIL import Image
