@@ -27,7 +27,12 @@ KEPT = (*SAME, "python", "torch", "transformers")
 
 
 def main(arguments: argparse.Namespace) -> bool:
-    found = [slim(json.loads(path.read_text())) for path in sorted(Path(arguments.folder).glob("*.json"))]
+    found = []
+    for path in sorted(Path(arguments.folder).glob("*.json")):
+        try:
+            found.append(slim(json.loads(path.read_text())))
+        except (ValueError, KeyError, TypeError) as error:
+            print(f"{path.name}: left out, no table of a benchmark ({type(error).__name__}: {error})")
     if not found:
         sys.exit(f"'{arguments.folder}' holds no results: run the benchmarks with --json first")
     folder = Path(arguments.results)
@@ -52,7 +57,8 @@ def slim(record: dict[str, Any]) -> dict[str, Any]:
         if "ratio" in row
     ]
     machine = {name: record["machine"][name] for name in KEPT if name in record["machine"]}
-    kept = {"title": record["title"], "quick": record["quick"], "date": date.today().isoformat(), "machine": machine}
+    kept = {"title": record["title"], "quick": record["quick"], "settings": record.get("settings", {})}
+    kept |= {"date": date.today().isoformat(), "machine": machine}
     return kept | {"rows": rows, "seconds": record.get("seconds", {})}
 
 
@@ -63,8 +69,8 @@ def last_stored(record: dict[str, Any], stored: list[dict[str, Any]]) -> dict[st
 
 
 def is_same_benchmark(record: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Tell whether two records are of the same script in the same form."""
-    return (record["title"], record["quick"]) == (other["title"], other["quick"])
+    """Tell whether two records are of the same script in the same form, such as of the same model."""
+    return all(record[key] == other[key] for key in ("title", "quick", "settings"))
 
 
 def is_same_machine(record: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -87,14 +93,15 @@ def in_words(times: float | None) -> str:
     if times is None:
         return "MISSING"
     if 1 / NOISE <= times <= NOISE:
-        return f"as before ({times:.2f} times the time)"
+        return f"as before ({times:.2f} times)"
     return f"SLOWER, {times:.2f} times" if times > 1 else f"faster, {1 / times:.2f} times"
 
 
 def describe(record: dict[str, Any]) -> str:
     """Return the name of a benchmark, its machine and date."""
     machine = ", ".join(str(record["machine"].get(key, "unknown")) for key in SAME)
-    return f"{record['title']}{', quick' if record['quick'] else ''} ({machine}; {record['date']})"
+    form = "".join(f", {name} {value}" for name, value in record["settings"].items() if value is not None)
+    return f"{record['title']}{form}{', quick' if record['quick'] else ''} ({machine}; {record['date']})"
 
 
 def store(record: dict[str, Any], folder: Path) -> None:

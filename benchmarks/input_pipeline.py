@@ -93,7 +93,8 @@ def main(arguments: argparse.Namespace) -> bool:
         print(f"DataLoader, {row['workers']} workers: {row['name']} {row['images_per_second']:.0f} images/s")
     if arguments.json:
         record = {"title": "Input pipeline", "quick": arguments.quick, "target": TARGET, "rounds": rounds}
-        record |= {"machine": machine(), "rows": rows, "loader": loader}
+        settings = {"images": arguments.images, "workers": arguments.workers}
+        record |= {"settings": settings, "machine": machine(), "rows": rows, "loader": loader}
         Path(arguments.json).write_text(json.dumps(record, indent=2) + "\n")
     return reached or (arguments.quick and difference <= TOLERANCE)
 

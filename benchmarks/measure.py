@@ -30,7 +30,7 @@ MEDIAN_LENGTH, SIGMA_LENGTH = 31, 0.638
 MAX_LENGTH = 128  # tokens
 START, END, PADDING = 30522, 102, 0  # `[DEC]`, `[SEP]`, `[PAD]` of BLIP's vocabulary
 
-
+SETTINGS = ("model", "batch_size", "images", "epochs", "workers")  # only results of the same are comparable
 # On a CPU that other processes share, with one thread, processor time says what the wall clock cannot
 CLOCK = "processor" if os.environ.get("PROCESSOR_TIME") else "wall"
 clock = time.process_time if CLOCK == "processor" else time.perf_counter
@@ -200,6 +200,8 @@ def report(arguments: argparse.Namespace, title: str, rows: list[dict[str, Any]]
             line += f"{row['ratio']:9.2f}x" + ("" if arguments.quick else f"   {sign}{row['target']}x: {met}")
         print(line)
     if arguments.json:
-        record = {"title": title, "machine": described, "quick": arguments.quick, "rows": rows} | figures
+        settings = {name: value for name, value in vars(arguments).items() if name in SETTINGS}
+        record = {"title": title, "quick": arguments.quick, "settings": settings, "machine": described, "rows": rows}
+        record |= figures
         Path(arguments.json).write_text(json.dumps(record, indent=2) + "\n")
     return reached

@@ -56,6 +56,10 @@ class StockScriptTrainer(Seq2SeqTrainer):
         with stage("saving"):
             super().save_model(*args, **kwargs)
 
+    def _save_checkpoint(self, *args, **kwargs):
+        with stage("saving"):
+            super()._save_checkpoint(*args, **kwargs)
+
 
 def main(given: argparse.Namespace) -> None:
     set_seed(42)

@@ -40,8 +40,8 @@ def _measure(folder: str, kind: str) -> dict:
     trainer.train()
     number, learning = (sum(w.numel() for w in weights if w.requires_grad or both) for both in (True, False))
     ratio = sum(found) / (16 * learning + (2 if "bfloat16" in kind else 4) * (number - learning))
-    what = f"{kind or 'all'} ({learning / number:.0%}): " + " + ".join(f"{part / number:.2f}" for part in found)
-    row = {"what": f"{what:<64}", "value": f"{sum(found) / number:.2f}"}
+    parts = " + ".join(f"{part / number:.2f}" for part in found)
+    row = {"what": f"{kind or 'all'} ({learning / number:.0%})", "value": f"{parts} = {sum(found) / number:.2f}"}
     return row | {"ratio": ratio, "target": 1.01, "at_most": True}
 
 

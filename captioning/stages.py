@@ -7,6 +7,7 @@ processes of a run, count as the time that this one waits for them.
 """
 
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from pathlib import Path
 from captioning.files import write_whole
 
 
+logger = logging.getLogger(__name__)
 OTHER = "other"  # what is in no stage
 STAGES_FILE = "stages.json"
 BEGUN = ("training", "prediction")  # a run without any has ended before it began, and leaves no file
@@ -51,16 +53,20 @@ def keep_stages(folder: str, resumed: bool, should_save: bool) -> Iterator[None]
     """Write `stages.json` into the output folder when the block ends, also by an error.
 
     It is a list of runs, each of them the name of a stage -> its `seconds` and `processor_seconds`: the last is this
-    one, those before it are what it is `resumed` from.
+    one, those before it are what it is `resumed` from. A run that was killed leaves none.
     """
     try:
         yield
     finally:
         if should_save and _spent.keys() & BEGUN:
-            path, runs = Path(folder) / STAGES_FILE, []
+            path, runs = Path(folder) / STAGES_FILE, None
             with suppress(OSError, ValueError):
-                runs = json.loads(path.read_text()) if resumed else []
-            write_whole(path, json.dumps([*runs, stage_times()], indent=2) + "\n")
+                runs = json.loads(path.read_text()) if resumed else None
+            runs = runs if isinstance(runs, list) else []
+            try:
+                write_whole(path, json.dumps([*runs, stage_times()], indent=2) + "\n")
+            except OSError as error:  # it must not hide the error of the block
+                logger.warning("'%s' cannot be written (%s)", path, error.strerror)
 
 
 def stage_times() -> dict[str, dict[str, float]]:

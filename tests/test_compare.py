@@ -1,8 +1,10 @@
 """`benchmarks/compare.py` says what became slower, and compares no seconds of different machines."""
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -28,13 +30,15 @@ def record(ratio: float = 4.0, ours: float = 10.0, memory: float = 0.5, machine:
 def compare(tmp_path):
     """Return a function that compares records with what is stored: the lines about one, and the exit status."""
 
-    def call(*records: dict, store: bool = False) -> tuple[list[str], int]:
+    def call(*records: dict, store: bool = False, beside: Sequence[Path] = ()) -> tuple[list[str], int]:
         folder = tmp_path / "found"
         folder.mkdir(exist_ok=True)
         for path in folder.iterdir():
             path.unlink()
         for number, each in enumerate(records):
             (folder / f"{number}.json").write_text(json.dumps(each))
+        for path in beside:
+            shutil.copy(path, folder)
         words = [ROOT / "benchmarks" / "compare.py", folder, "--results", tmp_path / "results", *["--store"] * store]
         run = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True)
         return [line.strip() for line in run.stdout.splitlines() if line], run.returncode
@@ -48,8 +52,8 @@ def test_a_slower_ratio_fails_and_seconds_within_noise_do_not(compare):
     assert status == 1
     assert lines[1:] == [
         "stock, ratio: SLOWER, 1.33 times",
-        "memory, ratio: as before (1.00 times the time)",
-        "ours, seconds: as before (1.09 times the time)",
+        "memory, ratio: as before (1.00 times)",
+        "ours, seconds: as before (1.09 times)",
         "stock, seconds: faster, 1.22 times",
     ]
 
@@ -98,7 +102,27 @@ def test_a_store_replaces_the_result_of_the_same_benchmark_and_machine_alone(com
     assert "load" not in found[0]["machine"] and [row["what"] for row in found[0]["rows"]] == ["stock", "memory"]
 
 
+def test_other_settings_are_another_benchmark(compare):
+    """`gpu.sh` evaluates two models, in files of the same title."""
+    base, large = (record(ratio=ratio, settings={"model": model}) for model, ratio in (("base", 4.0), ("large", 2.0)))
+    compare(base, large, store=True)
+    lines, status = compare(base, large)
+    assert status == 0 and sum("as before" in line for line in lines) == 8
+    assert "model large" in lines[5] and "model base" not in lines[5]
+
+
+def test_a_file_that_cannot_be_compared_is_named_and_the_others_are(compare, tmp_path):
+    compare(record(), store=True)
+    for name, text in (("half", '{"title": "Eval'), ("scoring", '{"total": 60.0, "steps": []}'), ("list", "[1]")):
+        (tmp_path / f"{name}.json").write_text(text)
+    others = [tmp_path / f"{name}.json" for name in ("half", "scoring", "list")]
+    lines, status = compare(record(ratio=3.0), beside=others)
+    assert status == 1 and "stock, ratio: SLOWER, 1.33 times" in lines
+    assert [f"{each.name}: left out" in line for each, line in zip(sorted(others), lines, strict=False)] == [True] * 3
+    assert compare(beside=others)[1] == 1, "nothing is left"
+
+
 def test_each_stored_result_can_be_compared():
     for path in (ROOT / "benchmarks" / "results").glob("*.json"):
         for stored in read_json(Path(path)):
-            assert {"title", "quick", "date", "machine", "rows", "seconds"} == stored.keys(), path
+            assert {"title", "quick", "settings", "date", "machine", "rows", "seconds"} == stored.keys(), path

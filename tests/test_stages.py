@@ -57,12 +57,24 @@ def test_an_interrupted_run_keeps_its_times_and_those_before_it(tmp_path):
             raise KeyboardInterrupt
         names = [set(each) - {"other", "training"} for each in read_json(tmp_path / "stages.json")]
         assert names == [[{"part 0"}], [{"part 0"}, {"part 1"}], [{"part 2"}]][number]
-    (tmp_path / "stages.json").write_text("[{")
-    with keep_stages(tmp_path, resumed=True, should_save=True):
-        pass
     with keep_stages(tmp_path / "of another process", resumed=True, should_save=False):
         pass
-    assert len(read_json(tmp_path / "stages.json")) == 1
+
+
+@pytest.mark.parametrize("before", ["[{", "5", '{"training": {}}', "", "\ud800"])
+def test_a_broken_file_of_the_run_before_is_replaced(before, tmp_path, wait):
+    (tmp_path / "stages.json").write_bytes(before.encode(errors="surrogatepass"))
+    with keep_stages(tmp_path, resumed=True, should_save=True), stage("training"):
+        wait(1)
+    assert [each["training"]["seconds"] for each in read_json(tmp_path / "stages.json")] == [1]
+
+
+def test_a_folder_that_is_full_or_gone_hides_no_error_and_is_no_error(tmp_path, wait, caplog):
+    with pytest.raises(ValueError, match="the first"), keep_stages(tmp_path / "gone", False, True), stage("training"):
+        raise ValueError("the first")
+    with keep_stages(tmp_path / "gone", False, True), stage("training"):
+        pass
+    assert "stages.json" in caplog.text
 
 
 def test_a_run_that_ends_before_it_begins_leaves_the_file_of_the_run_before(tmp_path, wait):

@@ -22,7 +22,7 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value, concate
 from datasets.fingerprint import Hasher
 
 from captioning.data import dicom, images
-from captioning.data.dicom import burned_in
+from captioning.data.dicom import burned_in, installed_decoders
 from captioning.data.images import MISSING, open_image, pixel_hash
 from captioning.data.own_data import GROUP
 from captioning.data.zenodo import UNUSABLE
@@ -175,7 +175,7 @@ def mark_rows(rows: Dataset, split: str, num_proc: int | None = None, open_image
 
 
 def _depends(rows: Dataset, open_images: bool) -> list[Any]:
-    """Return what the check depends on beside the table: the code, and sizes and times of the files of images.
+    """Return what the check depends on beside the table: code, decoders, and sizes and times of the files of images.
 
     All are part of the cache key: `datasets` looks neither at the code of modules nor at files that a row names.
     """
@@ -189,7 +189,7 @@ def _depends(rows: Dataset, open_images: bool) -> list[Any]:
             with contextlib.suppress(OSError, ValueError):
                 status = os.stat(path)
                 found.append((path, status.st_size, status.st_mtime_ns))
-    return [PIL.__version__, open_images, *found]
+    return [PIL.__version__, *installed_decoders(), open_images, *found]
 
 
 def _check_batch(batch: dict[str, list[Any]], open_images: bool) -> dict[str, list[Any]]:

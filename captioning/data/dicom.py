@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 from pydicom import Dataset, uid
+from pydicom import __version__ as pydicom_version
 from pydicom.datadict import DicomDictionary, tag_for_keyword
 from pydicom.encaps import get_frame
 from pydicom.filereader import read_dataset
@@ -133,6 +134,11 @@ def open_dicom(source: bytes | str | os.PathLike, frame: int | str = "middle") -
 def burned_in(image: Image.Image) -> bool:
     """Tell whether an image is from a DICOM whose header says that text is burned into the pixels."""
     return image.info.get(BURNED_IN) is True  # of another file, any key is text
+
+
+def installed_decoders() -> list[Any]:
+    """Return the version of pydicom, and by compressed syntax the names of the decoders that are installed."""
+    return [pydicom_version, *(get_decoder(syntax).available_plugins for syntax in DECODERS)]
 
 
 # --- Reading --------------------------------------------------------------------------------------------------

@@ -9,9 +9,15 @@ import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from datasets import Dataset, Image
+import pytest
+from datasets import Dataset, Image, load_from_disk
 from helpers import make_png
 from processes import ROOT
+from pydicom import uid
+from pydicom.data import get_testdata_file
+from pydicom.pixels import get_decoder
+
+from captioning.data.checks import mark_rows
 
 
 COUNT = """
@@ -82,3 +88,14 @@ def test_a_second_run_opens_no_image_again_but_where_a_file_or_the_code_has_chan
     module.write_text(module.read_text().replace("MIN_IMAGE_SIDE = 8", "MIN_IMAGE_SIDE = 9"))
     newer = images_opened_by_checks(["phantoms", *names[:2]], cache, tmp_path / "code")
     assert newer == {"phantoms": 7, "saved": 9, "parquet": 9}, "a stricter check looks again"
+
+
+def test_a_dicom_is_looked_at_again_once_its_decoder_is_installed(tmp_path):
+    path = get_testdata_file("MR_small_RLE.dcm")
+    rows = Dataset.from_dict({"image": [{"bytes": None, "path": path}], "image_id": ["a"], "caption": ["a cyst"]})
+    rows.cast_column("image", Image(decode=False)).save_to_disk(tmp_path)
+    rows = load_from_disk(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(get_decoder(uid.RLELossless), "_available", {})
+        assert "pip install" in mark_rows(rows, "train")["rejected"][0]
+    assert mark_rows(rows, "train")["rejected"][0] is None
