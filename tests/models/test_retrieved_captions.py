@@ -133,6 +133,15 @@ def test_special_tokens_and_line_breaks_in_a_retrieved_caption_do_no_harm(captio
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_a_caption_to_learn_never_holds_the_tokens_of_an_image_or_an_end_before_its_end(captioner, images):
+    tokens = [*captioner._image_tokens(), captioner.tokenizer.eos_token]
+    rows, cut = captioner.tokenize([f"A {' '.join(tokens)} nodule", f"{tokens[0]}Normal"], 40)
+    special = {token for token, added in captioner.tokenizer.added_tokens_decoder.items() if added.special}
+    assert not any(special.intersection(row[:-1]) for row in rows) and cut == [False, False]
+    assert rows[1] == captioner.tokenize(["Normal"], 40)[0][0]
+    captioner.forward(captioner.model, captioner.collate(images[:2], rows))  # as many features as image tokens
+
+
 def test_a_long_retrieved_caption_is_cut_so_that_the_lengths_that_were_checked_hold(captioner, images):
     plain, long = captioner.prompt_length, "left renal cyst " * 99
     captioner.retrieved_captions = 2
