@@ -353,7 +353,9 @@ class ImageTextToTextCaptioner(Captioner):
         """Return a caption as one line of `RETRIEVED_TOKENS` at most, without what would be read as special tokens."""
         text = " ".join(self._special_tokens.sub(" ", caption).split())
         tokens = self._tokens([text])[0]
-        return text if len(tokens) <= RETRIEVED_TOKENS else self.tokenizer.decode(tokens[:RETRIEVED_TOKENS]).strip()
+        if len(tokens) <= RETRIEVED_TOKENS:
+            return text
+        return self.tokenizer.decode(tokens[:RETRIEVED_TOKENS]).rstrip("\ufffd").strip()  # a part of a character
 
     def _without_captions(self, batch: Batch) -> Batch:
         """Return a batch of `collate` without its captions: copies, since `generate` may write into them (T10)."""

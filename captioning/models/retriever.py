@@ -42,11 +42,14 @@ class Retriever:
             )
             missing = sorted(loading["missing_keys"])
             if missing and all(weight.startswith("pooler.") for weight in missing):
-                model.pooler, missing = None, []  # of a classifier, such as google/vit-base-patch16-224; stock draws it
+                model.pooler, missing = (
+                    None,
+                    [],
+                )  # of a classifier, such as google/vit-base-patch16-224; stock draws it
             if missing:
                 raise UserError(f"retriever '{name}' lacks {len(missing)} weights ('{missing[0]}', ...); give another")
             found = cls(model.to(device), processor)
-            found.features([Image.new("L", (64, 64))])  # a model that is not one of images fails here
+            found._encode([Image.new("RGB", (64, 64))])  # a model that is not one of images fails here
         refuse_nan_weights(model, name)
         return found
 
@@ -54,19 +57,20 @@ class Retriever:
         """Return a digest of the weights and of how images are prepared."""
         return weights_digest(self.model.state_dict(), self.processor.to_json_string())
 
-    @torch.no_grad()
     def features(self, images: Iterable[Image.Image]) -> np.ndarray:
         """Return the pooled features of N images, float32 `[N, D]`, the same within a context of `torch.autocast`."""
         images, found = iter(images), []
-        encode = getattr(self.model, "get_image_features", self.model)
         while batch := [image.convert("RGB") for image in islice(images, BATCH_SIZE)]:
-            inputs = self.processor(batch, return_tensors="pt").to(self.model.device)
-            with torch.autocast(self.model.device.type, enabled=False):
-                outputs = encode(pixel_values=inputs["pixel_values"])
-            pooled = outputs.pooler_output
-            pooled = outputs.last_hidden_state.mean(dim=1) if pooled is None else pooled
-            found.append(pooled.flatten(1).float().cpu().numpy())  # a ResNet keeps the axes of the pixels
+            found.append(self._encode(batch))
         return np.concatenate(found)
+
+    @torch.no_grad()
+    def _encode(self, images: list[Image.Image]) -> np.ndarray:
+        inputs = self.processor(images, return_tensors="pt").to(self.model.device)
+        with torch.autocast(self.model.device.type, enabled=False):
+            outputs = getattr(self.model, "get_image_features", self.model)(pixel_values=inputs["pixel_values"])
+        pooled = outputs.last_hidden_state.mean(dim=1) if outputs.pooler_output is None else outputs.pooler_output
+        return pooled.flatten(1).float().cpu().numpy()  # a ResNet keeps the axes of the pixels
 
 
 def weights_digest(weights: Mapping[str, torch.Tensor], *more: Any) -> str:

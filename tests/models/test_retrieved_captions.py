@@ -154,6 +154,8 @@ def test_a_long_retrieved_caption_is_cut_so_that_the_lengths_that_were_checked_h
         most = int(re.search(r"max_new_tokens to (\d+)", str(error.value))[1])
         captioner.check_lengths(1, most)
         assert 512 - 32 < number + most <= 512 + 1, "a row without a caption has one padding token"
+        text = captioner.tokenizer.decode(captioner.collate([image], [[]], [["a" + "胸" * 99]])["input_ids"][0])
+        assert "- a胸" in text and "\ufffd" not in text, "it is cut between two characters"
     finally:
         captioner.retrieved_captions = 0
 

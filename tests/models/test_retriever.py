@@ -61,7 +61,9 @@ def test_a_vision_model_with_weights_that_are_missing_or_nan_is_a_mistake_of_one
     save_vision_model(tmp_path)
     model = AutoModel.from_pretrained(tmp_path)
     weights = model.state_dict()
-    model.save_pretrained(tmp_path, state_dict={key: value for key, value in weights.items() if "layernorm" not in key})
+    model.save_pretrained(
+        tmp_path, state_dict={key: value for key, value in weights.items() if "layernorm" not in key}
+    )
     with pytest.raises(UserError, match=r"retriever '.*' lacks \d+ weights \('.*layernorm.*', ...\); give another"):
         Retriever.from_pretrained(str(tmp_path))
     weights["layernorm.bias"].fill_(float("nan"))
