@@ -162,10 +162,11 @@ class ImageTextToTextCaptioner(Captioner):
             prompt += len(self._tokens([RETRIEVED])[0]) + self.retrieved_captions * (RETRIEVED_TOKENS + 3)
         for flag, number in {"max_caption_length": max_caption_length, "max_new_tokens": max_new_tokens}.items():
             if positions and prompt + number > positions:
-                fewer = " or fewer --retrieved_captions" * bool(self.retrieved_captions)
+                ways = [f"set --{flag} to {positions - prompt} or less"] * (prompt + 1 < positions)
+                ways += ["set fewer --retrieved_captions"] * bool(self.retrieved_captions)
                 raise UserError(
                     f"{flag} {number} after {prompt} tokens of prompt and image exceeds the model's {positions} "
-                    f"positions; set --{flag} to {max(positions - prompt, 1)} or less{fewer}"
+                    f"positions; {' or '.join(ways) or 'shorten --prompt'}"
                 )
 
     def set_generation_config(self, config: GenerationConfig) -> None:
