@@ -4,6 +4,7 @@ A vision model, the retriever, says which images look alike. Its features are ca
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from captioning.files import write_whole
 from captioning.models.retriever import Retriever
 from captioning.scoring.baselines import similarities
 
+
+logger = logging.getLogger(__name__)
 
 CACHE = Path(HF_DATASETS_CACHE) / "retriever_features"
 PORTION = 4096  # images after which the cache is written: a run that was stopped goes on from there
@@ -60,19 +63,22 @@ def cached_features(retriever: Retriever, rows: Dataset) -> np.ndarray:
 
 
 def _read_cache(file: Path) -> dict[Any, np.ndarray]:
-    with suppress(OSError, SafetensorError, KeyError):  # there is none, or it is damaged: written anew
+    with suppress(OSError, SafetensorError, KeyError, ValueError):  # there is none, or it is damaged: written anew
         content = numpy.load_file(file)
         return dict(zip(content["pixels"].tolist(), content["features"], strict=True))
     return {}
 
 
 def _write_cache(file: Path, known: dict[int, np.ndarray]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(file.with_suffix(".lock")):
-        known = _read_cache(file) | known  # of another run
-        if known:
-            content = {"pixels": np.array([*known], dtype=np.int64), "features": np.stack([*known.values()])}
-            write_whole(file, numpy.save(content))
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(file.with_suffix(".lock")):
+            known = _read_cache(file) | known  # of another run
+            if known:
+                content = {"pixels": np.array([*known], dtype=np.int64), "features": np.stack([*known.values()])}
+                write_whole(file, numpy.save(content))
+    except OSError as error:  # a cache of others, or a full disk
+        logger.warning("features of images cannot be cached, the next run computes them again: %s", error)
 
 
 # --- The nearest ----------------------------------------------------------------------------------------------
@@ -143,6 +149,8 @@ class Pool:
             with safe_open(folder / FEATURES, "np") as file:
                 digest = file.metadata()["retriever"]
             content = numpy.load_file(folder / FEATURES)
+            if len({len(texts), *map(len, content.values())}) > 1:
+                raise ValueError(f"{TEXTS} and {FEATURES} are not of the same images")
             columns = ([row[name] for row in texts] for name in ("caption", "image_id"))
             return cls(*columns, content["pixels"].tolist(), content["features"], digest)
 

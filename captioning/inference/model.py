@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import GenerationConfig
 
 from captioning.data.retrieve import FOLDER, Pool, Retrieval
-from captioning.errors import as_user_error
+from captioning.errors import UserError, as_user_error
 from captioning.hub.faults import reading_from_hub
 from captioning.hub.revisions import pin_revision
 from captioning.models.captioner import Batch
@@ -210,5 +210,9 @@ def _load_retrieval(name: str, recipe: Mapping[str, Any], device: torch.device) 
             "never pushed, is not there: it writes without them, which it was not trained for", name, number, FOLDER
         )  # fmt: skip
         return None
-    retriever = Retriever.from_pretrained(recipe.get("retriever"), device, recipe.get("retriever_revision"))
-    return Retrieval(Pool.load(folder), retriever, number)
+    pool, given = Pool.load(folder), recipe.get("retriever", "")
+    try:
+        return Retrieval(pool, Retriever.from_pretrained(given, device, recipe.get("retriever_revision")), number)
+    except UserError as error:
+        mend = f"correct 'retriever' in {RECIPE}, or remove '{folder}' to caption without retrieved captions"
+        raise UserError(f"model '{name}': {str(error).rsplit('; ', 1)[0]}; {mend}") from error

@@ -71,6 +71,9 @@ class ImageTextToTextCaptioner(Captioner):
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self._end_tokens = self._find_end_tokens()
+        special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        special = sorted({*special, *self._image_tokens()}, key=len, reverse=True)
+        self._special_tokens = re.compile("|".join(map(re.escape, special)))
         self.set_prompt(None)
 
     # --- Load and adapt ---------------------------------------------------------------------------------------
@@ -159,10 +162,11 @@ class ImageTextToTextCaptioner(Captioner):
             prompt += len(self._tokens([RETRIEVED])[0]) + self.retrieved_captions * (RETRIEVED_TOKENS + 3)
         for flag, number in {"max_caption_length": max_caption_length, "max_new_tokens": max_new_tokens}.items():
             if positions and prompt + number > positions:
-                fewer = " or fewer --retrieved_captions" * bool(self.retrieved_captions)
+                ways = [f"set --{flag} to {positions - prompt} or less"] * (prompt + 1 < positions)
+                ways += ["set fewer --retrieved_captions"] * bool(self.retrieved_captions)
                 raise UserError(
                     f"{flag} {number} after {prompt} tokens of prompt and image exceeds the model's {positions} "
-                    f"positions; set --{flag} to {max(positions - prompt, 1)} or less{fewer}"
+                    f"positions; {' or '.join(ways) or 'shorten --prompt'}"
                 )
 
     def set_generation_config(self, config: GenerationConfig) -> None:
@@ -239,9 +243,6 @@ class ImageTextToTextCaptioner(Captioner):
                 f"the prompt '{text}' has no '{self.family.image_start}', before which retrieved captions are "
                 "written; leave out --retrieved_captions"
             )
-        special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
-        special = sorted({*special, *self._image_tokens()}, key=len, reverse=True)
-        self._special_tokens = re.compile("|".join(map(re.escape, special)))
         starts = (self.tokenizer.bos_token, self.tokenizer.cls_token)  # a template may have written it
         adds = not any(token and text.startswith(token) for token in starts)
         self.prompt_arguments = {"text": [text]} | ({} if adds else {"add_special_tokens": False})
@@ -284,11 +285,14 @@ class ImageTextToTextCaptioner(Captioner):
         return []
 
     def tokenize(self, captions: Sequence[str], max_length: int) -> tuple[list[list[int]], list[bool]]:
-        """See `Captioner.tokenize`: rows are captions and end tokens, as they follow the last word of the prompt."""
+        """See `Captioner.tokenize`: rows are captions and end tokens, as they follow the last word of the prompt.
+
+        What would be read as a special token, such as the one that stands for an image, is left out.
+        """
         room = max_length - 1
         if room < 1:
             raise UserError(f"max_caption_length {max_length} leaves no room for a caption; set it to 2 or more")
-        texts, word = [caption.strip() for caption in captions], self._last_word
+        texts, word = [self._special_tokens.sub(" ", caption).strip() for caption in captions], self._last_word
         tokens = self._tokens([f"{word} {text}" for text in texts] if word else texts)
         start = len(self._tokens([word])[0]) if word else 0
         tokens = [own[start:] for own in tokens]
@@ -350,7 +354,9 @@ class ImageTextToTextCaptioner(Captioner):
         """Return a caption as one line of `RETRIEVED_TOKENS` at most, without what would be read as special tokens."""
         text = " ".join(self._special_tokens.sub(" ", caption).split())
         tokens = self._tokens([text])[0]
-        return text if len(tokens) <= RETRIEVED_TOKENS else self.tokenizer.decode(tokens[:RETRIEVED_TOKENS]).strip()
+        if len(tokens) <= RETRIEVED_TOKENS:
+            return text
+        return self.tokenizer.decode(tokens[:RETRIEVED_TOKENS]).rstrip("\ufffd").strip()  # a part of a character
 
     def _without_captions(self, batch: Batch) -> Batch:
         """Return a batch of `collate` without its captions: copies, since `generate` may write into them (T10)."""

@@ -11,7 +11,9 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
+from captioning.errors import UserError
 from captioning.hub.faults import reading_from_hub
+from captioning.models.load import refuse_nan_weights
 
 
 BATCH_SIZE = 32  # images encoded at a time
@@ -30,29 +32,45 @@ class Retriever:
         """Load a model; of one of images and text, such as CLIP, the part for images is used.
 
         Raises:
-            UserError: there is no such model, or it has no image processor.
+            UserError: there is no such model, it has no image processor, lacks weights, or has some that are NaN.
         """
         with reading_from_hub(f"retriever '{name}' cannot be loaded", "give the Hub id or folder of a vision model"):
             # By PIL: the same pixels everywhere (T11)
             processor = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")
-            return cls(AutoModel.from_pretrained(name, revision=revision).to(device), processor)
+            model, loading = AutoModel.from_pretrained(
+                name, revision=revision, dtype=torch.float32, output_loading_info=True
+            )
+            missing = sorted(loading["missing_keys"])
+            if missing and all(weight.startswith("pooler.") for weight in missing):
+                model.pooler, missing = (
+                    None,
+                    [],
+                )  # of a classifier, such as google/vit-base-patch16-224; stock draws it
+            if missing:
+                raise UserError(f"retriever '{name}' lacks {len(missing)} weights ('{missing[0]}', ...); give another")
+            found = cls(model.to(device), processor)
+            found._encode([Image.new("RGB", (64, 64))])  # a model that is not one of images fails here
+        refuse_nan_weights(model, name)
+        return found
 
     def digest(self) -> str:
-        """Return a digest of all that features depend on."""
+        """Return a digest of the weights and of how images are prepared."""
         return weights_digest(self.model.state_dict(), self.processor.to_json_string())
 
-    @torch.no_grad()
     def features(self, images: Iterable[Image.Image]) -> np.ndarray:
-        """Return the pooled features of N images, float32 `[N, D]`."""
+        """Return the pooled features of N images, float32 `[N, D]`, the same within a context of `torch.autocast`."""
         images, found = iter(images), []
-        encode = getattr(self.model, "get_image_features", self.model)
         while batch := [image.convert("RGB") for image in islice(images, BATCH_SIZE)]:
-            inputs = self.processor(batch, return_tensors="pt").to(self.model.device)
-            outputs = encode(pixel_values=inputs["pixel_values"])
-            pooled = outputs.pooler_output
-            pooled = outputs.last_hidden_state.mean(dim=1) if pooled is None else pooled
-            found.append(pooled.flatten(1).float().cpu().numpy())  # a ResNet keeps the axes of the pixels
+            found.append(self._encode(batch))
         return np.concatenate(found)
+
+    @torch.no_grad()
+    def _encode(self, images: list[Image.Image]) -> np.ndarray:
+        inputs = self.processor(images, return_tensors="pt").to(self.model.device)
+        with torch.autocast(self.model.device.type, enabled=False):
+            outputs = getattr(self.model, "get_image_features", self.model)(pixel_values=inputs["pixel_values"])
+        pooled = outputs.last_hidden_state.mean(dim=1) if outputs.pooler_output is None else outputs.pooler_output
+        return pooled.flatten(1).float().cpu().numpy()  # a ResNet keeps the axes of the pixels
 
 
 def weights_digest(weights: Mapping[str, torch.Tensor], *more: Any) -> str:

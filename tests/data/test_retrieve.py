@@ -9,6 +9,7 @@ import pytest
 from datasets import DatasetDict, Image, load_from_disk
 from families import save_vision_model
 from helpers import make_png, make_rows
+from safetensors.numpy import load_file, save_file
 
 from captioning.__main__ import main
 from captioning.data import retrieve as module
@@ -108,6 +109,21 @@ def test_another_retriever_has_features_of_its_own_and_a_damaged_cache_is_writte
     assert encoded == [len(rows)]
 
 
+def test_a_cache_of_parts_that_do_not_fit_is_written_anew_and_one_that_cannot_be_written_is_done_without(
+    checked, retriever, encoded, tmp_path, monkeypatch, caplog
+):
+    rows = usable(checked["test"])
+    found = cached_features(retriever, rows)
+    file = next((tmp_path / "cache").glob("*.safetensors"))
+    save_file({"pixels": np.arange(3), "features": found[:2]}, file)
+    np.testing.assert_array_equal(cached_features(retriever, rows), found)
+    assert len(load_file(file)["features"]) == len(rows)
+    (tmp_path / "file").write_text("no folder can be made here")
+    monkeypatch.setattr(module, "CACHE", tmp_path / "file/cache")
+    np.testing.assert_array_equal(cached_features(retriever, rows), found)
+    assert "features of images cannot be cached, the next run computes them again: [Errno 20]" in caplog.text
+
+
 def test_an_interrupted_encoding_goes_on_from_the_last_portion(checked, retriever, encoded, monkeypatch):
     rows, opened, open_image = usable(checked["train"]).select(range(10)), [], module.open_image
 
@@ -205,6 +221,10 @@ def test_a_stored_pool_finds_for_ones_own_images_what_the_run_found(grouped, ret
     other = Retriever.from_pretrained(save_vision_model(tmp_path / "other", seed=1))
     with pytest.raises(UserError, match="retriever is another than that of the run"):
         Retrieval(stored, other, 3)
+    texts = json.loads((tmp_path / "retrieval/captions.json").read_text())
+    (tmp_path / "retrieval/captions.json").write_text(json.dumps(texts[1:]))  # those of another run
+    with pytest.raises(UserError, match="are not of the same images; remove it to caption without"):
+        Pool.load(tmp_path / "retrieval")
     (tmp_path / "retrieval/captions.json").write_text("{")
     with pytest.raises(UserError, match=r"retrieval' cannot be read: .*; remove it to caption without"):
         Pool.load(tmp_path / "retrieval")

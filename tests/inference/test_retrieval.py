@@ -1,5 +1,6 @@
 """Retrieved captions from a training to one's own images: the same in every stage, named, and never pushed."""
 
+import json
 import re
 import shutil
 import signal
@@ -107,6 +108,15 @@ def test_without_the_folder_a_line_says_that_captions_are_written_without(traine
     with model.computing():
         plain = model.captioner.collate(images, [[]] * len(images))
         assert model.collate(images)["input_ids"].tolist() == plain["input_ids"].tolist()
+
+
+def test_a_retriever_that_is_gone_or_another_is_a_line_with_a_mend_that_there_is(trained, tmp_path):
+    moved = shutil.copytree(trained, tmp_path / "moved")
+    other = save_vision_model(tmp_path / "other", seed=1)
+    for retriever, fault in {str(tmp_path / "gone"): "cannot be loaded", other: "another"}.items():
+        (moved / "recipe.json").write_text(json.dumps(read_json(trained / "recipe.json") | {"retriever": retriever}))
+        with pytest.raises(UserError, match=rf"^model '.*moved': .*{fault}.*; correct 'retriever' in recipe.json, or"):
+            InferenceModel(str(moved))
 
 
 def test_the_captions_of_the_training_are_not_pushed(trained):

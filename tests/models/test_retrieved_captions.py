@@ -133,6 +133,15 @@ def test_special_tokens_and_line_breaks_in_a_retrieved_caption_do_no_harm(captio
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_a_caption_to_learn_never_holds_the_tokens_of_an_image_or_an_end_before_its_end(captioner, images):
+    tokens = [*captioner._image_tokens(), captioner.tokenizer.eos_token]
+    rows, cut = captioner.tokenize([f"A {' '.join(tokens)} nodule", f"{tokens[0]}Normal"], 40)
+    special = {token for token, added in captioner.tokenizer.added_tokens_decoder.items() if added.special}
+    assert not any(special.intersection(row[:-1]) for row in rows) and cut == [False, False]
+    assert rows[1] == captioner.tokenize(["Normal"], 40)[0][0]
+    captioner.forward(captioner.model, captioner.collate(images[:2], rows))  # as many features as image tokens
+
+
 def test_a_long_retrieved_caption_is_cut_so_that_the_lengths_that_were_checked_hold(captioner, images):
     plain, long = captioner.prompt_length, "left renal cyst " * 99
     captioner.retrieved_captions = 2
@@ -140,11 +149,16 @@ def test_a_long_retrieved_caption_is_cut_so_that_the_lengths_that_were_checked_h
         image = make_noise(0, (64, 64))  # that of which the prompt is measured
         number = captioner.collate([image], [[]], [[long, long]])["input_ids"].shape[1]
         assert number > plain + RETRIEVED_TOKENS * 2
-        with pytest.raises(UserError, match=r"tokens of prompt .* or less or fewer --retrieved_captions") as error:
+        with pytest.raises(UserError, match=r"tokens of prompt .* or less or set fewer --retrieved_captions") as error:
             captioner.check_lengths(1, 512 - plain)
         most = int(re.search(r"max_new_tokens to (\d+)", str(error.value))[1])
         captioner.check_lengths(1, most)
+        captioner.retrieved_captions = 64  # no length of a caption would do
+        with pytest.raises(UserError, match=r"512 positions; set fewer --retrieved_captions$"):
+            captioner.check_lengths(1, most)
         assert 512 - 32 < number + most <= 512 + 1, "a row without a caption has one padding token"
+        text = captioner.tokenizer.decode(captioner.collate([image], [[]], [["a" + "胸" * 99]])["input_ids"][0])
+        assert "- a胸" in text and "\ufffd" not in text, "it is cut between two characters"
     finally:
         captioner.retrieved_captions = 0
 
