@@ -20,7 +20,8 @@ from transformers import set_seed
 from captioning.command_line import exit_on_user_error, set_up_logging
 from captioning.data.checks import check_rows
 from captioning.data.leaks import find_leaks
-from captioning.data.retrieve import FOLDER, retrieve
+from captioning.data.neighbors import FOLDER
+from captioning.data.retrieve import retrieve
 from captioning.data.sources import dataset_commit, load_source
 from captioning.data.splits import captions_to_learn, keep_usable, sample_training, select_splits
 from captioning.data.tokenize_captions import tokenize

@@ -3,11 +3,8 @@
 A vision model, the retriever, says which images look alike. Its features are cached by the pixels of an image.
 """
 
-import json
 import logging
-from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,26 +13,22 @@ import numpy as np
 from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets
 from datasets.config import HF_DATASETS_CACHE
 from huggingface_hub.utils import WeakFileLock
-from PIL import Image
-from safetensors import SafetensorError, numpy, safe_open
+from safetensors import SafetensorError, numpy
 from tqdm import tqdm
 
 from captioning.data.checks import usable_rows
-from captioning.data.images import open_image, pixel_hash
+from captioning.data.images import open_image
+from captioning.data.neighbors import Pool, nearest_rows
 from captioning.data.own_data import GROUP
-from captioning.errors import UserError, as_user_error
+from captioning.errors import UserError
 from captioning.files import write_whole
 from captioning.models.retriever import Retriever
-from captioning.scoring.baselines import similarities
 
 
 logger = logging.getLogger(__name__)
 
 CACHE = Path(HF_DATASETS_CACHE) / "retriever_features"
 PORTION = 4096  # images after which the cache is written: a run that was stopped goes on from there
-MAX_COSINES = 2**26  # in memory at a time
-FOLDER = "retrieval"  # beside a model; never pushed, since captions may be private
-FEATURES, TEXTS = "features.safetensors", "captions.json"
 COLUMNS = Features({"retrieved": List(Value("string")), "retrieved_ids": List(Value("string"))})
 
 
@@ -79,100 +72,6 @@ def _write_cache(file: Path, known: dict[int, np.ndarray]) -> None:
                 write_whole(file, numpy.save(content))
     except OSError as error:  # a cache of others, or a full disk
         logger.warning("features of images cannot be cached, the next run computes them again: %s", error)
-
-
-# --- The nearest ----------------------------------------------------------------------------------------------
-
-
-def nearest_rows(
-    features: np.ndarray, others: np.ndarray, number: int, keys: Sequence[tuple[Sequence, Sequence]] = ()
-) -> list[list[int]]:
-    """Return for each of N images the `number` nearest of M others by cosine, of equal ones the first.
-
-    Args:
-        features: float `[N, D]`.
-        others: float `[M, D]`, whose mean is subtracted from all.
-        number: fewer are returned where the others are fewer.
-        keys: pairs of N and M values; an image does not get another of its own value. None and "" are no values.
-    """
-    places: list[dict[Any, list[int]]] = [{} for _ in keys]
-    for place, (_, values) in zip(places, keys, strict=True):
-        for row, value in enumerate(values):
-            place.setdefault(value, []).append(row)
-    found = []
-    for start, cosines in similarities(features, others, max(1, MAX_COSINES // len(others))):
-        every = np.arange(len(cosines))
-        for row, own in enumerate(cosines, start):
-            for place, (values, _) in zip(places, keys, strict=True):
-                if values[row] not in (None, ""):
-                    own[place.get(values[row], [])] = -np.inf
-        best = []
-        for _ in range(min(number, len(others))):  # of few as fast as `torch.topk`, which takes any of equal ones
-            best.append(cosines.argmax(axis=1))
-            best[-1][np.isneginf(cosines[every, best[-1]])] = -1
-            cosines[every, best[-1]] = -np.inf
-        found += [[int(other) for other in own if other >= 0] for own in np.stack(best, axis=1)]
-    return found
-
-
-@dataclass(frozen=True)
-class Pool:
-    """The M training images whose captions are retrieved.
-
-    Attributes:
-        captions: M captions.
-        image_ids: M ids.
-        pixels: `pixel_hash` of the images.
-        features: float32 `[M, D]`, by the retriever.
-        retriever: its digest.
-    """
-
-    captions: Sequence[str]
-    image_ids: Sequence[str]
-    pixels: Sequence[int]
-    features: np.ndarray
-    retriever: str
-
-    def save(self, folder: Path) -> None:
-        """Store it in a folder."""
-        folder.mkdir(exist_ok=True)
-        content = {"pixels": np.array(self.pixels, dtype=np.int64), "features": self.features}
-        write_whole(folder / FEATURES, numpy.save(content, {"retriever": self.retriever}))
-        texts = [{"image_id": i, "caption": text} for i, text in zip(self.image_ids, self.captions, strict=True)]
-        write_whole(folder / TEXTS, json.dumps(texts, indent=0, ensure_ascii=False) + "\n")
-
-    @classmethod
-    def load(cls, folder: Path) -> "Pool":
-        """Return what `save` stored; raise UserError if it cannot be read."""
-        with as_user_error(f"'{folder}' cannot be read", "remove it to caption without retrieved captions"):
-            texts = json.loads((folder / TEXTS).read_text(encoding="utf-8"))
-            with safe_open(folder / FEATURES, "np") as file:
-                digest = file.metadata()["retriever"]
-            content = numpy.load_file(folder / FEATURES)
-            if len({len(texts), *map(len, content.values())}) > 1:
-                raise ValueError(f"{TEXTS} and {FEATURES} are not of the same images")
-            columns = ([row[name] for row in texts] for name in ("caption", "image_id"))
-            return cls(*columns, content["pixels"].tolist(), content["features"], digest)
-
-
-class Retrieval:
-    """A stored pool and its retriever, for images of one's own.
-
-    Raises:
-        UserError: it is another retriever than that of the pool.
-    """
-
-    def __init__(self, pool: Pool, retriever: Retriever, number: int):
-        if retriever.digest() != pool.retriever:
-            raise UserError("the retriever is another than that of the run; give the one that recipe.json names")
-        self.pool, self.retriever, self.number = pool, retriever, number
-
-    def captions(self, images: Sequence[Image.Image]) -> list[list[str]]:
-        """Return the captions for the prompts of B images, none of the image itself."""
-        own = [pixel_hash(image) for image in images]
-        features = self.retriever.features(images)
-        nearest = nearest_rows(features, self.pool.features, self.number, [(own, self.pool.pixels)])
-        return [[self.pool.captions[row] for row in rows] for rows in nearest]
 
 
 # --- Rows of a run --------------------------------------------------------------------------------------------

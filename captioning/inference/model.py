@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from transformers import GenerationConfig
 
-from captioning.data.retrieve import FOLDER, Pool, Retrieval
+from captioning.data.neighbors import FOLDER, Pool, Retrieval
 from captioning.errors import UserError, as_user_error
 from captioning.hub.faults import reading_from_hub
 from captioning.hub.revisions import pin_revision

@@ -18,7 +18,7 @@ from captioning.data.sources import load_source
 from captioning.errors import UserError
 from captioning.inference.model import InferenceModel
 from captioning.models.captioner import WatchTokens
-from captioning.scoring.baselines import similarities
+from captioning.models.retriever import similarities
 
 
 BATCH = 8  # training images that are encoded at a time

@@ -1,6 +1,6 @@
 """A vision model whose features say which images look alike, in place of those of the captioner."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -17,6 +17,7 @@ from captioning.models.load import refuse_nan_weights
 
 
 BATCH_SIZE = 32  # images encoded at a time
+CHUNK = 2048  # images whose nearest ones are found at a time
 
 
 class Retriever:
@@ -80,3 +81,21 @@ def weights_digest(weights: Mapping[str, torch.Tensor], *more: Any) -> str:
         found.update(name.encode())
         found.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return found.hexdigest()
+
+
+def similarities(
+    features: np.ndarray, train_features: np.ndarray, chunk: int = CHUNK
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield cosines `[n, M]` of some images at a time with M training images, with the number of the first.
+
+    Args:
+        features: float `[N, H]`.
+        train_features: float `[M, H]`, whose mean is subtracted from all.
+        chunk: the most images at a time.
+    """
+    common = train_features.mean(axis=0)
+    train, own = train_features - common, features - common
+    for centered in (train, own):
+        centered /= np.maximum(np.linalg.norm(centered, axis=1, keepdims=True), 1e-12)
+    for start in range(0, len(own), chunk):
+        yield start, own[start : start + chunk] @ train.T

@@ -4,17 +4,15 @@ A baseline is a system like any other: it gives one caption for each image, and 
 published captions a constant one reaches a ROUGE-L of .165, more than a fine-tune reports on ROCOv2.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from captioning.models.retriever import similarities
 from captioning.scoring.captions import Captions
 from captioning.scoring.training_split import Training
 from captioning.stages import stage
-
-
-CHUNK = 2048  # images whose neighbors are sought at a time
 
 
 class Baseline(NamedTuple):
@@ -81,21 +79,3 @@ def nearest_captions(features: np.ndarray, train_features: np.ndarray, train_cap
     """
     nearest = [cosines.argmax(axis=1) for _, cosines in similarities(features, train_features)]
     return [train_captions[i] for i in np.concatenate(nearest)]
-
-
-def similarities(
-    features: np.ndarray, train_features: np.ndarray, chunk: int = CHUNK
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield cosines `[n, M]` of some images at a time with M training images, with the number of the first.
-
-    Args:
-        features: float `[N, H]`.
-        train_features: float `[M, H]`, whose mean is subtracted from all.
-        chunk: the most images at a time.
-    """
-    common = train_features.mean(axis=0)
-    train, own = train_features - common, features - common
-    for centered in (train, own):
-        centered /= np.maximum(np.linalg.norm(centered, axis=1, keepdims=True), 1e-12)
-    for start in range(0, len(own), chunk):
-        yield start, own[start : start + chunk] @ train.T

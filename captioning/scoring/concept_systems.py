@@ -7,7 +7,8 @@ from collections.abc import Sequence, Set
 
 import numpy as np
 
-from captioning.scoring.baselines import Baseline, similarities
+from captioning.models.retriever import similarities
+from captioning.scoring.baselines import Baseline
 from captioning.scoring.concepts import known_concepts
 from captioning.scoring.training_split import Training
 

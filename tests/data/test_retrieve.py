@@ -12,10 +12,12 @@ from helpers import make_png, make_rows
 from safetensors.numpy import load_file, save_file
 
 from captioning.__main__ import main
+from captioning.data import neighbors
 from captioning.data import retrieve as module
 from captioning.data.checks import check_rows, usable
 from captioning.data.layout import Layout
-from captioning.data.retrieve import Pool, Retrieval, cached_features, nearest_rows, retrieve
+from captioning.data.neighbors import Pool, Retrieval, nearest_rows
+from captioning.data.retrieve import cached_features, retrieve
 from captioning.data.sources import load_source
 from captioning.errors import UserError
 from captioning.models.retriever import Retriever
@@ -38,7 +40,7 @@ def test_the_nearest_are_those_of_a_sort_without_those_of_the_same_value_in_any_
     keys += [(rng.integers(0, 6, 23).tolist(), rng.integers(0, 6, 40).tolist())]  # 0 is unknown here
     expected = brute_force(features, others, 4, keys)
     for cosines in (2**26, 40 * 5, 1):
-        monkeypatch.setattr(module, "MAX_COSINES", cosines)
+        monkeypatch.setattr(neighbors, "MAX_COSINES", cosines)
         assert nearest_rows(features, others, 4, [(own, all_) for own, all_ in _without_zero(keys)]) == expected
     assert nearest_rows(features, others, 4) == brute_force(features, others, 4, []) != expected
 

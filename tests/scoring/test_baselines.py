@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from helpers import make_captions, real_captions
 
-from captioning.scoring import baselines
+from captioning.models import retriever
 from captioning.scoring import constant_caption as constant_caption_module
 from captioning.scoring.baselines import nearest_captions, shuffled
 from captioning.scoring.coco import ROUGE_BETA, ngram_scores
@@ -86,5 +86,5 @@ def test_the_nearest_image_is_nearest_by_angle_from_what_all_have_in_common(monk
     train = np.array([[1, 0], [-1, 0], [0, 9], [0, -9]]) + common
     features = np.array([[5, 0.5], [-0.01, 0.002], [1, 3], [0.9, -1]]) + common
     assert nearest_captions(features, train, names) == names
-    monkeypatch.setattr(baselines, "CHUNK", 3)
+    monkeypatch.setattr(retriever.similarities, "__defaults__", (3,))  # images at a time
     assert nearest_captions(features, train, names) == names
