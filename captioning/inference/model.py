@@ -82,7 +82,7 @@ class InferenceModel:
         self.name, self.revision = name, pin_revision(name, revision)
         recipe = recorded_recipe(name, self.revision)
         self.captioner = load_captioner(name, self.revision, recipe.get("torch_dtype", "float32"))
-        model = self.captioner.model.to(self.device).eval()
+        self.captioner.model.to(self.device).eval()
         self.captioner.adapt(fast=True)
         self.retrieval = _load_retrieval(name, recipe, self.device)
         self.captioner.retrieved_captions = self.retrieval.number if self.retrieval else 0
@@ -96,7 +96,6 @@ class InferenceModel:
         self.captioner.check_lengths(1, fields["max_new_tokens"])
         self.generation_config: GenerationConfig = generation_config(fields)
         self.captioner.set_generation_config(self.generation_config)  # or `generate` would add others that it holds
-        model.requires_grad_(False)
         self._autocast = self._precision(recipe)
 
     def _precision(self, recipe: Mapping[str, Any]) -> torch.dtype | None:
@@ -124,7 +123,8 @@ class InferenceModel:
     def computing(self) -> Iterator[None]:
         """Return a context for one batch in which methods of the captioner compute as in the evaluation."""
         mixed = torch.autocast(self.device.type, self._autocast, enabled=self._autocast is not None)
-        with torch.inference_mode(), mixed, self.captioner.evaluation():
+        # Autocast casts a weight once a batch only if it may need a gradient: not frozen, nor in `inference_mode`
+        with torch.no_grad(), mixed, self.captioner.evaluation():
             yield
 
     def collate(self, images: Sequence[Image.Image]) -> Batch:
