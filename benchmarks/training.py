@@ -67,7 +67,8 @@ def main(arguments) -> bool:
             "target": targets["matrix rate"],
         },
     ]
-    return report(arguments, "Training step", rows, seconds=seconds, flops=flops, matrix_rate=rate)
+    figures = {"seconds": seconds, "flops": flops, "matrix_rate": rate}
+    return report(arguments, "Training step", rows, **figures, images_per_second=batch_size / seconds["ours"])
 
 
 def attention_flops(model, batch_size: int, arguments) -> int:

@@ -9,6 +9,10 @@ import pytest
 from captioning.files import PROJECT
 
 
+sys.path.insert(0, str(PROJECT / "benchmarks"))
+import gpu
+
+
 def run_gpu_sh(*words, **environment):
     command = ["bash", "benchmarks/gpu.sh", *map(str, words)]
     own = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
@@ -26,6 +30,14 @@ def test_parts_are_run_and_their_rows_are_in_the_table(tmp_path):
         assert f"\n| {part} | " in report and (tmp_path / f"{part}.json").exists()
     assert "3 beams, float32: captions that differ from stock's | 0 of 4" in report
     assert "not run: a CPU would swap" in report and "Quick: small models" in report
+
+
+@pytest.mark.parametrize(("rate", "reached"), [(90.0, False), (110.0, True)])
+def test_the_input_pipeline_must_be_ahead_of_evaluation_and_training(rate, reached):
+    loader = [{"name": "L PNG", "workers": 8, "cores": 16, "images_per_second": rate}]
+    found = {"evaluation_base": {"images_per_second": 80.0}, "training_base": {"images_per_second": 100.0}}
+    assert gpu.rows_of({"loader": loader}, found)[0]["reached"] is reached
+    assert "ratio" not in gpu.rows_of({"loader": loader}, {})[0], "neither has been measured"
 
 
 @pytest.mark.slow
