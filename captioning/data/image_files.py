@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Features, Image, Value
-from datasets.fingerprint import Hasher
+from datasets import Dataset, Features, Image, Value, concatenate_datasets
 
 from captioning.data.images import IMAGE_ENDINGS, MISSING
 from captioning.data.zenodo import UNUSABLE, is_inside
@@ -24,21 +23,13 @@ LOCAL_PATH = r"^\s*(/|~|\.\.?/|\\|[A-Za-z]:[\\/]|file:)"  # how an id starts tha
 
 
 class ImageFiles:
-    """The images that a table names, in a folder.
-
-    Args:
-        root: the folder; a file outside of it is not read.
-        first: a folder in it that relative paths may start from, too.
-    """
+    """The images in the folder `root` that a table names; relative paths may start from its folder `first`, too."""
 
     def __init__(self, root: Path, first: Path):
         self.root, self._starts, self._real = root, (first, root), [os.path.realpath(root)]
 
     def locate(self, name: str | None) -> tuple[str, str | None]:
-        """Return the path of an image, and the reason if it cannot be used.
-
-        A name may lack its ending or its subfolder where only one file fits.
-        """
+        """Return the path of an image, whose name may lack ending and subfolder, and why it cannot be used."""
         name = (name or "").replace("\\", os.sep)  # written on Windows
         paths = [os.path.join(start, name) for start in self._starts]
         path = next(filter(os.path.lexists, paths), None) or self._by_name.get(name) or paths[-1]
@@ -67,36 +58,27 @@ def with_files(rows: Dataset, files: ImageFiles, where: str) -> Dataset:
         UserError: no row has its file.
     """
     names = rows["image"][:]
-    found = [files.locate(name) for name in names]
-    if found and all(reason for _, reason in found):
+    located = [files.locate(name) for name in names]
+    paths, faults = [path for path, _ in located], [fault for _, fault in located]
+    if names and all(faults):
         raise UserError(
-            f"{where}: none of its {len(found)} images can be used; the first is '{names[0]}' ({found[0][1]}), sought "
+            f"{where}: none of its {len(names)} images can be used; the first is '{names[0]}' ({faults[0]}), sought "
             f"in '{files.root}'; set --image_folder to the folder that holds them, or --image_column"
         )
-
-    def add_files(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
-        known = batch.get(UNUSABLE) or [None] * len(numbers)
-        reasons = [reason or found[number][1] for number, reason in zip(numbers, known, strict=True)]
-        pairs = [(names[number], found[number][0]) for number in numbers]
-        return {
-            # Nothing later reads what must not be read
-            "image": [
-                {"bytes": None, "path": None if bad else path} for (_, path), bad in zip(pairs, reasons, strict=True)
-            ],
-            FILE: [os.path.relpath(path, files.root) if name and path.isprintable() else None for name, path in pairs],
-            UNUSABLE: reasons,
-        }
-
-    return rows.map(
-        add_files,
-        with_indices=True,
-        batched=True,
-        features=Features(
-            rows.features | {"image": Image(decode=False), FILE: Value("string"), UNUSABLE: Value("string")}
-        ),
-        new_fingerprint=Hasher.hash((rows._fingerprint, str(files.root), repr(found))),
-        desc="Looking for the images",
-    )
+    known = rows[UNUSABLE][:] if UNUSABLE in rows.column_names else faults
+    reasons = [reason or fault for reason, fault in zip(known, faults, strict=True)]
+    columns = {
+        # Nothing later reads what must not be read
+        "image": [None if reason else {"path": path} for path, reason in zip(paths, reasons, strict=True)],
+        FILE: [
+            os.path.relpath(path, files.root) if name and path.isprintable() else None
+            for name, path in zip(names, paths, strict=True)
+        ],
+        UNUSABLE: reasons,
+    }
+    features = Features({"image": Image(decode=False), FILE: Value("string"), UNUSABLE: Value("string")})
+    others = rows.select_columns([name for name in rows.column_names if name not in columns])
+    return concatenate_datasets([others, Dataset.from_dict(columns, features=features)], axis=1)
 
 
 # --- Ids ------------------------------------------------------------------------------------------------------
@@ -105,8 +87,8 @@ def with_files(rows: Dataset, files: ImageFiles, where: str) -> Dataset:
 def with_ids(splits: Mapping[str, Dataset]) -> dict[str, Dataset]:
     """Give each row an `image_id` that is no path of this machine.
 
-    Where the column is missing, it is the name of the file, or the number among all rows where there is none. Paths,
-    also those in a column of ids, are shortened to as many of their last parts as tell them apart.
+    Without such a column it is the name of the file, else the number among all rows. Paths are shortened to as many
+    of their last parts as tell them apart.
     """
     first, ids, made = 0, {}, set()
     for split, rows in splits.items():
@@ -122,7 +104,7 @@ def with_ids(splits: Mapping[str, Dataset]) -> dict[str, Dataset]:
     for split, own in ids.items():
         others = splits[split].select_columns([name for name in splits[split].column_names if name != "image_id"])
         ids[split] = others.add_column("image_id", [short.get(text, text) for text in own], feature=Value("string"))
-    return dict(splits) | ids
+    return {**splits, **ids}
 
 
 def _names_of_files(rows: Dataset, first: int) -> list[str]:

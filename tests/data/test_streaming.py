@@ -35,7 +35,6 @@ from torch.utils.data import DataLoader
 import run_captioning
 from captioning.command_line import exit_on_user_error
 from captioning.data import checks, sources, streaming
-from captioning.data.streaming import ROW_GROUPS
 from captioning.data.tokenize_captions import tokenize
 from captioning.errors import UserError
 from captioning.training import safeguards, samplers
@@ -85,8 +84,7 @@ def forget():
     """Forget the row groups that were read, before a test and when it asks."""
 
     def forget():
-        ROW_GROUPS._groups.clear()
-        ROW_GROUPS.reads = 0
+        streaming._row_groups.clear()
         shutil.rmtree(streaming.SHARED_FOLDER, ignore_errors=True)
 
     forget()
@@ -159,7 +157,7 @@ def test_checks_are_those_of_the_stored_set(tmp_path, reads):
     assert len(reads()) == 4, "each row group once"
     again = "import sys; from captioning.data import checks, sources, streaming; "
     again += "checks.check_rows(sources.load_source(sys.argv[1], streaming=True), 1.0, sys.argv[2]); "
-    again += "assert not streaming.ROW_GROUPS.reads"  # the second of two processes
+    again += "assert not streaming._row_groups"  # the second of two processes
     server().run(["-c", again, tmp_path / "set", tmp_path / "again.jsonl"])
     assert (tmp_path / "again.jsonl").read_text() == found[0]
 
@@ -285,14 +283,14 @@ def test_any_number_of_workers_gets_the_same_batches_and_reads_each_row_group_on
     assert sorted(group for _, group in reads()) == sorted(wanted)
 
 
-def test_row_groups_that_are_kept_stay_few(rows, monkeypatch):
+def test_row_groups_that_are_kept_stay_few(rows, reads, monkeypatch):
     for module in (samplers, streaming):
         monkeypatch.setattr(module, "WINDOW_GROUPS", 2)
     for row in StreamingSampler(rows, seed=0):
         assert rows[row]["image"]["bytes"]
-        assert len(ROW_GROUPS._groups) <= 4
+        assert len(streaming._row_groups) <= 4
         assert len(list(streaming.SHARED_FOLDER.iterdir())) <= 2 * 4, "with a lock each"
-    assert ROW_GROUPS.reads == 10, "few, but enough of them that none is read again"
+    assert len(reads()) == 10, "few, but enough of them that none is read again"
 
 
 def test_images_are_read_where_they_cannot_be_shared(rows, reads, monkeypatch, tmp_path):
