@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict, Image
 from helpers import make_png, read_lines
 
 from captioning.data.checks import check_rows
@@ -58,6 +58,17 @@ def zip_folder(folder: Path) -> None:
     """Put a folder into a zip beside it, and remove it."""
     shutil.make_archive(str(folder), "zip", folder.parent, folder.name)
     shutil.rmtree(folder)
+
+
+def write_parquet(folder: Path, **splits: Dataset) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, rows in splits.items():
+        rows.to_parquet(folder / f"{split}-0.parquet")
+    return folder
+
+
+def undecoded(**splits: Dataset) -> DatasetDict:
+    return DatasetDict({split: rows.cast_column("image", Image(decode=False)) for split, rows in splits.items()})
 
 
 def rejected(dataset: DatasetDict, folder: Path) -> list[dict]:

@@ -3,8 +3,7 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pyarrow as pa
@@ -22,48 +21,26 @@ OUTSIDE = "image outside of the dataset's folder"
 LOCAL_PATH = r"^\s*(/|~|\.\.?/|\\|[A-Za-z]:[\\/]|file:)"  # how an id starts that is a path
 
 
-class ImageFiles:
-    """The images in the folder `root` that a table names; relative paths may start from its folder `first`, too."""
-
-    def __init__(self, root: Path, first: Path):
-        self.root, self._starts, self._real = root, (first, root), [os.path.realpath(root)]
-
-    def locate(self, name: str | None) -> tuple[str, str | None]:
-        """Return the path of an image, whose name may lack ending and subfolder, and why it cannot be used."""
-        name = (name or "").replace("\\", os.sep)  # written on Windows
-        paths = [os.path.join(start, name) for start in self._starts]
-        path = next(filter(os.path.lexists, paths), None) or self._by_name.get(name) or paths[-1]
-        if not is_inside(path, self._real):
-            return path, OUTSIDE
-        return path, None if name and os.path.exists(path) else MISSING
-
-    @cached_property
-    def _by_name(self) -> dict[str, str | None]:
-        """The path of each image below the folder by what it may be called, None where several may."""
-        found: dict[str, str | None] = {}
-        for folder, _, names in os.walk(self.root):
-            for path in (os.path.join(folder, name) for name in names):
-                stem, ending = os.path.splitext(path)
-                is_image = ending.lower() in IMAGE_ENDINGS or ending[1:].isdigit()  # the end of a DICOM UID
-                if is_image and path.isprintable():
-                    keys = {os.path.relpath(stem, self.root), os.path.basename(path), os.path.basename(stem)}
-                    found |= {key: None if key in found else path for key in keys}
-        return found
-
-
-def with_files(rows: Dataset, files: ImageFiles, where: str) -> Dataset:
+def with_files(rows: Dataset, root: Path, first: Path, where: str) -> Dataset:
     """Return rows whose `image`, a text, became the file that it names; with `FILE`, and the reasons in `UNUSABLE`.
+
+    No file outside of the folder `root` is read. Names are relative to its folder `first` or to `root`, and may lack
+    ending or subfolder where only one file fits.
 
     Raises:
         UserError: no row has its file.
     """
-    names = rows["image"][:]
-    located = [files.locate(name) for name in names]
-    paths, faults = [path for path, _ in located], [fault for _, fault in located]
+    names = [(name or "").replace("\\", os.sep) for name in rows["image"][:]]  # written on Windows
+    paths = [_find(name, (first, root)) for name in names]
+    if None in paths:
+        named = _images_by_name(root)
+        paths = [path or named.get(name) or os.path.join(root, name) for path, name in zip(paths, names, strict=True)]
+    roots = [os.path.realpath(root)]
+    faults = [_fault_of_file(name, path, roots) for name, path in zip(names, paths, strict=True)]
     if names and all(faults):
         raise UserError(
             f"{where}: none of its {len(names)} images can be used; the first is '{names[0]}' ({faults[0]}), sought "
-            f"in '{files.root}'; set --image_folder to the folder that holds them, or --image_column"
+            f"in '{root}'; set --image_folder to the folder that holds them, or --image_column"
         )
     known = rows[UNUSABLE][:] if UNUSABLE in rows.column_names else faults
     reasons = [reason or fault for reason, fault in zip(known, faults, strict=True)]
@@ -71,7 +48,7 @@ def with_files(rows: Dataset, files: ImageFiles, where: str) -> Dataset:
         # Nothing later reads what must not be read
         "image": [None if reason else {"path": path} for path, reason in zip(paths, reasons, strict=True)],
         FILE: [
-            os.path.relpath(path, files.root) if name and path.isprintable() else None
+            os.path.relpath(path, root) if name and path.isprintable() else None
             for name, path in zip(names, paths, strict=True)
         ],
         UNUSABLE: reasons,
@@ -79,6 +56,29 @@ def with_files(rows: Dataset, files: ImageFiles, where: str) -> Dataset:
     features = Features({"image": Image(decode=False), FILE: Value("string"), UNUSABLE: Value("string")})
     others = rows.select_columns([name for name in rows.column_names if name not in columns])
     return concatenate_datasets([others, Dataset.from_dict(columns, features=features)], axis=1)
+
+
+def _find(name: str, folders: Iterable[Path]) -> str | None:
+    return next(filter(os.path.lexists, (os.path.join(folder, name) for folder in folders)), None)
+
+
+def _images_by_name(root: Path) -> dict[str, str | None]:
+    """Return the path of each image below the folder by what it may be called, None where several may."""
+    found: dict[str, str | None] = {}
+    for folder, _, names in os.walk(root):
+        for path in (os.path.join(folder, name) for name in names):
+            stem, ending = os.path.splitext(path)
+            is_image = ending.lower() in IMAGE_ENDINGS or ending[1:].isdigit()  # the end of a DICOM UID
+            if is_image and path.isprintable():
+                keys = {os.path.relpath(stem, root), os.path.basename(path), os.path.basename(stem)}
+                found |= {key: None if key in found else path for key in keys}
+    return found
+
+
+def _fault_of_file(name: str, path: str, roots: list[str]) -> str | None:
+    if not is_inside(path, roots):
+        return OUTSIDE
+    return None if name and os.path.exists(path) else MISSING
 
 
 # --- Ids ------------------------------------------------------------------------------------------------------

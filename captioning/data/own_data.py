@@ -187,11 +187,11 @@ def choose_columns(
     return columns
 
 
-def log_columns(name: str, chosen: Iterable[Mapping[str, str]]) -> None:
+def log_columns(name: str, chosen: Sequence[Mapping[str, str]]) -> None:
     """Log which columns of other names the splits of a data set are read from, once where they are alike."""
-    for columns in {tuple(columns.items()) for columns in chosen}:
-        named = [f"{ours} from '{theirs}'" for ours, theirs in columns if ours != theirs]
-        if "image_id" not in dict(columns):
+    for columns in [found for number, found in enumerate(chosen) if found not in chosen[:number]]:
+        named = [f"{ours} from '{theirs}'" for ours, theirs in columns.items() if ours != theirs]
+        if "image_id" not in columns:
             named.append("image_id made of file names or numbers")
         if named:
             logger.info("dataset '%s': %s", name, ", ".join(named))

@@ -21,7 +21,7 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from captioning.data.image_files import FILE, OUTSIDE, ImageFiles, with_files, with_ids
+from captioning.data.image_files import FILE, OUTSIDE, with_files, with_ids
 from captioning.data.layout import Layout
 from captioning.data.own_data import (
     GROUP,
@@ -94,7 +94,8 @@ def load_source(
             chosen.append(columns)
         rows = _checked_columns(rows, where, streaming, is_ours)
         if isinstance(rows.features["image"], Value):
-            rows = with_files(rows, _image_files(name, names[split], layout, where), where)
+            root = _image_folder(name, layout, where)
+            rows = with_files(rows, root, root / names[split], where)
         elif not streaming and not is_ours:
             rows = _without_foreign_files(rows, [name, layout.image_folder])
         checked[split] = rows
@@ -125,12 +126,11 @@ def _load(name: str, revision: str | None, streaming: bool, layout: Layout) -> D
     return _load_from_hub(name, revision, streaming)
 
 
-def _image_files(name: str, split: str, layout: Layout, where: str) -> ImageFiles:
+def _image_folder(name: str, layout: Layout, where: str) -> Path:
     """Return the folder in which a table's images are sought: that of the flag, else that of the data."""
     if layout.image_folder is None and not os.path.exists(name):
         raise UserError(f"{where}: column 'image' holds names of files; set --image_folder to the folder of these")
-    root = Path(layout.image_folder or (name if os.path.isdir(name) else os.path.dirname(name) or "."))
-    return ImageFiles(root, root / split)
+    return Path(layout.image_folder or (name if os.path.isdir(name) else os.path.dirname(name) or "."))
 
 
 def dataset_commit(name: str, revision: str | None = None) -> str | None:

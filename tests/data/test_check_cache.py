@@ -15,7 +15,7 @@ from processes import ROOT
 from pydicom import uid
 from pydicom.data import get_testdata_file
 from pydicom.pixels import get_decoder
-from source_files import write_images, write_table
+from source_files import write_images, write_parquet, write_table
 
 from captioning.data.checks import mark_rows
 
@@ -41,9 +41,7 @@ def make_sources(root: Path, raw_dataset) -> list[str]:
     """Write each kind of source; return their names."""
     small = DatasetDict({split: rows.select(range(3)) for split, rows in raw_dataset.items()})
     small.save_to_disk(root / "saved")
-    (root / "parquet").mkdir()
-    for split, rows in small.items():
-        rows.to_parquet(root / "parquet" / f"{split}-0.parquet")
+    write_parquet(root / "parquet", **small)
     names = [f"{i}.png" for i in range(3)]
     write_images(root / "own", *names)
     write_table(root / "own" / "captions.csv", *({"file_name": name, "caption": "a cyst"} for name in names))

@@ -7,10 +7,10 @@ import signal
 from pathlib import Path
 
 import pytest
-from datasets import Dataset, DatasetDict, Image
+from datasets import Dataset, DatasetDict
 from helpers import flags, make_png, make_rows, read_json, read_lines, run, signal_when
 from processes import server
-from source_files import rejected, write_images, write_table
+from source_files import rejected, undecoded, write_images, write_parquet, write_table
 
 from captioning.__main__ import main
 from captioning.data.checks import check_rows, usable
@@ -124,9 +124,7 @@ def test_a_table_elsewhere_needs_the_folder_of_its_images(tmp_path):
 def test_other_sources_with_columns_of_other_names(tmp_path, caplog, source):
     rows = make_rows(10).rename_columns({"image": "picture", "caption": "Report", "image_id": "accession"})
     if source == "parquet":
-        for split in ("train", "test"):
-            (tmp_path / "data").mkdir(exist_ok=True)
-            rows.to_parquet(str(tmp_path / "data" / f"{split}-0.parquet"))
+        write_parquet(tmp_path / "data", train=rows, test=rows)
     else:
         (DatasetDict(train=rows, test=rows) if source == "saved" else rows).save_to_disk(str(tmp_path / "data"))
     with caplog.at_level("INFO", "captioning"):
@@ -146,8 +144,7 @@ def test_a_column_of_splits_is_obeyed_in_any_source(tmp_path, source):
     paths = [f"/home/x/{i:04d}" for i in range(6)]  # which are shortened
     rows = make_rows(6, image_id=paths).add_column("Split", ["train", "test", "val", "train", "Test", "train"])
     if source == "parquet":
-        (tmp_path / "data").mkdir()
-        rows.to_parquet(str(tmp_path / "data" / "rows-0.parquet"))
+        write_parquet(tmp_path / "data", rows=rows)
     else:
         rows.save_to_disk(str(tmp_path / "data"))
     dataset = load(tmp_path / "data")
@@ -184,8 +181,7 @@ def test_parquet_of_paths_finds_its_images(tmp_path):
     ],
 )
 def test_ids_that_are_paths_are_shortened_and_stay_unique(tmp_path, paths, names):
-    make_rows(len(paths), image_id=paths).to_parquet(str(tmp_path / "train.parquet"))
-    make_rows(1, image_id=paths[:1]).to_parquet(str(tmp_path / "test.parquet"))
+    write_parquet(tmp_path, train=make_rows(len(paths), image_id=paths), test=make_rows(1, image_id=paths[:1]))
     for streaming in (False, True):
         dataset = load_source(str(tmp_path), streaming=streaming)
         assert ids(dataset) == {"train": names, "test": names[:1]}, "and the same image is the same in each split"
@@ -397,7 +393,7 @@ def test_rows_of_a_hostile_table_are_rejected_and_read_nothing(tmp_path):
 def test_reasons_are_named_when_no_row_is_left(tmp_path):
     rows = make_rows(3, caption=["", " ", "A cyst"], image=[{"bytes": b"x", "path": None}] * 3)
     with pytest.raises(UserError, match=r"no usable row out of 3 \(2 x blank caption, 1 x unreadable image\); see"):
-        check_rows(DatasetDict(test=rows.cast_column("image", Image(decode=False))), 1.0, tmp_path / "rejected.jsonl")
+        check_rows(undecoded(test=rows), 1.0, tmp_path / "rejected.jsonl")
 
 
 # --- prepare, runs, reruns ------------------------------------------------------------------------------------

@@ -6,10 +6,10 @@ from argparse import Namespace
 
 import numpy as np
 import pytest
-from datasets import DatasetDict, Image, load_from_disk
+from datasets import DatasetDict, load_from_disk
 from families import save_vision_model
 from helpers import make_png, make_rows
-from source_files import write_images, write_table
+from source_files import undecoded, write_images, write_table
 
 from captioning.__main__ import main
 from captioning.data import neighbors
@@ -115,8 +115,7 @@ def grouped(tmp_path):
     images[7], images[8] = ({"bytes": make_png(100), "path": None} for _ in range(2))
     images[3] = {"bytes": b"broken", "path": None}
     train = make_rows(12, image=images).add_column("group", [1, 1, 1, 2, 2, 3, 3, 4, 4, None, None, 5])
-    splits = DatasetDict(train=train, test=test.add_column("group", [9, 1, None, 5]))
-    splits = DatasetDict({name: rows.cast_column("image", Image(decode=False)) for name, rows in splits.items()})
+    splits = undecoded(train=train, test=test.add_column("group", [9, 1, None, 5]))
     return check_rows(splits, 0.2, tmp_path / "rejected.jsonl")
 
 

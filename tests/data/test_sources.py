@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict, Image, load_from_disk
-from helpers import SHARED, make_png, make_rows, read_lines
-from source_files import rejected, write_table, zenodo_folder, zip_folder
+from helpers import make_png, make_rows, read_lines
+from source_files import rejected, undecoded, write_table, zenodo_folder, zip_folder
 
 from captioning.__main__ import main
 from captioning.data import phantoms
@@ -21,10 +21,6 @@ from captioning.errors import UserError
 
 def check(dataset: DatasetDict, folder: Path, fraction: float = 1.0) -> DatasetDict:
     return check_rows(dataset, fraction, folder / "rejected.jsonl")
-
-
-def undecoded(**splits: Dataset) -> DatasetDict:
-    return DatasetDict({split: rows.cast_column("image", Image(decode=False)) for split, rows in splits.items()})
 
 
 # --- Sources --------------------------------------------------------------------------------------------------
@@ -101,7 +97,7 @@ def test_a_damaged_image_in_a_zip_is_rejected(tmp_path):
     content[content.rindex(b".png", 0, content.index(b"PK\x01\x02")) + 60] ^= 0xFF  # in the last image
     archive.write_bytes(bytes(content))
     (row,) = rejected(load_source(str(folder)), tmp_path)
-    assert "damaged in the zip" in row["reason"]
+    assert "cannot be unpacked" in row["reason"]
 
 
 @pytest.mark.parametrize("zipped", [False, True])
@@ -118,13 +114,6 @@ def test_zenodo_captions_without_their_image_are_rejected(tmp_path, zipped):
 def test_phantoms_are_a_source(monkeypatch):
     monkeypatch.setattr(phantoms, "SPLIT_SIZES", dict.fromkeys(phantoms.SPLIT_SIZES, 2))
     assert list(load_source("phantoms")) == ["train", "validation", "test"]
-
-
-def test_real_radiographs(tmp_path):
-    if not SHARED.is_dir():
-        pytest.skip("the real radiographs are not beside the project")
-    dataset = check(load_source(str(SHARED / "chest_xrays_rocov2_schema")), tmp_path, 0.0)
-    assert {split: len(usable(rows)) for split, rows in dataset.items()} == {"train": 64, "validation": 14, "test": 16}
 
 
 def test_a_revision_stays_as_it_is_where_there_is_no_commit_to_be_had(tmp_path):

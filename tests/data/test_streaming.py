@@ -18,6 +18,7 @@ from datasets import DatasetDict, Image
 from helpers import (
     flags,
     losses,
+    make_captions,
     make_png,
     make_rows,
     read_json,
@@ -143,10 +144,9 @@ def test_reading_text_reads_no_images(rows, reads, captioner):
 
 
 def test_checks_are_those_of_the_stored_set(tmp_path, reads):
-    rows = damage(make_rows(20), 2, 17)
-    columns = {"caption": rows["caption"][:], "image_id": rows["image_id"][:]}
-    columns["caption"][4], columns["image_id"][9] = " ", "image_0000"
-    rows = make_rows(20, image=rows.with_format("arrow")["image"][:].to_pylist(), **columns)
+    captions, ids = make_captions(20), [f"image_{i}" for i in range(20)]
+    captions[4], ids[9] = " ", ids[0]
+    rows = damage(make_rows(20, caption=captions, image_id=ids), 2, 17)
     write_shards(rows, tmp_path / "set" / "data", "validation")
     found = []
     for value in (False, True):
@@ -155,9 +155,12 @@ def test_checks_are_those_of_the_stored_set(tmp_path, reads):
         found.append(file.read_text())
     assert found[0] == found[1] and found[0].count("\n") == 4
     assert len(reads()) == 4, "each row group once"
-    again = "import sys; from captioning.data import checks, sources, streaming; "
-    again += "checks.check_rows(sources.load_source(sys.argv[1], streaming=True), 1.0, sys.argv[2]); "
-    again += "assert not streaming._row_groups"  # the second of two processes
+    again = """
+import sys
+from captioning.data import checks, sources, streaming
+checks.check_rows(sources.load_source(sys.argv[1], streaming=True), 1.0, sys.argv[2])
+assert not streaming._row_groups, "the second of two processes reads none"
+"""
     server().run(["-c", again, tmp_path / "set", tmp_path / "again.jsonl"])
     assert (tmp_path / "again.jsonl").read_text() == found[0]
 
@@ -331,13 +334,9 @@ def test_a_model_has_the_scores_that_it_has_on_stored_data(finished, sharded, tm
 
 
 STEPS = {
-    "per_device_train_batch_size": 2,
-    "do_eval": False,
-    "do_predict": False,
-    "streaming": True,
-    "logging_steps": 1,
-}
-STEPS |= {"save_strategy": "steps", "save_steps": 5, "save_total_limit": 9}
+    "per_device_train_batch_size": 2, "do_eval": False, "do_predict": False, "streaming": True, "logging_steps": 1,
+    "save_strategy": "steps", "save_steps": 5, "save_total_limit": 9,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -454,13 +453,11 @@ def test_an_unreadable_training_image_is_masked_from_the_loss_and_listed_once(co
 def test_what_another_run_has_rejected_is_not_listed_in_a_new_one(sharded, tmp_path):
     rejected = tmp_path / "rejected.jsonl"
     streamed = {"split": "train", "image_id": "a", "reason": "unreadable image: empty"}
-    others = [streamed | {"split": "test"}, streamed | {"row": 3}, "no entry", 7]
+    others = [streamed | {"split": "test"}, streamed | {"row": 3}]
     dataset = sources.load_source(str(sharded), streaming=True)
     for entries, half_a_line, unopened, kept in (
-        ([streamed, *others[:2]], "", ["train"], [streamed]),
         ([streamed], "", [], []),
         ([*others, streamed], '{"split": "tr', ["train"], [streamed]),
-        (others, "", ["train"], []),
     ):
         rejected.write_text("".join(json.dumps(entry) + "\n" for entry in entries) + half_a_line)
         checks.check_rows(dataset, 0.0, rejected, unopened=unopened)
