@@ -94,9 +94,6 @@ def _spread(values: Sequence[int] | np.ndarray) -> dict[str, float]:
     return {name: round(float(value), 1) for name, value in spread.items()}
 
 
-# --- As text --------------------------------------------------------------------------------------------------
-
-
 def description_table(name: str, result: Mapping[str, Any]) -> str:
     """Return the dict of `describe` as text."""
     splits = result["splits"]

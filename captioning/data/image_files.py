@@ -81,9 +81,6 @@ def _fault_of_file(name: str, path: str, roots: list[str]) -> str | None:
     return None if name and os.path.exists(path) else MISSING
 
 
-# --- Ids ------------------------------------------------------------------------------------------------------
-
-
 def with_ids(splits: Mapping[str, Dataset]) -> dict[str, Dataset]:
     """Give each row an `image_id` that is no path of this machine.
 

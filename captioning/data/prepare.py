@@ -66,7 +66,8 @@ def _without_headers(rows: Dataset) -> Dataset:
     pairs = zip(starts, paths.to_pylist(), strict=True)
     if not any(is_dicom(path if start is None else start) for start, path in pairs if start is not None or path):
         return rows
-    return rows.map(_encode, features=rows.features, desc="Encoding DICOM")
+    # Few are in memory before they are written
+    return rows.map(_encode, features=rows.features, writer_batch_size=64, desc="Encoding DICOM")
 
 
 def _encode(row: dict[str, Any]) -> dict[str, Any]:

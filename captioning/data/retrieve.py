@@ -26,9 +26,6 @@ CACHE = Path(HF_DATASETS_CACHE) / "retriever_features"
 COLUMNS = Features({"retrieved": List(Value("string")), "retrieved_ids": List(Value("string"))})
 
 
-# --- Features -------------------------------------------------------------------------------------------------
-
-
 def cached_features(retriever: Retriever, rows: Dataset) -> np.ndarray:
     """Return the features of N images by a retriever, float32 `[N, D]`, each computed once.
 
@@ -55,9 +52,6 @@ def cached_features(retriever: Retriever, rows: Dataset) -> np.ndarray:
 def _read_cache(file: Path) -> dict[int, np.ndarray]:
     content = numpy.load_file(file) if file.exists() else {"pixels": np.array([]), "features": ()}
     return dict(zip(content["pixels"].tolist(), content["features"], strict=True))
-
-
-# --- Rows of a run --------------------------------------------------------------------------------------------
 
 
 def retrieve(dataset: DatasetDict, args, max_samples: dict[str, int | None]) -> tuple[DatasetDict, Pool | None]:

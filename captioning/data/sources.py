@@ -21,20 +21,10 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from captioning.data import own_data
 from captioning.data.image_files import FILE, OUTSIDE, with_files, with_ids
 from captioning.data.layout import Layout
-from captioning.data.own_data import (
-    GROUP,
-    SPLIT_NAMES,
-    SPLITS,
-    WHOLE,
-    choose_columns,
-    find_tables,
-    load_tables,
-    log_columns,
-    rows_by_split,
-    use_columns,
-)
+from captioning.data.own_data import GROUP, SPLIT_NAMES, SPLITS, WHOLE
 from captioning.data.phantoms import load_phantoms
 from captioning.data.splits import warn_of_shared_groups, with_splits
 from captioning.data.streaming import STORED, hub_shards, index_shards, is_streamed, read_footer
@@ -76,7 +66,7 @@ def load_source(
     splits = _load(name, revision, streaming, layout)
     splits = DatasetDict({WHOLE: splits}) if isinstance(splits, Dataset) else splits
     is_whole = len(splits) == 1 and next(iter(splits)).lower() not in SPLIT_NAMES and not streaming
-    if is_whole and (parts := rows_by_split(next(iter(splits.values())), f"dataset '{name}'")):
+    if is_whole and (parts := own_data.rows_by_split(next(iter(splits.values())), f"dataset '{name}'")):
         splits, is_whole = DatasetDict(parts), False
     names = {"train" if is_whole else SPLIT_NAMES.get(split.lower(), split): split for split in splits}
     if len(names) < len(splits):
@@ -89,8 +79,8 @@ def load_source(
         is_ours = isinstance(splits, MarkedSplits)
         if not is_ours:
             images = [column for column, kind in rows.features.items() if isinstance(kind, Image)]
-            columns = choose_columns(rows.column_names, layout, where, images)
-            rows = use_columns(rows, columns)
+            columns = own_data.choose_columns(rows.column_names, layout, where, images)
+            rows = own_data.use_columns(rows, columns)
             chosen.append(columns)
         rows = _checked_columns(rows, where, streaming, is_ours)
         if isinstance(rows.features["image"], Value):
@@ -99,7 +89,7 @@ def load_source(
         elif not streaming and not is_ours:
             rows = _without_foreign_files(rows, [name, layout.image_folder])
         checked[split] = rows
-    log_columns(name, chosen)
+    own_data.log_columns(name, chosen)
     complete = with_splits(with_ids(checked), name, layout, is_whole)
     warn_of_shared_groups(complete)
     return DatasetDict(
@@ -120,7 +110,7 @@ def _load(name: str, revision: str | None, streaming: bool, layout: Layout) -> D
             kinds = ", ".join(TABLE_ENDINGS)
             raise UserError(f"dataset '{name}' is no table ({kinds}); give one, or the folder that holds the data")
         with _reading(f"dataset '{name}' cannot be read"):
-            return load_tables(name, {WHOLE: Path(name)}, layout)
+            return own_data.load_tables(name, {WHOLE: Path(name)}, layout)
     if _is_local(name):
         raise UserError(f"dataset '{name}' does not exist; set --dataset_name to a folder, a table or a Hub id")
     return _load_from_hub(name, revision, streaming)
@@ -167,8 +157,8 @@ def _load_folder(folder: Path, streaming: bool, layout: Layout) -> DatasetDict |
             if wrong := [name for name in layout.given() if name.endswith(("_column", "_folder"))]:
                 raise UserError(f"--{wrong[0]} does not go with the layout of Zenodo in '{folder}'; leave it out")
             return load_zenodo(folder, layout.concepts)
-        if tables := find_tables(folder):
-            return load_tables(str(folder), tables, layout)
+        if tables := own_data.find_tables(folder):
+            return own_data.load_tables(str(folder), tables, layout)
     found = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in TABLE_ENDINGS]
     found = [path for path in found if path.name != "rejected.jsonl"]  # of `prepare`
     raise UserError(

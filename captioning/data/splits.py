@@ -53,9 +53,9 @@ def select_splits(
 
 
 def sample_training(dataset: DatasetDict, max_samples: int | None, neighbor_samples: int) -> DatasetDict:
-    """Cut the unchecked training split of a run that does not train down to the `neighbor_samples` of `NEIGHBORS`.
+    """Cut the unchecked training split of a run that does not train down to a sample of `neighbor_samples` rows.
 
-    They are drawn from the first `max_samples` rows (None: all); of 0 rows the split is left out.
+    It is drawn from the first `max_samples` rows (None: all); a sample of 0 rows leaves the split out.
     """
     splits = DatasetDict(dataset)
     train = splits.pop("train", None)

@@ -89,9 +89,6 @@ def _files(folder: Path) -> Iterator[tuple[str, BinaryIO]]:
                         yield f"{name}/{member}", file
 
 
-# --- Weights and images ---------------------------------------------------------------------------------------
-
-
 def _in_bytes(file: BinaryIO, exact: Iterable[str], long: Iterable[str]) -> Found:
     tail = b""
     while chunk := file.read(CHUNK):
@@ -108,9 +105,6 @@ def _printable_parts(content: bytes) -> bytes:
     words = np.flatnonzero((codes - 32 < 95).view(np.uint64) == 0x0101010101010101)
     runs = np.split(words, np.flatnonzero(np.diff(words) > 1) + 1) if len(words) else []
     return b"\0".join(content[max(0, 8 * run[0] - 8) : 8 * run[-1] + 16] for run in runs)
-
-
-# --- Text -----------------------------------------------------------------------------------------------------
 
 
 def _in_values(values: Found, patterns: list[re.Pattern[str]]) -> Found:

@@ -469,38 +469,39 @@ def test_a_repository_whose_contents_cannot_be_read_is_not_replaced(hub, push):
     assert hub.files("tester/taken")["model.safetensors"] == b"mine"
 
 
-def test_a_silent_server_does_not_hold_up_the_run(served, finished):
+@pytest.fixture
+def silent_push(finished):
+    """Return code that pushes to a server that does not answer, and that server."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        code = f"""
+        yield (
+            f"""
+import functools
+import run_captioning
+from captioning.command_line import exit_on_user_error
 from captioning.hub import client, repository
-client.TIMEOUT = 0.5
-client.limit_waiting()
-repository = repository.Repository({str(finished)!r}, "a/b")
-repository._api.endpoint = "http://127.0.0.1:{silent.getsockname()[1]}"
-repository.push(print)
-"""
-        result = served[2].run(["-c", code], code=1, timeout=60)
+repository.HfApi = functools.partial(repository.HfApi, endpoint="http://127.0.0.1:{silent.getsockname()[1]}")
+client.TIMEOUT = SECONDS
+exit_on_user_error(lambda: run_captioning.main(["--push_only", {str(finished)!r}, "--hub_model_id", "a/b"]))
+""",
+            silent,
+        )
+
+
+def test_a_silent_server_does_not_hold_up_the_run(served, silent_push):
+    result = served[2].run(["-c", silent_push[0].replace("SECONDS", "0.5")], code=2, timeout=60)
     assert "the Hub has been silent for 0.5 s: POST " in result.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_in_the_push_ends_it_at_once_with_the_command_that_pushes(served, finished, number):
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        code = f"""
-import functools, signal
-import run_captioning
-from captioning.command_line import exit_on_user_error
-from captioning.hub import repository
-repository.HfApi = functools.partial(repository.HfApi, endpoint="http://127.0.0.1:{silent.getsockname()[1]}")
-exit_on_user_error(lambda: run_captioning.main(["--push_only", {str(finished)!r}, "--hub_model_id", "a/b"]))
-"""
-        process = served[2].start(["-c", code])
-        silent.accept()
-        process.send_signal(number)
-        errors = process.communicate(timeout=30)[1]
+def test_a_signal_in_the_push_ends_it_at_once_with_the_command_that_pushes(served, finished, silent_push, number):
+    code, silent = silent_push
+    process = served[2].start(["-c", code.replace("SECONDS", "60")])
+    silent.accept()
+    process.send_signal(number)
+    errors = process.communicate(timeout=30)[1].strip()
     assert process.returncode == 128 + number
-    assert errors.strip().splitlines()[-1].startswith(f"error: stopped by {number.name} during the push")
-    assert errors.rstrip().endswith(f"python run_captioning.py --push_only {finished} --hub_model_id a/b")
+    assert errors.splitlines()[-1].startswith(f"error: stopped by {number.name} during the push")
+    assert errors.endswith(f"python run_captioning.py --push_only {finished} --hub_model_id a/b")
 
 
 def test_the_name_of_the_repository_is_checked_before_training(home, local_run):
