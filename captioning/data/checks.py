@@ -115,9 +115,8 @@ def read_rejected(rejected_file: str | os.PathLike) -> list[dict[str, Any]]:
     """Return the entries of a list of rejected rows, none if there is no list."""
     entries, path = [], Path(rejected_file)
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # a killed run may leave half a line
-            entry = json.loads(line)
-            entries += [entry] if entry["split"] and entry["reason"] else []
+        with contextlib.suppress(ValueError):  # a killed run may leave half a line
+            entries.append(json.loads(line))
     return entries
 
 

@@ -99,6 +99,9 @@ def _open_lazily(image: dict[str, Any] | None, frame: int | str) -> Image.Image:
         with io.BytesIO(content) if content is not None else open(path, "rb") as file:
             start = file.read(8)  # of a DICOM that begins with the name of the patient, no letter of it
         raise ValueError(f"not an image: {f'starts with {start!r}' if start else 'is empty'}") from error
+    except Image.DecompressionBombError as error:
+        least = 2 * Image.MAX_IMAGE_PIXELS
+        raise ValueError(f"has more than {least:,} pixels; at most {MAX_PIXELS:,} are decoded") from error
     except ValueError:
         raise
     except Exception as error:  # see `open_image`
