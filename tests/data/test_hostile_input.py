@@ -336,6 +336,14 @@ def test_a_table_reads_no_files_of_the_machine(tmp_path, disguise):
     assert reasons == dict.fromkeys("abcd", "unreadable image: no image")
 
 
+def test_foreign_files_are_found_in_splits_that_a_column_names(tmp_path):
+    images = [{"bytes": None, "path": "/etc/passwd"}] * 2 + [{"bytes": make_png(1), "path": None}] * 2
+    columns = {"image": images, "image_id": list("abcd"), "caption": ["A nodule"] * 4, "split": ["test", "train"] * 2}
+    pq.write_table(pa.table(columns), tmp_path / "rows-0.parquet")
+    reasons = {row["image_id"]: row["reason"] for row in checked(tmp_path, tmp_path)}
+    assert reasons == dict.fromkeys("ab", image_files.OUTSIDE)
+
+
 FILES = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 PLACES = pa.struct({"shard": pa.int32(), "row_group": pa.int32(), "row": pa.int32(), "group_bytes": pa.int64()})
 TEXT = pa.string(), "A nodule", {"_type": "Value", "dtype": "string"}

@@ -110,22 +110,3 @@ def test_a_card_without_readable_scores_is_refused(hub, content, error):
     status, _, body = raw(hub, "POST", "/api/validate-yaml", {"content": content}, None)
     (found,) = json.loads(body)["errors"]
     assert status == 400 and found["message"].startswith(error)
-
-
-def test_faults_occur_at_their_step_as_often_as_asked(hub):
-    hub.add_repository("tester/model", {"config.json": b"0123456789"})
-    resolve = "/tester/model/resolve/main/config.json"
-    hub.fail("resolve", 503, times=2, message="Busy", headers={"Retry-After": "1"})
-    status, headers, _ = raw(hub, "HEAD", resolve)
-    assert (status, headers["X-Error-Message"], headers["Retry-After"]) == (503, "Busy", "1")
-    assert raw(hub, "GET", "/api/models/tester/model")[0] == 200
-    assert [raw(hub, "GET", resolve)[0] for _ in range(2)] == [503, 200]
-    hub.fail("any", "drop")
-    for method, path in (("POST", "/api/repos/create"), ("GET", resolve)):
-        with pytest.raises((http.client.HTTPException, OSError)):
-            raw(hub, method, path, {"name": "model"})
-    hub.heal()
-    status, headers, body = raw(hub, "GET", resolve, Range="bytes=3-5")
-    assert (status, headers["Content-Range"], body) == (206, "bytes 3-5/10", b"345")
-    assert raw(hub, "GET", resolve, Range="bytes=10-")[0] == 416
-    assert hub.problems == []
