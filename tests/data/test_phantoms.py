@@ -12,18 +12,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from benchmarks.phantom_attributes import attribute_accuracy, oracle_captions, read_attributes
 from captioning.data import phantoms
-from captioning.data.phantoms import (
-    ATTRIBUTES,
-    BRIGHT,
-    CUIS,
-    DARK,
-    FEATURES,
-    STUDIES,
-    combinations,
-    draw,
-    load_phantoms,
-    reword,
-)
+from captioning.data.phantoms import ATTRIBUTES, CUIS, STUDIES, combinations, draw, load_phantoms, reword
 
 
 SIZES = {"train": 60, "validation": 20, "test": 120}
@@ -69,7 +58,7 @@ def difference(attributes, seed=0):
 
 def test_columns_and_types_are_those_of_rocov2(splits):
     for split, rows in splits.items():
-        assert rows.features == FEATURES
+        assert rows.features == phantoms.FEATURES
         assert rows.column_names == ["image", "image_id", "caption", "cui"]
         assert len(rows) == SIZES[split]
     assert splits["train"][0]["image_id"] == "phantom_train_000001"
@@ -204,9 +193,9 @@ def test_a_finding_is_drawn_where_its_caption_says(study):
 def test_findings_look_bright_dark_or_ringed_and_a_large_one_is_larger(study):
     for finding in STUDIES[study][2]:
         change = {size: difference(with_finding(study, finding=finding, size=size)) for size in ("small", "large")}
-        if finding in BRIGHT:
+        if finding in phantoms.BRIGHT:
             assert change["large"].max() > 50
-        elif finding in DARK:
+        elif finding in phantoms.DARK:
             assert change["large"].min() < -40
         else:
             assert change["large"].max() > 30 > -30 > change["large"].min()

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import helpers
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,19 +16,7 @@ import pytest
 import torch
 from accelerate import skip_first_batches
 from datasets import DatasetDict, Image
-from helpers import (
-    flags,
-    losses,
-    make_captions,
-    make_png,
-    make_rows,
-    read_json,
-    read_lines,
-    run,
-    run_ranks,
-    score_flags,
-    without_times,
-)
+from helpers import flags, losses, make_png, make_rows, read_json, read_lines, run
 from hub_server import HubServer
 from processes import Server, server
 from safetensors.torch import load_file
@@ -144,7 +133,7 @@ def test_reading_text_reads_no_images(rows, reads, captioner):
 
 
 def test_checks_are_those_of_the_stored_set(tmp_path, reads):
-    captions, ids = make_captions(20), [f"image_{i}" for i in range(20)]
+    captions, ids = make_rows(20)["caption"][:], [f"image_{i}" for i in range(20)]
     captions[4], ids[9] = " ", ids[0]
     rows = damage(make_rows(20, caption=captions, image_id=ids), 2, 17)
     write_shards(rows, tmp_path / "set" / "data", "validation")
@@ -317,8 +306,10 @@ def test_a_model_has_the_scores_that_it_has_on_stored_data(finished, sharded, tm
     results = []
     for value in (False, True):
         folder = tmp_path / str(value)
-        metrics = run_captioning.main(score_flags(finished, sharded, folder, streaming=value, max_eval_samples=20))
-        results.append((without_times(metrics), (folder / "predictions" / "test.jsonl").read_text()))
+        metrics = run_captioning.main(
+            helpers.score_flags(finished, sharded, folder, streaming=value, max_eval_samples=20)
+        )
+        results.append((helpers.without_times(metrics), (folder / "predictions" / "test.jsonl").read_text()))
     assert results[0] == results[1]
     assert results[0][0]["eval_samples"] == 20
 
@@ -346,7 +337,7 @@ def test_a_run_that_is_killed_in_an_epoch_goes_on_as_if_nothing_had_happened(
     options = STEPS | {"dataloader_num_workers": 2 // processes, "gradient_accumulation_steps": 2 // processes}
 
     def train(folder: Path, **more) -> None:
-        run_ranks(processes, flags(config_file, sharded, folder, **options | more))
+        helpers.run_ranks(processes, flags(config_file, sharded, folder, **options | more))
 
     whole, half = alone, tmp_path / "half"
     if processes == 2:
@@ -384,7 +375,9 @@ def test_each_step_sees_the_same_rows_in_any_number_of_processes_and_workers(con
     def rows_of_steps(name: str, processes: int, workers: int, accumulated: int = 1, **more) -> dict[int, list[str]]:
         sizes = {"per_device_train_batch_size": 4 // processes // accumulated, "dataloader_num_workers": workers}
         options = STEPS | sizes | {"gradient_accumulation_steps": accumulated} | more
-        run_ranks(processes, flags(config_file, sharded, tmp_path / name, **options), script=tmp_path / "logs_rows.py")
+        helpers.run_ranks(
+            processes, flags(config_file, sharded, tmp_path / name, **options), script=tmp_path / "logs_rows.py"
+        )
         found: dict[int, list[str]] = {}
         for file in (tmp_path / name).glob("rows_*"):
             for step, *ids in map(str.split, file.read_text().splitlines()):
@@ -518,7 +511,9 @@ def test_a_run_from_the_hub_reads_ranges_and_downloads_nothing(config_file, fini
 
         recipe = read_json(tmp_path / "run" / "recipe.json")
         assert (recipe["dataset_revision"], recipe["streaming"]) == (commit, True)
-        pinned = score_flags(tmp_path / "run", "some/data", tmp_path / "hub", streaming=True, dataset_revision=commit)
+        pinned = helpers.score_flags(
+            tmp_path / "run", "some/data", tmp_path / "hub", streaming=True, dataset_revision=commit
+        )
         hub.add_repository("some/data", {"data/test-0.parquet": b""}, kind="dataset")
         python.run(["run_captioning.py", *pinned])
         # Other files than parquet are refused in a line
@@ -527,6 +522,6 @@ def test_a_run_from_the_hub_reads_ranges_and_downloads_nothing(config_file, fini
         result = python.run(["run_captioning.py", *arguments], code=2)
         assert "error: dataset 'some/csv' is not parquet" in result.stderr.splitlines()[-1]
         python.close()
-    local = run_captioning.main(score_flags(tmp_path / "run", folder, tmp_path / "local"))
+    local = run_captioning.main(helpers.score_flags(tmp_path / "run", folder, tmp_path / "local"))
     from_hub = read_json(tmp_path / "hub" / "all_results.json")
-    assert without_times(from_hub) == {k: v for k, v in without_times(local).items() if k in from_hub}
+    assert helpers.without_times(from_hub) == {k: v for k, v in helpers.without_times(local).items() if k in from_hub}
