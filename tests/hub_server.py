@@ -4,15 +4,13 @@
         subprocess.run(command, env=hub.environment(tmp_path))
         assert hub.files("tester/model")["config.json"] == expected and not hub.problems
 
-What a test against it proves, because the server checks it or compares bytes: a push makes the Hub's calls, and
-commits only LFS objects that were uploaded; every upload has the announced sha256 and size; the token is right, and is
-never sent to the storage; nothing is written outside the user's namespace; the card has the keys and scores that the
-Hub reads; a load at a pinned revision gets the bytes of that commit, and an error where it is gone; what a client does
-when a step is refused or the connection breaks (`HubServer.fail`).
+What a test against it proves: a push makes the Hub's calls, and commits only LFS objects that were uploaded, with the
+announced sha256 and size; the token is right, and never sent to the storage; nothing is written outside the user's
+namespace; the card has the keys and scores that the Hub reads; a load at a pinned revision gets the bytes of that
+commit, and an error where it is gone; what a client does when a step is refused or the connection breaks (`fail`).
 
-What only the real Hub can prove: Xet storage and the client's upload pipeline for it, multipart uploads, redirects to
-a CDN, rate limits, git itself, dates, .gitignore rules, branches, tags, pull requests, private and gated repositories,
-organizations and token scopes, the full YAML schema of the card, its rendering, the dataset viewer.
+What only the real Hub can prove: Xet storage, multipart uploads, redirects to a CDN, rate limits, git itself,
+branches, tags, gated repositories, organizations and token scopes, the YAML schema of the card in full, its rendering.
 """
 
 import base64
@@ -274,8 +272,6 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refusal(404 if self.authorized else 401, "Repository not found", "RepoNotFound")
         if write and id.split("/")[0] != self.hub.user:
             raise Refusal(403, f"{self.hub.user} may not write to {id}")
-        if write and "create_pr" in self.query:
-            raise self._violation(501, "Pull requests are not implemented here")
         return repository
 
     def _revision(self) -> Commit:

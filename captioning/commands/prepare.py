@@ -2,6 +2,7 @@
 
 from dataclasses import fields
 
+from captioning.commands import positive
 from captioning.data.layout import Layout
 
 
@@ -14,7 +15,7 @@ ARGUMENTS = {
     "--json": {"action": "store_true", "help": "the statistics as JSON"},
     "--revision": {"help": "commit, branch or tag of a Hub id"},
     "--max_rejected_fraction": {"type": float, "default": 0.01, "help": "share of a split that may be left out: 0.01"},
-    "--num_proc": {"type": int, "help": "number of processes that check the rows"},
+    "--num_proc": {"type": positive, "help": "number of processes that check the rows"},
 }
 for item in fields(Layout):
     kind = next(kind for kind in (int, float, str) if kind.__name__ in str(item.type))

@@ -10,7 +10,7 @@ import os
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,8 @@ CLEAN_COLUMNS = Features(
     }
 )
 ABOUT_IMAGES = ["burned_in", "width", "height", "mode"]  # columns that nothing trains on
-CHECK_BATCH_SIZE = 64  # rows whose images are in memory at once
 MAX_CAPTION = 100_000  # characters; ROCOv2's longest has about 7,000
 MAX_ID = 1000  # characters; ids appear in logs, pages and submissions
-COLUMN_BATCH_SIZE = 1000  # rows whose text columns are in memory at once
 
 
 @stage("checks")
@@ -65,17 +63,13 @@ def check_rows(
 
     Args:
         dataset: what `load_source` returned.
-        max_rejected_fraction: of each split, from 0 to 1.
-        rejected_file: list of the marked rows, one JSON object a line; None: it is not written.
-        num_proc: processes. `datasets` caches the result; see `_depends` for what is checked again.
+        max_rejected_fraction: of each split, from 0 to 1; UserError if more, or all, are marked.
+        rejected_file: where the marked rows are listed, one JSON object a line, if anywhere.
+        num_proc: processes. The result is cached; see `_depends` for what is checked again.
         unopened: splits whose images are not opened, because the training streams them.
 
     Returns:
-        The same rows with the columns `image`, `group` if they have one, and those of `CLEAN_COLUMNS` but
-        `ABOUT_IMAGES`.
-
-    Raises:
-        UserError: a split has no usable row, or more rejected ones than `max_rejected_fraction` allows.
+        The rows with `image`, `group` if they have one, and `CLEAN_COLUMNS` without `ABOUT_IMAGES`.
     """
     checked = DatasetDict(
         {split: mark_rows(rows, split, num_proc, split not in unopened) for split, rows in dataset.items()}
@@ -87,27 +81,27 @@ def check_rows(
         entries = sum(rejected.values(), start=known)
         write_whole(Path(rejected_file), "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
     for split, found in rejected.items():
-        _refuse_too_many(found, split, len(checked[split]), max_rejected_fraction, rejected_file or "rejected.jsonl")
-        if burned := pc.sum(_arrow(checked[split], "burned_in")).as_py():
+        if found:
+            _report(found, split, len(checked[split]), max_rejected_fraction, rejected_file or "rejected.jsonl")
+        if burned := pc.sum(column(checked[split], "burned_in")).as_py():
             what = "have text burned into the pixels, as their headers say: it may name patients"
             logger.warning("%s: %d of %d images %s", split, burned, len(checked[split]), what)
     return checked.remove_columns(ABOUT_IMAGES)
 
 
 def _rejected(rows: Dataset, split: str) -> list[dict[str, Any]]:
+    reasons = zip(column(rows, "image_id").to_pylist(), column(rows, "rejected").to_pylist(), strict=True)
     return [
         {"split": split, "row": row, "image_id": image_id[:MAX_ID], "reason": reason}
-        for row, (image_id, reason) in enumerate(_columns(rows, "image_id", "rejected"))
+        for row, (image_id, reason) in enumerate(reasons)
         if reason
     ]
 
 
-def _refuse_too_many(
+def _report(
     found: list[dict[str, Any]], split: str, number: int, max_fraction: float, listed: str | os.PathLike
 ) -> None:
     """Log the rejected rows of a split, or raise UserError if they are more than `max_fraction` of `number`."""
-    if not found:
-        return
     summary = reasons_in_words(found)
     if len(found) == number:
         raise UserError(f"split '{split}' has no usable row out of {number} ({summary}); see {listed}")
@@ -121,9 +115,8 @@ def read_rejected(rejected_file: str | os.PathLike) -> list[dict[str, Any]]:
     """Return the entries of a list of rejected rows, none if there is no list."""
     entries, path = [], Path(rejected_file)
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # a killed run may leave half a line
-            entry = json.loads(line)
-            entries += [entry] if entry["split"] and entry["reason"] else []
+        with contextlib.suppress(ValueError):  # a killed run may leave half a line
+            entries.append(json.loads(line))
     return entries
 
 
@@ -135,7 +128,7 @@ def reasons_in_words(entries: Sequence[dict[str, Any]]) -> str:
 
 def texts(rows: Dataset) -> tuple[list[str], list[list[str]]]:
     """Return captions and concepts of the rows that have a caption; no image is read."""
-    columns = rows.select_columns([column for column in ("caption", "cui") if column in rows.column_names])[:]
+    columns = rows.select_columns([name for name in ("caption", "cui") if name in rows.column_names])[:]
     cuis = columns.get("cui") or [None] * len(rows)
     kept = [(text, cui) for text, cui in zip(columns["caption"], cuis, strict=True) if not _is_blank(text)]
     return [str(text) for text, _ in kept], [_clean_cui(cui) for _, cui in kept]
@@ -150,19 +143,13 @@ def usable(rows: Dataset, max_samples: int | None = None) -> Dataset:
 
 def usable_rows(rows: Dataset, max_samples: int | None = None) -> np.ndarray:
     """Return the numbers of the rows of `usable`."""
-    keep = np.fromiter((not reason for (reason,) in _columns(rows, "rejected")), bool, len(rows))
-    return np.flatnonzero(keep)[:max_samples]
+    return np.flatnonzero(column(rows, "rejected").is_null())[:max_samples]
 
 
 def mark_rows(rows: Dataset, split: str, num_proc: int | None = None, open_images: bool = True) -> Dataset:
-    """Return the rows of a split with the columns `image`, `group` if it has one, and `CLEAN_COLUMNS`.
-
-    See `check_rows`.
-    """
+    """Return the rows of a split with the columns `image`, `group` if it has one, and `CLEAN_COLUMNS`."""
     checked = rows.map(
-        _check_batch,
-        batched=True,
-        batch_size=CHECK_BATCH_SIZE,
+        _check_row,
         fn_kwargs={"open_images": open_images},
         num_proc=num_proc,
         remove_columns=rows.column_names,
@@ -170,15 +157,22 @@ def mark_rows(rows: Dataset, split: str, num_proc: int | None = None, open_image
         new_fingerprint=Hasher.hash((rows._fingerprint, *_depends(rows, open_images))),
         desc=f"Checking {split}",
     )
-    kept = [column for column in ("image", GROUP) if column in rows.column_names]
-    return concatenate_datasets([rows.select_columns(kept), _mark_repeated(checked, split)], axis=1)
+    kept = [name for name in ("image", GROUP) if name in rows.column_names]
+    return concatenate_datasets([rows.select_columns(kept), _mark_repeated(checked)], axis=1)
+
+
+def _mark_repeated(checked: Dataset) -> Dataset:
+    """Mark the usable rows whose `image_id` an earlier usable row of the split has."""
+    kept = usable_rows(checked)
+    codes = column(checked, "image_id").dictionary_encode().indices.to_numpy()[kept]
+    reasons = column(checked, "rejected").to_pylist()
+    for row in np.delete(kept, np.unique(codes, return_index=True)[1]):
+        reasons[row] = "repeated image_id"
+    return checked.remove_columns("rejected").add_column("rejected", reasons, feature=Value("string"))
 
 
 def _depends(rows: Dataset, open_images: bool) -> list[Any]:
-    """Return what the check depends on beside the table: code, decoders, and sizes and times of the files of images.
-
-    All are part of the cache key: `datasets` looks neither at the code of modules nor at files that a row names.
-    """
+    """Return what the check depends on, beside the table, that `datasets` does not look at."""
     found: list[Any] = [Path(module.__file__).read_bytes() for module in (dicom, images, sys.modules[__name__])]
     if open_images and isinstance(rows.features["image"], Image):
         content, paths = (pc.struct_field(rows.data.column("image"), name) for name in ("bytes", "path"))
@@ -192,41 +186,30 @@ def _depends(rows: Dataset, open_images: bool) -> list[Any]:
     return [PIL.__version__, *installed_decoders(), open_images, *found]
 
 
-def _check_batch(batch: dict[str, list[Any]], open_images: bool) -> dict[str, list[Any]]:
-    nothing = [None] * len(batch["image_id"])
-    clean: dict[str, list[Any]] = {
-        "image_id": ["" if image_id is None else str(image_id) for image_id in batch["image_id"]],
-        "caption": ["" if caption is None else str(caption) for caption in batch["caption"]],
-        "cui": [_clean_cui(cui) for cui in batch.get("cui") or nothing],
-    }
-    opened = batch["image"] if open_images else nothing
-    columns = (opened, clean["image_id"], clean["caption"], batch.get(UNUSABLE) or nothing)
-    found = [_check_row(*row, open_images) for row in zip(*columns, strict=True)]
-    return clean | {name: [row.get(name) for row in found] for name in ("rejected", "pixels", *ABOUT_IMAGES)}
+def _check_row(row: Mapping[str, Any], open_images: bool) -> dict[str, Any]:
+    """Return the texts of a row, the reason to reject it if there is one, and what is known of its opened image."""
+    clean: dict[str, Any] = {name: "" if row[name] is None else str(row[name]) for name in ("image_id", "caption")}
+    clean |= {"cui": _clean_cui(row.get("cui")), "pixels": None} | dict.fromkeys(ABOUT_IMAGES)
+    clean["rejected"] = _fault_of_texts(clean["image_id"], clean["caption"]) or row.get(UNUSABLE)
+    if open_images and not clean["rejected"]:
+        try:
+            image = open_image(row["image"])
+        except ValueError as error:
+            clean["rejected"] = MISSING if str(error) == MISSING else f"unreadable image: {error}"
+        else:
+            about = (burned_in(image), *image.size, image.mode)
+            clean |= {"pixels": pixel_hash(image)} | dict(zip(ABOUT_IMAGES, about, strict=True))
+    return clean
 
 
-def _check_row(
-    image: dict[str, Any] | None, image_id: str, caption: str, known: str | None, open_images: bool
-) -> dict[str, Any]:
-    """Return the reason to reject a row, if there is one, under `rejected`, or what is known of its opened image."""
+def _fault_of_texts(image_id: str, caption: str) -> str | None:
     if not image_id.strip():
-        return {"rejected": "blank image_id"}
+        return "blank image_id"
     if len(image_id) > MAX_ID:
-        return {"rejected": "overlong image_id"}
+        return "overlong image_id"
     if _is_blank(caption):
-        return {"rejected": "blank caption"}
-    if len(caption) > MAX_CAPTION:
-        return {"rejected": "overlong caption"}
-    if known:
-        return {"rejected": known}
-    if not open_images:
-        return {}
-    try:
-        opened = open_image(image)
-    except ValueError as error:
-        return {"rejected": MISSING if str(error) == MISSING else f"unreadable image: {error}"}
-    about = (burned_in(opened), *opened.size, opened.mode)
-    return {"pixels": pixel_hash(opened)} | dict(zip(ABOUT_IMAGES, about, strict=True))
+        return "blank caption"
+    return "overlong caption" if len(caption) > MAX_CAPTION else None
 
 
 def _is_blank(caption: str | None) -> bool:
@@ -236,40 +219,12 @@ def _is_blank(caption: str | None) -> bool:
 
 def _clean_cui(cui: list[str] | str | None) -> list[str]:
     """Return the concepts as a list, in upper case; the Hub's ROCOv2 writes `["nan"]` where there is none."""
-    concepts = cui.split(";") if isinstance(cui, str) else cui if isinstance(cui, list) else [cui]
-    concepts = [str(concept).strip().upper() for concept in concepts if concept is not None]
+    concepts = cui if isinstance(cui, list) else str(cui or "").split(";")
+    concepts = [str(concept or "").strip().upper() for concept in concepts]
     return [concept for concept in concepts if concept not in ("", "NAN")]
 
 
-def _mark_repeated(checked: Dataset, split: str) -> Dataset:
-    """Mark the usable rows whose `image_id` an earlier usable row of the split has."""
-    usable_rows = np.flatnonzero(_arrow(checked, "rejected").is_null().to_numpy(zero_copy_only=False))
-    codes = _arrow(checked, "image_id").dictionary_encode().indices.to_numpy()[usable_rows]
-    repeated = np.delete(usable_rows, np.unique(codes, return_index=True)[1])
-    # Every row is written again, in larger batches: each batch of an open table costs kilobytes of memory
-    return checked.map(
-        _mark_batch,
-        with_indices=True,
-        batched=True,
-        batch_size=COLUMN_BATCH_SIZE,
-        fn_kwargs={"repeated": set(repeated.tolist())},
-        features=CLEAN_COLUMNS,
-        desc=f"Looking for repeated ids in {split}",
-    )
-
-
-def _mark_batch(batch: dict[str, list[Any]], rows: list[int], repeated: set[int]) -> dict[str, list[Any]]:
-    reasons = zip(rows, batch["rejected"], strict=True)
-    return {"rejected": ["repeated image_id" if row in repeated else reason for row, reason in reasons]}
-
-
-def _columns(rows: Dataset, *names: str) -> Iterator[tuple[Any, ...]]:
-    """Yield the values of some columns row by row, with at most `COLUMN_BATCH_SIZE` rows in memory."""
-    for batch in rows.select_columns(list(names)).iter(COLUMN_BATCH_SIZE):
-        yield from zip(*(batch[name] for name in names), strict=True)
-
-
-def _arrow(rows: Dataset, column: str) -> pa.Array:
-    """Return a text column as Arrow data: tens of bytes a row, where a set of strings takes over a hundred."""
-    values = rows.with_format("arrow")[column][:]
+def column(rows: Dataset, name: str) -> pa.Array:
+    """Return a column as Arrow data: tens of bytes a row, where a set of strings takes over a hundred."""
+    values = rows.with_format("arrow")[name][:]
     return values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values

@@ -2,14 +2,16 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict
 
-from captioning.data.checks import mark_rows
-from captioning.data.leaks import count_leaks, leaks_in_words
+from captioning.data.checks import column, mark_rows, usable
+from captioning.data.leaks import find_leaks, leaks_in_words
 from captioning.errors import printable
 from captioning.scoring.clinical import modality_of
 from captioning.scoring.concept_detection import NAMES
@@ -42,8 +44,8 @@ def describe(dataset: DatasetDict, names: Mapping[str, str], num_proc: int | Non
         of captions, `modalities`, `concepts`, `images` and `repeated`; `leaks`, see `find_leaks`, in words `leakage`.
     """
     marked = {split: mark_rows(rows, split, num_proc) for split, rows in dataset.items()}
-    kept = {split: rows.select(np.flatnonzero(_nulls(rows, "rejected"))) for split, rows in marked.items()}
-    leaks = count_leaks(kept)
+    kept = {split: usable(rows) for split, rows in marked.items()}
+    leaks = find_leaks(kept, log=False)  # they are in the result
     return {
         "splits": {split: _describe_split(kept[split], rows, NAMES | names) for split, rows in marked.items()},
         "leaks": leaks,
@@ -60,8 +62,8 @@ def _describe_split(kept: Dataset, marked: Dataset, names: Mapping[str, str]) ->
             counts.update(set(cuis))
             without += not cuis
             modalities[modality_of(cuis, caption)] += 1
-    reasons = Counter(reason.split(":")[0] for reason in _column(marked, "rejected").to_pylist() if reason)
-    columns = {name: _column(kept, name) for name in ("image_id", "caption", "pixels", "mode", "burned_in")}
+    reasons = Counter(reason.split(":")[0] for reason in column(marked, "rejected").to_pylist() if reason)
+    columns = {name: column(kept, name) for name in ("caption", "pixels", "mode", "burned_in")}
     return {
         "rows": len(marked),
         "left_out": dict(reasons.most_common()),
@@ -74,7 +76,7 @@ def _describe_split(kept: Dataset, marked: Dataset, names: Mapping[str, str]) ->
             "most_frequent": [{"cui": c, "name": names.get(c), "images": n} for c, n in counts.most_common()],
         },
         "images": {
-            **{side: _spread(_column(kept, side).to_numpy(zero_copy_only=False)) for side in ("width", "height")},
+            **{side: _spread(column(kept, side).to_numpy(zero_copy_only=False)) for side in ("width", "height")},
             "modes": dict(Counter(columns["mode"].to_pylist()).most_common()),
             "burned_in": pc.sum(columns["burned_in"]).as_py() or 0,
         },
@@ -82,15 +84,6 @@ def _describe_split(kept: Dataset, marked: Dataset, names: Mapping[str, str]) ->
         "repeated": {"image_id": reasons["repeated image_id"]}
         | {name: len(kept) - pc.count_distinct(columns[name]).as_py() for name in ("caption", "pixels")},
     }
-
-
-def _column(rows: Dataset, name: str) -> Any:
-    values = rows.with_format("arrow")[name][:]
-    return values.combine_chunks() if hasattr(values, "combine_chunks") else values
-
-
-def _nulls(rows: Dataset, name: str) -> np.ndarray:
-    return _column(rows, name).is_null().to_numpy(zero_copy_only=False)
 
 
 def _spread(values: Sequence[int] | np.ndarray) -> dict[str, float]:
@@ -101,18 +94,14 @@ def _spread(values: Sequence[int] | np.ndarray) -> dict[str, float]:
     return {name: round(float(value), 1) for name, value in spread.items()}
 
 
-# --- As text --------------------------------------------------------------------------------------------------
-
-
 def description_table(name: str, result: Mapping[str, Any]) -> str:
     """Return the dict of `describe` as text."""
     splits = result["splits"]
-    rows = [["", *splits]]
-    for label, first, second in ROWS:
-        cells = (own[first][second] if second else own[first] for own in splits.values())
-        rows.append([label, *map(_cell, cells)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["   ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    cells = {
+        label: [_cell(own[first][second] if second else own[first]) for own in splits.values()]
+        for label, first, second in ROWS
+    }
+    lines = pd.DataFrame.from_dict(cells, "index", columns=list(splits)).to_string().splitlines()
     for split, own in splits.items():
         lines += ["", f"{split}: modalities {_counted(own['modalities'])}; modes {_counted(own['images']['modes'])}"]
         frequent = {row["name"] or row["cui"]: row["images"] for row in own["concepts"]["most_frequent"]}
@@ -130,10 +119,10 @@ def _cell(value: int | Mapping[str, float]) -> str:
     """Return a number, the sum of counts by reason, or the three numbers of a spread that its row names."""
     if isinstance(value, int):
         return f"{value:,}"
-    if not set(value) >= {"mean"}:
+    if "mean" not in value:
         return f"{sum(value.values()):,}"
     return " ".join(f"{value[key]:g}" for key in ("mean", "median", "p95"))
 
 
 def _counted(numbers: Mapping[str, int]) -> str:
-    return ", ".join(f"{key} {number:,}" for key, number in [*numbers.items()][:SHOWN]) or "none"
+    return ", ".join(f"{key} {number:,}" for key, number in islice(numbers.items(), SHOWN)) or "none"

@@ -88,11 +88,7 @@ def is_dicom(source: bytes | str | os.PathLike) -> bool:
 
 
 def count_frames(source: bytes | str | os.PathLike) -> int:
-    """Return how many frames a DICOM says that it has.
-
-    Raises:
-        ValueError: it has no pixels, or is damaged.
-    """
+    """Return how many frames a DICOM says that it has; ValueError if it has no pixels, or is damaged."""
     with _at_pixels(source) as file:
         if file.num_frames > max(1, file.num_bytes / MIN_FRAME_BYTES):
             raise UnusableDicom("is a damaged DICOM: its header says more frames than it can hold")
@@ -176,19 +172,19 @@ def _read_header(content: BinaryIO) -> _File:
         syntax = uid.ExplicitVRLittleEndian
     if syntax not in uid.UID_dictionary or not uid.UID(syntax).is_transfer_syntax:
         raise UnusableDicom("has an unknown transfer syntax")
-    found: list[tuple[int, str | None, int]] = []
+    last: list[tuple[int, str | None, int]] = []
 
-    def is_pixels(tag: int, vr: str | None, length: int) -> bool:
-        found.extend([(tag, vr, length)] if tag in PIXELS else [])
-        return tag in PIXELS
+    def is_pixels(*element: Any) -> bool:
+        last[:] = [element]
+        return element[0] in PIXELS
 
     order = (syntax.is_implicit_VR, syntax.is_little_endian)
     header = read_dataset(content, *order, stop_when=is_pixels, specific_tags=TAGS)
-    if not found:
+    tag, vr, length = last[0] if last else (0, None, 0)
+    if tag not in PIXELS:
         kind = uid.UID(header.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID") or "")
         name = f": it is {kind.name}" if kind in uid.UID_dictionary else ""
         raise UnusableDicom(f"is a DICOM without pixels{name}")
-    tag, vr, length = found[-1]
     content.seek(12 if vr in EXPLICIT_VR_LENGTH_32 else 8, os.SEEK_CUR)
     place = content.tell()
     left = content.seek(0, os.SEEK_END) - place
@@ -250,11 +246,7 @@ def _in_child(decode: Callable[[], Any]) -> Any:
 
 
 def _decoder(syntax: uid.UID, bits: int, samples: int) -> str:
-    """Return the name of the decoder of a compressed syntax.
-
-    Raises:
-        UnusableDicom: there is none, or its package is not installed.
-    """
+    """Return the name of the decoder of a compressed syntax; UnusableDicom if there is none, or none installed."""
     plugin, package = DECODERS.get(syntax, ("", ""))
     if syntax == uid.JPEGExtended12Bit and bits > 8:
         plugin, package = "pylibjpeg", "pylibjpeg-libjpeg"
@@ -284,10 +276,7 @@ def _check_frame(encoded: bytes, plugin: str, size: tuple[int, int], raw: float)
 
 
 def _render(pixels: np.ndarray, header: Dataset, index: int, interpretation: str) -> np.ndarray:
-    """Return stored values as 0 to 255, or as colors of a palette.
-
-    Integers are few: each value is rendered once, and looked up for the pixels.
-    """
+    """Return stored values as 0 to 255, or as colors of a palette; each of few integers is rendered once."""
     for sequence, item in zip(GROUPS, (0, index), strict=True):
         for group in (header.get(sequence) or [])[item : item + 1]:
             for name in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):

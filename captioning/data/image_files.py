@@ -3,14 +3,12 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Features, Image, Value
-from datasets.fingerprint import Hasher
+from datasets import Dataset, Features, Image, Value, concatenate_datasets
 
 from captioning.data.images import IMAGE_ENDINGS, MISSING
 from captioning.data.zenodo import UNUSABLE, is_inside
@@ -23,90 +21,71 @@ OUTSIDE = "image outside of the dataset's folder"
 LOCAL_PATH = r"^\s*(/|~|\.\.?/|\\|[A-Za-z]:[\\/]|file:)"  # how an id starts that is a path
 
 
-class ImageFiles:
-    """The images that a table names, in a folder.
-
-    Args:
-        root: the folder; a file outside of it is not read.
-        first: a folder in it that relative paths may start from, too.
-    """
-
-    def __init__(self, root: Path, first: Path):
-        self.root, self._starts, self._real = root, (first, root), [os.path.realpath(root)]
-
-    def locate(self, name: str | None) -> tuple[str, str | None]:
-        """Return the path of an image, and the reason if it cannot be used.
-
-        A name may lack its ending or its subfolder where only one file fits.
-        """
-        name = (name or "").replace("\\", os.sep)  # written on Windows
-        paths = [os.path.join(start, name) for start in self._starts]
-        path = next(filter(os.path.lexists, paths), None) or self._by_name.get(name) or paths[-1]
-        if not is_inside(path, self._real):
-            return path, OUTSIDE
-        return path, None if name and os.path.exists(path) else MISSING
-
-    @cached_property
-    def _by_name(self) -> dict[str, str | None]:
-        """The path of each image below the folder by what it may be called, None where several may."""
-        found: dict[str, str | None] = {}
-        for folder, _, names in os.walk(self.root):
-            for path in (os.path.join(folder, name) for name in names):
-                stem, ending = os.path.splitext(path)
-                is_image = ending.lower() in IMAGE_ENDINGS or ending[1:].isdigit()  # the end of a DICOM UID
-                if is_image and path.isprintable():
-                    keys = {os.path.relpath(stem, self.root), os.path.basename(path), os.path.basename(stem)}
-                    found |= {key: None if key in found else path for key in keys}
-        return found
-
-
-def with_files(rows: Dataset, files: ImageFiles, where: str) -> Dataset:
+def with_files(rows: Dataset, root: Path, first: Path, where: str) -> Dataset:
     """Return rows whose `image`, a text, became the file that it names; with `FILE`, and the reasons in `UNUSABLE`.
+
+    No file outside of the folder `root` is read. Names are relative to its folder `first` or to `root`, and may lack
+    ending or subfolder where only one file fits.
 
     Raises:
         UserError: no row has its file.
     """
-    names = rows["image"][:]
-    found = [files.locate(name) for name in names]
-    if found and all(reason for _, reason in found):
+    names = [(name or "").replace("\\", os.sep) for name in rows["image"][:]]  # written on Windows
+    paths = [_find(name, (first, root)) for name in names]
+    if None in paths:
+        named = _images_by_name(root)
+        paths = [path or named.get(name) or os.path.join(root, name) for path, name in zip(paths, names, strict=True)]
+    roots = [os.path.realpath(root)]
+    faults = [_fault_of_file(name, path, roots) for name, path in zip(names, paths, strict=True)]
+    if names and all(faults):
         raise UserError(
-            f"{where}: none of its {len(found)} images can be used; the first is '{names[0]}' ({found[0][1]}), sought "
-            f"in '{files.root}'; set --image_folder to the folder that holds them, or --image_column"
+            f"{where}: none of its {len(names)} images can be used; the first is '{names[0]}' ({faults[0]}), sought "
+            f"in '{root}'; set --image_folder to the folder that holds them, or --image_column"
         )
-
-    def add_files(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
-        known = batch.get(UNUSABLE) or [None] * len(numbers)
-        reasons = [reason or found[number][1] for number, reason in zip(numbers, known, strict=True)]
-        pairs = [(names[number], found[number][0]) for number in numbers]
-        return {
-            # Nothing later reads what must not be read
-            "image": [
-                {"bytes": None, "path": None if bad else path} for (_, path), bad in zip(pairs, reasons, strict=True)
-            ],
-            FILE: [os.path.relpath(path, files.root) if name and path.isprintable() else None for name, path in pairs],
-            UNUSABLE: reasons,
-        }
-
-    return rows.map(
-        add_files,
-        with_indices=True,
-        batched=True,
-        features=Features(
-            rows.features | {"image": Image(decode=False), FILE: Value("string"), UNUSABLE: Value("string")}
-        ),
-        new_fingerprint=Hasher.hash((rows._fingerprint, str(files.root), repr(found))),
-        desc="Looking for the images",
-    )
+    known = rows[UNUSABLE][:] if UNUSABLE in rows.column_names else faults
+    reasons = [reason or fault for reason, fault in zip(known, faults, strict=True)]
+    columns = {
+        # Nothing later reads what must not be read
+        "image": [None if reason else {"path": path} for path, reason in zip(paths, reasons, strict=True)],
+        FILE: [
+            os.path.relpath(path, root) if name and path.isprintable() else None
+            for name, path in zip(names, paths, strict=True)
+        ],
+        UNUSABLE: reasons,
+    }
+    features = Features({"image": Image(decode=False), FILE: Value("string"), UNUSABLE: Value("string")})
+    others = rows.select_columns([name for name in rows.column_names if name not in columns])
+    return concatenate_datasets([others, Dataset.from_dict(columns, features=features)], axis=1)
 
 
-# --- Ids ------------------------------------------------------------------------------------------------------
+def _find(name: str, folders: Iterable[Path]) -> str | None:
+    return next(filter(os.path.lexists, (os.path.join(folder, name) for folder in folders)), None)
+
+
+def _images_by_name(root: Path) -> dict[str, str | None]:
+    """Return the path of each image below the folder by what it may be called, None where several may."""
+    found: dict[str, str | None] = {}
+    for folder, _, names in os.walk(root):
+        for path in (os.path.join(folder, name) for name in names):
+            stem, ending = os.path.splitext(path)
+            is_image = ending.lower() in IMAGE_ENDINGS or ending[1:].isdigit()  # the end of a DICOM UID
+            if is_image and path.isprintable():
+                keys = {os.path.relpath(stem, root), os.path.basename(path), os.path.basename(stem)}
+                found |= {key: None if key in found else path for key in keys}
+    return found
+
+
+def _fault_of_file(name: str, path: str, roots: list[str]) -> str | None:
+    if not is_inside(path, roots):
+        return OUTSIDE
+    return None if name and os.path.exists(path) else MISSING
 
 
 def with_ids(splits: Mapping[str, Dataset]) -> dict[str, Dataset]:
     """Give each row an `image_id` that is no path of this machine.
 
-    Where the column is missing, it is the name of the file, or the number among all rows where there is none. Paths,
-    also those in a column of ids, are shortened to as many of their last parts as tell them apart.
+    Without such a column it is the name of the file, else the number among all rows. Paths are shortened to as many
+    of their last parts as tell them apart.
     """
     first, ids, made = 0, {}, set()
     for split, rows in splits.items():
@@ -122,7 +101,7 @@ def with_ids(splits: Mapping[str, Dataset]) -> dict[str, Dataset]:
     for split, own in ids.items():
         others = splits[split].select_columns([name for name in splits[split].column_names if name != "image_id"])
         ids[split] = others.add_column("image_id", [short.get(text, text) for text in own], feature=Value("string"))
-    return dict(splits) | ids
+    return {**splits, **ids}
 
 
 def _names_of_files(rows: Dataset, first: int) -> list[str]:

@@ -82,16 +82,17 @@ def png_of_dicom(image: dict[str, Any]) -> dict[str, Any]:
 
 
 def _open_lazily(image: dict[str, Any] | None, frame: int | str) -> Image.Image:
-    if not image or (image.get("bytes") is None and not image.get("path")):
+    content, path = (image or {}).get("bytes"), (image or {}).get("path")
+    if content is None and not path:
         raise ValueError("no image")
-    content, path = image.get("bytes"), image.get("path")
+    source = path if content is None else content
     try:
         if content is None and not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError("is not a regular file")  # reading a pipe or a device might never end
-        if is_dicom(path if content is None else content):
-            return open_dicom(path if content is None else content, frame)
+        if is_dicom(source):
+            return open_dicom(source, frame)
         with warnings.catch_warnings(action="ignore"):  # of damaged EXIF, and of sizes above Pillow's own limit
-            return Image.open(path if content is None else io.BytesIO(content), formats=FORMATS)
+            return Image.open(source if content is None else io.BytesIO(content), formats=FORMATS)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(MISSING) from error
     except UnidentifiedImageError as error:

@@ -21,20 +21,17 @@ class Layout:
     id_column: str | None = flag(None, "Column of image ids. Default: image_id, id, or names of files.")
     group_column: str | None = flag(None, "Column of what must not be in two splits. Default: patient_id or the like.")
     image_folder: str | None = flag(None, "Folder of the images that a table names. Default: its own.")
-    validation_fraction: float | None = flag(
-        None, "Share of rows to validate on. Default: 0.1 if there are no splits."
-    )
+    validation_fraction: float | None = flag(None, "Share of rows to validate on. Without splits by default 0.1.")
     test_fraction: float | None = flag(None, "The same for the test split.")
     concepts: str | None = flag(None, "Of Zenodo's tables: manual or all. Default: all, where there are such tables.")
     split_seed: int = flag(0, "Another number draws other rows for these; --seed does not.")
 
     def __post_init__(self):
         """Check the values that can be checked alone."""
-        given = {name: getattr(self, f"{name}_fraction") for name in ("validation", "test")}
-        for name, fraction in given.items():
-            if fraction is not None and not 0 <= fraction < 1:
-                raise UserError(f"{name}_fraction is {fraction}; set --{name}_fraction from 0 to below 1")
-        if sum(fraction or 0 for fraction in given.values()) >= 1:
+        for name in ("validation_fraction", "test_fraction"):
+            if not 0 <= (getattr(self, name) or 0) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; set --{name} from 0 to below 1")
+        if (self.validation_fraction or 0) + (self.test_fraction or 0) >= 1:
             raise UserError("validation_fraction and test_fraction leave nothing for the training; lower one")
         if self.concepts not in (None, "manual", "all"):
             raise UserError(f"concepts is '{self.concepts}'; set --concepts to manual or all")

@@ -19,34 +19,28 @@ Leaks = Mapping[str, Mapping[str, int]]  # of a split: by the earlier split, wha
 
 
 @stage("leaks")
-def find_leaks(splits: Mapping[str, Dataset]) -> dict[str, dict[str, dict[str, int]]]:
-    """Count and log the rows of each scored split that an earlier split has too.
+def find_leaks(splits: Mapping[str, Dataset], log: bool = True) -> dict[str, dict[str, dict[str, int]]]:
+    """Count, and `log`, the rows of each scored split that an earlier split has too.
 
-    Args:
-        splits: rows with `image_id` and `caption`, and `pixels` where `check_rows` has opened the images. For a
-            training split without `pixels` those of its sample `NEIGHBORS` are compared.
+    Pixels are compared where `check_rows` has opened the images; of a training split without `pixels`, those of its
+    sample `NEIGHBORS`.
 
     Returns:
-        By split and earlier split, the number of rows with the same `image_id`, `pixels`, `pixels_and_caption`, and
-        `caption`; and how many `rows` the earlier split has, of which how many were `opened`.
+        By split and earlier split, the rows with the same value of each of `KINDS`; and how many `rows` the earlier
+        split has, of which how many were `opened`.
     """
-    found = count_leaks(splits)
-    for split, leaks in found.items():
-        for sentence in leaks_in_words(split, len(splits[split]), leaks):
-            logger.warning("%s", sentence)
-    return found
-
-
-def count_leaks(splits: Mapping[str, Dataset]) -> dict[str, dict[str, dict[str, int]]]:
-    """Return what `find_leaks` does, and log nothing."""
     keys = {split: _row_keys(rows) for split, rows in splits.items()}
     if NEIGHBORS in keys and not keys["train"]["pixels"]:
         keys["train"] |= {kind: keys[NEIGHBORS][kind] for kind in ("pixels", "pixels_and_caption")}
-    return {
+    found = {
         split: {other: _compare(keys[split], keys[other]) for other in others if other in keys}
         for split, others in EARLIER.items()
         if split in keys
     }
+    for split, leaks in found.items() if log else ():
+        for sentence in leaks_in_words(split, len(splits[split]), leaks):
+            logger.warning("%s", sentence)
+    return found
 
 
 def leaks_in_words(split: str, number: int, leaks: Leaks) -> list[str]:
@@ -56,19 +50,16 @@ def leaks_in_words(split: str, number: int, leaks: Leaks) -> list[str]:
     """
     sentences = []
     for other, counts in leaks.items():
-        ids, images, both, captions, rows, opened = (counts[kind] for kind in (*KINDS, "rows", "opened"))
-        of_other = f"split '{other}'"
-        if ids:
-            sentences.append(f"{split}: {ids:,} of {number:,} image ids are also in {of_other}")
-        if images:
-            caption = f"{both:,} of them with the same caption: the scores are too high"
-            sentences.append(
-                f"{split}: {images:,} of {number:,} images are also in {of_other} (same pixels), {caption}"
-            )
-        if opened < rows:
-            unopened = f"{opened:,} of {rows:,} images of {of_other}, the others were not opened"
-            same = f"{captions:,} of {number:,} captions are in both"
-            sentences.append(f"{split}: pixels were compared with {unopened}; {same}")
+        if counts["image_id"]:
+            sentences.append(f"{split}: {counts['image_id']:,} of {number:,} image ids are also in split '{other}'")
+        if counts["pixels"]:
+            what = f"{counts['pixels']:,} of {number:,} images are also in split '{other}' (same pixels)"
+            both = f"{counts['pixels_and_caption']:,} of them with the same caption"
+            sentences.append(f"{split}: {what}, {both}: the scores are too high")
+        if counts["opened"] < counts["rows"]:
+            what = f"{counts['opened']:,} of {counts['rows']:,} images of split '{other}', the others were not opened"
+            same = f"{counts['caption']:,} of {number:,} captions are in both"
+            sentences.append(f"{split}: pixels were compared with {what}; {same}")
     return sentences
 
 

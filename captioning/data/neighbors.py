@@ -4,6 +4,7 @@ Without `datasets`, which takes seconds to import: captions of one's own images 
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,17 +36,17 @@ def nearest_rows(
         number: fewer are returned where the others are fewer.
         keys: pairs of N and M values; an image does not get another of its own value. None and "" are no values.
     """
-    places: list[dict[Any, list[int]]] = [{} for _ in keys]
+    places: list[dict[Any, list[int]]] = [defaultdict(list) for _ in keys]
     for place, (_, values) in zip(places, keys, strict=True):
         for row, value in enumerate(values):
-            place.setdefault(value, []).append(row)
+            place[value].append(row)
     found = []
     for start, cosines in similarities(features, others, max(1, MAX_COSINES // len(others))):
         every = np.arange(len(cosines))
         for row, own in enumerate(cosines, start):
             for place, (values, _) in zip(places, keys, strict=True):
                 if values[row] not in (None, ""):
-                    own[place.get(values[row], [])] = -np.inf
+                    own[place[values[row]]] = -np.inf
         best = []
         for _ in range(min(number, len(others))):  # of few as fast as `torch.topk`, which takes any of equal ones
             best.append(cosines.argmax(axis=1))
@@ -57,21 +58,13 @@ def nearest_rows(
 
 @dataclass(frozen=True)
 class Pool:
-    """The M training images whose captions are retrieved.
-
-    Attributes:
-        captions: M captions.
-        image_ids: M ids.
-        pixels: `pixel_hash` of the images.
-        features: float32 `[M, D]`, by the retriever.
-        retriever: its digest.
-    """
+    """The M training images whose captions are retrieved."""
 
     captions: Sequence[str]
     image_ids: Sequence[str]
-    pixels: Sequence[int]
-    features: np.ndarray
-    retriever: str
+    pixels: Sequence[int]  # `pixel_hash`
+    features: np.ndarray  # float32 `[M, D]`
+    retriever: str  # digest of the model that the features are of
 
     def save(self, folder: Path) -> None:
         """Store it in a folder."""
@@ -96,11 +89,7 @@ class Pool:
 
 
 class Retrieval:
-    """A stored pool and its retriever, for images of one's own.
-
-    Raises:
-        UserError: it is another retriever than that of the pool.
-    """
+    """A stored pool and its retriever, for images of one's own; UserError if that is another one."""
 
     def __init__(self, pool: Pool, retriever: Retriever, number: int):
         if retriever.digest() != pool.retriever:

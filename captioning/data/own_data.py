@@ -1,12 +1,8 @@
-"""One's own images and captions: which tables and columns hold them.
-
-A `Layout` is what the user says about it; the rest is found by the usual names and logged. `image_files.py` finds and
-names the images, `splits.py` draws splits, and `sources.load_source` applies all of it to any source.
-"""
+"""One's own images and captions: which tables and columns hold them, by the flags or by the usual names."""
 
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +18,7 @@ from captioning.errors import UserError, did_you_mean
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
-SPLIT_NAMES = {"valid": "validation", "val": "validation", "dev": "validation", "validate": "validation"} | {
-    split: split for split in SPLITS
-}
+SPLIT_NAMES = {split: split for split in SPLITS} | dict.fromkeys(("valid", "val", "dev", "validate"), "validation")
 WHOLE = "whole"  # the name of a data set that has no splits
 GROUP = "group"  # the column of what must not be in two splits, usually the patient
 TABLE_NAMES = ("metadata", "captions")  # the former is that of the `imagefolder` of `datasets`
@@ -37,17 +31,14 @@ USUAL_NAMES = {
     "cui": ("cui", "cuis", "concepts"),
     GROUP: ("patient_id", "patientid", "patient", "subject_id", "subject"),
 }  # fmt: skip
-FLAGS = {"image": "image_column", "caption": "caption_column", "image_id": "id_column", GROUP: "group_column"}
 TEXT = Value("string")
 
 
 def find_tables(folder: Path) -> dict[str, Path]:
-    """Return by split the tables of captions in a folder; `WHOLE` stands for data without splits.
+    """Return the tables of captions in a folder by split, or by `WHOLE` for data without splits.
 
-    They are called as a split, or `metadata` or `captions` in a folder of a split or in `folder` itself.
-
-    Raises:
-        UserError: a split has two tables.
+    They are called as a split, or `metadata` or `captions` in a folder of a split or in `folder` itself; UserError
+    if a split has two.
     """
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
@@ -58,7 +49,8 @@ def find_tables(folder: Path) -> dict[str, Path]:
             if name in found:
                 raise UserError(f"dataset folder '{folder}' has '{found[name]}' and '{table}'; remove one of them")
             found[name] = table
-    return found or ({WHOLE: table} if (table := _table_in(folder)) else {})
+    whole = _table_in(folder)
+    return found or ({WHOLE: whole} if whole else {})
 
 
 def _table_in(folder: Path) -> Path | None:
@@ -82,9 +74,9 @@ def load_tables(name: str, tables: Mapping[str, Path], layout: Layout) -> Marked
         there = list(dict.fromkeys(key for row in rows for key in row if key is not None))
         columns = choose_columns(there, layout, f"'{table}'", ids_name_images=True)
         chosen.append(columns)
-        of_row = _named_splits(rows, there, columns, f"'{table}'") if split == WHOLE else [split] * len(rows)
-        for part in dict.fromkeys(of_row):
-            own = [_texts(row, columns) for row, its in zip(rows, of_row, strict=True) if its == part]
+        named = _named_splits(rows, there, columns, f"'{table}'") if split == WHOLE else [split] * len(rows)
+        for part, numbers in _by_name(named).items():
+            own = [_texts(rows[number], columns) for number in numbers]
             features = Features({key: List(TEXT) if key == "cui" else TEXT for key in own[0]})
             splits[part] = Dataset.from_generator(
                 lambda own=own: iter(own), features=features, fingerprint=Hasher.hash((part, repr(own))), split=part
@@ -98,10 +90,10 @@ def _named_splits(
 ) -> list[str]:
     """Return the split that each row names in a column `split`, else by the first folder of its image; or `WHOLE`."""
     key = _split_column(there) or ""
-    _refuse_other_splits({_normal(row.get(key)) for row in rows} - {""}, key, where)
+    stated = [_normal(row.get(key)) for row in rows]
+    _refuse_other_splits(filter(None, stated), key, where)
     paths = [str(row.get(columns["image"])).strip().replace("\\", "/").removeprefix("./") for row in rows]
-    folders = [path.split("/")[0] for path in paths]
-    named = [_normal(row.get(key) or folder) for row, folder in zip(rows, folders, strict=True)]
+    named = [split or _normal(path.split("/")[0]) for split, path in zip(stated, paths, strict=True)]
     if others := [path for path, part in zip(paths, named, strict=True) if part not in SPLIT_NAMES]:
         if known := len(rows) - len(others):
             drawn = f"'{others[0][:200]}' is in none: splits are drawn anew"
@@ -112,38 +104,39 @@ def _named_splits(
 
 def _texts(row: Mapping[str | None, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     """Return the values of a row of a table under our names, and the reason to reject it if one is known."""
-    reason = EXTRA_FIELDS if None in row else None
-    values: dict[str, Any] = {}
+
+    def text(value: Any) -> str | None:  # JSON can hold an unpaired surrogate
+        return None if value is None else str(value).encode("utf-8", "replace").decode()
+
+    values: dict[str, Any] = {UNUSABLE: EXTRA_FIELDS if None in row else None}
     for ours, theirs in columns.items():
         value = row.get(theirs)
         if ours == "cui":
-            items = value if isinstance(value, list) else str(value or "").split(";")
-            values[ours] = [_well_formed(item) for item in items if item is not None]
+            values[ours] = [text(item) for item in (value if isinstance(value, list) else str(value or "").split(";"))]
         else:
-            reason = f"{ours} is not text" if isinstance(value, bool | list | dict) else reason
-            values[ours] = None if value is None else _well_formed(value)
-    return values | {UNUSABLE: reason}
-
-
-def _well_formed(value: Any) -> str:
-    return str(value).encode("utf-8", "replace").decode()  # JSON can hold an unpaired surrogate
+            values[ours] = text(value)
+            if isinstance(value, bool | list | dict):
+                values[UNUSABLE] = f"{ours} is not text"
+    return values
 
 
 def rows_by_split(rows: Dataset, where: str) -> dict[str, Dataset]:
-    """Return the rows of each split that a column `split` names, nothing if there is no such column.
-
-    Raises:
-        UserError: the column holds something else.
-    """
+    """Return the rows of each split that a column `split` names, nothing without one; UserError if it names others."""
     key = _split_column(rows.column_names)
     if key is None:
         return {}
     named = [_normal(value) for value in rows.select_columns(key)[:][key]]
-    _refuse_other_splits(set(named), key, where)
-    of_split: dict[str, list[int]] = {}
-    for row, name in enumerate(named):
-        of_split.setdefault(SPLIT_NAMES[name], []).append(row)
-    return {split: rows.select(found) for split, found in of_split.items()}
+    _refuse_other_splits(named, key, where)
+    found = _by_name(SPLIT_NAMES[name] for name in named)
+    # Flattened, since what follows reads the Arrow columns themselves
+    return {split: rows.select(numbers).flatten_indices() for split, numbers in found.items()}
+
+
+def _by_name(names: Iterable[str]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for row, name in enumerate(names):
+        found.setdefault(name, []).append(row)
+    return found
 
 
 def _split_column(names: Iterable[str]) -> str | None:
@@ -154,8 +147,8 @@ def _normal(value: Any) -> str:
     return str(value or "").strip().lower()
 
 
-def _refuse_other_splits(stated: Set[str], key: str, where: str) -> None:
-    if wrong := sorted(stated - SPLIT_NAMES.keys()):  # drawing splits instead would mix the rows of the user's own
+def _refuse_other_splits(stated: Iterable[str], key: str, where: str) -> None:
+    if wrong := sorted(set(stated) - SPLIT_NAMES.keys()):  # drawing splits instead would mix those of the user
         mend = f"write {', '.join(SPLITS)}, or give the column another name"
         raise UserError(f"{where}: column '{key}' holds '{wrong[0][:200]}', which is no split; {mend}")
 
@@ -168,12 +161,8 @@ def choose_columns(
 ) -> dict[str, str]:
     """Return by our name which of the columns `there` is used: that of the flag, else the first of a usual name.
 
-    Args:
-        there: names of columns.
-        layout: the flags.
-        where: for errors.
-        images: those that hold images, of which one is taken if none has a usual name.
-        ids_name_images: images may lie in files that are called as the ids.
+    Without a usual name the first of the columns `images` is taken. With `ids_name_images`, images may lie in files
+    that are called as the ids.
 
     Raises:
         UserError: the column of a flag is not there, or there is none of images or captions.
@@ -181,28 +170,30 @@ def choose_columns(
     known = {re.sub(r"[\s-]+", "_", name.strip().lower()): name for name in reversed(there)}
     names, columns = ", ".join(there[:8])[:300], {}
     for ours, usual in USUAL_NAMES.items():
-        given = getattr(layout, FLAGS.get(ours, ""), None)
+        flag = "id_column" if ours == "image_id" else f"{ours}_column"
+        given = getattr(layout, flag, None)
         if given is not None and given not in there:
             hint = did_you_mean(given, there) or f"; there are {names}"
-            raise UserError(f"{where}: --{FLAGS[ours]} '{given}' is not a column{hint}")
-        others = images if ours == "image" else ()
-        if found := given or next((known[name] for name in usual if name in known), next(iter(others), None)):
-            columns[ours] = found
+            raise UserError(f"{where}: --{flag} '{given}' is not a column{hint}")
+        found = [given] if given else [known[name] for name in usual if name in known]
+        if found := found or list(images if ours == "image" else ()):
+            columns[ours] = found[0]
     if ids_name_images and "image_id" in columns:
         columns.setdefault("image", columns["image_id"])
     for ours in ("image", "caption"):
         if ours not in columns:
-            mend = f"name the one that holds it by --{FLAGS[ours]}"
+            mend = f"name the one that holds it by --{ours}_column"
             raise UserError(f"{where}: column '{ours}' is missing, it has {names}; {mend}")
     return columns
 
 
-def log_columns(name: str, chosen: Iterable[Mapping[str, str]]) -> None:
-    """Log which columns the splits of a data set are read from, once if they are alike; the schema's own are not."""
-    made = "image_id made of file names or numbers"
-    for columns in {tuple(columns.items()): columns for columns in chosen}.values():
+def log_columns(name: str, chosen: Sequence[Mapping[str, str]]) -> None:
+    """Log which columns of other names the splits of a data set are read from, once where they are alike."""
+    for columns in [found for number, found in enumerate(chosen) if found not in chosen[:number]]:
         named = [f"{ours} from '{theirs}'" for ours, theirs in columns.items() if ours != theirs]
-        if named := named + [made] * ("image_id" not in columns):
+        if "image_id" not in columns:
+            named.append("image_id made of file names or numbers")
+        if named:
             logger.info("dataset '%s': %s", name, ", ".join(named))
 
 

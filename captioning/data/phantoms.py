@@ -1,11 +1,9 @@
 """Phantoms: a small synthetic radiology dataset in ROCOv2's schema that needs no network.
 
 Every image is drawn from six attributes (modality, region, finding, side, place, size) and its caption states them in
-one of many wordings, so that a caption can be judged attribute by attribute: `benchmarks/phantom_attributes.py`. Test
-and validation hold combinations of attributes that training never shows: a model that scores there has learned to
-look, not to recall.
-
-The pictures are drawings with the look of each modality, not simulations; they teach a model nothing about patients.
+one of many wordings. Test and validation hold combinations of attributes that training never shows: a model that
+scores there has learned to look, not to recall. The pictures are drawings, not simulations: they teach nothing about
+patients.
 """
 
 import hashlib
@@ -30,16 +28,9 @@ ATTRIBUTES = ("modality", "region", "finding", "side", "place", "size")
 
 # The concepts that ROCOv2 itself uses. ROCOv2 gives the region of radiographs only; here every image has both.
 CUIS = {
-    "CT": "C0040405",
-    "radiograph": "C1306645",
-    "MRI": "C0024485",
-    "ultrasound": "C0041618",
-    "chest": "C0817096",
-    "head": "C0037303",
-    "abdomen": "C0000726",
-    "pelvis": "C0030797",
-    "lower limb": "C0023216",
-}
+    "CT": "C0040405", "radiograph": "C1306645", "MRI": "C0024485", "ultrasound": "C0041618",
+    "chest": "C0817096", "head": "C0037303", "abdomen": "C0000726", "pelvis": "C0030797", "lower limb": "C0023216",
+}  # fmt: skip
 FRONTAL = ("upper", "middle", "lower")
 AXIAL = ("anterior", "middle", "posterior")
 DEPTH = ("superficial", "middle", "deep")
@@ -140,7 +131,8 @@ def reword(attributes: dict[str, str | None], rng: np.random.Generator) -> str:
 
 
 # --- Images -----------------------------------------------------------------------------------------------------
-# Coordinates run from -1 to 1, x to the right, y down; gray values from 0 (black) to 1 (white).
+# Coordinates run from -1 to 1, x to the right, y down; gray values from 0 (black) to 1 (white). An `np.abs(x)` draws
+# on both sides at once.
 
 _AXIS = np.linspace(-1, 1, SIDE, dtype=np.float32)
 RADIUS = {"small": 0.13, "large": 0.27}
@@ -167,8 +159,7 @@ def _ct_chest(canvas, x, y, rng):
     angle = np.arctan2(y / 0.84, x / 0.96)
     rim = _ellipse(x, y, 0, 0, 0.9, 0.78) - _ellipse(x, y, 0, 0, 0.84, 0.72)
     _paint(canvas, rim * (np.cos(angle * 9 + rng.uniform(0, 6)) > 0.1), 0.9)  # ribs
-    for side in (-1, 1):
-        _paint(canvas, _ellipse(x, y, side * 0.44, 0, 0.36, 0.66), 0.34)
+    _paint(canvas, _ellipse(np.abs(x), y, 0.44, 0, 0.36, 0.66), 0.34)  # both lungs
     canvas += 0.025 * _clouds(rng, 24)  # vessels
     _paint(canvas, _ellipse(x, y, 0.08, -0.14, 0.22, 0.3), 0.6)  # the heart, to the patient's left
     _paint(canvas, _ellipse(x, y, 0, 0.54, 0.14, 0.14), 0.95)  # vertebra
@@ -204,15 +195,13 @@ def _trunk(canvas, x, y, rng, fat, bone, organ, gut):
     _paint(canvas, _ellipse(x, y, 0.46, -0.66, 0.2, 0.24), organ)  # spleen
     _paint(canvas, (np.abs(x) < 0.11) * 1.0, bone)
     _paint(canvas, (np.abs(x) < 0.11) * (np.sin(18 * y) > 0.8), gut)  # discs
-    for side in (-1, 1):
-        _paint(canvas, _ellipse(x, y, side * 0.45, 1.05, 0.28, 0.2), bone)  # iliac crest
+    _paint(canvas, _ellipse(np.abs(x), y, 0.45, 1.05, 0.28, 0.2), bone)  # iliac crests
 
 
 def _xray_chest(canvas, x, y, rng):
     canvas += 0.72
     _paint(canvas, _ellipse(np.abs(x), y, 1.0, -1.0, 0.4, 0.5, 0.2), 0.05)  # air above the shoulders
-    for side in (-1, 1):
-        _paint(canvas, _ellipse(x, y, side * 0.42, 0.05, 0.34, 0.78, 0.1), 0.34)
+    _paint(canvas, _ellipse(np.abs(x), y, 0.42, 0.05, 0.34, 0.78, 0.1), 0.34)  # both lungs
     _paint(canvas, _ellipse(x, y, 0.14, 0.4, 0.27, 0.3, 0.1), 0.8)  # the heart, to the patient's left
     _paint(canvas, np.clip((y - 0.78 - 0.1 * np.cos(4 * x)) * 8, 0, 1), 0.8)  # diaphragm
     ribs = np.sin(16 * (y - 0.28 * np.abs(x)) + rng.uniform(0, 1)) > 0.6
@@ -221,21 +210,19 @@ def _xray_chest(canvas, x, y, rng):
 
 def _xray_pelvis(canvas, x, y, rng):
     _paint(canvas, _ellipse(x, y, 0, 0, 1.15, 1.2, 0.2), 0.3)
-    for side in (-1, 1):
-        _paint(canvas, _ellipse(x, y, side * 0.5, -0.36, 0.36, 0.46), 0.6)  # iliac wing
-        _paint(canvas, _ellipse(x, y, side * 0.52, 0.0, 0.28, 0.26), 0.6)  # acetabulum
-        _paint(canvas, _ellipse(x, y, side * 0.46, 0.42, 0.32, 0.3), 0.6)  # ischium
-        _paint(canvas, _ellipse(x, y, side * 0.84, 0.3, 0.13, 0.6), 0.66)  # femur
+    _paint(canvas, _ellipse(np.abs(x), y, 0.5, -0.36, 0.36, 0.46), 0.6)  # iliac wings
+    _paint(canvas, _ellipse(np.abs(x), y, 0.52, 0.0, 0.28, 0.26), 0.6)  # acetabula
+    _paint(canvas, _ellipse(np.abs(x), y, 0.46, 0.42, 0.32, 0.3), 0.6)  # ischia
+    _paint(canvas, _ellipse(np.abs(x), y, 0.84, 0.3, 0.13, 0.6), 0.66)  # femurs
     _paint(canvas, _ellipse(x, y, 0, -0.4, 0.2, 0.4), 0.68)  # sacrum
     _paint(canvas, _ellipse(x, y, 0, 0.2, 0.22, 0.26), 0.3)  # pelvic inlet
 
 
 def _xray_legs(canvas, x, y, rng):
-    for side in (-1, 1):
-        _paint(canvas, _ellipse(x, y, side * 0.46, 0, 0.36, 1.8, 0.1), 0.25)
-        width = 0.16 + 0.06 * np.abs(y) ** 3  # bones widen towards knee and ankle
-        _paint(canvas, np.clip((width - np.abs(x - side * 0.42)) * 15 + 0.5, 0, 1), 0.62)
-        _paint(canvas, np.clip((0.05 - np.abs(x - side * 0.72)) * 15 + 0.5, 0, 1), 0.55)  # fibula, outside
+    _paint(canvas, _ellipse(np.abs(x), y, 0.46, 0, 0.36, 1.8, 0.1), 0.25)
+    width = 0.16 + 0.06 * np.abs(y) ** 3  # bones widen towards knee and ankle
+    _paint(canvas, np.clip((width - np.abs(np.abs(x) - 0.42)) * 15 + 0.5, 0, 1), 0.62)
+    _paint(canvas, np.clip((0.05 - np.abs(np.abs(x) - 0.72)) * 15 + 0.5, 0, 1), 0.55)  # fibula, outside
 
 
 def _mri_legs(canvas, x, y, rng):
@@ -360,9 +347,8 @@ def _phantom_rows(split: str, seed: int, size: int, edition: str):
 def load_phantoms(seed: int = 0, sizes: dict[str, int] | None = None) -> DatasetDict:
     """Return phantoms in ROCOv2's columns, by split; equal seeds give equal bytes.
 
-    Args:
-        seed: any non-negative integer; it changes images and wordings, but not which combinations a split may show.
-        sizes: images per split, `SPLIT_SIZES` by default.
+    The seed, an integer from 0, changes images and wordings, but not which combinations a split may show; `sizes` are
+    images per split, by default `SPLIT_SIZES`.
     """
     # `datasets` names its cache by these arguments; the digest makes a changed drawing a new dataset.
     edition = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]

@@ -3,11 +3,12 @@
 import argparse
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Image
 
-from captioning.data.checks import CHECK_BATCH_SIZE, check_rows, usable
+from captioning.data.checks import check_rows, usable
 from captioning.data.describe import describe, description_table
 from captioning.data.dicom import PREAMBLE, is_dicom
 from captioning.data.images import png_of_dicom
@@ -25,31 +26,22 @@ BEFORE_STORING = {UNFINISHED, "rejected.jsonl"}  # in a folder that `prepare` ha
 
 
 def prepare(arguments: argparse.Namespace) -> None:
-    """Load any source, leave out the rows that cannot be used and store the rest with `save_to_disk`.
-
-    With `--describe`, print statistics and store nothing.
-    """
+    """Store the usable rows of any source with `save_to_disk`, or print its statistics with `--describe`."""
     if arguments.describe == (arguments.folder is not None):
         raise UserError("give a FOLDER to write, or --describe, which writes nothing; see --help")
     if not 0 <= arguments.max_rejected_fraction <= 1:
         raise UserError(f"max_rejected_fraction is {arguments.max_rejected_fraction}; set it from 0 to 1")
-    if arguments.num_proc is not None and arguments.num_proc < 1:
-        raise UserError(f"num_proc is {arguments.num_proc}; set --num_proc to 1 or more")
     layout = Layout(**{item.name: getattr(arguments, item.name) for item in fields(Layout)})
-    if arguments.describe:
-        limit_waiting()
-        dataset = load_source(arguments.source, arguments.revision, layout=layout)
-        result = describe(dataset, concept_names(arguments.source), arguments.num_proc)
-        print(to_json(result, indent=2) if arguments.json else description_table(arguments.source, result))
-        return
-    folder = Path(arguments.folder)
-    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if UNFINISHED in there and there - BEFORE_STORING:
-        raise UserError(f"'{folder}' is half written: an earlier `prepare` was stopped; delete it and run again")
-    if there - BEFORE_STORING or (folder.exists() and not folder.is_dir()):
+    folder = arguments.folder and Path(arguments.folder)
+    there = {path.name for path in folder.iterdir()} if folder and folder.is_dir() else set()
+    if there - BEFORE_STORING or (folder and folder.is_file()):
         raise UserError(f"'{folder}' exists and is not an empty folder; name a new one")
     limit_waiting()
     dataset = load_source(arguments.source, arguments.revision, layout=layout)
+    if arguments.describe:
+        result = describe(dataset, concept_names(arguments.source), arguments.num_proc)
+        print(to_json(result, indent=2) if arguments.json else description_table(arguments.source, result))
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / UNFINISHED).touch()
@@ -74,8 +66,9 @@ def _without_headers(rows: Dataset) -> Dataset:
     pairs = zip(starts, paths.to_pylist(), strict=True)
     if not any(is_dicom(path if start is None else start) for start, path in pairs if start is not None or path):
         return rows
-    return rows.map(_encode, batched=True, batch_size=CHECK_BATCH_SIZE, features=rows.features, desc="Encoding DICOM")
+    # Few are in memory before they are written
+    return rows.map(_encode, features=rows.features, writer_batch_size=64, desc="Encoding DICOM")
 
 
-def _encode(batch: dict[str, list]) -> dict[str, list]:
-    return {"image": [png_of_dicom(image) for image in batch["image"]]}
+def _encode(row: dict[str, Any]) -> dict[str, Any]:
+    return {"image": png_of_dicom(row["image"])}

@@ -3,9 +3,6 @@
 A vision model, the retriever, says which images look alike. Its features are cached by the pixels of an image.
 """
 
-import logging
-from contextlib import suppress
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets
 from datasets.config import HF_DATASETS_CACHE
 from huggingface_hub.utils import WeakFileLock
-from safetensors import SafetensorError, numpy
+from safetensors import numpy
 from tqdm import tqdm
 
 from captioning.data.checks import usable_rows
@@ -25,56 +22,36 @@ from captioning.files import write_whole
 from captioning.models.retriever import Retriever
 
 
-logger = logging.getLogger(__name__)
-
 CACHE = Path(HF_DATASETS_CACHE) / "retriever_features"
-PORTION = 4096  # images after which the cache is written: a run that was stopped goes on from there
 COLUMNS = Features({"retrieved": List(Value("string")), "retrieved_ids": List(Value("string"))})
 
 
-# --- Features -------------------------------------------------------------------------------------------------
-
-
 def cached_features(retriever: Retriever, rows: Dataset) -> np.ndarray:
-    """Return the features of N images by a retriever, float32 `[N, D]`; those that the cache has are not computed.
+    """Return the features of N images by a retriever, float32 `[N, D]`, each computed once.
 
-    The cache knows an image by its pixels, in whatever data it is. One without `pixels`, which `check_rows` has not
-    opened, is encoded each time.
+    The cache knows an image by its pixels, in whatever data it is. One that `check_rows` has not opened has no
+    `pixels` and is encoded each time.
     """
     file = CACHE / f"{retriever.digest()}.safetensors"
-    known = _read_cache(file)
+    known: dict[Any, np.ndarray] = _read_cache(file)
     keys = [("row", row) if key is None else key for row, key in enumerate(rows["pixels"][:])]
-    missing = sorted({key: row for row, key in enumerate(keys) if key not in known}.values())
-    images, hidden = rows.select_columns("image"), None if missing else True  # None: where there is no terminal
-    shown = iter(tqdm(missing, "Encoding images for the retriever", unit=" images", disable=hidden))
-    for start in range(0, len(missing), PORTION):
-        portion = [keys[row] for row in missing[start : start + PORTION]]
-        opened = (open_image(images[row]["image"]) for row in islice(shown, len(portion)))
-        known |= zip(portion, retriever.features(opened), strict=True)
-        _write_cache(file, {key: feature for key, feature in known.items() if not isinstance(key, tuple)})
+    missing = {key: row for row, key in enumerate(keys) if key not in known}
+    if missing:
+        images = rows.select_columns("image").select(missing.values())
+        shown = tqdm(images, "Encoding images for the retriever", unit=" images", disable=None)  # only on a terminal
+        known |= zip(missing, retriever.features(open_image(row["image"]) for row in shown), strict=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(file.with_suffix(".lock")):
+            found = _read_cache(file) | {key: known[key] for key in missing if not isinstance(key, tuple)}
+            if found:
+                content = {"pixels": np.array([*found], dtype=np.int64), "features": np.stack([*found.values()])}
+                write_whole(file, numpy.save(content))
     return np.stack([known[key] for key in keys])
 
 
-def _read_cache(file: Path) -> dict[Any, np.ndarray]:
-    with suppress(OSError, SafetensorError, KeyError, ValueError):  # there is none, or it is damaged: written anew
-        content = numpy.load_file(file)
-        return dict(zip(content["pixels"].tolist(), content["features"], strict=True))
-    return {}
-
-
-def _write_cache(file: Path, known: dict[int, np.ndarray]) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(file.with_suffix(".lock")):
-            known = _read_cache(file) | known  # of another run
-            if known:
-                content = {"pixels": np.array([*known], dtype=np.int64), "features": np.stack([*known.values()])}
-                write_whole(file, numpy.save(content))
-    except OSError as error:  # a cache of others, or a full disk
-        logger.warning("features of images cannot be cached, the next run computes them again: %s", error)
-
-
-# --- Rows of a run --------------------------------------------------------------------------------------------
+def _read_cache(file: Path) -> dict[int, np.ndarray]:
+    content = numpy.load_file(file) if file.exists() else {"pixels": np.array([]), "features": ()}
+    return dict(zip(content["pixels"].tolist(), content["features"], strict=True))
 
 
 def retrieve(dataset: DatasetDict, args, max_samples: dict[str, int | None]) -> tuple[DatasetDict, Pool | None]:
@@ -85,11 +62,11 @@ def retrieve(dataset: DatasetDict, args, max_samples: dict[str, int | None]) -> 
 
     Args:
         dataset: what `check_rows` returned, with all training images.
-        args: a run's `CaptioningArguments`, of which it reads the fields for retrieval.
+        args: a run's `CaptioningArguments`.
         max_samples: rows of each split that are used at most; None: all.
 
     Returns:
-        The splits, and the training images; as they are and None where no captions are retrieved.
+        The splits and the training images; `dataset` and None where no captions are retrieved.
 
     Raises:
         UserError: there is no training split, or no such retriever.

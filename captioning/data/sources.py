@@ -21,20 +21,10 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from captioning.data.image_files import FILE, OUTSIDE, ImageFiles, with_files, with_ids
+from captioning.data import own_data
+from captioning.data.image_files import FILE, OUTSIDE, with_files, with_ids
 from captioning.data.layout import Layout
-from captioning.data.own_data import (
-    GROUP,
-    SPLIT_NAMES,
-    SPLITS,
-    WHOLE,
-    choose_columns,
-    find_tables,
-    load_tables,
-    log_columns,
-    rows_by_split,
-    use_columns,
-)
+from captioning.data.own_data import GROUP, SPLIT_NAMES, SPLITS, WHOLE
 from captioning.data.phantoms import load_phantoms
 from captioning.data.splits import warn_of_shared_groups, with_splits
 from captioning.data.streaming import STORED, hub_shards, index_shards, is_streamed, read_footer
@@ -48,7 +38,6 @@ from captioning.hub.revisions import pin_revision
 logger = logging.getLogger(__name__)
 
 UNFINISHED = "prepare.unfinished"  # a file in the folder that `prepare` writes, until it is complete
-REQUIRED_COLUMNS = ("image", "image_id", "caption")  # of streamed parquet; elsewhere columns are chosen
 
 
 def load_source(
@@ -57,16 +46,14 @@ def load_source(
     """Load the splits `train`, `validation`, `test` of a source, as far as it has them, with unchecked rows.
 
     Args:
-        name: a Hub id; a folder made by `save_to_disk`; a folder of parquet files named by split; a folder in
-            the layout of Zenodo record 10821435, its zips extracted or not; a folder of images with tables of
-            captions, see `find_tables`; such a table; or `phantoms`.
+        name: a Hub id, a folder, a table or `phantoms`; see docs/data.md.
         revision: commit, branch or tag of a Hub id.
         streaming: read images from parquet shards, in a folder or on the Hub, when they are needed.
         layout: which columns and files are used, and how data without splits is split; default: what is usual.
 
     Returns:
-        Splits with at least the columns `image` (decoded by the collator only), `image_id` and `caption`, and `group`
-        where the data has it.
+        Splits with the columns `image` (not decoded), `image_id`, `caption`, and `cui` and `group` where the data
+        has them.
 
     Raises:
         UserError: the source does not exist, cannot be read, cannot be streamed, or lacks a column.
@@ -79,7 +66,7 @@ def load_source(
     splits = _load(name, revision, streaming, layout)
     splits = DatasetDict({WHOLE: splits}) if isinstance(splits, Dataset) else splits
     is_whole = len(splits) == 1 and next(iter(splits)).lower() not in SPLIT_NAMES and not streaming
-    if is_whole and (parts := rows_by_split(next(iter(splits.values())), f"dataset '{name}'")):
+    if is_whole and (parts := own_data.rows_by_split(next(iter(splits.values())), f"dataset '{name}'")):
         splits, is_whole = DatasetDict(parts), False
     names = {"train" if is_whole else SPLIT_NAMES.get(split.lower(), split): split for split in splits}
     if len(names) < len(splits):
@@ -89,59 +76,55 @@ def load_source(
     checked, chosen = {}, []
     for split in [split for split in SPLITS if split in names]:
         rows, where = splits[names[split]], f"dataset '{name}', split '{split}'"
-        if not streaming and not isinstance(splits, MarkedSplits):
+        is_ours = isinstance(splits, MarkedSplits)
+        if not is_ours:
             images = [column for column, kind in rows.features.items() if isinstance(kind, Image)]
-            columns = choose_columns(rows.column_names, layout, where, images)
-            rows = use_columns(rows, columns)
+            columns = own_data.choose_columns(rows.column_names, layout, where, images)
+            rows = own_data.use_columns(rows, columns)
             chosen.append(columns)
-        rows = _checked_columns(rows, where, streaming, isinstance(splits, MarkedSplits))
+        rows = _checked_columns(rows, where, streaming, is_ours)
         if isinstance(rows.features["image"], Value):
-            rows = with_files(rows, _image_files(name, names[split], layout, where), where)
-        elif not streaming and not isinstance(splits, MarkedSplits):
+            root = _image_folder(name, layout, where)
+            rows = with_files(rows, root, root / names[split], where)
+        elif not streaming and not is_ours:
             rows = _without_foreign_files(rows, [name, layout.image_folder])
         checked[split] = rows
-    log_columns(name, chosen)
+    own_data.log_columns(name, chosen)
     complete = with_splits(with_ids(checked), name, layout, is_whole)
-    if not streaming:  # where a column `group` is none of ours
-        warn_of_shared_groups(complete)
-    ours = {split: [FILE] if FILE in rows.column_names else [] for split, rows in complete.items()}
-    return DatasetDict({split: rows.remove_columns(ours[split]) for split, rows in complete.items()})
+    warn_of_shared_groups(complete)
+    return DatasetDict(
+        {split: rows.select_columns([c for c in rows.column_names if c != FILE]) for split, rows in complete.items()}
+    )
 
 
 def _load(name: str, revision: str | None, streaming: bool, layout: Layout) -> DatasetDict | Dataset:
-    if name == "phantoms" and not streaming:
-        return load_phantoms()
+    is_folder = os.path.isdir(name)
+    if streaming and (os.path.isfile(name) or name == "phantoms" or (is_folder and not _parquet_files(Path(name)))):
+        raise UserError(STORED.format(f"dataset '{name}'"))
     if name == "phantoms":
-        raise UserError(STORED.format("dataset 'phantoms'"))
-    if os.path.isdir(name):
+        return load_phantoms()
+    if is_folder:
         return _load_folder(Path(name), streaming, layout)
     if os.path.exists(name):
         if not os.path.isfile(name) or not name.lower().endswith(TABLE_ENDINGS):
             kinds = ", ".join(TABLE_ENDINGS)
             raise UserError(f"dataset '{name}' is no table ({kinds}); give one, or the folder that holds the data")
-        if streaming:
-            raise UserError(STORED.format(f"dataset '{name}'"))
         with _reading(f"dataset '{name}' cannot be read"):
-            return load_tables(name, {WHOLE: Path(name)}, layout)
+            return own_data.load_tables(name, {WHOLE: Path(name)}, layout)
     if _is_local(name):
         raise UserError(f"dataset '{name}' does not exist; set --dataset_name to a folder, a table or a Hub id")
     return _load_from_hub(name, revision, streaming)
 
 
-def _image_files(name: str, split: str, layout: Layout, where: str) -> ImageFiles:
+def _image_folder(name: str, layout: Layout, where: str) -> Path:
     """Return the folder in which a table's images are sought: that of the flag, else that of the data."""
     if layout.image_folder is None and not os.path.exists(name):
         raise UserError(f"{where}: column 'image' holds names of files; set --image_folder to the folder of these")
-    root = Path(layout.image_folder or (name if os.path.isdir(name) else os.path.dirname(name) or "."))
-    return ImageFiles(root, root / split)
+    return Path(layout.image_folder or (name if os.path.isdir(name) else os.path.dirname(name) or "."))
 
 
 def dataset_commit(name: str, revision: str | None = None) -> str | None:
-    """Return the commit that `revision` of a Hub dataset names; `revision` itself for another source.
-
-    Raises:
-        UserError: the revision is not, or no longer, there.
-    """
+    """Return the commit that `revision` of a Hub dataset names, see `pin_revision`; `revision` of another source."""
     return revision if _is_local(name) else pin_revision(name, revision, kind="dataset")
 
 
@@ -157,29 +140,25 @@ def _is_local(name: str) -> bool:
 
 def _load_folder(folder: Path, streaming: bool, layout: Layout) -> DatasetDict | Dataset:
     _refuse_special_files(folder)
+    if (folder / UNFINISHED).exists():
+        mend = "delete it and run that command again"
+        raise UserError(f"dataset folder '{folder}' is half written: the command that wrote it was stopped; {mend}")
     with _reading(f"dataset folder '{folder}' cannot be read"):
-        is_saved = (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
-        _refuse_half_written(folder)
-        files = {} if is_saved else _parquet_files(folder)
-        is_zenodo = any(folder.glob("*_captions.csv"))
-        tables = {} if is_saved or files or is_zenodo else find_tables(folder)
-        if streaming and not files and (is_saved or is_zenodo or tables):
-            raise UserError(STORED.format(f"dataset folder '{folder}'"))
-        if is_saved:
+        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             for path in folder.glob("*/state.json"):
                 if not json.loads(path.read_text())["_data_files"]:
                     raise UserError(f"dataset folder '{folder}': split '{path.parent.name}' is empty; remove it")
             return load_from_disk(str(folder))
-        if files:
+        if files := _parquet_files(folder):
             for path in chain(*files.values()):
                 read_footer(path)  # which may be that of a bomb
             return index_shards(files) if streaming else load_dataset("parquet", data_files=files)
-        if is_zenodo:
+        if any(folder.glob("*_captions.csv")):
             if wrong := [name for name in layout.given() if name.endswith(("_column", "_folder"))]:
                 raise UserError(f"--{wrong[0]} does not go with the layout of Zenodo in '{folder}'; leave it out")
             return load_zenodo(folder, layout.concepts)
-        if tables:
-            return load_tables(str(folder), tables, layout)
+        if tables := own_data.find_tables(folder):
+            return own_data.load_tables(str(folder), tables, layout)
     found = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in TABLE_ENDINGS]
     found = [path for path in found if path.name != "rejected.jsonl"]  # of `prepare`
     raise UserError(
@@ -207,15 +186,6 @@ def _refuse_special_files(folder: Path) -> None:
                 raise UserError(f"dataset folder '{folder}': '{path.name}' is not a regular file; remove it")
 
 
-def _refuse_half_written(folder: Path) -> None:
-    """Raise UserError for a folder that `prepare` or `save_to_disk` did not finish: they write `state.json` last."""
-    listed = folder / "dataset_dict.json"
-    splits = json.loads(listed.read_text(encoding="utf-8"))["splits"] if listed.is_file() else []
-    if (folder / UNFINISHED).exists() or not all((folder / split / "state.json").is_file() for split in splits):
-        mend = "delete it and run that command again"
-        raise UserError(f"dataset folder '{folder}' is half written: the command that wrote it was stopped; {mend}")
-
-
 def _parquet_files(folder: Path) -> dict[str, list[str]]:
     files: dict[str, list[str]] = {}
     for path in sorted((folder / "data").glob("*.parquet")) or sorted(folder.glob("*.parquet")):
@@ -235,9 +205,6 @@ def _load_from_hub(name: str, revision: str | None, streaming: bool) -> DatasetD
 
 def _checked_columns(rows: Dataset, where: str, streaming: bool, is_ours: bool) -> Dataset:
     """Return the columns of the schema, and `UNUSABLE` of a split that we wrote ourselves; no image is decoded."""
-    if missing := [column for column in REQUIRED_COLUMNS if streaming and column not in rows.column_names]:
-        there = ", ".join(rows.column_names)
-        raise UserError(f"{where}: column '{missing[0]}' is missing, it has {there}; leave --streaming out")
     # A table itself declares what its columns are; reading one of another type than text could open any file
     texts = [column for column in ("image_id", "caption", "cui", GROUP) if column in rows.column_names]
     for column in texts:
@@ -257,10 +224,7 @@ def _checked_columns(rows: Dataset, where: str, streaming: bool, is_ours: bool) 
 
 
 def _without_foreign_files(rows: Dataset, folders: Sequence[str | None]) -> Dataset:
-    """Mark the rows whose image is a file outside of the source: a table can name any file of this machine.
-
-    Inside are the `folders` and those to which `datasets` downloads.
-    """
+    """Mark the rows whose image is a file outside of the `folders` and of those to which `datasets` downloads."""
     there = [folder for folder in folders if folder and os.path.isdir(folder)]
     roots = [os.path.realpath(root) for root in (HF_HUB_CACHE, HF_DATASETS_CACHE, *there)]
     content, paths = (pc.struct_field(rows.data.column("image"), name) for name in ("bytes", "path"))

@@ -33,58 +33,43 @@ def select_splits(
 
     Args:
         dataset: what `load_source` returned for `name`.
-        name: for the error.
-        needed: whether each of `STAGES` is needed.
+        name: of the data set.
+        needed: whether each of `STAGES` is needed; UserError if such a split does not exist.
         max_samples: usable rows of each split; None: all.
-        with_captions: also keep a training split that no stage needs, for its captions, as the baselines do.
-
-    Raises:
-        UserError: a needed split does not exist.
+        with_captions: keep the training split for its captions, which the baselines use.
     """
     for split, flag in STAGES.items():
         if needed[split] and split not in dataset:
             draw = f"draw it from 'train' by --{split}_fraction 0.1" if split != "train" else "add it"
             there = ", ".join(dataset)
             raise UserError(f"dataset '{name}' has no split '{split}', only {there}; {draw}, or set --{flag} false")
-    kept = [split for split in STAGES if needed[split]]
-    if with_captions and "train" in dataset and "train" not in kept:
-        kept.append("train")
-    return DatasetDict({split: _enough(dataset[split], max_samples[split]) for split in kept})
-
-
-def _enough(rows: Dataset, max_samples: int | None) -> Dataset:
-    """Return the first rows of a split: 2 % and 10 more than `max_samples` make up for rejected ones."""
-    return rows if max_samples is None else rows.take(max_samples * 51 // 50 + 10)
+    kept = {split for split in STAGES if needed[split]} | ({"train"} if with_captions else set())
+    # 2 % and 10 rows more make up for rejected ones
+    return DatasetDict({
+        split: rows if max_samples[split] is None else rows.take(max_samples[split] * 51 // 50 + 10)
+        for split, rows in dataset.items()
+        if split in kept
+    })  # fmt: skip
 
 
 def sample_training(dataset: DatasetDict, max_samples: int | None, neighbor_samples: int) -> DatasetDict:
-    """Cut the unchecked training split of a run that does not train down to the rows of `NEIGHBORS`.
+    """Cut the unchecked training split of a run that does not train down to a sample of `neighbor_samples` rows.
 
-    Args:
-        dataset: unchecked splits.
-        max_samples: rows of the training split that count; None: all.
-        neighbor_samples: rows of the sample at most; 0 leaves the split out.
+    It is drawn from the first `max_samples` rows (None: all); a sample of 0 rows leaves the split out.
     """
     splits = DatasetDict(dataset)
-    if "train" in splits:
-        train = splits.pop("train")
-        if neighbor_samples:
-            splits["train"] = train.select(sample_rows(min(len(train), max_samples or len(train)), neighbor_samples))
+    train = splits.pop("train", None)
+    if train and neighbor_samples:
+        splits["train"] = train.select(sample_rows(min(len(train), max_samples or len(train)), neighbor_samples))
     return splits
 
 
 def captions_to_learn(
     dataset: DatasetDict, check: Callable[[], DatasetDict], max_samples: int | None, with_training: bool
 ) -> Iterator[str]:
-    """Yield the captions that a tokenizer is trained on, and check the rows only when they are asked for.
+    """Yield the captions that a tokenizer is trained on: those that the run trains on, or all where it does not train.
 
-    They are those that the run trains on; a run that does not train checks a sample only, and takes all.
-
-    Args:
-        dataset: unchecked splits.
-        check: returns the splits of `check_rows`.
-        max_samples: usable rows of the training split; None: all.
-        with_training: whether the run trains.
+    The rows are checked, by `check`, only when a caption is asked for.
     """
     rows = usable(check()["train"], max_samples) if with_training else dataset["train"]
     yield from texts(rows)[0]
@@ -93,19 +78,15 @@ def captions_to_learn(
 def keep_usable(
     dataset: DatasetDict, max_samples: Mapping[str, int | None], neighbor_samples: int, with_training: bool
 ) -> DatasetDict:
-    """Keep the usable rows of checked splits, and draw `NEIGHBORS` from those of the training split.
+    """Keep the usable rows of checked splits, `max_samples` of each, and draw `NEIGHBORS` from the training split.
 
-    Args:
-        dataset: what `check_rows` returned.
-        max_samples: rows of each split at most; None: all.
-        neighbor_samples: rows of the sample at most; 0: there is none.
-        with_training: keep the training split itself too.
+    The training split itself is kept only `with_training`; of 0 `neighbor_samples` there is no such sample.
     """
     splits = DatasetDict({split: usable(rows, max_samples[split]) for split, rows in dataset.items()})
-    if "train" in splits:
-        train = splits["train"] if with_training else splits.pop("train")
-        if neighbor_samples:
-            splits[NEIGHBORS] = train.select(sample_rows(len(train), neighbor_samples))
+    if "train" in splits and neighbor_samples:
+        splits[NEIGHBORS] = splits["train"].select(sample_rows(len(splits["train"]), neighbor_samples))
+    if not with_training:
+        splits.pop("train", None)
     return splits
 
 
@@ -118,22 +99,17 @@ def sample_rows(number: int, most: int) -> list[int]:
 
 
 def with_splits(splits: Mapping[str, Dataset], name: str, layout: Layout, is_whole: bool) -> dict[str, Dataset]:
-    """Draw the validation and test rows that the flags ask for from the training rows.
+    """Draw the validation and test rows that the flags ask for from the training rows; see `draw_splits`.
 
-    The draw depends on the groups, else the files or ids, and on `split_seed`, not on the order of the rows.
-
-    Args:
-        splits: with the column `image_id`.
-        name: of the data set.
-        layout: the flags.
-        is_whole: the data has no splits and all of it is in `train`, so that `DEFAULT_FRACTION` is drawn for each.
+    From data without splits, which `is_whole` in `train`, `DEFAULT_FRACTION` is drawn for each.
 
     Raises:
         UserError: such a split is there already, or rows are too few.
     """
     given = {"test": layout.test_fraction, "validation": layout.validation_fraction}
-    fractions = {split: DEFAULT_FRACTION * is_whole if share is None else share for split, share in given.items()}
-    fractions = {split: share for split, share in fractions.items() if share}
+    if is_whole:
+        given = {split: DEFAULT_FRACTION if share is None else share for split, share in given.items()}
+    fractions = {split: share for split, share in given.items() if share}
     if not fractions:
         return dict(splits)
     if wrong := [split for split in fractions if split in splits or "train" not in splits]:
@@ -172,8 +148,7 @@ def _keys(rows: Dataset) -> list[str]:
 def draw_splits(keys: Sequence[str], fractions: Mapping[str, float], seed: int, where: str) -> dict[str, list[int]]:
     """Return the row numbers of `train` and of each split of `fractions`, in order; rows of one key stay together.
 
-    Raises:
-        UserError: there are too few keys.
+    The draw depends on the keys and the seed, not on the order of the rows; UserError if there are too few keys.
     """
     sizes = Counter(keys)
     left = sorted(sizes, key=lambda key: hashlib.sha256(f"{seed} {key}".encode()).digest())

@@ -1,9 +1,8 @@
 """Images read from parquet shards when they are needed, from a folder or the Hub: `--streaming`.
 
 The footer and the text columns of each shard are read once, into an ordinary `Dataset` that records where each image
-is. Its column `image` is a `StreamedImage`: reading an image of a row reads the row group that holds it, which is
-kept for the rows that follow; reading another column reads no image. So checks, tokens, baselines and the Trainer
-work as on stored data, with a known number of rows.
+is. Its column `image` is a `StreamedImage`: reading an image reads the row group that holds it, which is kept for the
+rows that follow. So checks, tokens, baselines and the Trainer work as on stored data.
 
 One process of a machine reads a row group and leaves it in a file that the others map into their memory.
 `training.samplers.StreamingSampler` shuffles so that each row group is in use for a short part of an epoch.
@@ -11,7 +10,6 @@ One process of a machine reads a row group and leaves it in a file that the othe
 
 import atexit
 import hashlib
-import logging
 import os
 import shutil
 import warnings
@@ -35,8 +33,6 @@ from huggingface_hub.utils import WeakFileLock
 from captioning.errors import UserError, as_user_error
 
 
-logger = logging.getLogger(__name__)
-
 TEXT_COLUMNS = ("image_id", "caption", "cui")
 HUB = "hf://"
 READERS = 8  # shards whose texts are read at once: a read from the Hub is mostly waiting
@@ -54,7 +50,7 @@ STORED = "{} is not parquet, and only parquet is streamed; leave --streaming out
 
 
 def hub_shards(name: str, revision: str | None) -> dict[str, list[str]]:
-    """Return by split the addresses `hf://datasets/<id>@<commit>/<path>` of a Hub dataset's parquet files.
+    """Return by split the addresses of a Hub dataset's parquet files, with their commit.
 
     Raises:
         UserError: the dataset is stored in another format.
@@ -70,14 +66,13 @@ def hub_shards(name: str, revision: str | None) -> dict[str, list[str]]:
 def index_shards(shards: dict[str, list[str]]) -> DatasetDict:
     """Return the rows of parquet shards: their texts, and an `image` that is read when it is asked for.
 
-    The index, some hundred bytes a row, is stored in the cache of `datasets`: it is memory-mapped, and other processes
-    and later runs find it there.
+    The index, some hundred bytes a row, is stored in the cache of `datasets`.
 
     Args:
         shards: by split, paths or addresses `hf://...`; of the latter only byte ranges are read.
 
     Raises:
-        UserError: a shard has no column `image` of bytes.
+        UserError: a shard lacks a column, or its column `image` is not of bytes.
     """
     atexit.register(shutil.rmtree, SHARED_FOLDER, ignore_errors=True)
     splits = {}
@@ -85,8 +80,9 @@ def index_shards(shards: dict[str, list[str]]) -> DatasetDict:
         schema = _footer(files[0]).schema.to_arrow_schema()
         texts = [field for field in schema if field.name in TEXT_COLUMNS]
         features = Features.from_arrow_schema(pa.schema(texts, metadata=schema.metadata))
-        if "image" not in schema.names:
-            raise UserError(f"'{files[0]}': column 'image' is missing, it has {', '.join(schema.names)}; rename it")
+        if missing := [name for name in ("image", *TEXT_COLUMNS[:2]) if name not in schema.names]:
+            there = ", ".join(schema.names)
+            raise UserError(f"'{files[0]}': column '{missing[0]}' is missing, it has {there}; leave --streaming out")
         kind = schema.field("image").type
         has_field = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
         if not has_field and not pa.types.is_binary(kind) and not pa.types.is_large_binary(kind):
@@ -112,31 +108,20 @@ def _shard_state(file: str) -> str:
 
 
 def _index_rows(files: tuple[str, ...], state: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    largest = 0
     with ThreadPoolExecutor(READERS) as pool:
         for start in range(0, len(files), READERS):  # so that no more of them are in memory
             for shard, read in enumerate(pool.map(_read_index, files[start : start + READERS]), start):
                 for group, (size, texts) in enumerate(read):
-                    largest = max(largest, size)
                     for row, text in enumerate(texts.to_pylist()):
-                        place = {"shard": shard, "row_group": group, "row": row, "group_bytes": size}
-                        yield text | {"image": place}
-    if largest > CACHE_BYTES:
-        message = "%s: a row group holds %d MB of images, which are read together; write groups of about 100 rows"
-        logger.warning(message, files[0], largest / 1e6)
+                        yield text | {"image": {"shard": shard, "row_group": group, "row": row, "group_bytes": size}}
 
 
 def read_footer(file: str) -> pq.FileMetaData:
-    """Read the footer of a parquet file.
-
-    Raises:
-        UserError: the file states that it unpacks to far more than its size.
-    """
+    """Read the footer of a parquet file; UserError if it states that the file unpacks to far more than its size."""
     with _open_shard(file) as source:
         footer = pq.read_metadata(source)
-    chunks = [chunk for group in range(footer.num_row_groups) for chunk in _column_chunks(footer, group)]
-    packed = sum(chunk.total_compressed_size for chunk in chunks)
-    unpacked = sum(chunk.total_uncompressed_size for chunk in chunks)
+        packed = source.seek(0, os.SEEK_END)
+    unpacked = sum(_unpacked_size(footer, group) for group in range(footer.num_row_groups))
     if unpacked > max(MAX_UNPACKED * packed, SMALL_SHARD):
         raise UserError(f"'{file}': {packed:,} bytes unpack to {unpacked:,}, which images do not; remove it")
     return footer
@@ -145,22 +130,17 @@ def read_footer(file: str) -> pq.FileMetaData:
 _footer = lru_cache(maxsize=1024)(read_footer)  # for a run, in which shards stay as they are
 
 
-def _column_chunks(footer: pq.FileMetaData, group: int) -> list[pq.ColumnChunkMetaData]:
-    return [footer.row_group(group).column(i) for i in range(footer.num_columns)]
+def _unpacked_size(footer: pq.FileMetaData, group: int) -> int:
+    return footer.row_group(group).total_byte_size
 
 
 def _read_index(file: str) -> list[tuple[int, pa.Table]]:
-    """Return for each row group of a shard the size of its images in bytes, and its texts."""
+    """Return for each row group of a shard its size in bytes, and its texts."""
     footer = _footer(file)
     columns = [name for name in footer.schema.to_arrow_schema().names if name in TEXT_COLUMNS]
     with _open_shard(file) as source:
         reader = pq.ParquetFile(source, metadata=footer, pre_buffer=True)  # merges adjacent ranges
-        return [(_image_bytes(footer, i), reader.read_row_group(i, columns)) for i in range(footer.num_row_groups)]
-
-
-def _image_bytes(footer: pq.FileMetaData, group: int) -> int:
-    chunks = (chunk for chunk in _column_chunks(footer, group) if chunk.path_in_schema.split(".")[0] == "image")
-    return sum(chunk.total_uncompressed_size for chunk in chunks)
+        return [(_unpacked_size(footer, i), reader.read_row_group(i, columns)) for i in range(footer.num_row_groups)]
 
 
 def _open_shard(file: str) -> Any:
@@ -176,11 +156,7 @@ def _open_shard(file: str) -> Any:
 
 @dataclass
 class StreamedImage:
-    """A feature of `datasets` that stores where an image is, and reads like `datasets.Image(decode=False)`.
-
-    Args:
-        shards: paths or addresses `hf://...` of the parquet files, in the order that the stored numbers refer to.
-    """
+    """A feature of `datasets` that stores where in `shards` an image is, and reads like `Image(decode=False)`."""
 
     shards: list[str]
     id: str | None = field(default=None, repr=False)
@@ -199,12 +175,8 @@ class StreamedImage:
         return storage.cast(self.pa_type)
 
     def decode_example(self, value: dict[str, int], token_per_repo_id: dict | None = None) -> dict[str, Any]:
-        """Read the image at a stored place.
-
-        Raises:
-            UserError: the shard cannot be read. That is not a fault of the image: it ends the run.
-        """
-        images = ROW_GROUPS.read(self.shards[value["shard"]], value["row_group"], value["group_bytes"])
+        """Read the image at a stored place; UserError, which ends the run, if the shard cannot be read."""
+        images = _row_group(self.shards[value["shard"]], value["row_group"], value["group_bytes"])
         image = images[value["row"]].as_py()
         # A path in the table is ignored: it would name a file of this machine
         return {"bytes": image["bytes"] if isinstance(image, dict) else image, "path": None}
@@ -214,29 +186,18 @@ with warnings.catch_warnings(action="ignore"):  # "experimental": requirements.t
     register_feature(StreamedImage, "StreamedImage")
 
 
-class RowGroups:
-    """The row groups that this process read or mapped last, limited by `WINDOW_GROUPS` and `CACHE_BYTES`.
-
-    Sizes are those in the parquet footers, which `StreamingSampler` uses too.
-    """
-
-    def __init__(self):
-        self._groups: OrderedDict[tuple[str, int], tuple[int, pa.ChunkedArray]] = OrderedDict()
-        self.reads = 0  # row groups that this process has asked for
-
-    def read(self, file: str, group: int, size: int) -> pa.ChunkedArray:
-        """Return the column `image` of a row group, whose images take `size` bytes."""
-        key = (file, group)
-        if key not in self._groups:
-            while self._groups and _is_full([size, *(held for held, _ in self._groups.values())]):
-                self._groups.popitem(last=False)
-            self._groups[key] = (size, _shared_images(file, group))
-            self.reads += 1
-        self._groups.move_to_end(key)
-        return self._groups[key][1]
+_row_groups: OrderedDict[tuple[str, int], tuple[int, pa.ChunkedArray]] = OrderedDict()  # read or mapped last
 
 
-ROW_GROUPS = RowGroups()
+def _row_group(file: str, group: int, size: int) -> pa.ChunkedArray:
+    """Return the column `image` of a row group of `size` bytes; few are kept."""
+    key = (file, group)
+    if key not in _row_groups:
+        while _row_groups and _is_full([size, *(held for held, _ in _row_groups.values())]):
+            _row_groups.popitem(last=False)
+        _row_groups[key] = (size, _shared_images(file, group))
+    _row_groups.move_to_end(key)
+    return _row_groups[key][1]
 
 
 def _is_full(sizes: list[int]) -> bool:
@@ -244,7 +205,7 @@ def _is_full(sizes: list[int]) -> bool:
 
 
 def _shared_images(file: str, group: int) -> pa.ChunkedArray:
-    """Return the images of a row group, mapped into memory from the file that the first process to need them wrote."""
+    """Return the images of a row group, mapped from the file that the first process to need them wrote."""
     images = None
     with suppress(OSError):  # of a full disk, or a folder that another run removed: this process reads for itself
         SHARED_FOLDER.mkdir(parents=True, exist_ok=True)

@@ -14,12 +14,7 @@ logger = logging.getLogger(__name__)
 
 @stage("tokenize")
 def tokenize(dataset: DatasetDict, captioner: Captioner, max_length: int) -> DatasetDict:
-    """Add the column `input_ids`: the start, the prompt, the caption, the end token.
-
-    Args:
-        dataset: splits with the column `caption`.
-        captioner: its tokenizer and prompt are used.
-        max_length: tokens of a row at most; a longer caption is cut.
+    """Add the column `input_ids`: the start, the prompt, the caption cut to `max_length` tokens in all, the end token.
 
     Raises:
         UserError: `max_length` leaves no room for a caption.
@@ -43,7 +38,6 @@ def _tokenize_split(rows: Dataset, split: str, captioner: Captioner, max_length:
         new_fingerprint=Hasher.hash(depends),
         desc=f"Tokenizing {split}",
     )
-    cut = sum(tokens["cut"])
-    if cut:
+    if cut := sum(tokens["cut"]):
         logger.info("%s: %d of %d captions are cut to %d tokens", split, cut, len(rows), max_length)
     return concatenate_datasets([rows, tokens.remove_columns("cut")], axis=1)

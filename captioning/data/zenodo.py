@@ -1,11 +1,8 @@
 """The layout of ROCOv2's Zenodo record 10821435: tables of captions and concepts, and images in folders or zips."""
 
-import hashlib
-import lzma
 import os
 import stat
 import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,11 +38,8 @@ class MarkedSplits(DatasetDict):
 def load_zenodo(folder: Path, concepts: str | None = None) -> MarkedSplits:
     """Load `<split>_captions.csv`, `<split>_concepts.csv` and the images beside them, in a folder or a zip.
 
-    Rows whose image cannot be read are kept, with the reason in the column `UNUSABLE`.
-
-    Args:
-        folder: of the tables.
-        concepts: "manual" ones, or "all", which tools have found too; None: all, else manual, else none.
+    Rows whose image cannot be read are kept, with the reason in the column `UNUSABLE`. `concepts` are the "manual"
+    ones, or "all", which tools have found too; None: all, else manual, else none.
 
     Raises:
         UserError: a table or a zip cannot be read, or a table has no images or `concepts` beside it.
@@ -56,23 +50,24 @@ def load_zenodo(folder: Path, concepts: str | None = None) -> MarkedSplits:
         captions = folder / f"{name}_captions.csv"
         if not captions.is_file():
             continue
-        tables = [folder / f"{name}_concepts{kind}.csv" for kind in kinds]
-        images = [folder / f"{name}_images", folder / name, folder / f"{name}_images.zip"]
-        if not any(path.exists() for path in images):
-            raise UserError(f"'{captions}' has no images beside it: '{images[0]}' and '{images[2]}' do not exist")
-        sources = {"captions": captions, "images": next(path for path in images if path.exists())}
-        if found := [path for path in tables if path.is_file()]:
-            sources["concepts"] = found[0]
-        elif concepts:
-            raise UserError(f"'{tables[0]}' does not exist; leave --concepts {concepts} out, or download it")
-        arguments = {"concepts": None} | {key: str(path) for key, path in sources.items()}
-        arguments["state"] = _folder_state(list(sources.values()))
+        tables = [path for kind in kinds if (path := folder / f"{name}_concepts{kind}.csv").is_file()]
+        if concepts and not tables:
+            missing = f"{name}_concepts{kinds[0]}.csv"
+            raise UserError(f"'{folder / missing}' does not exist; leave --concepts {concepts} out, or download it")
+        places = [folder / f"{name}_images", folder / name, folder / f"{name}_images.zip"]
+        images = next(filter(Path.exists, places), None)
+        if images is None:
+            raise UserError(f"'{captions}' has no images beside it: '{places[0]}' and '{places[2]}' do not exist")
+        arguments = {"captions": str(captions), "images": str(images), "concepts": str(tables[0]) if tables else None}
+        # A changed table, zip or listing is read again; the check of rows looks at the files of images
+        statuses = map(os.stat, (captions, images, *tables[:1]))
+        arguments["state"] = tuple((status.st_size, status.st_mtime_ns) for status in statuses)  # a list is shards
         splits[split] = Dataset.from_generator(_zenodo_rows, features=FEATURES, gen_kwargs=arguments, split=split)
     return MarkedSplits(splits)
 
 
 def concept_names(folder: str | os.PathLike) -> dict[str, str]:
-    """Return the name of each concept in `cui_mapping.csv` of a folder; none where there is no such file.
+    """Return the name of each concept in `cui_mapping.csv` of a folder, if there is such a file.
 
     Raises:
         UserError: the file has no columns `CUI` and `Canonical name`.
@@ -82,16 +77,7 @@ def concept_names(folder: str | os.PathLike) -> dict[str, str]:
     return {(row["CUI"] or "").strip(): (row["Canonical name"] or "").strip() for row in rows}
 
 
-def _folder_state(paths: list[Path]) -> str:
-    """Return a digest of names, sizes and times: as part of the cache key, it makes a changed folder be read again."""
-    files = [entry for path in paths for entry in (os.scandir(path) if path.is_dir() else (path,))]
-    # A symbolic link to nothing, or in a circle, has no status but its own
-    statuses = [(file.name, os.stat(file) if os.path.exists(file) else os.lstat(file)) for file in files]
-    listing = sorted((name, status.st_size, status.st_mtime_ns) for name, status in statuses)
-    return hashlib.sha256(repr(listing).encode()).hexdigest()
-
-
-def _zenodo_rows(captions: str, concepts: str | None, images: str, state: str) -> Iterator[dict[str, Any]]:
+def _zenodo_rows(captions: str, concepts: str | None, images: str, state: tuple) -> Iterator[dict[str, Any]]:
     cuis = {row["ID"]: row["CUIs"] for row in read_csv_rows(concepts, ("ID", "CUIs"))} if concepts else {}
     with as_user_error(f"'{images}' cannot be read as a zip", "download it again"):
         archive = zipfile.ZipFile(images) if images.endswith(".zip") else None
@@ -100,22 +86,21 @@ def _zenodo_rows(captions: str, concepts: str | None, images: str, state: str) -
     root = [os.path.realpath(images)]
     row = None
     for row in read_csv_rows(captions, ("ID", "Caption")):
-        image, reason = {"path": None, "bytes": None}, MISSING
-        image_id = row["ID"] or ""
+        image, reason, file = None, MISSING, files.get(row["ID"])
         # Only names that the folder itself lists: an id cannot be a path out of it
-        if file := files.get(image_id):
-            if archive:
-                image["bytes"], reason = _read_member(archive, archive.getinfo(file))
-            else:
-                image["path"], reason = os.path.join(images, file), None
-                if os.path.islink(image["path"]) and not is_inside(image["path"], root):
-                    reason = LINK_OUT
+        if file and archive:
+            content, reason = _read_member(archive, archive.getinfo(file))
+            image = {"bytes": content, "path": None}
+        elif file:
+            path = os.path.join(images, file)
+            image = {"bytes": None, "path": path}
+            reason = LINK_OUT if os.path.islink(path) and not is_inside(path, root) else None
         if None in row:  # `csv.DictReader` found fields beyond the last column
             reason = EXTRA_FIELDS
         yield {
             "image": None if reason else image,  # so that nothing later reads what must not be read
             UNUSABLE: reason,
-            "image_id": image_id,
+            "image_id": row["ID"] or "",
             "caption": row["Caption"],
             "cui": (cuis.get(row["ID"]) or "").split(";"),  # `check_rows` leaves empty ones out
         }
@@ -129,10 +114,7 @@ def is_inside(path: str, roots: list[str]) -> bool:
 
 
 def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> tuple[bytes | None, str | None]:
-    """Return a member's content, or the reason to reject its row: one bad image must not cost the whole set.
-
-    No more is unpacked than the size that the zip states.
-    """
+    """Return a member's content, of no more than the size that the zip states, or the reason to reject its row."""
     size, packed = member.file_size, member.compress_size
     if stat.S_ISLNK(member.external_attr >> 16):
         return None, "unreadable image: a symbolic link in the zip"
@@ -140,7 +122,5 @@ def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> tuple[byt
         return None, f"unreadable image: {packed:,} bytes in the zip unpack to {size:,}"
     try:
         return archive.read(member), None
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, lzma.LZMAError) as error:
-        return None, f"unreadable image: damaged in the zip: {first_line(error)}"
-    except RuntimeError as error:  # encrypted, or compressed by an unknown method
+    except Exception as error:  # damaged, encrypted, or compressed by an unknown method
         return None, f"unreadable image: cannot be unpacked: {first_line(error)}"

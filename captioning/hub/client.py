@@ -6,7 +6,7 @@ transformers and datasets call the Hub by it too, and many of these calls have n
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -18,8 +18,8 @@ from huggingface_hub.utils._http import default_client_factory
 
 
 logger = logging.getLogger(__name__)
-TIMEOUT = max(60.0, constants.HF_HUB_DOWNLOAD_TIMEOUT)  # seconds without a byte, all tries together
-FORGOTTEN = 60.0  # seconds after which a host that was silent is waited for anew
+TIMEOUT = max(60.0, constants.HF_HUB_DOWNLOAD_TIMEOUT)  # seconds without a byte
+FORGOTTEN = 60.0  # seconds after which a silent host is waited for anew
 NOTICE = 10.0  # seconds without a byte after which a line says what is waited for
 LONGEST_WAIT = 60  # seconds; a rate limit that asks for more is an error, for which the client would sleep
 MAX_RETRIES = 2
@@ -32,10 +32,7 @@ class SilentHub(OfflineModeIsEnabled):
 
 
 def limit_waiting() -> None:
-    """Bound how long calls to the Hub wait: neither the start of a run nor its upload may hang.
-
-    Its client's messages, which report each retry twice, are no longer shown but for errors.
-    """
+    """Bound how long calls to the Hub wait, and silence its client's messages, which report each retry twice."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     set_client_factory(_make_client)
 
@@ -64,34 +61,26 @@ def _refuse_long_wait(response: httpx2.Response) -> None:
 # --- Silence --------------------------------------------------------------------------------------------------
 
 _reached = threading.Event()  # a host has sent a byte
-_in_vain: dict[str, tuple[float, float]] = {}  # by host, seconds waited since its last byte, and when that ended
-
-
-def _silence_of(host: str) -> float:
-    """Return the seconds waited in vain since the last byte from a host."""
-    seconds, ended = _in_vain.get(host, (0.0, 0.0))
-    return seconds if time.monotonic() < ended + FORGOTTEN else 0.0
+_silent: dict[str, float] = {}  # by host, when it was found to be silent
 
 
 class _PatientTransport(httpx2.BaseTransport):
-    """Sends each request within the time that its host may still be silent."""
+    """Sends each request to a host that is not known to be silent, and watches how long that sends nothing."""
 
     def __init__(self, transport: httpx2.BaseTransport):
         self._transport = transport
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
         wait = _Wait(request)
-        left = TIMEOUT - _silence_of(wait.host)
-        if left <= 0:
+        if time.monotonic() < _silent.get(wait.host, -FORGOTTEN) + FORGOTTEN:
             raise wait.silent()
-        given = request.extensions.get("timeout", {})
-        limits = {kind: min(given.get(kind) or left, left) for kind in ("connect", "read", "write", "pool")}
-        request.extensions |= {"timeout": limits}
-        request.stream = _Body(request.stream, wait, nullcontext(), wait.pause)
+        # Whatever limits the client gives: a call that is repeated after a shorter one waits no less
+        request.extensions |= {"timeout": dict.fromkeys(("connect", "read", "write", "pool"), TIMEOUT)}
+        request.stream = _Body(request.stream, wait, nullcontext())
         with wait:
             response = self._transport.handle_request(request)
-            wait.receive()
-        response.stream = _Body(response.stream, wait, wait, wait.receive)
+            wait.since = None
+        response.stream = _Body(response.stream, wait, wait)
         return response
 
 
@@ -106,53 +95,40 @@ class _Wait:
     def silent(self) -> SilentHub:
         return SilentHub(f"the Hub has been silent for {TIMEOUT:g} s: {self._what}")
 
-    def pause(self) -> None:
-        self.since = None
-
-    def receive(self) -> None:
-        _reached.set()
-        _in_vain.pop(self.host, None)
-        self.pause()
-
     def __enter__(self) -> None:
         self.since, self._over = time.monotonic(), threading.Event()
-        threading.Thread(target=self._tell, args=(self._over,), daemon=True).start()
+        threading.Thread(target=self._report, args=(self._over,), daemon=True).start()
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self._over.set()
-        if isinstance(error, httpx2.ConnectError) and not _reached.is_set():  # there is no network
+        if error is None:
+            _reached.set()
+        elif isinstance(error, httpx2.TimeoutException):
+            _silent[self.host] = time.monotonic()
+            raise self.silent() from error
+        elif isinstance(error, httpx2.ConnectError) and not _reached.is_set():  # there is no network
             raise SilentHub(f"the Hub cannot be reached ({error})") from error
-        if isinstance(error, httpx2.TimeoutException):
-            seconds = self._silence()
-            _in_vain[self.host] = (seconds, time.monotonic())
-            if seconds >= TIMEOUT:
-                raise self.silent() from error
 
-    def _silence(self) -> float:
-        return _silence_of(self.host) + time.monotonic() - self.since if self.since else 0.0
-
-    def _tell(self, over: threading.Event) -> None:
-        told = 0.0
+    def _report(self, over: threading.Event) -> None:
+        reported = 0.0
         while not over.wait(NOTICE / 10):
-            silence = self._silence()
-            told = min(told, silence)
-            if silence >= told + NOTICE:
-                told = silence
+            silence = time.monotonic() - self.since if self.since else 0.0
+            reported = min(reported, silence)
+            if silence >= reported + NOTICE:
+                reported = silence
                 logger.warning("waiting for the Hub: %s (%.0f s)", self._what, silence)
 
 
 class _Body(httpx2.SyncByteStream):
     """The body of a request or response, each chunk of which ends a silence."""
 
-    def __init__(
-        self, stream: httpx2.SyncByteStream, wait: _Wait, context: AbstractContextManager, on_chunk: Callable[[], None]
-    ):
-        self._stream, self._wait, self._context, self._on_chunk = stream, wait, context, on_chunk
+    def __init__(self, stream: httpx2.SyncByteStream, wait: _Wait, context: AbstractContextManager):
+        self._stream, self._wait, self._context = stream, wait, context
 
     def __iter__(self) -> Iterator[bytes]:
         with self._context:
             for chunk in self._stream:
-                self._on_chunk()
+                self._wait.since = None
                 yield chunk
                 self._wait.since = time.monotonic()
 

@@ -4,15 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from huggingface_hub import get_token
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
+from huggingface_hub import errors, get_token
 
 from captioning.errors import UserError, as_user_error, causes, first_line
 from captioning.hub.client import SilentHub
@@ -37,13 +29,13 @@ def describe_fault(error: BaseException) -> str:
     for cause in causes(error):
         if isinstance(cause, SilentHub):
             return str(cause)
-        if isinstance(cause, OfflineModeIsEnabled):
+        if isinstance(cause, errors.OfflineModeIsEnabled):
             return "offline mode: HF_HUB_OFFLINE is set"
-        if isinstance(cause, HfHubHTTPError):
+        if isinstance(cause, errors.HfHubHTTPError):
             return _describe_status(cause)
         if isinstance(cause, json.JSONDecodeError):
             return "the Hub's answer is not JSON: its server is down, a proxy answers, or HF_ENDPOINT is wrong"
-        if isinstance(cause, HTTPError):
+        if isinstance(cause, errors.HTTPError):
             return f"the Hub cannot be reached, or the connection broke ({type(cause).__name__}: {cause})"[:MAX_QUOTED]
     return first_line(error)
 
@@ -63,21 +55,21 @@ def reading_from_hub(what: str, mend: str = "") -> Iterator[None]:
 def _is_of_access(error: BaseException) -> bool:
     # By its name: `datasets` takes seconds to import, and captions of one's own images do without it
     of_datasets = type(error).__name__ == "DatasetNotFoundError"
-    return of_datasets or isinstance(error, (RepositoryNotFoundError, SilentHub, HFValidationError))
+    return of_datasets or isinstance(error, (errors.RepositoryNotFoundError, SilentHub, errors.HFValidationError))
 
 
 def _describe_access(error: Exception) -> str:
     if isinstance(error, SilentHub):
         return str(error)
-    if isinstance(error, HFValidationError):
+    if isinstance(error, errors.HFValidationError):
         return "there is no such folder, and a name on the Hub is user/name"
     log_in = "`hf auth login` with a token that may read it" if get_token() else "run `hf auth login`"
-    if isinstance(error, GatedRepoError):
+    if isinstance(error, errors.GatedRepoError):
         return f"it is gated: accept its terms on its page of the Hub, and {log_in}"
     return f"the Hub has no such repository, or it is private: check the name, or {log_in}"
 
 
-def _describe_status(error: HfHubHTTPError) -> str:
+def _describe_status(error: errors.HfHubHTTPError) -> str:
     status = error.response.status_code
     said = f" ({' '.join(error.server_message.split())[:MAX_QUOTED]})" if error.server_message else ""
     if status == 401:

@@ -11,8 +11,9 @@ from captioning.hub.privacy import LOCAL_PATH
 from captioning.hub.private_strings import texts_in
 
 
-NAME_FIELDS = ("model_name_or_path", "config_name", "tokenizer_name", "dataset_name", "bertscore_model")
-NAME_FIELDS += ("retriever",)
+NAME_FIELDS = (
+    "model_name_or_path", "config_name", "tokenizer_name", "dataset_name", "bertscore_model", "retriever",
+)  # fmt: skip
 LOCAL_FIELDS = ("image_folder",)  # what is in such a field is on this machine, whatever it looks like
 TEXT_FIELDS = (
     "prompt", "license", "language", "package_versions", "hardware", "code", "fingerprint", "changed_on_resume",
@@ -24,9 +25,7 @@ OTHER_PATH = re.compile(r"(?<!\w)(~[\w.-]*[/\\]|[A-Za-z]:[/\\]|\\\\|file:)")
 def refuse_local_names(address: str, recipe: dict[str, Any]) -> dict[str, Any]:
     """Return a recipe from the Hub, in which a config of this project is not mistaken for one in the working folder.
 
-    Args:
-        address: of the recipe.
-        recipe: its values, without those that a flag of the user replaces.
+    It is given without the values that a flag of the user replaces.
 
     Raises:
         UserError: a value is a path, or names something in the working folder: a run would read the user's own files
@@ -49,10 +48,9 @@ def refuse_local_names(address: str, recipe: dict[str, Any]) -> dict[str, Any]:
             recipe = recipe | {key: own or value}
         elif key not in TEXT_FIELDS:
             is_file = key == "accelerator_config" and isinstance(value, str) and not value.lstrip().startswith("{")
-            if found := [
-                text for text in texts_in(value) if is_file or LOCAL_PATH.search(text) or OTHER_PATH.search(text)
-            ]:
-                raise _refusal(address, key, found[0])
+            for text in texts_in(value):
+                if is_file or LOCAL_PATH.search(text) or OTHER_PATH.search(text):
+                    raise _refusal(address, key, text)
     return recipe
 
 

@@ -20,11 +20,9 @@ def without_local_paths(text: str) -> str:
     A relative path gets a `./` too: whoever reruns the recipe would otherwise take `data/rocov2` for a Hub id.
     """
     content = json.loads(text)
-    names = {"model_name_or_path": "model_revision", "dataset_name": "dataset_revision"}
-    names["retriever"] = "retriever_revision"
-    for name, revision in names.items():
-        given = content.get(name)
-        if given and given != "phantoms" and not COMMIT_HASH.fullmatch(content.get(revision) or ""):
+    for name in ("model_name_or_path", "dataset_name", "retriever"):
+        given, revision = content.get(name), content.get(f"{name.split('_')[0]}_revision")
+        if given and given != "phantoms" and not COMMIT_HASH.fullmatch(revision or ""):
             content[name] = _public_path(given)
     return json.dumps(_without_paths(content), indent=2) + "\n"
 

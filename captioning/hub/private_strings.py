@@ -11,14 +11,11 @@ import os
 import re
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from huggingface_hub import get_token
-from PIL import Image
 
 from captioning.errors import UserError, printable
 from captioning.files import PROJECT
@@ -50,11 +47,7 @@ Found = Iterator[tuple[int, str]]  # strings with their lines; the line is 0 whe
 
 
 def refuse_private_strings(folder: Path, output_dir: Path) -> None:
-    """Look through the files of `folder` in constant memory; a gigabyte of weights takes some seconds.
-
-    Raises:
-        UserError: one holds a path, or what looks like an access token.
-    """
+    """Look through the files of `folder` in constant memory; UserError if one holds a path or an access token."""
     places = {place for given in (Path.home(), Path.cwd(), PROJECT, output_dir) for place in (given, given.resolve())}
     known = sorted(str(place) for place in places if place.is_absolute() and len(place.parts) > 1)
     # /root alone is not private, what is below it is, and `scans/root/x` in a text is another
@@ -76,8 +69,6 @@ def refuse_private_strings(folder: Path, output_dir: Path) -> None:
             found = _in_values(_values(file, path.suffix), in_text)
         else:
             found = _in_bytes(file, [ours, *secrets], TOKENS + PATHS_IN_BYTES * (path.name not in VOCABULARIES))
-        if path.suffix == ".png":  # its texts may be compressed
-            found = chain(found, _in_values(((0, str(text)) for text in _texts_of_png(file)), in_text))
         for line, value in found:
             where = f"'{name}', line {line}," if line else f"'{name}'"
             if in_text[1].fullmatch(value):
@@ -98,9 +89,6 @@ def _files(folder: Path) -> Iterator[tuple[str, BinaryIO]]:
                         yield f"{name}/{member}", file
 
 
-# --- Weights and images ---------------------------------------------------------------------------------------
-
-
 def _in_bytes(file: BinaryIO, exact: Iterable[str], long: Iterable[str]) -> Found:
     tail = b""
     while chunk := file.read(CHUNK):
@@ -111,24 +99,12 @@ def _in_bytes(file: BinaryIO, exact: Iterable[str], long: Iterable[str]) -> Foun
         tail = chunk[-OVERLAP:]
 
 
-def _texts_of_png(file: BinaryIO) -> Iterator[Any]:
-    """Yield the texts of a PNG, none of a damaged one."""
-    with suppress(OSError, ValueError, SyntaxError):
-        file.seek(0)
-        with Image.open(file) as image:
-            image.load()  # they may stand behind the pixels
-            yield from image.info.values()
-
-
 def _printable_parts(content: bytes) -> bytes:
     """Return the parts with at least 15 printable characters in a row, which fill 8 bytes at a multiple of 8."""
     codes = np.frombuffer(content, np.uint8, count=len(content) // 8 * 8)
     words = np.flatnonzero((codes - 32 < 95).view(np.uint64) == 0x0101010101010101)
     runs = np.split(words, np.flatnonzero(np.diff(words) > 1) + 1) if len(words) else []
     return b"\0".join(content[max(0, 8 * run[0] - 8) : 8 * run[-1] + 16] for run in runs)
-
-
-# --- Text -----------------------------------------------------------------------------------------------------
 
 
 def _in_values(values: Found, patterns: list[re.Pattern[str]]) -> Found:

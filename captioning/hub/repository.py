@@ -1,9 +1,8 @@
 """The model repository on the Hub that an output folder is pushed to: what goes up, when, and how a push fails.
 
-Only listed files are pushed, from a copy in which paths of this machine are removed, and which is searched for others
-before it leaves. The Trainer's own push is not used: it uploads `training_args.bin` and TensorBoard logs, which hold
-paths and could hold a token (T15), rewrites the card (T16), does not report a failed upload, and uploads files that
-training is still writing.
+Only listed files are pushed, from a copy without the paths of this machine, which is searched before it leaves. The
+Trainer's own push uploads `training_args.bin` and TensorBoard logs, which hold paths and could hold a token (T15),
+rewrites the card (T16), does not report a failed upload, and uploads files that training is still writing.
 """
 
 import json
@@ -12,12 +11,11 @@ import os
 import re
 import shlex
 import shutil
-import tempfile
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi
@@ -66,11 +64,8 @@ class Repository:
 
     Args:
         output_dir: the output folder.
-        model_id: `<user>/<name>` or `<name>`; default: the folder's name.
+        model_id: `<user>/<name>` or `<name>`, UserError if it is neither; default: the folder's name.
         private: whether a new repository is private; None: the default of the account.
-
-    Raises:
-        UserError: `model_id` cannot be the name of a repository.
     """
 
     def __init__(self, output_dir: str | Path, model_id: str | None = None, private: bool | None = None):
@@ -86,34 +81,28 @@ class Repository:
         self._uploads: list[Future] = []
 
     def open(self) -> None:
-        """Create the repository unless it exists.
-
-        Raises:
-            UserError: its name is taken, or it holds the model of another origin.
-            Exception: the Hub refuses, or cannot be reached.
-        """
+        """Create the repository unless it exists; UserError if its name is taken, or it holds another model."""
         for leftover in self.output_dir.glob(".push-*"):  # of a run that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         try:
             repo_id = self._api.create_repo(self.model_id, private=self.private, exist_ok=True).repo_id
         except KeyError as error:  # a 409 without the address of the user's own repository of this name
-            raise NameTaken(f"409, the name '{self.model_id}' is taken", _next_name(self.model_id)) from error
+            raise NameTaken(f"409, the name '{self.model_id}' is taken", f"{self.model_id}-2") from error
         except HfHubHTTPError as error:
             user, _, name = self.model_id.rpartition("/")
             if not user or error.response.status_code != 403:
                 raise
-            what = f"{describe_fault(error)}; '{user}' may be another's"
-            raise NameTaken(what, name) from error  # a name alone is the user's own
+            raise NameTaken(f"{describe_fault(error)}; '{user}' may be another's", name) from error
         self._refuse_another_model(repo_id)
         self.repo_id = repo_id
 
     def try_to_open(self) -> None:
-        """Open it; a failure is logged and does not stop the run: the push is tried again at its end."""
+        """Open it; a failure is logged: the push at the end of the run tries again."""
         try:
             self.open()
         except Exception as error:
-            reason = describe_fault(error)
-            logger.warning("Nothing can be pushed now: %s. At the end of the run it is tried again", reason)
+            message = "Nothing can be pushed now: %s. At the end of the run it is tried again"
+            logger.warning(message, describe_fault(error))
 
     def _refuse_another_model(self, repo_id: str) -> None:
         """Raise UserError unless the repository is blank or its model has the same start and the same data."""
@@ -126,12 +115,12 @@ class Repository:
         except Exception as error:
             raise UserError(f"what '{repo_id}' holds cannot be read: {describe_fault(error)}") from error
         if files and not is_ours:
-            raise NameTaken(f"409, the name is taken: '{repo_id}' holds another model", _next_name(repo_id))
+            raise NameTaken(f"409, the name is taken: '{repo_id}' holds another model", f"{repo_id}-2")
 
     def push_checkpoint(self, folder: Path, strategy: HubStrategy, always: bool) -> None:
-        """Upload a checkpoint in the background; a failure is logged as a warning, and training goes on.
+        """Upload a checkpoint in the background; a failure is logged, and training goes on.
 
-        The model goes to the root of the repository. Depending on `strategy`, all that a resume needs goes to
+        The model goes to the root of the repository, and by some strategies all that a resume needs to
         `last-checkpoint` or `checkpoint-<step>`. As in the Trainer, a checkpoint is skipped, unless `always`, while
         the one before is still being uploaded.
         """
@@ -154,7 +143,7 @@ class Repository:
             return
         self._uploads.append(self._api.run_as_future(self._upload_checkpoint, stages))
 
-    def _upload_checkpoint(self, stages: dict[str, Path]) -> None:
+    def _upload_checkpoint(self, stages: dict[str, TemporaryDirectory]) -> None:
         for message, stage in stages.items():
             try:
                 self._upload(stage, message)
@@ -164,8 +153,7 @@ class Repository:
     def push(self, write_card: Callable[[str], None]) -> CommitInfo:
         """Push the finished output folder once all checkpoints are uploaded, and return the commit.
 
-        Args:
-            write_card: called with the repository's id, `<user>/<name>`, before the files are collected.
+        `write_card` is called with the repository's id before the files are collected.
 
         Raises:
             UserError: the push failed; the message has the reason and the command that pushes later.
@@ -174,12 +162,11 @@ class Repository:
         enable_progress_bars()
         try:
             if self.repo_id is None:
-                with self._staged_run() as stage:  # so that a push that is refused leaves no empty repository
-                    refuse_private_strings(stage, self.output_dir)
+                with self._stage_run() as stage:  # so that a push that is refused leaves no empty repository
+                    refuse_private_strings(Path(stage), self.output_dir)
                 self.open()
             write_card(self.repo_id)
-            with self._staged_run() as stage:
-                return self._upload(stage, "End of training", STALE_FILES)
+            return self._upload(self._stage_run(), "End of training", STALE_FILES)
         except Exception as error:
             raise UserError(
                 f"the model is complete in '{self.output_dir}' but not on the Hub: {describe_fault(error)}; push it "
@@ -192,27 +179,20 @@ class Repository:
         given = [f"--{flag} {shlex.quote(str(value))}" for flag, value in flags.items() if value is not None]
         return f"python run_captioning.py {' '.join(given)}"
 
-    @contextmanager
-    def _staged_run(self) -> Iterator[Path]:
-        stage = self._stage(_select(self.output_dir, MODEL_FILES + RECORD_FILES))
-        try:
-            yield stage
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
+    def _stage_run(self) -> TemporaryDirectory:
+        return self._stage(_select(self.output_dir, MODEL_FILES + RECORD_FILES))
 
-    def _stage(self, files: dict[str, Path]) -> Path:
+    def _stage(self, files: dict[str, Path]) -> TemporaryDirectory:
         """Collect what is pushed in a folder of its own: training may rewrite or delete its files meanwhile."""
-        stage = Path(tempfile.mkdtemp(prefix=".push-", dir=self.output_dir))
-        _collect(files, stage)
+        stage = TemporaryDirectory(prefix=".push-", dir=self.output_dir, ignore_cleanup_errors=True)
+        _collect(files, Path(stage.name))
         return stage
 
-    def _upload(self, stage: Path, message: str, stale: tuple[str, ...] = ()) -> CommitInfo:
-        try:
-            refuse_private_strings(stage, self.output_dir)
-            where = {"repo_id": self.repo_id, "folder_path": stage, "delete_patterns": list(stale) or None}
+    def _upload(self, stage: TemporaryDirectory, message: str, stale: tuple[str, ...] = ()) -> CommitInfo:
+        with stage as folder:
+            refuse_private_strings(Path(folder), self.output_dir)
+            where = {"repo_id": self.repo_id, "folder_path": folder, "delete_patterns": list(stale) or None}
             return self._api.upload_folder(**where, commit_message=message)
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
 
 
 def copy_model(folder: Path, target: Path) -> None:
@@ -227,14 +207,11 @@ def copy_model(folder: Path, target: Path) -> None:
 
 
 def repository_of(args: TrainingArguments) -> Repository | None:
-    """Return the repository of a run with `--push_to_hub`, not opened, in its main process; None in the others.
-
-    Raises:
-        UserError: the repository can have no such name.
-    """
+    """Return the repository of a run with `--push_to_hub`, not opened, in its main process; None in the others."""
     wanted, args.push_to_hub = args.push_to_hub, False  # the Trainer would push by itself, see the top of this file
-    repository = wanted and Repository(args.output_dir, args.hub_model_id, args.hub_private_repo)
-    return repository if wanted and args.should_save else None
+    if not (wanted and args.should_save):
+        return None
+    return Repository(args.output_dir, args.hub_model_id, args.hub_private_repo)
 
 
 class PushCheckpoints(TrainerCallback):
@@ -257,12 +234,6 @@ def _name_for(folder: str) -> str:
     if not name or any(char.isalnum() and not char.isascii() for char in plain):
         raise UserError(f"no repository can be named after the folder '{folder}'; set --hub_model_id to <user>/<name>")
     return name
-
-
-def _next_name(model_id: str) -> str:
-    """Return `user/name-2` for `user/name`, `user/name-3` for that."""
-    numbered = re.fullmatch(r"(.+)-(\d{1,3})", model_id)
-    return f"{numbered[1]}-{int(numbered[2]) + 1}" if numbered else f"{model_id}-2"
 
 
 def _select(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
@@ -290,7 +261,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 def _origin(recipe_file: Path) -> list[Any] | None:
-    """Return what a model was made from, None for a broken recipe; runs of one origin may share a repository."""
+    """Return what a model was made from, None for a broken recipe."""
     try:
         recipe = json.loads(without_local_paths(recipe_file.read_text(encoding="utf-8")))
         config = Path(recipe["config_name"] or "").name  # where it was read from does not matter

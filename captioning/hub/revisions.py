@@ -26,11 +26,11 @@ def pin_revision(name: str, revision: str | None, kind: str = "model", role: str
         role: what it is called in messages, and in the name of the flag; by default its kind.
 
     Raises:
-        UserError: `revision` is not in the repository (any more); the message says where its main branch is.
+        UserError: `revision` is not in the repository (any more).
     """
     if os.path.exists(name):
         return revision
-    api = HfApi()
+    role, api = role or kind, HfApi()
     try:
         if revision is None or not COMMIT_HASH.fullmatch(revision):
             return api.resolve_revision(name, repo_type=kind, revision=revision).resolved
@@ -40,22 +40,20 @@ def pin_revision(name: str, revision: str | None, kind: str = "model", role: str
     except (errors.HFValidationError, errors.RepositoryNotFoundError):
         return revision  # loading it will say what is wrong
     except Exception as error:  # it may still be in the cache
-        logger.warning("The commit of %s '%s' cannot be checked: %s", role or kind, name, describe_fault(error))
+        logger.warning("The commit of %s '%s' cannot be checked: %s", role, name, describe_fault(error))
         return revision
     if found != revision:
         raise UserError(_moved(api, name, revision, kind, role))
     return revision
 
 
-def _moved(api: HfApi, name: str, revision: str | None, kind: str, role: str | None) -> str:
+def _moved(api: HfApi, name: str, revision: str, kind: str, role: str) -> str:
     try:
         now = f"at {api.repo_info(name, repo_type=kind).sha}"
     except Exception:
         now = "out of reach too"
-    return (
-        f"{role or kind} '{name}' has moved: revision {revision} is not there, its main branch is {now}; "
-        f"to use other contents, set --{role or kind}_revision to that commit"
-    )
+    moved = f"{role} '{name}' has moved: revision {revision} is not there, its main branch is {now}"
+    return f"{moved}; to use other contents, set --{role}_revision to that commit"
 
 
 def download_recipe(address: str) -> str:
@@ -71,12 +69,10 @@ def download_recipe(address: str) -> str:
     try:
         return hf_hub_download(match["repo"], file, revision=revision)
     except Exception as error:
-        if isinstance(error, errors.RepositoryNotFoundError):
-            reason = "there is no such repository, or it is private: `hf auth login`"
-        elif isinstance(error, errors.RevisionNotFoundError):
-            reason = f"there is no revision '{revision}'"
-        elif isinstance(error, errors.RemoteEntryNotFoundError):
-            reason = f"the repository has no file '{file}'; a model of another recipe cannot be rerun"
-        else:
-            reason = describe_fault(error)
-        raise UserError(f"recipe '{address}' cannot be read: {reason}") from error
+        reasons = {
+            errors.RepositoryNotFoundError: "there is no such repository, or it is private: `hf auth login`",
+            errors.RevisionNotFoundError: f"there is no revision '{revision}'",
+            errors.RemoteEntryNotFoundError: f"the repository has no file '{file}'",
+        }
+        reason = next((text for kind, text in reasons.items() if isinstance(error, kind)), None)
+        raise UserError(f"recipe '{address}' cannot be read: {reason or describe_fault(error)}") from error

@@ -1,6 +1,5 @@
 """The check of rows is cached between runs, whatever the source, until a file or the code changes."""
 
-import csv
 import json
 import os
 import shutil
@@ -10,12 +9,13 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, Image, load_from_disk
+from datasets import Dataset, DatasetDict, Image, load_from_disk
 from helpers import make_png
 from processes import ROOT
 from pydicom import uid
 from pydicom.data import get_testdata_file
 from pydicom.pixels import get_decoder
+from source_files import write_images, write_parquet, write_table
 
 from captioning.data.checks import mark_rows
 
@@ -39,26 +39,17 @@ print(json.dumps(found))
 
 def make_sources(root: Path, raw_dataset) -> list[str]:
     """Write each kind of source; return their names."""
-    small = {split: rows.select(range(3)) for split, rows in raw_dataset.items()}
-    type(raw_dataset)(small).save_to_disk(root / "saved")
-    (root / "parquet").mkdir()
-    for split, rows in small.items():
-        rows.to_parquet(root / "parquet" / f"{split}-0.parquet")
-    for folder, table, columns in (
-        ("own", "captions.csv", ("file_name", "caption")),
-        ("zenodo", "../train_captions.csv", ("ID", "Caption")),
-    ):
-        images = root / folder / ("train_images" if folder == "zenodo" else "")
-        images.mkdir(parents=True)
-        with open(images / table, "w", newline="") as file:
-            csv.writer(file).writerows(
-                [columns, *((f"{i}.png"[: 5 * (folder == "own") or 1], "a cyst") for i in range(3))]
-            )
-        for i in range(3):
-            (images / f"{i}.png").write_bytes(make_png(i))
-    paths = {"image": [{"bytes": None, "path": str(root / "paths" / f"{i}.png")} for i in range(3)]}
-    shutil.copytree(root / "own", root / "paths", ignore=shutil.ignore_patterns("*.csv"))
-    rows = Dataset.from_dict(paths | {"image_id": [*"abc"], "caption": ["a cyst"] * 3})
+    small = DatasetDict({split: rows.select(range(3)) for split, rows in raw_dataset.items()})
+    small.save_to_disk(root / "saved")
+    write_parquet(root / "parquet", **small)
+    names = [f"{i}.png" for i in range(3)]
+    write_images(root / "own", *names)
+    write_table(root / "own" / "captions.csv", *({"file_name": name, "caption": "a cyst"} for name in names))
+    write_images(root / "zenodo" / "train_images", *names)
+    write_table(root / "zenodo" / "train_captions.csv", *({"ID": name[0], "Caption": "a cyst"} for name in names))
+    write_images(root / "paths", *names)
+    paths = {"image": [{"bytes": None, "path": str(root / "paths" / name)} for name in names]}
+    rows = Dataset.from_dict(paths | {"image_id": names, "caption": ["a cyst"] * 3})
     pq.write_table(rows.cast_column("image", Image(decode=False)).data.table, root / "paths" / "train-0.parquet")
     return [*(str(root / name) for name in ("saved", "parquet", "own", "zenodo", "paths")), "phantoms"]
 

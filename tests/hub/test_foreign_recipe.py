@@ -38,13 +38,11 @@ def parse(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "value",
     ["/etc", "../a", "a/../../b", "~/scans", "file:///etc", "C:\\scans", "./mine", "a/b/c", "s3://a", "data", "link"],
-)  # fmt: skip
+)
 def test_a_local_name_is_refused_with_its_key_and_the_flag(parse, key, value):
-    recipe = (
-        dict(START) if key not in ("config_name", "tokenizer_name") else {"config_name": "a/b", "dataset_name": "a/b"}
-    )
+    start = {"config_name": "a/b", "dataset_name": "a/b"} if key in ("config_name", "tokenizer_name") else START
     with pytest.raises(UserError) as error:
-        parse(recipe | {key: value})
+        parse(start | {key: value})
     assert str(error.value).startswith(f"recipe '{ADDRESS}': {key} ")
     assert f"'{value}'" in str(error.value) and f"add --{key} " in str(error.value)
 
@@ -67,11 +65,8 @@ def test_a_path_in_any_other_field_is_refused(parse, key, value):
 def test_what_is_on_the_hub_or_in_the_project_may_be_named(parse):
     hardware = {"device": "cpu", "processor": "Some w/ 2 GHz"}
     model, data, args = parse(START | {"prompt": "/ a/b: ", "hardware": hardware, "bertscore_model": "a/deberta"})
-    assert (model.model_name_or_path, data.dataset_name, args.bertscore_model) == (
-        "some/start",
-        "some/data",
-        "a/deberta",
-    )
+    named = (model.model_name_or_path, data.dataset_name, args.bertscore_model)
+    assert named == ("some/start", "some/data", "a/deberta")
     name = "./recipes/configs/blip_small.json"
     model, data, _ = parse({"config_name": name, "dataset_name": "phantoms"})
     assert (model.config_name, data.dataset_name) == (name, "phantoms")

@@ -27,27 +27,18 @@ def look(hub, home, served):
     return run
 
 
-def test_a_file_is_there_or_absent(look):
-    assert look() == ("True False", "")
-
-
-def test_what_an_earlier_look_has_found_needs_no_connection(look, hub):
-    look("optional_file('some/model', 'config.json'); ")
+def test_a_file_is_there_or_absent_and_what_an_earlier_look_has_found_needs_no_connection(look, hub):
+    assert look("optional_file('some/model', 'config.json'); ") == ("True False", "")
     hub.fail("any", 503)
     assert look() == ("True False", "")
 
 
-def test_without_an_answer_the_user_of_a_cached_model_is_warned(look, hub, served):
+@pytest.mark.parametrize("offline", [False, True])
+def test_without_an_answer_the_user_of_a_cached_model_is_warned_unless_offline_by_will(look, hub, served, offline):
     served[2].run(["-c", look.download])
     hub.fail("any", 503)
-    assert look() == ("True False", WARNING)
-
-
-def test_who_asked_to_be_offline_is_not_warned(look, hub, served):
-    served[2].run(["-c", look.download])
-    hub.fail("any", 503)
-    offline = "from huggingface_hub import constants; constants.HF_HUB_OFFLINE = True; "
-    assert look(variables=offline) == ("True False", "")
+    code = "from huggingface_hub import constants; constants.HF_HUB_OFFLINE = True; " if offline else ""
+    assert look(variables=code) == ("True False", "" if offline else WARNING)
 
 
 def test_without_an_answer_a_model_that_is_not_there_is_left_to_its_loader(look, hub):

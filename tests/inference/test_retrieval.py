@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 from families import save_tiny, save_vision_model
@@ -120,8 +121,8 @@ def test_a_retriever_that_is_gone_or_another_is_a_line_with_a_mend_that_there_is
 
 
 def test_the_captions_of_the_training_are_not_pushed(trained):
-    with Repository(trained, "tester/model")._staged_run() as stage:
-        names = {str(path.relative_to(stage)) for path in stage.rglob("*")}
+    with Repository(trained, "tester/model")._stage_run() as stage:
+        names = {str(path.relative_to(stage)) for path in Path(stage).rglob("*")}
     assert {"model.safetensors", "recipe.json", "predictions/test.jsonl"} <= names
     assert not [name for name in names if "retrieval" in name]
 
