@@ -11,8 +11,7 @@ from captioning.models.retriever import Retriever
 from captioning.scoring.captions import check_ids, read_csv, split_cuis
 from captioning.scoring.clinical import UNKNOWN, modality_of
 from captioning.scoring.concepts import ConceptExtractor
-from captioning.scoring.constant_caption import typical_captions
-from captioning.scoring.constants import Constants, find_constants
+from captioning.scoring.constants import Constants, find_constants, typical_captions
 from captioning.stages import stage
 
 
@@ -24,10 +23,10 @@ class Training:
         captions: M captions.
         cuis: the concepts of each image, empty where none are known.
         features: float `[K, H]` of the images whose captions are `neighbors`; None without a model.
-        neighbors: the captions of these images; None if they are all M.
+        neighbors: the captions of these images.
         neighbor_cuis: their concepts.
         neighbor_ids: their ids.
-        retriever: makes other features for the concepts of the nearest images; None: these are used.
+        retriever: makes other features for the concepts of the nearest images; None: `features` are used.
         retrieved: these features, float `[K, D]`.
         is_scored: these are the references that are scored: there is no training split.
     """
@@ -35,7 +34,7 @@ class Training:
     captions: Sequence[str]
     cuis: Sequence[Sequence[str]]
     features: np.ndarray | None = None
-    neighbors: Sequence[str] | None = None
+    neighbors: Sequence[str] = ()
     neighbor_cuis: Sequence[Sequence[str]] = ()
     neighbor_ids: Sequence[str] = ()
     retriever: Retriever | None = None

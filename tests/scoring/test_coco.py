@@ -11,7 +11,8 @@ from helpers import HAS_LIBRARY, make_captions, needs_java, real_captions
 
 from captioning.errors import UserError
 from captioning.scoring import coco
-from captioning.scoring.coco import coco_scores, coco_tokens, meteor_scores, ngram_scores
+from captioning.scoring.coco import coco_scores, coco_tokens, meteor_scores
+from captioning.scoring.ngrams import ngram_scores
 
 
 NAMES = ["bleu1", "bleu2", "bleu3", "bleu4", "cider", "rougeL", "meteor"]
@@ -77,7 +78,7 @@ def library():
 
 def score_one(predictions, references, tokenizer="ptb"):
     scores, missing, _ = coco_scores({"": predictions}, references, tokenizer)
-    return scores[""], missing
+    return scores.get("", {}), missing
 
 
 def values(scores, prefix="coco"):

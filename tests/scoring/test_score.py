@@ -13,7 +13,7 @@ from captioning.scoring import coco
 from captioning.scoring.baselines import BASELINES
 from captioning.scoring.bertscore import NOT_COMPUTED
 from captioning.scoring.captions import Captions
-from captioning.scoring.constant_caption import constant_caption
+from captioning.scoring.constants import constant_caption
 from captioning.scoring.score import finite, flat, score
 from metrics import rouge
 
