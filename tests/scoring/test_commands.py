@@ -164,7 +164,8 @@ def test_concepts_are_scored_beside_the_most_frequent_ones(run, files, captions,
     assert entry["low"] < entry["value"] < entry["high"]
     assert scores["concepts"] == concept_table([{"C0040405"}] * len(truth), truth)
     table = run("score", *arguments)
-    assert "computed tomography" in table
+    assert "computed tomography" in table and "most frequent concepts, concept_detection: C" in table
+    assert "computed tomography" in run("score", *arguments[:3]), "without a training split"
     manual = run("score", *arguments, "--concepts", "own_concepts.csv", "--json")
     assert json.loads(manual)["scores"]["concept_detection_manual_f1"]["value"] == 1
 

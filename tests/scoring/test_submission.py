@@ -112,7 +112,10 @@ def test_concepts_are_written_by_the_rules_beside_the_captions(tmp_path, write):
     assert captions.read_text().startswith("ID,Caption")
     for name in ("submission_concepts.csv", "submission_concepts.zip"):
         assert check_submission(str(tmp_path / name), write("truth.csv", "ID,CUIs\na,\nb,C1\n")) == []
-    for wrong, message in ((["CT"], "'CT' is not a concept"), ([f"C{i}" for i in range(101)], "has 101 concepts")):
+    for wrong, message in (
+        (["CT"], "'CT' is not a concept"),
+        ([f"C{i}" for i in range(101)], "concepts: 101; keep at"),
+    ):
         with pytest.raises(UserError, match=message):
             write_concepts(tmp_path, ["a"], [wrong])
     with pytest.raises(UserError, match="occurs twice"):
