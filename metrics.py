@@ -137,11 +137,7 @@ def imageclef_normalize(caption: str) -> str:
 
 
 def imageclef_rouge1(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
-    """Return the official ROUGE-1 of each pair, float64 `[N]`: F1 of the normalized captions, 1 where both are empty.
-
-    Raises:
-        ValueError: there are not as many predictions as references.
-    """
+    """Return the official ROUGE-1 of each pair, float64 `[N]`: F1 of normalized captions, 1 where both are empty."""
     words = {text: _numbered(rouge_tokens(imageclef_normalize(text))) for text in {*predictions, *references}}
     scores = _f1_scores(_overlap, words, predictions, references)
     both_empty = [not text and not reference for text, reference in zip(predictions, references, strict=True)]

@@ -35,9 +35,6 @@ class Captions:
         return len(self.image_ids)
 
 
-# --- The predictions of a run ---------------------------------------------------------------------------------
-
-
 def write_predictions(
     path: Path,
     captions: Captions,
@@ -71,9 +68,6 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
     """Read a file of `write_predictions`."""
     with open(path, encoding="utf-8") as file:
         return [json.loads(line) for line in file]
-
-
-# --- The captions of any system -------------------------------------------------------------------------------
 
 
 def read_captions(path: str, references: str | None = None, concepts: str | None = None) -> Captions:
@@ -164,9 +158,6 @@ def split_cuis(text: str) -> list[str]:
 def well_formed(text: str) -> str:
     """Return the text with unpaired surrogates, which JSON can hold and UTF-8 cannot, replaced."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-# --- Two files of the same images -----------------------------------------------------------------------------
 
 
 def id_faults(found: Iterable[str], wanted: Iterable[str], reference: str) -> list[str]:

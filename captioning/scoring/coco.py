@@ -38,14 +38,10 @@ def coco_scores(
     tokenizer: str = "ptb",
     constant: str | None = None,
 ) -> tuple[dict[str, dict[str, Score]], dict[str, str], list[str] | None]:
-    """Score several systems on the same N images as `COCOEvalCap` or, by white space, as `nlg-eval` does.
+    """Score the N captions of each system as `COCOEvalCap` or, by white space, as `nlg-eval` does.
 
-    Args:
-        systems: the N captions of each. Two of them, the constant included, get METEOR, or as many as have no more
-            than `METEOR_CAPTIONS` in all.
-        references: N captions, from which CIDEr takes its document frequencies.
-        tokenizer: one of `TOKENIZERS`, see `coco_tokens`.
-        constant: a caption whose METEOR, given for every image, is returned as that of a system "constant".
+    Two systems get METEOR, or as many as have no more than `METEOR_CAPTIONS` in all; the `constant` is one of them, a
+    caption whose METEOR, given for every image, is returned as that of a system "constant".
 
     Returns:
         By system, `bleu1` to `bleu4`, `cider` (from 0 to 10), `rougeL` and `meteor`, behind the prefix of the

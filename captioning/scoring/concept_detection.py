@@ -186,12 +186,8 @@ def choose_thresholds(
 ) -> list[float]:
     """Return the thresholds of C concepts that give N images the highest mean F1; of equal ones those in the middle.
 
-    Args:
-        probabilities: float `[N, C]`.
-        concepts: C CUIs.
-        truth: the concepts of each image, others among them.
-        each: a concept of `MIN_POSITIVES` images or more gets a threshold of its own, frequent concepts first, where
-            it raises the score. Else all have the best common one.
+    `probabilities` are float `[N, C]`; `truth` may have other concepts, too. All have the best common threshold; with
+    `each`, one of `MIN_POSITIVES` images or more has its own where that raises the score, frequent concepts first.
     """
     labels, num_true = _indicators(truth, concepts), np.array([len(known) for known in truth])
     passes = (probabilities >= threshold for threshold in THRESHOLDS)

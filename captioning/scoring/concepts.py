@@ -1,10 +1,4 @@
-"""UMLS concepts (CUIs) in captions, without a license or a download: learned from the training split.
-
-extractor = ConceptExtractor(train_captions, train_cuis)
-truth = [known_concepts(cuis) for cuis in image_cuis]
-concept_f1(extractor.predict(predictions), truth).value
-concept_f1(extractor.predict(references), truth).value    # what the references themselves score
-"""
+"""UMLS concepts (CUIs) in captions, without a license or a download: learned from the training split."""
 
 import re
 import warnings
@@ -33,19 +27,12 @@ NEGATIVES, MIN_NEGATIVES = 10, 3000
 
 
 class ConceptExtractor:
-    """Reads UMLS concepts (CUIs) from captions, learned from the captions and concepts of the training split.
+    """Reads concepts from captions, learned from the captions and concepts (`cuis`) of the training split.
 
     Most concepts of ROCOv2 were found in the captions by a tool, so a logistic regression per concept on words, pairs
     and triples of words can recover them. Its features are only the n-grams that correlate with the concept, so that a
-    thousand concepts on 60,000 captions take about a minute of one core.
-
-    Args:
-        captions: of the training split.
-        cuis: the concepts of each image; those of fewer than `MIN_IMAGES` images are not learned.
-
-    Attributes:
-        concepts: the learned CUIs, sorted.
-        reason: why nothing was learned, else "".
+    thousand concepts on 60,000 captions take about a minute of one core. Those of fewer than `MIN_IMAGES` images are
+    not learned: `concepts` are the learned ones, sorted; `reason` is why there are none, else "".
     """
 
     def __init__(self, captions: Sequence[str], cuis: Sequence[Sequence[str]]):

@@ -89,9 +89,6 @@ def constant_values(
     return values
 
 
-# --- Wording --------------------------------------------------------------------------------------------------
-
-
 def constant_caption(candidates: Sequence[str], references: Sequence[str]) -> str:
     """Return the candidate with the highest mean ROUGE-L F1 against all references, the first of equals."""
     texts = list(dict.fromkeys(candidates))
@@ -148,9 +145,6 @@ def _coco_candidates(texts: Sequence[str], references: Sequence[str]) -> tuple[d
     columns = {f"bleu{n}": column for n, column in enumerate(scores.bleu().T, start=1)}
     columns |= {"cider": scores.cider(), "meteor": scores.meteor_of_equal_words(ALPHA)}
     return columns, CandidateScores([text.split(" ") for text in texts], [text.split(" ") for text in references])
-
-
-# --- Items ----------------------------------------------------------------------------------------------------
 
 
 def _best_items(attribute: str, stated: Sequence[Set[str]]) -> list[str]:

@@ -148,9 +148,6 @@ def _rouge_l(captions: Sequence[str], references: Sequence[str]) -> np.ndarray:
     return np.divide(scaled, weighted, out=np.zeros(len(pairs)), where=common > 0)
 
 
-# --- One caption for all images --------------------------------------------------------------------------------
-
-
 class CandidateScores:
     """C candidates, each of which is scored as the caption of all of M references; all are lists of tokens."""
 

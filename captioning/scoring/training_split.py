@@ -17,18 +17,11 @@ from captioning.stages import stage
 
 @dataclass(frozen=True)
 class Training:
-    """The captions and concepts of the training split.
+    """The M captions of the training split, and the concepts of each image, empty where none are known.
 
-    Attributes:
-        captions: M captions.
-        cuis: the concepts of each image, empty where none are known.
-        features: float `[K, H]` of the images whose captions are `neighbors`; None without a model.
-        neighbors: the captions of these images.
-        neighbor_cuis: their concepts.
-        neighbor_ids: their ids.
-        retriever: makes other features for the concepts of the nearest images; None: `features` are used.
-        retrieved: these features, float `[K, D]`.
-        is_scored: these are the references that are scored: there is no training split.
+    `features`, float `[K, H]`, are those of the images whose captions, concepts and ids are `neighbors`; None without
+    a model. For the concepts of the nearest images a `retriever` can make others, `retrieved`, float `[K, D]`. With
+    `is_scored` there is no training split: these are the references that are scored.
     """
 
     captions: Sequence[str]
