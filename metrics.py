@@ -61,9 +61,6 @@ def wording_scores(predictions: tuple[str, ...], references: tuple[str, ...]) ->
     return rouge(predictions, references) | {"imageclef_rouge1": imageclef_rouge1(predictions, references)}
 
 
-# --- ROUGE ----------------------------------------------------------------------------------------------------
-
-
 def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, np.ndarray]:
     """Return the `rouge1`, `rouge2` and `rougeL` F1 of each pair, each float64 `[N]`, from 0 to 1.
 
@@ -87,10 +84,7 @@ def _f1_scores(
     predictions: Sequence[str],
     references: Sequence[str],
 ) -> np.ndarray:
-    """Return the F1 of each pair, `[N]`; `common` counts what two collections of tokens have in common.
-
-    The operations are those of `rouge_score`, so that not even the last bit differs.
-    """
+    """Return the F1 of each pair, `[N]`, by the operations of `rouge_score`, so that not even the last bit differs."""
     pairs = [(tokens[text], tokens[reference]) for text, reference in zip(predictions, references, strict=True)]
     shared, predicted, stated = np.array([(common(a, b), len(a), len(b)) for a, b in pairs]).reshape(-1, 3).T
     precision, recall = shared / np.maximum(predicted, 1), shared / np.maximum(stated, 1)
@@ -113,7 +107,6 @@ def _numbered(items: Sequence[Hashable]) -> set[Hashable]:
 
 
 def _overlap(a: Set, b: Set) -> int:
-    """Return how many items two sets of `_numbered` have in common: repeated ones as often as they occur in both."""
     return len(a & b)
 
 
@@ -134,9 +127,6 @@ def lcs_length(a: Sequence, b: Sequence) -> int:
     return len(a) - state.bit_count()
 
 
-# --- ImageCLEF ------------------------------------------------------------------------------------------------
-
-
 def imageclef_normalize(caption: str) -> str:
     """Return a caption as the official evaluator compares it: lower case, digits to "number", no ASCII punctuation.
 
@@ -147,31 +137,20 @@ def imageclef_normalize(caption: str) -> str:
 
 
 def imageclef_rouge1(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
-    """Return the official ROUGE-1 of each pair, float64 `[N]`: F1 of the normalized captions, 1 where both are empty.
-
-    Raises:
-        ValueError: there are not as many predictions as references.
-    """
+    """Return the official ROUGE-1 of each pair, float64 `[N]`: F1 of normalized captions, 1 where both are empty."""
     words = {text: _numbered(rouge_tokens(imageclef_normalize(text))) for text in {*predictions, *references}}
     scores = _f1_scores(_overlap, words, predictions, references)
     both_empty = [not text and not reference for text, reference in zip(predictions, references, strict=True)]
     return np.where(both_empty, 1.0, scores)
 
 
-# --- The Trainer's metrics ------------------------------------------------------------------------------------
-
-
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Score an evaluation of `CaptioningTrainer`.
+    """Return `loss` (token-level, nats) and `perplexity` of an evaluation of `CaptioningTrainer`.
 
-    Args:
-        prediction: its `label_ids` are the N full reference captions (T9); its `predictions` have `nll` float `[N]` in
-            nats, summed over each reference, `num_tokens` int `[N]`, and, if captions were generated, the N `captions`
-            and `num_new_tokens` int `[N]`.
-
-    Returns:
-        `loss` (token-level, nats) and `perplexity`; with captions also the scores of `CaptionMetric` and `gen_len`,
-        the mean number of new tokens, the end token included.
+    With captions also the scores of `CaptionMetric` and `gen_len`, the mean number of new tokens, the end token
+    included. `label_ids` are the N full reference captions (T9). `predictions` have `nll` float `[N]` in nats, summed
+    over each reference, `num_tokens` int `[N]`, and, if captions were generated, the N `captions` and
+    `num_new_tokens` int `[N]`.
     """
     found = prediction.predictions
     # T6: the mean of batch means is not the token-level loss, and depends on the batch size

@@ -46,7 +46,7 @@ from captioning.scoring import score as scores
 from captioning.scoring.bootstrap import Score, interval, resampled, resampling_counts
 from captioning.scoring.captions import Captions
 from captioning.scoring.concepts import ConceptExtractor
-from captioning.scoring.constant_caption import constant_caption
+from captioning.scoring.constants import constant_caption
 from captioning.scoring.training_split import Training
 from metrics import rouge
 

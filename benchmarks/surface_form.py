@@ -25,7 +25,8 @@ from measure import processor
 
 from captioning.models.surface_form import SurfaceForm, without_accents
 from captioning.models.tokenizer import load_tokenizer
-from captioning.scoring.coco import coco_tokens, ngram_scores
+from captioning.scoring.coco import coco_tokens
+from captioning.scoring.ngrams import ngram_scores
 from metrics import imageclef_rouge1, rouge
 
 

@@ -53,9 +53,8 @@ def test_rouge_equals_rouge_score_to_the_last_bit(source):
 
 def test_rouge_by_hand():
     scores = rouge(["the left lung is clear"], ["left lung clear"])
-    assert scores["rouge1"][0] == pytest.approx(2 * (3 / 5) * (3 / 3) / (3 / 5 + 3 / 3))
-    assert scores["rouge2"][0] == pytest.approx(2 * (1 / 4) * (1 / 2) / (1 / 4 + 1 / 2))
-    assert scores["rougeL"][0] == pytest.approx(0.75)
+    expected = [2 * p * r / (p + r) for p, r in ((3 / 5, 3 / 3), (1 / 4, 1 / 2), (3 / 5, 3 / 3))]
+    assert [scores[name][0] for name in ROUGE_TYPES] == pytest.approx(expected)
     assert rouge(["nodules"], ["nodule"])["rouge1"][0] == 0, "words are not stemmed"
     assert rouge(["clear lung left"], ["left lung clear"])["rougeL"][0] == pytest.approx(1 / 3)
 
@@ -67,14 +66,11 @@ def test_rouge_equals_the_published_cases():
     predictions = (folder / "prediction.txt").read_text().splitlines()
     references = (folder / "target.txt").read_text().splitlines()
     cases = json.loads((folder / "expected.json").read_text())["cases"]
-    checked = 0
+    cases = [own for own in cases if own["metric"] in ROUGE_TYPES and not own["use_stemmer"] and "line" in own]
+    assert len(cases) >= 4
     for case in cases:
-        if case["metric"] in ROUGE_TYPES and not case["use_stemmer"] and "line" in case:
-            line = case["line"]
-            score = rouge([predictions[line]], [references[line]])[case["metric"]][0]
-            assert score == pytest.approx(case["fmeasure"], abs=5e-6), case  # they are given to five digits
-            checked += 1
-    assert checked >= 4
+        score = rouge([predictions[case["line"]]], [references[case["line"]]])[case["metric"]][0]
+        assert score == pytest.approx(case["fmeasure"], abs=5e-6), case  # they are given to five digits
 
 
 def test_the_common_subsequence_is_that_of_the_usual_table():
@@ -120,18 +116,13 @@ def test_imageclef_scores_two_empty_captions_1():
 # --- The metric -----------------------------------------------------------------------------------------------
 
 
-def test_the_metric_works_with_the_network_unplugged(no_network):
+def test_the_file_is_a_metric_for_evaluate_with_the_network_unplugged(no_network):
     references = make_captions(20)
     predictions = references[::-1]
-    metric = CaptionMetric()
+    metric = evaluate.load(str(Path(metrics.__file__)))
     metric.add_batch(predictions=predictions[:10], references=references[:10])
     metric.add_batch(predictions=predictions[10:], references=references[10:])
     assert metric.compute() == CaptionMetric().compute(predictions=predictions, references=references)
-
-
-def test_the_file_is_a_metric_for_evaluate(no_network):
-    metric = evaluate.load(str(Path(metrics.__file__)))
-    assert metric.compute(predictions=["a b"], references=["a c"])["rougeL"] == pytest.approx(0.5)
 
 
 def test_compute_metrics_weighs_captions_by_their_tokens_and_scores_the_generated_ones():
@@ -143,10 +134,6 @@ def test_compute_metrics_weighs_captions_by_their_tokens_and_scores_the_generate
     scores = compute_metrics(EvalPrediction(found, ["an effusion"] * 4))
     assert scores.keys() == set(METRIC_NAMES)
     assert scores["rougeL"] == pytest.approx((3 + 2 * (2 / 5) * 1 / (2 / 5 + 1)) / 4)
-    assert scores["gen_len"] == 4.5
-    assert scores["unique_captions"] == 0.5, "a share"
-
-
-def test_the_perplexity_of_a_diverged_model_is_finite():
-    found = SimpleNamespace(nll=np.array([1e6]), num_tokens=np.array([1]), captions=None)
+    assert (scores["gen_len"], scores["unique_captions"]) == (4.5, 0.5)
+    found = SimpleNamespace(nll=np.array([1e6]), num_tokens=np.array([1]), captions=None)  # of a diverged model
     assert np.isfinite(compute_metrics(EvalPrediction(found, ["a"]))["perplexity"])

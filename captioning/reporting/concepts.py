@@ -22,8 +22,14 @@ from captioning.models.concept_head import (
 )
 from captioning.reporting.run_record import RunRecord
 from captioning.scoring.captions import Captions
-from captioning.scoring.concept_detection import NAMES, concept_table, detection_entries
-from captioning.scoring.concept_systems import SYSTEMS, choose_thresholds, neighbor_votes
+from captioning.scoring.concept_detection import (
+    NAMES,
+    SYSTEMS,
+    choose_thresholds,
+    concept_table,
+    detection_entries,
+    neighbor_votes,
+)
 from captioning.scoring.concepts import known_concepts
 from captioning.scoring.constants import best_concepts
 from captioning.scoring.training_split import Training

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from captioning.scoring.baselines import BASELINES
-from captioning.scoring.concept_systems import SYSTEMS
+from captioning.scoring.concept_detection import SYSTEMS
 from captioning.scoring.score import HEADLINE
 
 

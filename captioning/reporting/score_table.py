@@ -12,8 +12,7 @@ from captioning.errors import printable
 from captioning.scoring.baselines import BASELINES
 from captioning.scoring.bertscore import NOT_COMPUTED
 from captioning.scoring.bootstrap import num_decimals
-from captioning.scoring.concept_detection import NAMES
-from captioning.scoring.concept_systems import SYSTEMS
+from captioning.scoring.concept_detection import NAMES, SYSTEMS
 from captioning.scoring.score import BY_MODALITY, DETECTION_F1
 
 

@@ -39,43 +39,33 @@ def baseline_captions(
 ) -> tuple[dict[str, list[str]], dict[str, Any]]:
     """Return the N captions of each baseline but the constant, by the keys of `BASELINES`, and notes on them.
 
-    Args:
-        captions: of N images.
-        modalities: of these images.
-        split: the training split, or the references in its place.
-        features: float `[N, H]` of the images, for the nearest training image.
-        constant: the caption of an image whose modality has no typical one.
+    `split` is the training split, or the references in its place; `features` are float `[N, H]` of the images, for the
+    nearest training image. An image whose modality has no typical caption gets the `constant`.
     """
     typical = split.typical
     found = {"typical_of_modality": [typical.get(modality, constant) for modality in modalities]}
     notes = {"typical_of_modality": {"captions": typical, "found_among": split.source}}
     if split.features is not None and features is not None:
-        neighbors = split.captions if split.neighbors is None else split.neighbors
-        found["nearest_image"] = nearest_captions(features, split.features, neighbors)
-        notes["nearest_image"] = {"found_among": f"{len(neighbors):,} training images"}
+        found["nearest_image"] = nearest_captions(features, split.features, split.neighbors)
+        notes["nearest_image"] = {"found_among": f"{len(split.neighbors):,} training images"}
     if len(captions) > 1:  # else there is no other image
         found["shuffled_references"] = shuffled(captions.references)
         found["shuffled_images"] = shuffled(captions.predictions)
     return found, notes
 
 
-def shuffled(captions: Sequence[str], seed: int = 0) -> list[str]:
+def shuffled(captions: Sequence[str]) -> list[str]:
     """Return the captions in another order, in which none of two or more keeps its place."""
-    order = np.random.default_rng(seed).permutation(len(captions))
+    order = np.random.default_rng(0).permutation(len(captions))
     source = np.empty(len(captions), dtype=np.int64)
     source[order] = np.roll(order, 1)  # one cycle through all of them
     return [captions[i] for i in source]
 
 
 def nearest_captions(features: np.ndarray, train_features: np.ndarray, train_captions: Sequence[str]) -> list[str]:
-    """Return for each image the caption of the training image with the most similar features, by cosine.
+    """Return for each of N images the caption of that of M training images with the most similar features, by cosine.
 
-    The mean of all training images is subtracted first: it is most of a feature, and does not tell images apart.
-
-    Args:
-        features: float `[N, H]`, of the images that are scored.
-        train_features: float `[M, H]`.
-        train_captions: the M captions.
+    Features are float `[N, H]` and `[M, H]`; see `similarities`.
     """
     nearest = [cosines.argmax(axis=1) for _, cosines in similarities(features, train_features)]
     return [train_captions[i] for i in np.concatenate(nearest)]

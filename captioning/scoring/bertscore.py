@@ -44,10 +44,7 @@ def bertscore(predictions: Sequence[str], references: Sequence[str], model: str 
     a time; here pairs are batched, which changes the float32 rounding only: padding has similarity 0, and would matter
     only where a word's cosine to every token of the other caption is negative.
 
-    Args:
-        predictions: N captions.
-        references: N captions.
-        model: a model in the Hugging Face cache, or a local folder; its name tells bert-score which layer to compare.
+    `model` is a local folder, or in the Hugging Face cache; its name tells bert-score which layer to compare.
 
     Raises:
         UserError: bert-score or the model is missing, or cannot be loaded; the message says how to get it.
@@ -72,20 +69,20 @@ def bertscore(predictions: Sequence[str], references: Sequence[str], model: str 
 
 def _bert_scorer(model: str):
     """Return a `bert_score.BERTScorer` of a model on this machine, adapted to transformers 5."""
-    is_hub_id = not Path(model).is_dir() and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model)
-    name = model if is_hub_id else Path(model).name  # scores are published, paths are not
-    missing = []
     try:
         from bert_score import BERTScorer
         from bert_score.utils import model2layers
-    except ImportError:
-        missing.append("bert-score is not installed: `pip install bert-score`")
-    folder = _model_folder(model)
-    if folder is None:
+    except ImportError as error:
+        raise UserError("bert-score is not installed: `pip install bert-score`") from error
+    folder = Path(model)
+    is_hub_id = not folder.is_dir() and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model)
+    name = model if is_hub_id else folder.name  # scores are published, paths are not
+    if is_hub_id:
+        with contextlib.suppress(ValueError, OSError):  # not in the cache
+            folder = Path(snapshot_download(model, local_files_only=True))
+    if not [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]:
         mend = f"give a folder that has them, or `hf download {model if is_hub_id else BERTSCORE_MODEL}`"
-        missing.append(f"the weights of {name} are not on this machine: {mend}")
-    if missing:
-        raise UserError("; ".join(missing))
+        raise UserError(f"the weights of {name} are not on this machine: {mend}")
 
     num_layers = {known.split("/")[-1]: layers for known, layers in model2layers.items()}.get(Path(model).name)
     if num_layers is None:
@@ -109,15 +106,3 @@ def _bert_scorer(model: str):
     # bert-score encodes an empty caption by a method that transformers 5 no longer has
     tokenizer.build_inputs_with_special_tokens = lambda ids: tokenizer.encode("")
     return scorer
-
-
-def _model_folder(model: str) -> Path | None:
-    """Return the folder of a model, local or in the Hugging Face cache, or None if its weights are not there."""
-    folder = Path(model)
-    if not folder.is_dir():
-        try:
-            folder = Path(snapshot_download(model, local_files_only=True))
-        except (ValueError, OSError):  # not the name of a model, or not in the cache
-            return None
-    weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
-    return folder if weights else None

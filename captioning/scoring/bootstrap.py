@@ -25,12 +25,10 @@ def mean(sums: np.ndarray, number: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Score:
-    """A score of a set of captions that is a function of sums over them.
+    """A score of N captions that is a function of sums over them.
 
-    Attributes:
-        statistics: float `[N, S]`, what each caption adds to the sums. For a mean over captions S is 1; BLEU is not a
-            mean, its statistics are the matched and the possible n-grams.
-        combine: from sums `[..., S]` over `number` captions to scores `[...]`.
+    `statistics`, float `[N, S]`, are what each caption adds to the sums: one value for a mean over captions; for BLEU
+    the matched and the possible n-grams. `combine` turns sums `[..., S]` over so many captions into scores `[...]`.
     """
 
     statistics: np.ndarray
@@ -51,9 +49,6 @@ class Score:
         return Score(self.statistics[rows], self.combine)
 
 
-# --- Intervals ------------------------------------------------------------------------------------------------
-
-
 def resampling_counts(number: int, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
     """Return how often each resample draws each of `number` captions, float32 `[resamples, number]`."""
     rng = np.random.default_rng(seed)
@@ -64,12 +59,13 @@ def resampling_counts(number: int, resamples: int = RESAMPLES, seed: int = 0) ->
 
 
 def resampled(score: Score, counts: np.ndarray) -> np.ndarray:
-    """Return the score of each resample, float64 `[resamples]`; of one without any captions it is NaN.
+    """Return the score of each resample, float64 `[resamples]`; NaN for one without any captions.
 
-    Args:
-        score: of N captions.
-        counts: `[resamples, N]`, see `resampling_counts`; of a part of the captions their columns.
+    `counts` are those of `resampling_counts`; of a part of the captions their columns. A single caption does not show
+    how much captions vary: all of its resamples are NaN.
     """
+    if len(score.statistics) == 1:
+        return np.full(len(counts), math.nan)
     with np.errstate(invalid="ignore", divide="ignore"):
         return score.combine(counts @ score.statistics, counts.sum(axis=1, dtype=np.float64))
 
@@ -78,34 +74,24 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     """Return the 95 % percentile interval of resampled scores `[resamples]`; NaN and infinity are left out."""
     finite = values[np.isfinite(values)]
     if not len(finite):
-        return float("nan"), float("nan")
+        return math.nan, math.nan
     low, high = np.quantile(finite, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
 def num_decimals(low: float | None, high: float | None) -> int:
-    """Return how many decimals of a score are worth showing, 2 or 3: one beyond the first that its interval moves.
-
-    `low` and `high` are the ends of the interval; None where there is none.
-    """
+    """Return how many decimals of a score are worth showing, 2 or 3: one beyond the first that its interval moves."""
     if low is None or high is None or high <= low:
         return 3
     return min(3, max(2, 1 + math.ceil(-math.log10((high - low) / 2))))
 
 
-# --- Two systems ----------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Comparison:
-    """How much the first of two systems scores above the second on the same captions; NaN where a score is undefined.
+    """The score of the first of two systems minus that of the second; all NaN where one is undefined.
 
-    Attributes:
-        difference: the first score minus the second.
-        low: lower end of its 95 % confidence interval.
-        high: upper end.
-        p_value: of approximate randomization, two-sided: how often a difference at least as large occurs when a coin
-            decides for each caption whether the two systems swap theirs.
+    `low` and `high` are the ends of the 95 % interval. `p_value` is two-sided, by approximate randomization: how often
+    a difference at least as large occurs when a coin decides for each caption whether the two systems swap theirs.
     """
 
     difference: float
@@ -114,32 +100,16 @@ class Comparison:
     p_value: float
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values corrected for their number: Holm, Scandinavian Journal of Statistics 6:65, 1979."""
-    order = np.argsort(p_values)
-    corrected = np.empty(len(order))
-    steps = np.asarray(p_values, dtype=np.float64)[order] * np.arange(len(order), 0, -1)
-    corrected[order] = np.minimum(np.maximum.accumulate(steps), 1) if len(order) else steps
-    return corrected.tolist()
-
-
 def compare(first: Score, second: Score, counts: np.ndarray) -> Comparison:
-    """Test the scores of two systems on the same N images.
-
-    Args:
-        first: the score of one system.
-        second: the same score of the other.
-        counts: `[resamples, N]`, see `resampling_counts`: both are resampled alike.
+    """Test a score of two systems on the same N images, resampled alike by `resampling_counts`, `[resamples, N]`.
 
     Raises:
         ValueError: the two do not have the same number of captions.
     """
     difference, exchanged = first.value - second.value, second.statistics - first.statistics
-    if not np.isfinite(difference):
-        return Comparison(*[float("nan")] * 4)
+    if not math.isfinite(difference):
+        return Comparison(*[math.nan] * 4)
     low, high = interval(resampled(first, counts) - resampled(second, counts))
-    if len(exchanged) == 1:  # a single caption does not show how much captions vary
-        low = high = float("nan")
     rng, number, swapped = np.random.default_rng(0), len(exchanged), []
     chunk = max(1, CHUNK // number)
     for start in range(0, RANDOMIZATIONS, chunk):
@@ -151,3 +121,12 @@ def compare(first: Score, second: Score, counts: np.ndarray) -> Comparison:
     swapped = swapped[np.isfinite(swapped)]
     extreme = int((swapped >= abs(difference) - 1e-12).sum())  # the order of a sum changes the last bits
     return Comparison(difference, low, high, (1 + extreme) / (1 + len(swapped)))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values corrected for their number: Holm, Scandinavian Journal of Statistics 6:65, 1979."""
+    order = np.argsort(p_values)
+    corrected = np.empty(len(order))
+    steps = np.asarray(p_values, dtype=np.float64)[order] * np.arange(len(order), 0, -1)
+    corrected[order] = np.minimum(np.maximum.accumulate(steps), 1)
+    return corrected.tolist()

@@ -18,20 +18,12 @@ from captioning.files import to_json, write_whole
 from metrics import wording_scores
 
 
-PREDICTION_KEYS = ("image_id", "reference", "prediction", "rougeL", "nll", "cui")
 MAX_FIELD = 2**27  # characters of a CSV field; the default of the csv module is too small for a long caption
 
 
 @dataclass(frozen=True)
 class Captions:
-    """What a system wrote for N images, beside the references.
-
-    Attributes:
-        image_ids: N ids.
-        predictions: N captions.
-        references: N full captions.
-        cuis: the concepts of each image, empty where none are known.
-    """
+    """What a system wrote for N images, the full references, and the concepts of each image, empty if unknown."""
 
     image_ids: list[str]
     predictions: list[str]
@@ -43,9 +35,6 @@ class Captions:
         return len(self.image_ids)
 
 
-# --- The predictions of a run ---------------------------------------------------------------------------------
-
-
 def write_predictions(
     path: Path,
     captions: Captions,
@@ -53,20 +42,23 @@ def write_predictions(
     concepts: Sequence[list[str]] | None = None,
     retrieved: Sequence[list[str]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Write one JSON object a line: `image_id`, `reference`, `prediction`, `rougeL`, `nll`, `cui`. Return these.
+    """Write a file of one JSON object for each image and line, whole or not at all, and return the objects.
 
-    Args:
-        path: the file; it appears whole or not at all.
-        captions: of N images. Their concepts are written too, so that the file alone can be scored.
-        nll: `[N]`, the negative log-likelihood of the whole reference in nats.
-        concepts: those predicted for each image, written too; None: none were.
-        retrieved: ids of the images whose captions were in the prompt of each, written too; None: none were.
+    `nll`, `[N]`, is the negative log-likelihood of the whole reference in nats. The concepts of the images are written
+    too, so that the file alone can be scored; so are, where given, the predicted `concepts` of each image, and the ids
+    of those whose captions were `retrieved` for its prompt.
     """
     scores = wording_scores(tuple(captions.predictions), tuple(captions.references))["rougeL"].tolist()
-    columns = (captions.image_ids, captions.references, captions.predictions, scores, nll.tolist(), captions.cuis)
-    rows = [dict(zip(PREDICTION_KEYS, row, strict=True)) for row in zip(*columns, strict=True)]
-    for name, column in {"concepts": concepts, "retrieved": retrieved}.items():
-        rows = [row | {name: own} for row, own in zip(rows, column, strict=True)] if column else rows
+    columns = {
+        "image_id": captions.image_ids,
+        "reference": captions.references,
+        "prediction": captions.predictions,
+        "rougeL": scores,
+        "nll": nll.tolist(),
+        "cui": captions.cuis,
+    }
+    columns |= {name: own for name, own in (("concepts", concepts), ("retrieved", retrieved)) if own}
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, "".join(f"{to_json(row, ensure_ascii=False)}\n" for row in rows))
     return rows
@@ -78,16 +70,11 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
-# --- The captions of any system -------------------------------------------------------------------------------
-
-
 def read_captions(path: str, references: str | None = None, concepts: str | None = None) -> Captions:
-    """Read the captions of any system.
+    """Read the captions of any system, JSON lines of a run or a CSV of `ID,Caption`.
 
-    Args:
-        path: JSON lines of a run, or a CSV with `ID,Caption`.
-        references: CSV with `ID,Caption`, in whose order the captions are returned; JSON lines have their own.
-        concepts: CSV with `ID,CUIs`; JSON lines may have their own.
+    `references` is a CSV of `ID,Caption`, in whose order the captions are returned, `concepts` one of `ID,CUIs`; JSON
+    lines may have their own.
 
     Raises:
         UserError: a file cannot be read, or its ids are not those of the references.
@@ -142,26 +129,22 @@ def read_csv(path: str, *columns: str) -> dict[str, str]:
 
 
 def _read_json_lines(path: str) -> dict[str, dict[str, Any]]:
-    """Read `prediction`, `cui` and, where it is stated, `reference` by image id."""
+    """Read `prediction` and, where they are stated, `reference` and `cui` by image id."""
     rows: dict[str, dict[str, Any]] = {}
     mend = "give predictions of a run, or a .csv of ID,Caption"
+    what = "is not a JSON object of strings image_id, prediction and reference, and a list cui"
     with as_user_error(f"'{path}' cannot be read", mend), open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
             where = f"'{path}', line {number}"
-            with as_user_error(f"{where} is not a JSON object with image_id and prediction", mend):
+            with as_user_error(f"{where} {what}", mend):
                 row = json.loads(line)
-                texts = {key: row[key] for key in ("image_id", "prediction", "reference") if key in row}
-                image_id, _, cuis = row["image_id"], row["prediction"], row.get("cui") or []
-            if not all(isinstance(text, str) for text in texts.values()):
-                raise UserError(f"{where}: image_id, prediction and reference must be strings")
+                keys = ("prediction", "reference") if "reference" in row else ("prediction",)
+                image_id, texts = well_formed(row["image_id"]), {key: well_formed(row[key]) for key in keys}
+                cuis = row.get("cui") or []
+                cuis = split_cuis(cuis) if isinstance(cuis, str) else [str.strip(cui) for cui in cuis]
             if image_id in rows:
                 raise UserError(f"{where}: id '{image_id}' occurs twice; keep one")
-            cuis = split_cuis(cuis) if isinstance(cuis, str) else cuis
-            if not (isinstance(cuis, list) and all(isinstance(cui, str) for cui in cuis)):
-                raise UserError(f"{where}: cui must be a list of concepts such as C0040405")
-            rows[well_formed(image_id)] = {key: well_formed(text) for key, text in texts.items()} | {"cui": cuis}
+            rows[image_id] = texts | {"cui": cuis}
     if not rows:
         raise UserError(f"'{path}' has no captions; {mend}")
     return rows
@@ -175,9 +158,6 @@ def split_cuis(text: str) -> list[str]:
 def well_formed(text: str) -> str:
     """Return the text with unpaired surrogates, which JSON can hold and UTF-8 cannot, replaced."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-# --- Two files of the same images -----------------------------------------------------------------------------
 
 
 def id_faults(found: Iterable[str], wanted: Iterable[str], reference: str) -> list[str]:

@@ -189,16 +189,9 @@ LATERALITY = {
 _COMMON = r"(?!(?:the|of|and|an?|in|with|show\w*|arrows?|to|is|at|on|mass|was|after|patient|from|by|scan)[^a-z0-9])"
 
 
-def _literal_first(fragment: str) -> list[str]:
-    """Return what "(?:a|b)?c" stands for: "ac", "bc", "c"; a search skips faster what begins with a letter."""
-    found = re.match(r"\(\?:([\w|-]+)\)(\??)(.*)", fragment)
-    return [start + found[3] for start in (found[1] + "|" * bool(found[2])).split("|")] if found else [fragment]
-
-
 def _compile(words: dict[str, str], prefix: str = "") -> tuple[re.Pattern, tuple[str, ...]]:
     """Return one pattern with a group per value, in the order of the values."""
-    fragments = ("|".join(itertools.chain(*map(_literal_first, text.split()))) for text in words.values())
-    groups = "|".join(f"({text.replace('_', ' ')})" for text in fragments)
+    groups = "|".join(f"({'|'.join(text.split()).replace('_', ' ')})" for text in words.values())
     return re.compile(rf"(?<![a-z0-9]){_COMMON}{prefix}(?:{groups})(?![a-z0-9])"), tuple(words)
 
 
@@ -251,12 +244,11 @@ _NO_FINDING = re.compile(
 )
 _WORD = re.compile(r"[a-z](?:[a-z0-9'-]*[a-z0-9])?|\d+|[,.;:()]")
 _CLAUSE_START = re.compile(r"[,.;:()]|\b(?:and|but|(?:al)?though|while|which|that|where|with|showing|shows?)\b")
-_PLURALS = (("ies", "y"), ("eses", "esis"), ("ases", "asis"), ("oses", "osis"), ("sses", "ss"), ("teeth", "tooth"))
-_PLURALS += (("i", "us"),)  # calculi
+_PLURALS = {"ies": "y", "eses": "esis", "ases": "asis", "oses": "osis", "sses": "ss", "teeth": "tooth", "i": "us"}
 
 
 def _singular(word: str) -> str:
-    for ending, singular in _PLURALS:
+    for ending, singular in _PLURALS.items():
         if word.endswith(ending) and (len(word) > len(ending) + 2 or word == "teeth"):
             return word[: -len(ending)] + singular
     return word[:-1] if word.endswith("s") and len(word) > 3 and not word.endswith(("ss", "us", "is")) else word
@@ -402,8 +394,7 @@ def micro_f1(sums: np.ndarray, number: int) -> np.ndarray:
 def _same_lengths(predicted: Set[str], stated: Set[str]) -> int:
     """Return how many lengths can be paired, one to one, that differ by at most `TOLERANCE`.
 
-    In ascending order each length is paired with the smallest near enough one of the other side. That is optimal: what
-    is too small for this length is too small for all that follow.
+    In ascending order each is paired with the smallest near enough, since what is too small for it is so for the next.
     """
     ours, theirs = sorted(map(float, predicted)), sorted(map(float, stated))
     i = j = pairs = 0
@@ -418,11 +409,7 @@ def _same_lengths(predicted: Set[str], stated: Set[str]) -> int:
 
 
 def agreement(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Score]:
-    """Return the micro F1 of the (caption, value) items of each attribute, see `item_agreement`.
-
-    Raises:
-        ValueError: there are not as many predictions as references.
-    """
+    """Return the micro F1 of the (caption, value) items of each attribute, see `item_agreement`."""
     said, stated = ([stated_attributes(text) for text in texts] for texts in (predictions, references))
     return {
         name: item_agreement(name, [items[name] for items in said], [items[name] for items in stated])
@@ -471,9 +458,9 @@ MODALITY_CUIS = {
 
 
 def modality_of(cuis: Sequence[str], caption: str) -> str:
-    """Return an image's modality, a key of `MODALITY`, or `UNKNOWN`, which is no class.
+    """Return the first of `MODALITY_CUIS` among an image's `cuis`, else the first that its `caption` names.
 
-    It is the first of `MODALITY_CUIS` among its `cuis`, else the first that its `caption` names.
+    It is a key of `MODALITY`, or `UNKNOWN`, which is no class.
     """
     known = [modality for cui, modality in MODALITY_CUIS.items() if cui in set(cuis)]
     return next(iter(known or _mentions("modality", plain_text(caption))), UNKNOWN)

@@ -1,27 +1,22 @@
-"""BLEU, CIDEr, ROUGE-L and METEOR, with the values of `pycocoevalcap` 1.2 (Chen et al., 2015, arXiv:1504.00325).
+"""The metrics of COCO captions, with the values of `pycocoevalcap` 1.2 (Chen et al., 2015, arXiv:1504.00325).
 
 The library's Java programs tokenize and compute METEOR. The rest is written here: as functions of sums over captions,
-so that scores can be resampled, and of the n-grams of all systems counted at once, in a tenth of its time. What cannot
-be computed is named, with one line that says what is missing and how to get it.
-Nothing is downloaded, and nothing that the library prints reaches the user.
+so that scores can be resampled, in a tenth of the library's time. What cannot be computed is named, with one line that
+says what is missing and how to get it. Nothing is downloaded, and nothing that the library prints reaches the user.
 """
 
-import functools
 import importlib
-import itertools
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-import scipy.sparse as sp
 
 from captioning.errors import UserError
 from captioning.scoring import TOKENIZERS
 from captioning.scoring.bootstrap import Score
-from captioning.scoring.ngrams import NgramTable
-from metrics import lcs_length
+from captioning.scoring.ngrams import ngram_scores
 
 
 METEOR_CAPTIONS = 20_000  # METEOR takes 0.7 ms a caption, more than all else
@@ -31,8 +26,6 @@ JVM_OPTIONS = ("-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1")
 INSTALL_JAVA = "install a Java runtime, e.g. `apt install default-jre-headless`"
 WRONG_ANSWER = f"`java` runs, but its answer is not that of the program: {INSTALL_JAVA}"
 
-CIDER_SIGMA, CIDER_SCALE = 6.0, 10.0  # `pycocoevalcap.cider.cider_scorer`
-ROUGE_BETA = 1.2  # `pycocoevalcap.rouge.rouge.Rouge`; rouge_score weighs precision and recall alike
 # METEOR 1.5 for English: Denkowski and Lavie (2014), aclanthology.org/W14-3348; the jar's defaults
 ALPHA, BETA, GAMMA, DELTA = 0.85, 0.2, 0.6, 0.75
 MODULE_WEIGHTS = (1.0, 0.6, 0.8, 0.6)  # of exact, stem, synonym and paraphrase matches
@@ -45,19 +38,14 @@ def coco_scores(
     tokenizer: str = "ptb",
     constant: str | None = None,
 ) -> tuple[dict[str, dict[str, Score]], dict[str, str], list[str] | None]:
-    """Score several systems on the same N images as `COCOEvalCap` or, by white space, as `nlg-eval` does.
+    """Score the N captions of each system as `COCOEvalCap` or, by white space, as `nlg-eval` does.
 
-    Args:
-        systems: the N captions of each. Two of them, the constant included, get METEOR, or as many as have no more
-            than `METEOR_CAPTIONS` in all.
-        references: N captions, from which CIDEr takes its document frequencies.
-        tokenizer: one of `TOKENIZERS`, see `coco_tokens`.
-        constant: a caption whose METEOR, given for every image, is returned as that of a system "constant".
+    Two systems get METEOR, or as many as have no more than `METEOR_CAPTIONS` in all; the `constant` is one of them, a
+    caption whose METEOR, given for every image, is returned as that of a system "constant".
 
     Returns:
-        By system, the scores `coco_bleu1` to `coco_bleu4`, `coco_cider` (from 0 to 10), `coco_rougeL` and
-        `coco_meteor`, or with another tokenizer the same names with its prefix; by score what is missing for it; and
-        the tokens of the references, None where they are missing.
+        By system, `bleu1` to `bleu4`, `cider` (from 0 to 10), `rougeL` and `meteor`, behind the prefix of the
+        tokenizer; by score what is missing for it; the tokens of the references, None where they are missing.
 
     Raises:
         ValueError: a system does not have N captions.
@@ -67,7 +55,7 @@ def coco_scores(
         reference_tokens = coco_tokens(references, tokenizer)
         tokens = {name: coco_tokens(captions, tokenizer) for name, captions in systems.items()}
     except UserError as error:
-        return {name: {} for name in systems}, {f"{prefix}_*": str(error)}, None
+        return {}, {f"{prefix}_*": str(error)}, None
     scores, missing = ngram_scores(tokens, reference_tokens), {}
     try:
         most, has_constant = METEOR_CAPTIONS // len(references), constant is not None
@@ -82,27 +70,21 @@ def coco_scores(
     return named, missing, reference_tokens
 
 
-# --- Tokens ---------------------------------------------------------------------------------------------------
-
-
 def coco_tokens(captions: Sequence[str], tokenizer: str = "ptb") -> list[str]:
     """Return the tokens of each caption, joined by a space, as the scorers of `pycocoevalcap` take them.
 
-    All captions go through one Java process, as `COCOEvalCap` sends them. The lists of two systems are not joined: the
-    tokenizer reads an abbreviation at the end of a caption ("No.") together with the start of the next one.
+    "ptb" is Stanford's PTBTokenizer, lower-case and without punctuation, as in `COCOEvalCap`; it keeps brackets as
+    `-lrb-` and `-rrb-`, because the library's list has them in upper case only. "whitespace" only strips the text, as
+    `nlg-eval` does; "whitespace_lower" makes it lower-case too, as many reports do before.
 
-    Args:
-        captions: N captions. Each is made one line first: the tokenizer works by line, and the library itself removes
-            only line feeds, so that a carriage return would shift all captions after it.
-        tokenizer: "ptb" for Stanford's PTBTokenizer, lower-case and without punctuation, as `COCOEvalCap` does; it
-            keeps brackets as `-lrb-` and `-rrb-`, because the library's list has them in upper case only.
-            "whitespace" strips the text and leaves the rest as it is, as `nlg-eval` does; "whitespace_lower" makes it
-            lower-case too, as reports do whose captions were lower-cased before.
+    All captions go through one Java process. The lists of two systems are not joined: the tokenizer reads an
+    abbreviation at the end of a caption ("No.") together with the start of the next one.
 
     Raises:
         UserError: with "ptb", `pycocoevalcap` or Java is not installed.
     """
-    lines = [one_line(caption) for caption in captions]
+    # The tokenizer works by line, and the library removes only line feeds: a carriage return would shift all captions
+    lines = [" ".join(caption.splitlines()) for caption in captions]
     if tokenizer != "ptb":
         return [line.strip().lower() if tokenizer == "whitespace_lower" else line.strip() for line in lines]
     ptbtokenizer = _pycocoevalcap("tokenizer.ptbtokenizer")
@@ -115,116 +97,10 @@ def coco_tokens(captions: Sequence[str], tokenizer: str = "ptb") -> list[str]:
     return [" ".join(word for word in line.rstrip().split(" ") if word not in removed) for line in output]
 
 
-def one_line(caption: str) -> str:
-    r"""Return the caption with a space for each line break that `str.splitlines` knows (`\r`, U+2028, ...)."""
-    return " ".join(caption.splitlines())
-
-
-# --- BLEU, CIDEr, ROUGE-L -------------------------------------------------------------------------------------
-
-
-def ngram_scores(systems: Mapping[str, Sequence[str]], references: Sequence[str]) -> dict[str, dict[str, Score]]:
-    """Return `bleu1` to `bleu4`, `cider` and `rougeL` of each system, as `Bleu(4)`, `Cider()` and `Rouge()` give them.
-
-    CIDEr is 0 for a single image: its inverse document frequencies are log(1 / 1).
-
-    Args:
-        systems: the N captions of each, from `coco_tokens`.
-        references: N captions, from `coco_tokens`.
-
-    Raises:
-        ValueError: a system does not have N captions.
-    """
-    if any(len(captions) != len(references) for captions in systems.values()):
-        raise ValueError(f"there are {len(references)} references, and another number of captions of a system")
-    row = {text: i for i, text in enumerate(dict.fromkeys(itertools.chain(references, *systems.values())))}
-    table = NgramTable([text.split() for text in row])
-    rows = {name: [row[text] for text in captions] for name, captions in systems.items()}
-    of_reference = [row[text] for text in references]
-    lengths, reference_lengths = table.lengths, table.lengths[of_reference]
-    num_pairs = np.maximum(lengths - 1, 0)  # CIDEr's length of a caption is its number of 2-grams
-    counted = {name: np.zeros((len(references), 8)) for name in systems}
-    cider = {name: np.zeros(len(references)) for name in systems}
-    for n in range(1, 5):
-        counts = table.counts(n)
-        reference = counts[of_reference]
-        idf = inverse_document_frequencies(reference)
-        weights = reference @ idf
-        for name, own_rows in rows.items():
-            own = counts[own_rows]
-            counted[name][:, n - 1] = own.sum(axis=1).A1
-            counted[name][:, n + 3] = own.minimum(reference).sum(axis=1).A1
-            penalty = cider_penalty(num_pairs[own_rows] - num_pairs[of_reference])
-            cider[name] += _cosines(own @ idf, weights) * penalty * (CIDER_SCALE / 4)
-    scores = {}
-    for name, own_rows in rows.items():
-        sums = np.column_stack([counted[name], lengths[own_rows], reference_lengths])
-        scores[name] = {f"bleu{n}": Score(sums, functools.partial(bleu, n)) for n in range(1, 5)}
-        rouge_l = _rouge_l(systems[name], references)
-        scores[name] |= {"cider": Score.of(cider[name]), "rougeL": Score.of(rouge_l)}
-    return scores
-
-
-def inverse_document_frequencies(counts: sp.csr_matrix) -> sp.dia_matrix:
-    """Return CIDEr's weight of each n-gram, a diagonal matrix, from the counts `[N, G]` of N references."""
-    number = np.bincount(counts.indices, minlength=counts.shape[1])
-    return sp.diags(np.log(counts.shape[0]) - np.log(np.maximum(number, 1)))
-
-
-def cider_penalty(difference: np.ndarray) -> np.ndarray:
-    """Return CIDEr-D's factor for two captions whose lengths, in 2-grams, differ by so much."""
-    return np.exp(-(difference**2) / (2 * CIDER_SIGMA**2))
-
-
-def norms(weights: sp.csr_matrix) -> np.ndarray:
-    """Return the Euclidean length of each row, `[N]`."""
-    return np.sqrt(weights.multiply(weights).sum(axis=1).A1)
-
-
-def _cosines(own: sp.csr_matrix, reference: sp.csr_matrix) -> np.ndarray:
-    """Return CIDEr-D's similarity of each row of both, `[N]`: a cosine in which repeated n-grams are clipped."""
-    common = own.minimum(reference).multiply(reference).sum(axis=1).A1
-    total = norms(own) * norms(reference)
-    return np.divide(common, total, out=np.zeros_like(total), where=total > 0)
-
-
-def bleu(n: int, sums: np.ndarray, number: int) -> np.ndarray:
-    """Return BLEU-n `[...]` by `BleuScorer.compute_score`'s formula.
-
-    Args:
-        n: the longest n-grams that count.
-        sums: `[..., 10]` over captions: possible and matched 1- to 4-grams, words, words of the reference.
-        number: of captions; unused, because BLEU is not a mean over captions.
-    """
-    small, tiny = 1e-9, 1e-15  # the scorer's constants against a division by zero
-    guess, correct, (length, reference_length) = sums[..., :n], sums[..., 4 : 4 + n], np.moveaxis(sums[..., 8:], -1, 0)
-    precision = np.prod((correct + tiny) / (guess + small), axis=-1) ** (1 / n)
-    ratio = (length + tiny) / (reference_length + small)
-    return precision * np.exp(np.minimum(0, 1 - 1 / ratio))
-
-
-def _rouge_l(captions: Sequence[str], references: Sequence[str]) -> np.ndarray:
-    """Return the ROUGE-L of each caption, `[N]`, from 0 to 1: `Rouge.calc_score` with a faster common subsequence.
-
-    As there, a token is what lies between two single spaces.
-    """
-    pairs = [(a.split(" "), b.split(" ")) for a, b in zip(captions, references, strict=True)]
-    common, own, stated = np.array([(lcs_length(a, b), len(a), len(b)) for a, b in pairs], float).T
-    precision, recall = common / own, common / stated
-    weighted = recall + ROUGE_BETA**2 * precision
-    scaled = (1 + ROUGE_BETA**2) * precision * recall
-    return np.divide(scaled, weighted, out=np.zeros(len(pairs)), where=common > 0)
-
-
-# --- METEOR ---------------------------------------------------------------------------------------------------
-
-
 def meteor_scores(systems: Mapping[str, Sequence[str]], references: Sequence[str]) -> dict[str, Score]:
     """Return the METEOR of each system, as `Meteor()` gives it, from one start of its jar, which takes seconds.
 
-    Args:
-        systems: the N captions of each, from `coco_tokens`.
-        references: N captions, from `coco_tokens`.
+    The N captions of each system and the N references are from `coco_tokens`.
 
     Raises:
         UserError: `pycocoevalcap` or Java is not installed.
@@ -236,17 +112,14 @@ def meteor_scores(systems: Mapping[str, Sequence[str]], references: Sequence[str
 
 
 def _meteor_statistics(pairs: Sequence[tuple[str, str]]) -> np.ndarray:
-    """Return float `[N, 6]`, what each caption adds to METEOR's sums.
+    """Return what each pair of prediction and reference adds to METEOR's sums, float `[N, 6]`.
 
     They are the weighted matches in the prediction and in the reference, the weighted lengths of both, the chunks, and
     the matched words (the mean of both sides). The jar answers a `SCORE` line with the lengths and the function words
     of both, for each module the matched content and function words of both, the chunks, and the matched words of both.
-
-    Args:
-        pairs: prediction and reference of N captions.
     """
     # "|||" separates the fields. The library removes it from predictions only: a reference with it would become two
-    texts = [[one_line(text).replace("|||", "") for text in pair] for pair in pairs]
+    texts = [[text.replace("|||", "") for text in pair] for pair in pairs]
     lines = [f"SCORE ||| {reference} ||| {prediction}" for prediction, reference in texts]
     meteor = _pycocoevalcap("meteor.meteor")
     options = ["-jar", "-Xmx2G", meteor.METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm"]
@@ -267,18 +140,12 @@ def _meteor_statistics(pairs: Sequence[tuple[str, str]]) -> np.ndarray:
 
 
 def _meteor(sums: np.ndarray, number: int) -> np.ndarray:
-    """Return METEOR 1.5 `[...]` of sums `[..., 6]`: Denkowski and Lavie (2014); `computeMetrics` in the jar.
-
-    The jar prints all 17 digits of its float64; the two agree to 1e-12.
-    """
+    """Return METEOR 1.5 `[...]` of sums `[..., 6]`: `computeMetrics` in the jar, whose 17 digits agree to 1e-12."""
     test_matches, reference_matches, test_length, reference_length, chunks, words = np.moveaxis(sums, -1, 0)
     with np.errstate(divide="ignore", invalid="ignore"):  # no match at all: 0, as in the jar
         precision, recall = test_matches / test_length, reference_matches / reference_length
         f_mean = 1 / ((1 - ALPHA) / precision + ALPHA / recall)
         return np.nan_to_num(f_mean * (1 - GAMMA * (chunks / words) ** BETA), nan=0.0).clip(min=0)
-
-
-# --- What may be missing --------------------------------------------------------------------------------------
 
 
 def _pycocoevalcap(module: str) -> ModuleType:

@@ -1,7 +1,8 @@
 """ImageCLEFmedical's other task: the concepts (CUIs) of each image, scored as its evaluator of 2026 does.
 
 The formulas are those of `concept_detection/evaluator.py` in github.com/taubsity/clef-caption-evaluation-2026: case
-does not count, and an image without concepts for which none is predicted scores 1.
+does not count, and an image without concepts for which none is predicted scores 1. F1 is a mean over images, so
+thresholds are chosen for that mean, not concept by concept.
 """
 
 from collections import Counter
@@ -12,11 +13,15 @@ import numpy as np
 
 from captioning.errors import UserError
 from captioning.models.concept_head import MAX_CONCEPTS
+from captioning.models.retriever import similarities
+from captioning.scoring.baselines import Baseline
 from captioning.scoring.bootstrap import Score, resampling_counts
 from captioning.scoring.captions import check_ids, read_csv
+from captioning.scoring.concepts import known_concepts
 from captioning.scoring.constants import best_concepts
 from captioning.scoring.score import finite, score_entry
 from captioning.scoring.signatures import signature
+from captioning.scoring.training_split import Training
 
 
 # ROCOv2's manual concepts. The official second score is of the first 15: modalities, body parts
@@ -45,18 +50,27 @@ KINDS = {"concept_detection": None, "concept_detection_manual": MANUAL}
 PARTS = ("f1", "precision", "recall")
 EMPTY = frozenset({""})
 Concepts = Sequence[Set[str]]  # of each image
+# What predicts them, by the keys in scores.json
+SYSTEMS = {
+    "head": Baseline("concept head", "head", "the model's concept head"),
+    "neighbors": Baseline("nearest training images", "neighbors", "a vote of the nearest training images"),
+    "frequent": Baseline("most frequent concepts", "frequent", "the same concepts for each image: the most frequent"),
+    "captions": Baseline("predicted captions", "captions", "concepts that the predicted captions name"),
+    "bound": Baseline("upper bound of the head", "bound", "the true ones among the concepts that it has learned"),
+}
+THRESHOLDS = np.arange(1, 100) / 100
+MIN_POSITIVES = 10  # validation images with a concept, for a threshold of its own
+
+
+# --- Scores ---------------------------------------------------------------------------------------------------
 
 
 def detection_scores(predicted: Concepts, truth: Concepts, manual_truth: Concepts | None = None) -> dict[str, Score]:
-    """Return F1, precision and recall of all concepts and of the `MANUAL` ones.
+    """Return F1, precision and recall of N images, of all concepts and of the `MANUAL` ones.
 
     F1 is the mean over images of the F1 of two sets, precision and recall are of all pairs of image and concept.
-    Images without a manual concept do not count for the scores of these.
-
-    Args:
-        predicted: the concepts of N images; "" is one too, as where a field ends in ";".
-        truth: those of the references.
-        manual_truth: those of `concepts_manual.csv`; default: those of `truth`, which has them too.
+    Images without a manual concept do not count for the scores of these, whose truth is that of `concepts_manual.csv`
+    or, by default, `truth`, which has them too. "" is a concept as well, as where a field ends in ";".
 
     Raises:
         ValueError: there are not as many predictions as images, or more than `MAX_CONCEPTS` of one.
@@ -102,9 +116,8 @@ def concept_table(predicted: Concepts, truth: Concepts) -> list[dict[str, Any]]:
     found = Counter(cui for ours, _ in pairs for cui in ours)
     support = Counter(cui for _, theirs in pairs for cui in theirs)
     rows = [
-        {"cui": cui, "tp": right[cui], "fp": found[cui] - right[cui], "fn": support[cui] - right[cui]}
-        | {"support": support[cui]}
-        for cui in found | support
+        {"cui": cui, "tp": tp, "fp": found[cui] - tp, "fn": support[cui] - tp, "support": support[cui]}
+        for cui, tp in ((cui, right[cui]) for cui in found | support)
     ]
     return sorted(rows, key=lambda row: (-row["support"], row["cui"]))
 
@@ -117,11 +130,8 @@ def score_concepts(
 ) -> dict[str, Any]:
     """Score concepts of any system, all files CSVs of `ID,CUIs`.
 
-    Args:
-        predictions: the system's.
-        references: of the same images.
-        manual: the manual ones, for the scores of these; default: those among `references`.
-        training: of the training split, for the baseline.
+    `manual` has the truth of the manual concepts, by default those among `references`; `training`, the concepts of the
+    training split, is for the baseline.
 
     Returns:
         `images`, `scores` as in `scores.json`, `constant` (concepts of the baseline by score), `concepts`.
@@ -134,8 +144,8 @@ def score_concepts(
     of_manual = _read_concepts(manual) if manual else truth
     check_ids(of_manual, truth, manual or references, references, more=True)
     sides = [*truth.values()], [of_manual[image_id] for image_id in truth]
-    predicted = [found[image_id] for image_id in truth]
-    entries, constants = detection_entries(predicted, *sides), {}
+    predicted, constants = [found[image_id] for image_id in truth], {}
+    entries = {name: entry | {"baselines": {}} for name, entry in detection_entries(predicted, *sides).items()}
     if training:
         known = [*_read_concepts(training).values()]
         for kind, only in KINDS.items():
@@ -143,13 +153,9 @@ def score_concepts(
             constants[kind] = best_concepts([concepts for concepts in own if concepts or only is None])
             values = detection_scores([set(constants[kind])] * len(truth), *sides)
             for part in PARTS:
-                entries[f"{kind}_{part}"]["baselines"] = {"constant": finite(values[f"{kind}_{part}"].value)}
-    return {
-        "images": len(truth),
-        "scores": entries,
-        "constant": constants,
-        "concepts": concept_table(predicted, sides[0]),
-    }
+                entries[f"{kind}_{part}"]["baselines"]["constant"] = finite(values[f"{kind}_{part}"].value)
+    table = concept_table(predicted, sides[0])
+    return {"images": len(truth), "scores": entries, "constant": constants, "concepts": table}
 
 
 def _read_concepts(path: str, is_checked: bool = False) -> dict[str, frozenset[str]]:
@@ -170,3 +176,78 @@ def holds_concepts(path: str) -> bool:
     with open(path, "rb") as file:
         line = file.readline(100).removeprefix(b"\xef\xbb\xbf").lower()
     return line.translate(None, b'" \r\n') == b"id,cuis"
+
+
+# --- Systems: from probabilities to concepts, and without training --------------------------------------------
+
+
+def choose_thresholds(
+    probabilities: np.ndarray, concepts: Sequence[str], truth: Sequence[Set[str]], each: bool = False
+) -> list[float]:
+    """Return the thresholds of C concepts that give N images the highest mean F1; of equal ones those in the middle.
+
+    `probabilities` are float `[N, C]`; `truth` may have other concepts, too. All have the best common threshold; with
+    `each`, one of `MIN_POSITIVES` images or more has its own where that raises the score, frequent concepts first.
+    """
+    labels, num_true = _indicators(truth, concepts), np.array([len(known) for known in truth])
+    passes = (probabilities >= threshold for threshold in THRESHOLDS)
+    values = np.array([_mean_f1((labels & own).sum(axis=1), own.sum(axis=1), num_true) for own in passes])
+    chosen = np.full(len(concepts), THRESHOLDS[_middle(values)])
+    predicted, best = probabilities >= chosen, values.max()
+    right, number = (labels & predicted).sum(axis=1), predicted.sum(axis=1)
+    positives = labels.sum(axis=0)
+    for c in np.argsort(-positives, kind="stable")[: (positives >= MIN_POSITIVES).sum()] if each else ():
+        own, label = probabilities[:, [c]] >= THRESHOLDS, labels[:, [c]]
+        change = own.astype(int) - predicted[:, [c]]  # [N, thresholds]
+        values = _mean_f1(right[:, None] + change * label, number[:, None] + change, num_true[:, None])
+        if values.max() > best:
+            place, best = _middle(values), values.max()
+            chosen[c] = THRESHOLDS[place]
+            right, number = right + change[:, place] * label[:, 0], number + change[:, place]
+    return chosen.tolist()
+
+
+def _mean_f1(right: np.ndarray, predicted: np.ndarray, num_true: np.ndarray) -> np.ndarray:
+    """Return the mean F1 of N images, `[...]`, from numbers of concepts `[N, ...]`."""
+    both = predicted + num_true
+    return np.where(both, 2 * right / np.maximum(both, 1), 1.0).mean(axis=0).round(12)
+
+
+def _middle(values: np.ndarray) -> int:
+    best = np.flatnonzero(values == values.max())
+    return int(best[len(best) // 2])
+
+
+def _indicators(sets: Sequence[Set[str]], concepts: Sequence[str]) -> np.ndarray:
+    """Return which of N sets has which of C concepts, bool `[N, C]`."""
+    column, found = {cui: c for c, cui in enumerate(concepts)}, np.zeros((len(sets), len(concepts)), bool)
+    for row, own in enumerate(sets):
+        found[row, [column[cui] for cui in own if cui in column]] = True
+    return found
+
+
+def neighbor_votes(
+    features: np.ndarray, train_features: np.ndarray, image_ids: Sequence[str], training: Training, number: int
+) -> tuple[list[str], np.ndarray]:
+    """Return the concepts of training images, and for N images the votes `[N, C]` of those that are nearest to each.
+
+    The vote for a concept is the share, from 0 to 1, that images with it have in the cosines of the nearest `number`
+    training images with concepts. An image has no vote on itself, known by its id. Features are float `[N, H]` of the
+    images, and `[K, H]` of those of `training` that may vote.
+    """
+    known = [known_concepts(cuis) for cuis in training.neighbor_cuis]
+    pool = np.flatnonzero([bool(own) for own in known])
+    concepts = sorted(set().union(*known))
+    labels = _indicators([known[row] for row in pool], concepts).astype(np.float32)
+    place = {training.neighbor_ids[row]: i for i, row in enumerate(pool)}
+    votes = []
+    for start, cosines in similarities(features, train_features):
+        weights = cosines[:, pool].clip(min=0)
+        for row, image_id in enumerate(image_ids[start : start + len(weights)]):
+            if image_id in place:
+                weights[row, place[image_id]] = 0
+        if number < len(pool):
+            weakest = np.argpartition(-weights, number - 1, axis=1)[:, number:]
+            np.put_along_axis(weights, weakest, 0, axis=1)
+        votes.append(weights @ labels / np.maximum(weights.sum(axis=1, keepdims=True), 1e-12))
+    return concepts, np.concatenate(votes)

@@ -1,10 +1,4 @@
-"""UMLS concepts (CUIs) in captions, without a license or a download: learned from the training split.
-
-extractor = ConceptExtractor(train_captions, train_cuis)
-truth = [known_concepts(cuis) for cuis in image_cuis]
-concept_f1(extractor.predict(predictions), truth).value
-concept_f1(extractor.predict(references), truth).value    # what the references themselves score
-"""
+"""UMLS concepts (CUIs) in captions, without a license or a download: learned from the training split."""
 
 import re
 import warnings
@@ -33,38 +27,27 @@ NEGATIVES, MIN_NEGATIVES = 10, 3000
 
 
 class ConceptExtractor:
-    """Reads UMLS concepts (CUIs) from captions, learned from the captions and concepts of the training split.
+    """Reads concepts from captions, learned from the captions and concepts (`cuis`) of the training split.
 
     Most concepts of ROCOv2 were found in the captions by a tool, so a logistic regression per concept on words, pairs
     and triples of words can recover them. Its features are only the n-grams that correlate with the concept, so that a
-    thousand concepts on 60,000 captions take about a minute of one core.
-
-    Args:
-        captions: of the training split.
-        cuis: the concepts of each image; those of fewer than `MIN_IMAGES` images are not learned.
-        seed: of the captions that are drawn as negative examples.
-
-    Attributes:
-        concepts: the learned CUIs, sorted.
-        reason: why nothing was learned, else "".
-
-    Raises:
-        ValueError: there are not as many captions as lists of CUIs.
+    thousand concepts on 60,000 captions take about a minute of one core. Those of fewer than `MIN_IMAGES` images are
+    not learned: `concepts` are the learned ones, sorted; `reason` is why there are none, else "".
     """
 
-    def __init__(self, captions: Sequence[str], cuis: Sequence[Sequence[str]], seed: int = 0):
-        pairs = [(plain_text(c), known_concepts(known)) for c, known in zip(captions, cuis, strict=True)]
-        images = Counter(cui for _, known in pairs for cui in known)
+    def __init__(self, captions: Sequence[str], cuis: Sequence[Sequence[str]]):
+        known = [known_concepts(own) for own in cuis]
+        images = Counter(cui for own in known for cui in own)
         kept = sorted(cui for cui, number in images.items() if number >= MIN_IMAGES)
         self.concepts, self.reason = [], ""
-        if sum(bool(known) for _, known in pairs) < MIN_PAIRS:
+        if sum(map(bool, known)) < MIN_PAIRS:
             self.reason = f"fewer than {MIN_PAIRS} training captions have concepts"
         elif not kept:
             self.reason = f"no concept has {MIN_IMAGES} training images"
         else:
-            self._learn([text for text, _ in pairs], [known.intersection(kept) for _, known in pairs], kept, seed)
+            self._learn([plain_text(text) for text in captions], [own.intersection(kept) for own in known], kept)
 
-    def _learn(self, texts: Sequence[str], known: Sequence[Set[str]], kept: Sequence[str], seed: int) -> None:
+    def _learn(self, texts: Sequence[str], known: Sequence[Set[str]], kept: list[str]) -> None:
         self._vectorizer = CountVectorizer(
             binary=True, lowercase=False, ngram_range=(1, 3), min_df=2, token_pattern=r"[a-z0-9]+", dtype=np.float32
         )
@@ -73,7 +56,7 @@ class ConceptExtractor:
         except ValueError:  # an empty vocabulary
             self.reason = "the training captions have no words in common"
             return
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(0)
         columns_of_grams, spread = grams.tocsc(), np.bincount(grams.indices, minlength=grams.shape[1])
         binarizer = MultiLabelBinarizer(classes=kept, sparse_output=True)
         truth = binarizer.fit_transform(known).astype(np.float32).tocsc()  # [captions, concepts]
@@ -107,13 +90,8 @@ def _telling(
     """Return the most telling n-grams, sorted, of the concept of the `positive` captions; and its candidates.
 
     Half of the n-grams are the most telling ones among all captions; half among the candidates, where "left lung" may
-    show that "lung" was not meant alone.
-
-    Args:
-        grams: `[captions, grams]`, which caption has which n-gram.
-        together: `[grams, 1]`, captions that have the n-gram and the concept.
-        spread: `[grams]`, captions that have the n-gram.
-        positive: bool `[captions]`.
+    show that "lung" was not meant alone. `grams` `[captions, grams]` says which caption has which n-gram, `spread`
+    `[grams]` how many captions have it, and `together` `[grams, 1]` how many of the positive ones.
     """
     half = int(np.clip(positive.sum(), MIN_FEATURES, MAX_FEATURES)) // 2
     held = together.indices
@@ -129,11 +107,7 @@ def _telling(
 def _most_surprising(both: np.ndarray, spread: np.ndarray, positive: np.ndarray, number: int) -> np.ndarray:
     """Return the `number` n-grams whose 2 x 2 table with a concept has the highest chi-squared.
 
-    Args:
-        both: `[grams]`, captions that have the n-gram and the concept.
-        spread: `[grams]`, captions that have the n-gram.
-        positive: bool `[captions]`, which have the concept.
-        number: at most so many.
+    `spread` `[grams]` captions have the n-gram, `both` `[grams]` of them the concept, as `positive` `[captions]` says.
     """
     share = positive.sum() / len(positive)
     expected = spread * share
@@ -176,5 +150,5 @@ def concept_f1(predicted: Sequence[Set[str]], truth: Sequence[Set[str]]) -> Scor
     Raises:
         ValueError: there are not as many predictions as images.
     """
-    pairs = [(set(a), set(b)) for a, b in zip(predicted, truth, strict=True)]
+    pairs = zip(predicted, truth, strict=True)
     return Score.of(np.array([2 * len(a & b) / (len(a) + len(b)) if a or b else 1.0 for a, b in pairs]))

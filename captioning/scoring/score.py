@@ -8,9 +8,8 @@
 
     captions, unique_captions, verdict, beats_constant
     scores      name -> value, low and high (95 % confidence interval), signature, baselines (key -> value),
-                references, tokenizer (the upper bound by it); rewarded in a self-critical training;
-                of attributes also precision, recall, and how many
-                items were predicted and stated
+                references, tokenizer (the upper bound by it); rewarded in a self-critical training; of attributes
+                also precision, recall, and how many items were predicted and stated
     baselines   key -> what it is, its caption or captions, among what it was found
     modalities  name -> captions, and scores as above
     missing     name -> what a score that was not computed needs
@@ -28,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from captioning.errors import UserError
+from captioning.scoring import TOKENIZERS
 from captioning.scoring.baselines import BASELINES, baseline_captions
 from captioning.scoring.bertscore import NOT_COMPUTED, bertscore
 from captioning.scoring.bootstrap import (
@@ -42,7 +42,7 @@ from captioning.scoring.bootstrap import (
 )
 from captioning.scoring.captions import Captions
 from captioning.scoring.clinical import ATTRIBUTES, UNKNOWN, agreement, item_counts, modality_of
-from captioning.scoring.coco import TOKENIZERS, coco_scores
+from captioning.scoring.coco import coco_scores
 from captioning.scoring.concepts import concept_f1, known_concepts
 from captioning.scoring.constants import constant_values
 from captioning.scoring.signatures import signature
@@ -51,13 +51,8 @@ from metrics import wording_scores
 
 
 HEADLINE = "rougeL"
-DETECTION_F1 = (
-    "concept_detection_f1",
-    "concept_detection_manual_f1",
-)  # of all concepts, and of ImageCLEF's 15 manual ones
-HOW_MANY = {1: "A baseline scores"} | {
-    number: f"{word} baselines score" for number, word in enumerate(("Two", "Three", "Four", "Five"), start=2)
-}
+DETECTION_F1 = ("concept_detection_f1", "concept_detection_manual_f1")  # of all concepts, and of 15 manual ones
+HOW_MANY = ("A baseline scores", *(f"{word} baselines score" for word in ("Two", "Three", "Four", "Five")))
 # Scores that a table by modality shows; BLEU and METEOR need more captions than a modality may have
 BY_MODALITY = (HEADLINE, "rouge1", "imageclef_rouge1", *(f"{name}_f1" for name in ATTRIBUTES), "concept_f1")
 
@@ -73,7 +68,7 @@ def score(
     bertscore_model: str | None = None,
     round_trip: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Score the captions of a system, its baselines, and its captions by modality.
+    """Score the captions of a system and its baselines: the dict described above; an undefined value is None.
 
     Args:
         captions: of N images.
@@ -82,9 +77,6 @@ def score(
         tokenizer: of the COCO metrics, one of `TOKENIZERS`; None leaves them out.
         bertscore_model: the weights of BERTScore; None leaves it out.
         round_trip: the N references encoded and decoded, whose scores are an upper bound of the model's: `tokenizer`.
-
-    Returns:
-        The dict described at the top of this file; an undefined value is None.
     """
     modalities = [modality_of(cuis, text) for cuis, text in zip(captions.cuis, captions.references, strict=True)]
     split = training or Training(captions.references, captions.cuis, is_scored=True)
@@ -101,34 +93,31 @@ def score(
     counts = resampling_counts(len(captions))
     entries = {}
     for name, own in scores[""].items():
-        entries[name] = score_entry(own, counts) | {"signature": signature(name, bertscore_model, len(split.captions))}
-        others = {"constant": finite(of_constants[name])} if name in of_constants else {}
-        others |= {key: finite(scores[key][name].value) for key in baselines if name in scores[key]}
-        entries[name]["baselines"] = others
-        if name in bound:
-            entries[name]["tokenizer"] = finite(bound[name].value)
-        if name.removesuffix("_f1") in ATTRIBUTES:
-            entries[name] |= item_counts(own)
+        others = {"constant": of_constants[name]} if name in of_constants else {}
+        others |= {key: scores[key][name].value for key in baselines if name in scores[key]}
+        entries[name] = {
+            **score_entry(own, counts),
+            "signature": signature(name, bertscore_model, len(split.captions)),
+            "baselines": {key: finite(value) for key, value in others.items()},
+            **({"tokenizer": finite(bound[name].value)} if name in bound else {}),
+            **(item_counts(own) if name.removesuffix("_f1") in ATTRIBUTES else {}),
+        }
     if "concept_f1" in entries:
         references = _concept_scores({"": captions.references}, captions, training, {})[""]
         entries["concept_f1"]["references"] = finite(references.value)
-    notes["constant"] = {"caption": constant, "found_among": split.source}
-    notes["constant"] |= {"captions": constants.captions, "items": constants.items}
-    known = [key for key in BASELINES if key == "constant" or key in baselines]
+    notes["constant"] = {"caption": constant, "found_among": split.source, **constants._asdict()}
+    wording = wording_scores((constant,) * len(captions), tuple(captions.references))
+    headline = {"constant": Score.of(wording[HEADLINE])} | {name: own[HEADLINE] for name, own in scores.items()}
+    known = {key: own.description for key, own in BASELINES.items() if key in headline}
     return {
         "captions": len(captions),
         "unique_captions": len(set(captions.predictions)) / len(captions),
-        **_verdict(scores, _constant_score(constant, captions), split, entries[HEADLINE], counts),
+        **_verdict(headline, split.is_scored, entries[HEADLINE], counts),
         "scores": entries,
-        "baselines": {key: {"what": BASELINES[key].description} | notes.get(key, {}) for key in known},
+        "baselines": {key: {"what": what} | notes.get(key, {}) for key, what in known.items()},
         "modalities": _by_modality(scores[""], modalities, counts),
         "missing": missing,
     }
-
-
-def _constant_score(constant: str, captions: Captions) -> Score:
-    wording = wording_scores((constant,) * len(captions), tuple(captions.references))
-    return Score.of(wording[HEADLINE])
 
 
 def _scores_of_systems(
@@ -192,9 +181,7 @@ def _concept_scores(
 def score_entry(own: Score, counts: np.ndarray, rows: np.ndarray | slice = slice(None)) -> dict[str, float | None]:
     """Return the value of a score of some of N captions with its interval; `counts`: see `resampling_counts`."""
     part = own.part(rows)
-    # A single caption does not show how much captions vary
-    several = len(part.statistics) > 1
-    low, high = interval(resampled(part, counts[:, rows])) if several else (math.nan, math.nan)
+    low, high = interval(resampled(part, counts[:, rows]))
     return {"value": finite(part.value), "low": finite(low), "high": finite(high)}
 
 
@@ -213,34 +200,30 @@ def _by_modality(scores: Mapping[str, Score], modalities: Sequence[str], counts:
 
 
 def _verdict(
-    scores: Mapping[str, Mapping[str, Score]],
-    constant: Score,
-    split: Training,
-    entry: Mapping[str, Any],
-    counts: np.ndarray,
+    headline: Mapping[str, Score], is_scored: bool, entry: Mapping[str, Any], counts: np.ndarray
 ) -> dict[str, Any]:
     """Say whether the captions beat the constant one, which baselines are higher, and what looking at the image adds.
 
-    `beats_constant` needs the whole confidence interval of the difference above 0, and a p-value below 0.05: of few
-    captions the interval is too narrow, and the randomization test is not.
+    `headline` are the ROUGE-L of the captions, "", and of each baseline; with `is_scored` the constant was found among
+    the references themselves. `beats_constant` needs the whole confidence interval of the difference above 0, and a
+    p-value below 0.05: of few captions the interval is too narrow, and the randomization test is not.
     """
-    headline = {"constant": constant} | {name: found[HEADLINE] for name, found in scores.items()}
-    own = headline.pop("")
+    own, constant = headline[""], headline["constant"]
     digits = num_decimals(entry["low"], entry["high"])
     shown, shown_constant = f"ROUGE-L {own.value:.{digits}f}", f"{constant.value:.{digits}f}"
     difference = compare(own, constant, counts)
     beats = difference.low > 0 and difference.p_value < 1 - LEVEL
     if difference.difference > 0:
-        among = " among the references themselves" if split.is_scored else ""
+        among = " among the references themselves" if is_scored else ""
         relation = "beats" if beats else "does not significantly beat"
         shown += f" {relation} the best constant caption{among} ({shown_constant})"
     sentences = [shown]
-    higher = {key: baseline.value for key, baseline in headline.items() if baseline.value > own.value}
+    higher = {key: other.value for key, other in headline.items() if other.value > own.value}
     if higher:
         ranked = sorted(higher, key=lambda key: -higher[key])
         names = [f"{BASELINES[key].name} {higher[key]:.{digits}f}" for key in ranked]
-        among = " (found among the references themselves)" if split.is_scored and "constant" in higher else ""
-        sentences += [f"{HOW_MANY[len(ranked)]} higher: {', '.join(names)}{among}"]
+        among = " (found among the references themselves)" if is_scored and "constant" in higher else ""
+        sentences += [f"{HOW_MANY[len(ranked) - 1]} higher: {', '.join(names)}{among}"]
     elif difference.difference <= 0:
         sentences += [f"The constant caption scores the same: {shown_constant}"]
     if "shuffled_images" in headline:
@@ -274,14 +257,8 @@ def compare_captions(
 ) -> dict[str, Any]:
     """Return the `scores` of two systems, with the difference, its interval, p-value, signature; what is `missing`.
 
-    `p_holm` is the p-value corrected for the number of scores.
-
-    Args:
-        first: the captions of one system.
-        second: those of another for the same images in the same order.
-        training: see `score`.
-        tokenizer: see `score`.
-        bertscore_model: see `score`.
+    Both have the same images in the same order; the other arguments are those of `score`. `p_holm` is the p-value
+    corrected for the number of scores.
     """
     systems = {"first": first.predictions, "second": second.predictions}
     scores, missing, _ = _scores_of_systems(systems, first, training, tokenizer, {}, bertscore_model, list(systems))
@@ -291,8 +268,8 @@ def compare_captions(
         other = scores["second"][name]
         values = {"first": own.value, "second": other.value, **vars(compare(own, other, counts))}
         signed = signature(name, bertscore_model, len(training.captions) if training else 0)
-        rows[name] = {key: finite(value) for key, value in values.items()} | {"signature": signed}
-    known = {name: row["p_value"] for name, row in rows.items() if row["p_value"] is not None}
-    corrected = dict(zip(known, holm([*known.values()]), strict=True))
-    rows = {name: row | {"p_holm": corrected.get(name)} for name, row in rows.items()}
+        rows[name] = {key: finite(value) for key, value in values.items()} | {"signature": signed, "p_holm": None}
+    known = [row for row in rows.values() if row["p_value"] is not None]
+    for row, corrected in zip(known, holm([row["p_value"] for row in known]), strict=True):
+        row["p_holm"] = corrected
     return {"scores": rows, "missing": missing}

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from captioning.errors import UserError, as_user_error
 from captioning.files import write_whole
+from captioning.models.concept_head import MAX_CONCEPTS
 from captioning.scoring.captions import id_faults, read_csv, well_formed
-from captioning.scoring.concept_detection import MAX_CONCEPTS
 
 
 OFFICIAL_MAX_FIELD = 2**17  # the default of the csv module, with which the official checker reads
@@ -44,10 +44,8 @@ def write_concepts(folder: Path, image_ids: Sequence[str], concepts: Sequence[It
     fields = []
     for image_id, found in zip(image_ids, concepts, strict=True):
         cuis = sorted({cui.strip().upper() for cui in found})
-        if wrong := [cui for cui in cuis if not CUI.fullmatch(cui)]:
-            raise UserError(f"image '{image_id}': '{wrong[0]}' is not a concept such as C0040405; leave it out")
-        if len(cuis) > MAX_CONCEPTS:
-            raise UserError(f"image '{image_id}' has {len(cuis)} concepts; a submission may have {MAX_CONCEPTS}")
+        if faults := _concept_faults(cuis):
+            raise UserError(f"image '{image_id}': {faults[0]}")
         fields.append(";".join(cuis))
     return _write_rows(folder, "submission_concepts", "CUIs", image_ids, fields)
 
@@ -75,14 +73,11 @@ def _quoted(caption: str) -> str:
 
 
 def check_submission(path: str, references: str | None = None) -> list[str]:
-    """Check a submission of captions (`ID,Caption`) or concepts (`ID,CUIs`) by the rules of the official checker.
-
-    Args:
-        path: `submission.csv`, or a zip that contains nothing else.
-        references: CSV of the ground truth; without it, ids and their order are not checked.
+    """Check a submission of captions (`ID,Caption`) or concepts (`ID,CUIs`), `submission.csv` or a zip of it alone.
 
     Returns:
-        The faults, each one line that says where it is and how to mend it; empty for a valid submission.
+        The faults, each one line that says where it is and how to mend it; empty for a valid submission. Ids and their
+        order are checked by `references`, the CSV of the ground truth.
 
     Raises:
         UserError: a file cannot be read.
@@ -107,9 +102,7 @@ def check_submission(path: str, references: str | None = None) -> list[str]:
     for number, (row, line) in enumerate(zip(rows, lines[1:], strict=False), 2):
         faults += [f"row {number}: {fault}" for fault in _row_faults(row, line, header[1])]
     ids = [row[0] for row in rows if row]
-    faults += [
-        f"id '{image_id}' occurs {count} times; keep one" for image_id, count in Counter(ids).items() if count > 1
-    ]
+    faults += [f"id '{own}' occurs {count} times; keep one" for own, count in Counter(ids).items() if count > 1]
     if references is None:
         return faults
     wanted = list(read_csv(references, "Caption", "CUIs"))
@@ -145,8 +138,11 @@ def _row_faults(row: list[str], line: str, column: str) -> list[str]:
         return faults
     if text != text.strip():
         faults.append("the CUIs start or end with white space; remove it")
-    cuis = [cui.strip() for cui in text.split(";")] if text.strip() else []
-    faults += [f"'{cui}' is not a concept such as C0040405" for cui in cuis if not CUI.fullmatch(cui)]
+    return faults + _concept_faults([cui.strip() for cui in text.split(";")] if text.strip() else [])
+
+
+def _concept_faults(cuis: Sequence[str]) -> list[str]:
+    faults = [f"'{cui}' is not a concept such as C0040405" for cui in cuis if not CUI.fullmatch(cui)]
     if len(set(cuis)) < len(cuis):
         faults.append("a concept occurs twice; keep one")
     if len(cuis) > MAX_CONCEPTS:  # the rule of the evaluator, which the checker lacks

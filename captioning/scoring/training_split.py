@@ -11,31 +11,23 @@ from captioning.models.retriever import Retriever
 from captioning.scoring.captions import check_ids, read_csv, split_cuis
 from captioning.scoring.clinical import UNKNOWN, modality_of
 from captioning.scoring.concepts import ConceptExtractor
-from captioning.scoring.constant_caption import typical_captions
-from captioning.scoring.constants import Constants, find_constants
+from captioning.scoring.constants import Constants, find_constants, typical_captions
 from captioning.stages import stage
 
 
 @dataclass(frozen=True)
 class Training:
-    """The captions and concepts of the training split.
+    """The M captions of the training split, and the concepts of each image, empty where none are known.
 
-    Attributes:
-        captions: M captions.
-        cuis: the concepts of each image, empty where none are known.
-        features: float `[K, H]` of the images whose captions are `neighbors`; None without a model.
-        neighbors: the captions of these images; None if they are all M.
-        neighbor_cuis: their concepts.
-        neighbor_ids: their ids.
-        retriever: makes other features for the concepts of the nearest images; None: these are used.
-        retrieved: these features, float `[K, D]`.
-        is_scored: these are the references that are scored: there is no training split.
+    `features`, float `[K, H]`, are those of the images whose captions, concepts and ids are `neighbors`; None without
+    a model. For the concepts of the nearest images a `retriever` can make others, `retrieved`, float `[K, D]`. With
+    `is_scored` there is no training split: these are the references that are scored.
     """
 
     captions: Sequence[str]
     cuis: Sequence[Sequence[str]]
     features: np.ndarray | None = None
-    neighbors: Sequence[str] | None = None
+    neighbors: Sequence[str] = ()
     neighbor_cuis: Sequence[Sequence[str]] = ()
     neighbor_ids: Sequence[str] = ()
     retriever: Retriever | None = None

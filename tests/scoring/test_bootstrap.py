@@ -19,8 +19,7 @@ def values():
 
 def test_each_resample_draws_as_many_captions_as_there_are():
     counts = resampling_counts(30)
-    assert counts.shape == (RESAMPLES, 30)
-    assert (counts.sum(axis=1) == 30).all()
+    assert counts.shape == (RESAMPLES, 30) and (counts.sum(axis=1) == 30).all()
     assert len({tuple(row) for row in counts}) > 900
     assert (counts == resampling_counts(30)).all() and (counts != resampling_counts(30, seed=1)).any()
 
@@ -75,9 +74,7 @@ def test_two_equal_systems_do_not_differ(values):
 def test_a_small_but_constant_gain_is_found(values):
     counts = resampling_counts(len(values))
     found = compare(Score.of(values + 0.01), Score.of(values), counts)
-    assert found.difference == pytest.approx(0.01)
-    assert found.low > 0.009
-    assert found.p_value < 0.001
+    assert found.difference == pytest.approx(0.01) and found.low > 0.009 and found.p_value < 0.001
     assert compare(Score.of(values), Score.of(values + 0.01), counts).difference == pytest.approx(-0.01)
 
 
@@ -89,8 +86,7 @@ def test_the_p_value_is_that_of_a_permutation_test():
     expected = stats.permutation_test(
         (first, second), lambda a, b: (a - b).mean(), permutation_type="samples", n_resamples=20_000, rng=0
     ).pvalue
-    assert 0.02 < expected < 0.9
-    assert found.p_value == pytest.approx(expected, abs=0.02)
+    assert 0.02 < expected < 0.9 and found.p_value == pytest.approx(expected, abs=0.02)
 
 
 def test_systems_on_other_captions_are_no_pair(values):
@@ -103,8 +99,7 @@ def test_randomizations_without_a_value_count_neither_way():
     first, second = np.zeros((8, 2)), np.zeros((8, 2))
     first[0], second[1] = (1, 1), (0, 1)
     found = compare(Score(first, ratio), Score(second, ratio), resampling_counts(8))
-    assert found.difference == 1
-    assert found.p_value == 1, "all swaps that have a value have this difference"
+    assert (found.difference, found.p_value) == (1, 1), "all swaps that have a value have this difference"
 
 
 def test_p_values_are_corrected_for_their_number():

@@ -6,7 +6,9 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from processes import ROOT, server
 
@@ -15,6 +17,7 @@ from captioning.errors import UserError
 from captioning.reporting.score_table import comparison_table, score_table
 from captioning.scoring.bertscore import NOT_COMPUTED
 from captioning.scoring.bootstrap import num_decimals
+from captioning.scoring.captions import write_predictions
 from captioning.scoring.concept_detection import concept_table, detection_scores
 from captioning.scoring.constants import best_concepts
 from captioning.scoring.score import score
@@ -25,28 +28,24 @@ from captioning.scoring.training_split import Training
 def files(tmp_path_factory, captions, training):
     """A folder with one system's captions as JSON lines and as CSV, another system's, references and training data."""
     folder = tmp_path_factory.mktemp("files")
-
-    def write_csv(name, column, texts, prefix="id"):
-        quoted = (f'{prefix}{i},"{text}"\n' for i, text in enumerate(texts))
-        (folder / name).write_text(f"ID,{column}\n" + "".join(quoted))
-
-    def write_lines(name, references, predictions):
-        keys = ("image_id", "reference", "prediction", "cui")
-        rows = zip(captions.image_ids, references, predictions, captions.cuis, strict=True)
-        lines = [json.dumps(dict(zip(keys, row, strict=True))) for row in rows]
-        (folder / name).write_text("".join(f"{line}\n" for line in lines))
-
-    write_lines("good.jsonl", captions.references, captions.predictions)
-    write_lines("poor.jsonl", captions.references, captions.references[::-1])
-    write_lines("other.jsonl", [f"x {text}" for text in captions.references], captions.predictions)
+    for name, changed in {
+        "good": {},
+        "poor": {"predictions": captions.references[::-1]},
+        "other": {"references": [f"x {text}" for text in captions.references]},
+    }.items():
+        write_predictions(folder / f"{name}.jsonl", replace(captions, **changed), np.zeros(len(captions)))
     lines = (folder / "good.jsonl").read_text().splitlines(keepends=True)
     (folder / "short.jsonl").write_text(lines[0])
     (folder / "reversed.jsonl").write_text("".join(lines[::-1]))
-    write_csv("good.csv", "Caption", captions.predictions)
-    write_csv("references.csv", "Caption", captions.references)
-    write_csv("concepts.csv", "CUIs", [";".join(cuis) for cuis in captions.cuis])
-    write_csv("train.csv", "Caption", training.captions, "t")
-    write_csv("train_concepts.csv", "CUIs", [";".join(cuis) for cuis in training.cuis], "t")
+    for name, column, texts in (
+        ("good", "Caption", captions.predictions),
+        ("references", "Caption", captions.references),
+        ("concepts", "CUIs", map(";".join, captions.cuis)),
+        ("train", "Caption", training.captions),
+        ("train_concepts", "CUIs", map(";".join, training.cuis)),
+    ):
+        rows = "".join(f'id{i},"{text}"\n' for i, text in enumerate(texts))
+        (folder / f"{name}.csv").write_text(f"ID,{column}\n{rows}")
     return folder
 
 
@@ -93,8 +92,7 @@ def test_two_systems_are_tested_pair_by_pair(run, monkeypatch):
 
 def test_two_systems_are_matched_by_id_and_not_by_row(run):
     found = json.loads(run("score", "good.jsonl", "--against", "reversed.jsonl", "--tokenizer", "none", "--json"))
-    assert found["scores"]["rougeL"]["difference"] == 0
-    assert found["scores"]["rougeL"]["p_value"] == 1
+    assert found["scores"]["rougeL"]["difference"] == 0 and found["scores"]["rougeL"]["p_value"] == 1
 
 
 @pytest.mark.parametrize("others", [[], ["--against", "a|b_%&.jsonl"]], ids=["one system", "two systems"])
@@ -151,20 +149,17 @@ def test_concepts_are_scored_beside_the_most_frequent_ones(run, files, captions,
     scores = json.loads(run("score", *arguments, "--json"))
     truth = [set(cuis) for cuis in captions.cuis]
     own = detection_scores([{"C0040405"}] * len(truth), truth)
-    assert {name: entry["value"] for name, entry in scores["scores"].items()} == {
-        name: pytest.approx(score.value) for name, score in own.items()
-    }
+    values = {name: entry["value"] for name, entry in scores["scores"].items()}
+    assert values == pytest.approx({name: score.value for name, score in own.items()})
     constant = set(best_concepts([set(cuis) for cuis in training.cuis]))
     assert set(scores["constant"]["concept_detection"]) == constant
-    entry = scores["scores"]["concept_detection_f1"]
-    assert (
-        entry["baselines"]["constant"]
-        == detection_scores([constant] * len(truth), truth)["concept_detection_f1"].value
-    )
+    entry, of_constant = scores["scores"]["concept_detection_f1"], detection_scores([constant] * len(truth), truth)
+    assert entry["baselines"]["constant"] == of_constant["concept_detection_f1"].value
     assert entry["low"] < entry["value"] < entry["high"]
     assert scores["concepts"] == concept_table([{"C0040405"}] * len(truth), truth)
     table = run("score", *arguments)
-    assert "computed tomography" in table
+    assert "computed tomography" in table and "most frequent concepts, concept_detection: C" in table
+    assert "computed tomography" in run("score", *arguments[:3]), "without a training split"
     manual = run("score", *arguments, "--concepts", "own_concepts.csv", "--json")
     assert json.loads(manual)["scores"]["concept_detection_manual_f1"]["value"] == 1
 
@@ -179,11 +174,6 @@ def test_a_valid_submission_is_said_to_be_one_and_faults_are_listed(run, files, 
     shown = capsys.readouterr().err
     assert len(shown.splitlines()) == 20, "the first ones are enough"
     assert "\x1b" not in shown
-
-
-def test_without_a_command_the_help_lists_them(run):
-    text = run()
-    assert all(f"\n    {name} " in text for name in ("prepare", "score", "check"))
 
 
 @pytest.mark.parametrize("as_json", [[], ["--json"]])
@@ -216,6 +206,7 @@ def test_help_and_a_mistake_are_answered_before_a_library_is_imported(words):
     command = [sys.executable, "-X", "importtime", "-m", "captioning", *words]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == (0 if words in HELP else 2) and bool(found.stdout) == (words in HELP)
+    assert words or all(f"\n    {name} " in found.stdout for name in ("prepare", "score", "check"))
     imported = {line.split("|")[-1].strip() for line in found.stderr.splitlines() if line.startswith("import time:")}
     assert {"captioning.command_line", "argparse"} <= imported
     slow = ("torch", "transformers", "datasets", "pandas", "pyarrow", "numpy", "scipy", "sklearn", "huggingface_hub")
@@ -224,7 +215,5 @@ def test_help_and_a_mistake_are_answered_before_a_library_is_imported(words):
 
 def test_a_reader_that_closes_the_pipe_early_causes_no_traceback():
     code = "import captioning.command_line as c; c.exit_on_user_error(lambda: print('x' * 10**6))"
-    found = subprocess.run(
-        f'{sys.executable} -c "{code}" | true', cwd=ROOT, shell=True, capture_output=True, text=True
-    )
-    assert found.stderr == ""
+    command = f'{sys.executable} -c "{code}" | true'
+    assert subprocess.run(command, cwd=ROOT, shell=True, capture_output=True).stderr == b""

@@ -50,14 +50,12 @@ def test_a_concept_of_every_image_is_learned():
     assert all("C0000009" in found for found in fitted.predict(captions))
 
 
-def test_the_same_seed_learns_the_same(monkeypatch):
+def test_the_same_captions_teach_the_same(monkeypatch):
     monkeypatch.setattr(concepts, "MIN_NEGATIVES", 20)  # so that negatives are drawn
     monkeypatch.setattr(concepts, "NEGATIVES", 1)
     captions, cuis, _ = phantom_rows(200, seed=5)
-    fits = [ConceptExtractor(captions, cuis, seed) for seed in (0, 0, 1)]
-    weights = [fitted._weights.toarray() for fitted in fits]
-    assert (weights[0] == weights[1]).all() and (fits[0]._intercepts == fits[1]._intercepts).all()
-    assert (weights[0] != weights[2]).any(), "the seed draws nothing"
+    first, again = (ConceptExtractor(captions, cuis) for _ in range(2))
+    assert (first._weights != again._weights).nnz == 0 and (first._intercepts == again._intercepts).all()
 
 
 @pytest.mark.parametrize(

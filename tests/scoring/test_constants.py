@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 from helpers import needs_java, real_captions
 
+from captioning.scoring import TOKENIZERS
 from captioning.scoring import constants as module
 from captioning.scoring.captions import Captions
 from captioning.scoring.clinical import item_agreement
-from captioning.scoring.coco import TOKENIZERS, coco_tokens, meteor_scores, ngram_scores
+from captioning.scoring.coco import coco_tokens, meteor_scores
 from captioning.scoring.concepts import concept_f1
 from captioning.scoring.constants import best_concepts, constant_values, find_constants
+from captioning.scoring.ngrams import ngram_scores
 from captioning.scoring.score import score
 from captioning.scoring.training_split import Training
 from metrics import wording_scores

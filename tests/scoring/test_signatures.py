@@ -4,9 +4,8 @@ from importlib.metadata import version
 
 import pytest
 
-from captioning.scoring import clinical, concepts
+from captioning.scoring import TOKENIZERS, clinical, concepts
 from captioning.scoring.clinical import ATTRIBUTES
-from captioning.scoring.coco import TOKENIZERS
 from captioning.scoring.score import score
 from captioning.scoring.signatures import signature
 
