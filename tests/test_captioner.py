@@ -82,27 +82,12 @@ class StubCaptioner(Captioner):
         torch.manual_seed(seed)
         return cls(StubModel(StubConfig.from_dict(config | {"vocab_size": len(tokenizer)})).eval(), tokenizer)
 
-    def adapt(self, image_size=None, label_smoothing=None, freeze_vision_model=False, fast=True):
-        self.vision_model.requires_grad_(not freeze_vision_model)
-
-    def check_lengths(self, max_caption_length, max_new_tokens):
-        pass
-
     def set_generation_config(self, config):
         self.model.generation_config = config
 
     @classmethod
     def plain_generate_suffices(cls, config):
         return False
-
-    @property
-    def prompt_row(self):
-        return list(self.prompt_ids)
-
-    def tokenize(self, captions, max_length):
-        room = max_length - len(self.prompt_ids) - 1
-        tokens = self.tokenizer(list(captions))["input_ids"]
-        return [[*self.prompt_ids, *own[:room], self.end_token_id] for own in tokens], [len(t) > room for t in tokens]
 
     def collate(self, images, rows):
         side = (self.config.image_side, self.config.image_side)

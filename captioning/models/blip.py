@@ -3,10 +3,9 @@
 Weights on disk stay plain BLIP: stock `BlipForConditionalGeneration` and `BlipProcessor` load what is saved.
 """
 
-import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -22,16 +21,16 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 from transformers.utils import ModelOutput
 
 from captioning.errors import UserError, as_user_error
-from captioning.models.captioner import GENERATE_CODE, IGNORE_INDEX, Batch, Captioner, CardFacts, sum_nll
+from captioning.models.captioner import IGNORE_INDEX, Batch, Captioner, sum_nll
+from captioning.models.card_facts import USAGE, CardFacts
 from captioning.models.fast_blip.decoder import CrossAttention, decoder_class, project_images
 from captioning.models.fast_blip.decoding import can_decode, decode_captions
 from captioning.models.fast_blip.modules import has_shipped_layers, use_fast_blip
 from captioning.models.fast_blip.packed_weights import packed_weights
 from captioning.models.fast_blip.pixel_values import fast_pixel_values
 from captioning.models.tokenizer import add_blip_tokens, load_tokenizer, match_special_tokens, train_tokenizer
+from captioning.models.weights import refuse_missing_weights
 
-
-logger = logging.getLogger(__name__)
 
 # BLIP initializes its position embedding like a weight, at less than a tenth of the patch embeddings that it is added
 # to, so a model trained from random weights learns late where in the image something is. Without this factor the
@@ -55,31 +54,8 @@ CARD = CardFacts(
   booktitle = {International Conference on Machine Learning},
   year      = {2022}
 }""",
-    usage="""{% if autocast %}import torch
-{% endif %}{% if adapter_of %}from peft import PeftModel
-{% endif %}from PIL import Image
-from transformers import BlipForConditionalGeneration, BlipImageProcessorPil, BlipProcessor
-from transformers.utils import cached_file
-
-name = {{ name }}
-{% if adapter_of -%}
-model = BlipForConditionalGeneration.from_pretrained({{ adapter_of }}{% if dtype %}, dtype={{ dtype }}{% endif %})
-model = PeftModel.from_pretrained(model, name)
-{% else -%}
-model = BlipForConditionalGeneration.from_pretrained(name)
-{% endif -%}
-processor = BlipProcessor.from_pretrained(name)
-processor.image_processor = BlipImageProcessorPil.from_pretrained(name)  # torchvision would resize to other pixels
-settings = dict({{ settings }})
-
-image = Image.open(cached_file({{ holder }}, "sample.png"))
-inputs = processor(images=image{% if prompt %}, text={{ prompt }}{% endif %}, return_tensors="pt")
-"""
-    + GENERATE_CODE
-    + """{% if prompt -%}
-tokens = tokens[:, inputs["input_ids"].shape[1] - 1 :]  # without [DEC] and the prompt
-{% endif -%}
-print(processor.decode(tokens[0], skip_special_tokens=True).strip())""",
+    # Stock `generate` takes the end token, which the processor adds to the prompt, off again
+    usage="{% set tokens, arguments, num_unread = None, prompt and 'text=' ~ prompt, 1 %}" + USAGE,
     plain_generate="""{% if suffices -%}
 So does `model.generate({{ "**inputs" if prompt else 'pixel_values=inputs["pixel_values"]' }})` without the settings.
 {%- else -%}
@@ -130,26 +106,11 @@ class BlipCaptioner(Captioner):
                 name, revision=revision, dtype=dtype, output_loading_info=True
             )
             image_processor = BlipImageProcessorPil.from_pretrained(name, revision=revision)
-        side, of_processor = model.config.vision_config.image_size, image_processor.size
-        if of_processor != {"height": side, "width": side}:
-            # The position embedding decides: the model cannot take images of another size
-            logger.warning(
-                "The processor of '%s' is for %s; images are resized to %d pixels", name, of_processor, side
-            )
-            image_processor.size = {"height": side, "width": side}
-        tokenizer = load_tokenizer(name, revision)
-        if len(tokenizer) > model.config.text_config.vocab_size:
-            raise UserError(
-                f"model '{name}': its tokenizer has {len(tokenizer)} entries, its embedding "
-                f"{model.config.text_config.vocab_size}; give the tokenizer that it was trained with"
-            )
-        if loading["missing_keys"]:
-            missing = sorted(loading["missing_keys"])
-            raise UserError(
-                f"model '{name}' lacks {len(missing)} weights of a captioning BLIP ('{missing[0]}', ...); "
-                "give a BlipForConditionalGeneration checkpoint such as Salesforce/blip-image-captioning-base"
-            )
-        return cls(model, BlipProcessor(image_processor, match_special_tokens(tokenizer, model.config)))
+        refuse_missing_weights(loading["missing_keys"], f"model '{name}'")
+        side = model.config.vision_config.image_size  # the position embedding decides, whatever the processor says
+        image_processor.size = {"height": side, "width": side}
+        tokenizer = match_special_tokens(load_tokenizer(name, revision), model.config)
+        return cls(model, BlipProcessor(image_processor, tokenizer))
 
     @classmethod
     def from_config(
@@ -186,21 +147,12 @@ class BlipCaptioner(Captioner):
         side = config.vision_config.image_size
         return cls(model, BlipProcessor(BlipImageProcessorPil(size={"height": side, "width": side}), tokenizer))
 
-    def adapt(
-        self,
-        image_size: int | None = None,
-        label_smoothing: float | None = None,
-        freeze_vision_model: bool = False,
-        fast: bool = True,
-    ) -> None:
-        """See `Captioner.adapt`."""
-        if image_size:
-            self._resize_images(image_size)
-        if label_smoothing is not None:
-            self.config.text_config.label_smoothing = label_smoothing  # not the Trainer's, which does not shift (T5)
-            self.model.text_decoder.label_smoothing = label_smoothing
-        if freeze_vision_model:
-            self.vision_model.requires_grad_(False)
+    def set_label_smoothing(self, weight: float) -> None:
+        """Set that of the config; the Trainer's does not shift the labels (T5)."""
+        self.config.text_config.label_smoothing = self.model.text_decoder.label_smoothing = weight
+
+    def use_fast_code(self, fast: bool) -> None:
+        """See `fast_blip`."""
         self.fast = fast
         use_fast_blip(self.model, fast)
 
@@ -214,41 +166,27 @@ class BlipCaptioner(Captioner):
         """See `Captioner.text_model`; without the head, which is tied to the embedding."""
         return self.model.text_decoder.bert
 
-    def _resize_images(self, image_size: int) -> None:
+    def resize_images(self, side: int) -> None:
         """Make model and processor take square images of another side in pixels.
 
         The position embedding is interpolated once in the weights, by the model's own bicubic interpolation, instead
         of in every `forward`: the saved model is plain BLIP and needs no `interpolate_pos_encoding=True`.
         """
         vision = self.config.vision_config
-        if image_size < vision.patch_size or image_size % vision.patch_size:
+        if side < vision.patch_size or side % vision.patch_size:
             raise UserError(
-                f"image_size {image_size} is not a multiple of the model's patch size {vision.patch_size}; "
-                f"set --image_size to {max(1, round(image_size / vision.patch_size)) * vision.patch_size}"
+                f"image_size {side} is not a multiple of the model's patch size {vision.patch_size}; "
+                f"set --image_size to {max(1, round(side / vision.patch_size)) * vision.patch_size}"
             )
         embeddings = self.model.vision_model.embeddings
-        num_patches = (image_size // vision.patch_size) ** 2
+        num_patches = (side // vision.patch_size) ** 2
         tokens = torch.empty(1, 1 + num_patches, embeddings.embed_dim)  # only its shape is read
         with torch.no_grad():
-            positions = embeddings.interpolate_pos_encoding(tokens, image_size, image_size)
+            positions = embeddings.interpolate_pos_encoding(tokens, side, side)
         embeddings.position_embedding = nn.Parameter(positions)
         embeddings.num_patches, embeddings.num_positions = num_patches, 1 + num_patches
-        embeddings.image_size = vision.image_size = image_size
-        self.processor.image_processor.size = {"height": image_size, "width": image_size}
-
-    def check_lengths(self, max_caption_length: int, max_new_tokens: int) -> None:
-        """See `Captioner.check_lengths`."""
-        positions, start = self.config.text_config.max_position_embeddings, len(self.prompt_row)
-        if max_caption_length > positions:
-            raise UserError(
-                f"max_caption_length {max_caption_length} exceeds the model's {positions} text positions; "
-                f"set --max_caption_length to {positions} or less"
-            )
-        if start + max_new_tokens > positions:
-            raise UserError(
-                f"max_new_tokens {max_new_tokens} after {start} start and prompt tokens exceeds the model's "
-                f"{positions} text positions; set --max_new_tokens to {positions - start} or less or shorten --prompt"
-            )
+        embeddings.image_size = vision.image_size = side
+        self.processor.image_processor.size = {"height": side, "width": side}
 
     def set_generation_config(self, config: GenerationConfig) -> None:
         """See `Captioner.set_generation_config`: they go into the text config as far as possible.
@@ -290,21 +228,9 @@ class BlipCaptioner(Captioner):
         return [self.config.text_config.bos_token_id, *self.prompt_ids]
 
     @property
-    def end_token_id(self) -> int:
+    def end_token_ids(self) -> list[int]:
         """`[SEP]`."""
-        return self.tokenizer.sep_token_id
-
-    def tokenize(self, captions: Sequence[str], max_length: int) -> tuple[list[list[int]], list[bool]]:
-        """See `Captioner.tokenize`; the end token is `[SEP]`."""
-        start = self.prompt_row
-        room = max_length - len(start) - 1
-        if room < 1:
-            raise UserError(
-                f"max_caption_length {max_length} leaves no room for a caption beside [DEC], [SEP] and "
-                f"{len(self.prompt_ids)} prompt tokens; set --max_caption_length to {len(start) + 2} or more"
-            )
-        tokens = self.tokenizer(list(captions), add_special_tokens=False, verbose=False)["input_ids"]
-        return [[*start, *own[:room], self.end_token_id] for own in tokens], [len(own) > room for own in tokens]
+        return [self.tokenizer.sep_token_id]
 
     # --- Batches ----------------------------------------------------------------------------------------------
 
@@ -338,29 +264,21 @@ class BlipCaptioner(Captioner):
         def copy_embeds(module: nn.Module, args: tuple, outputs: ModelOutput) -> None:
             outputs.last_hidden_state = outputs.last_hidden_state.repeat(copies, 1, 1)
 
-        hook = self.vision_model.register_forward_hook(copy_embeds)
-        try:
+        with self.vision_model.register_forward_hook(copy_embeds):
             return self._nll(self.forward(model, batch).logits, batch["labels"])
-        finally:
-            hook.remove()
 
     def _nll(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Sum the negative log-likelihoods by caption; `logits` are `[B, L, V]`, or those of the N targets alone."""
         predicts = labels[:, 1:] != IGNORE_INDEX  # position i predicts token i + 1
         return sum_nll(logits if logits.dim() == 2 else logits[:, :-1][predicts], labels, F.pad(predicts, (1, 0)))
 
-    @contextmanager
-    def watch_features(self, batch: Batch, keep: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    def watch_features(self, batch: Batch, keep: Callable[[torch.Tensor], None]) -> AbstractContextManager[Any]:
         """See `Captioner.watch_features`."""
 
         def pool(module: nn.Module, args: tuple, outputs: ModelOutput) -> None:
             keep(self.image_features(EncodedImages(outputs.last_hidden_state)))
 
-        hook = self.vision_model.register_forward_hook(pool)
-        try:
-            yield
-        finally:
-            hook.remove()
+        return self.vision_model.register_forward_hook(pool)
 
     # --- Evaluation -------------------------------------------------------------------------------------------
 
@@ -414,15 +332,15 @@ class BlipCaptioner(Captioner):
         """See `Captioner.generate_each`; on the fast path, beam searches by several length penalties are one."""
         if not (self._decodes_fast and all(map(can_decode, configs))):
             return super().generate_each(encoded, configs)
-        searches: dict[str, list[GenerationConfig]] = {}
-        shared = [repr(config.to_diff_dict() | {"length_penalty": 0}) for config in configs]
-        for name, config in zip(shared, configs, strict=True):
-            searches.setdefault(name, []).append(config)
-        found = {}
-        for name, alike in searches.items():
-            tokens = self.generate(encoded, alike[0], length_penalties=[config.length_penalty for config in alike])
-            found[name] = iter(tokens.split(len(encoded.image_embeds)))
-        return [next(found[name]) for name in shared]
+        searches: dict[str, list[int]] = {}  # by all settings but the length penalty
+        for place, config in enumerate(configs):
+            searches.setdefault(repr(config.to_diff_dict() | {"length_penalty": 0}), []).append(place)
+        found: dict[int, torch.Tensor] = {}
+        for places in searches.values():
+            penalties = [configs[place].length_penalty for place in places]
+            tokens = self.generate(encoded, configs[places[0]], length_penalties=penalties)
+            found.update(zip(places, tokens.split(len(encoded.image_embeds)), strict=True))
+        return [found[place] for place in range(len(configs))]
 
     @torch.no_grad()
     def generate(

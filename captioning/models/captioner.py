@@ -11,7 +11,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,6 +21,7 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, Pre
 from transformers.utils import ModelOutput
 
 from captioning.errors import UserError
+from captioning.models.card_facts import CardFacts
 from captioning.models.concept_head import ConceptHead
 from captioning.models.surface_form import SurfaceForm
 
@@ -31,48 +31,8 @@ IGNORE_INDEX = -100  # the label that `torch.nn.functional.cross_entropy` leaves
 Batch = dict[str, torch.Tensor]
 
 
-@dataclass(frozen=True)
-class CardFacts:
-    """What the model card says of a family.
-
-    Attributes:
-        kind: fills "A ... that writes a caption for a radiology image".
-        tags: of the card's metadata.
-        transformers: the first version in which the code of `usage` runs.
-        license_note: a sentence on the license of the pretrained weights.
-        citation: BibTeX of the family's paper.
-        usage: Jinja template of Python code that repeats the predictions. It is given `name` (quoted), `settings`
-            (keyword arguments of `generate`, as Python code), `holder` (Python code of the name of the
-            repository or folder that holds `sample.png`), `prompt` (quoted, or None) and `autocast` (a torch type, or
-            None).
-        plain_generate: Jinja template of what to say of a call of `generate` without settings. It is given `prompt`
-            and `suffices`, whether that call repeats the predictions too.
-    """
-
-    kind: str
-    tags: tuple[str, ...]
-    transformers: str
-    license_note: str
-    citation: str
-    usage: str
-    plain_generate: str
-
-
-# For `CardFacts.usage`: the call of `generate`
-GENERATE_CODE = """{% if autocast -%}
-device = "cuda" if torch.cuda.is_available() else "cpu"
-with torch.autocast(device, torch.{{ autocast }}, enabled=device == "cuda"):  # as in the evaluation
-    tokens = model.to(device).generate(**inputs.to(device), **settings)
-{% else -%}
-tokens = model.generate(**inputs, **settings)
-{% endif -%}
-"""
-
-
 class DrawTokens(LogitsProcessor):
-    """Draws a token for each row by a given random number, and leaves of the scores that one alone to be taken.
-
-    So the samples of an image are the same in any batch, but for rounding.
+    """Draws each token by a given random number, so that the samples of an image are the same in any batch.
 
     Args:
         config: `temperature`, `top_k` (0: all) and `top_p`, with the meaning of stock's `generate`.
@@ -102,20 +62,20 @@ class WatchTokens(LogitsProcessor):
     """Shows the caption of one image while it is written, and changes no score.
 
     Args:
-        show: called before each token but the first with the new tokens so far, int64 `[t]`; of several beams, those
-            of the most probable one that goes on. What it raises ends the search.
+        show: called before each token but the first with the new tokens so far, int64 `[t]`, of the most probable
+            beam that goes on. What it raises ends the search.
     """
 
     def __init__(self, show: Callable[[torch.Tensor], None]):
         self.show = show
-        self.start: int | None = None  # tokens of the prompt
+        self.num_prompt_tokens: int | None = None
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Return the scores; both searches keep beams in the order of their probability."""
-        if self.start is None:
-            self.start = input_ids.shape[1]
+        if self.num_prompt_tokens is None:
+            self.num_prompt_tokens = input_ids.shape[1]
         else:
-            self.show(input_ids[0, self.start :])
+            self.show(input_ids[0, self.num_prompt_tokens :])
         return scores
 
 
@@ -123,13 +83,13 @@ class Captioner(ABC):
     """A model and its processor.
 
     Attributes:
-        model: what is trained, evaluated and saved; None in a process that loads data.
+        model: what is trained, evaluated and saved.
         config: the model's.
         processor: image processor and tokenizer, saved beside the model.
         prompt: text that every caption continues.
         prompt_ids: its tokens, without special tokens.
         prompt_arguments: what the processor is called with beside an image to make the prompt, for the card.
-        retrieved_captions: how many captions of other images a prompt may hold, see `takes_retrieved`.
+        retrieved_captions: how many captions of other images a prompt may hold, see `collate`.
         surface_form: restores the case and spacing of decoded captions; None: they stay as the tokenizer decodes them.
         card: what the model card says of the family, if it is the only one of its class: see `card_facts`.
     """
@@ -149,7 +109,7 @@ class Captioner(ABC):
         self.surface_form: SurfaceForm | None = None
 
     def without_weights(self) -> "Captioner":
-        """Return a copy that can tokenize, collate and decode, for a process that loads data."""
+        """Return a copy without a model, for a process that loads data: it can tokenize, collate and decode."""
         light = copy(self)
         light.model = None
         return light
@@ -166,10 +126,7 @@ class Captioner(ABC):
 
     @concept_head.setter
     def concept_head(self, head: ConceptHead | None) -> None:
-        if self.concept_head is not None:
-            del self.plain_model.concept_head
-        if head is not None:
-            self.plain_model.concept_head = head.to(self.model.device)
+        self.plain_model.concept_head = head and head.to(self.model.device)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -180,11 +137,6 @@ class Captioner(ABC):
     def card_facts(cls, model_type: str) -> CardFacts:
         """Return what the model card says of a model with this `model_type` in its config."""
         return cls.card
-
-    @classmethod
-    def takes_retrieved(cls, model_type: str) -> bool:
-        """Tell whether the `collate` of a model with this `model_type` takes captions of similar images, too."""
-        return False
 
     # --- Load and adapt ---------------------------------------------------------------------------------------
 
@@ -200,7 +152,6 @@ class Captioner(ABC):
         """
 
     @classmethod
-    @abstractmethod
     def from_config(
         cls,
         config: dict[str, Any],
@@ -210,21 +161,24 @@ class Captioner(ABC):
         captions: Iterable[str],
         vocab_size: int,
     ) -> "Captioner":
-        """Build a model with random weights, in evaluation mode.
+        """Build a model with random weights by `seed`, in evaluation mode.
 
         Args:
-            config: the content of a config.
-            name: where it came from, for messages.
+            config: the content of a config, which came from `name`.
+            name: for messages.
             seed: of the weights.
-            tokenizer_name: Hub id or folder of a tokenizer; None trains one.
-            captions: what the tokenizer is trained on, if it is.
-            vocab_size: the most entries of a trained tokenizer.
+            tokenizer_name: Hub id or folder; None trains a tokenizer of at most `vocab_size` entries on `captions`.
+            captions: read only for that.
+            vocab_size: used only for that.
 
         Raises:
-            UserError: config or tokenizer cannot be read, or do not describe a model of this family.
+            UserError: config or tokenizer cannot be read, or the family is not trained from random weights.
         """
+        raise UserError(
+            f"config '{name}' is of model type {config['model_type']}, which is fine-tuned only; "
+            "give a checkpoint by --model_name_or_path"
+        )
 
-    @abstractmethod
     def adapt(
         self,
         image_size: int | None = None,
@@ -242,8 +196,26 @@ class Captioner(ABC):
             fast: compute the same numbers by faster code, where the family has such code.
 
         Raises:
-            UserError: the model cannot be adapted in this way.
+            UserError: the model cannot take images of this size.
         """
+        if image_size:
+            self.resize_images(image_size)
+        if label_smoothing is not None:
+            self.set_label_smoothing(label_smoothing)
+        if freeze_vision_model:
+            self.vision_model.requires_grad_(False)
+        self.use_fast_code(fast)
+
+    def resize_images(self, side: int) -> None:
+        """See `adapt`."""
+        raise UserError(f"a {self.config.model_type} takes images of one size only; leave out --image_size")
+
+    def set_label_smoothing(self, weight: float) -> None:
+        """See `adapt`."""
+        raise UserError(f"a {self.config.model_type} has no such loss; leave out --label_smoothing")
+
+    def use_fast_code(self, fast: bool) -> None:  # noqa: B027
+        """See `adapt`; by default there is none."""
 
     @property
     @abstractmethod
@@ -260,31 +232,49 @@ class Captioner(ABC):
         self.prompt = prompt
         self.prompt_ids = self.tokenizer(prompt or "", add_special_tokens=False)["input_ids"]
 
-    @abstractmethod
+    @property
+    def num_tokens_before_row(self) -> int:
+        """How many tokens the model reads before a row of `tokenize`, those of the image among them."""
+        return 0
+
     def check_lengths(self, max_caption_length: int, max_new_tokens: int) -> None:
         """Check that rows of this many tokens can be trained on, and this many tokens generated.
 
         Raises:
             UserError: they do not fit into the model's positions.
         """
+        text = self.config.get_text_config()
+        positions = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+        before = self.num_tokens_before_row
+        lengths = {
+            "max_caption_length": (before, max_caption_length),
+            "max_new_tokens": (before + len(self.prompt_row), max_new_tokens),
+        }
+        for flag, (start, number) in lengths.items():
+            if positions and start + number > positions:
+                after = f" after {start} tokens of the prompt" if start else ""
+                mends = [f"set --{flag} to {positions - start} or less"] if start + 1 < positions else []
+                mends += ["set fewer --retrieved_captions"] if self.retrieved_captions else []
+                mends += ["shorten --prompt"] if self.prompt else []
+                exceeds = f"{flag} {number}{after} exceeds the model's {positions} text positions"
+                raise UserError(f"{exceeds}; {' or '.join(mends)}")
 
     @abstractmethod
     def set_generation_config(self, config: GenerationConfig) -> None:
         """Write the decode settings into the model, so that they are saved with it and stock `generate` finds them."""
 
     @classmethod
-    @abstractmethod
     def plain_generate_suffices(cls, config: GenerationConfig) -> bool:
         """Tell whether stock `generate` of a saved model decodes by these settings without being given them."""
+        return True
 
     # --- Captions and tokens ----------------------------------------------------------------------------------
 
     @property
-    @abstractmethod
     def prompt_row(self) -> list[int]:
         """The tokens before a caption, none of them a target: the start token, where there is one, and the prompt."""
+        return self.prompt_ids
 
-    @abstractmethod
     def tokenize(self, captions: Sequence[str], max_length: int) -> tuple[list[list[int]], list[bool]]:
         """Turn captions into rows of tokens: `prompt_row`, the caption, the end token.
 
@@ -298,6 +288,19 @@ class Captioner(ABC):
         Raises:
             UserError: `max_length` leaves no room for a caption.
         """
+        start = self.prompt_row
+        room = max_length - len(start) - 1
+        if room < 1:
+            raise UserError(
+                f"max_caption_length {max_length} leaves no room for a caption beside {len(start)} tokens before it "
+                f"and one at its end; set --max_caption_length to {len(start) + 2} or more"
+            )
+        tokens = self.caption_tokens(captions)
+        return [[*start, *own[:room], self.end_token_id] for own in tokens], [len(own) > room for own in tokens]
+
+    def caption_tokens(self, captions: Sequence[str]) -> list[list[int]]:
+        """Return all tokens of each caption, without special ones."""
+        return self.tokenizer(list(captions), add_special_tokens=False, verbose=False)["input_ids"]
 
     def decode(self, tokens: np.ndarray) -> list[str]:
         """Turn new tokens int `[N, T]`, padded by the padding token or -100, into N captions."""
@@ -321,14 +324,14 @@ class Captioner(ABC):
         return np.array([len(self.without_padding(row)) for row in tokens], dtype=np.int64)
 
     @property
-    def end_token_id(self) -> int:
-        """The token that ends a caption."""
-        return self.tokenizer.eos_token_id
+    def end_token_ids(self) -> list[int]:
+        """All tokens at which generation stops; the first is the one that a caption learns to end with."""
+        return [self.tokenizer.eos_token_id]
 
     @property
-    def end_token_ids(self) -> list[int]:
-        """All tokens at which generation stops."""
-        return [self.end_token_id]
+    def end_token_id(self) -> int:
+        """The token that a caption learns to end with."""
+        return self.end_token_ids[0]
 
     def without_padding(self, tokens: np.ndarray) -> np.ndarray:
         """Return the new tokens `[T]` of one caption up to its end token; without one, up to its padding."""
@@ -345,8 +348,8 @@ class Captioner(ABC):
     def collate(self, images: Sequence[Image.Image], rows: Sequence[Sequence[int]]) -> Batch:
         """Make the model's batch of B images and their rows of tokens.
 
-        Where the family `takes_retrieved`, there is a third argument `retrieved`: for each image the captions of
-        similar ones, which become a part of its prompt; by default there are none.
+        Families with `Family.image_start` take a third argument `retrieved`: for each image the captions of similar
+        ones, which become a part of its prompt.
 
         Returns:
             The keyword arguments of the model's `forward`, `labels` int64 `[B, L]` among them: -100 where a token is
@@ -385,14 +388,10 @@ class Captioner(ABC):
             logits.append(found)
             return outputs
 
-        hook = self.model.register_forward_hook(add_logits)
-        try:
-            with self.watch_features(batch, features.append):
-                return self.forward(without_logits, batch), logits.pop()
-        finally:
-            hook.remove()
+        with self.model.register_forward_hook(add_logits), self.watch_features(batch, features.append):
+            return self.forward(without_logits, batch), logits.pop()
 
-    def watch_features(self, batch: Batch, keep: Callable[[torch.Tensor], None]) -> AbstractContextManager[None]:
+    def watch_features(self, batch: Batch, keep: Callable[[torch.Tensor], None]) -> AbstractContextManager[Any]:
         """Return a context in which a forward pass of the batch calls `keep` with the features of its images.
 
         They are those of `image_features`, float32 `[B, D]`, with gradients.
@@ -409,8 +408,8 @@ class Captioner(ABC):
     def nll_of_captions(self, model: torch.nn.Module, batch: Batch, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         """Return the negative log-likelihoods of other captions of B images, as `caption_nll` does, with gradients.
 
-        `rows` are K * B rows of tokens as those of `tokenize`: the first captions of all images, then the second. So
-        are the float64 `[K * B]` returned. `model` is that of `forward`.
+        `rows` are K * B rows as of `tokenize`, and so are the float64 `[K * B]` returned: the first captions of all
+        images, then the second. `model` is that of `forward`.
 
         Raises:
             UserError: the family does not have this.
@@ -464,7 +463,7 @@ class Captioner(ABC):
         return self.generate(encoded, settings, draw).unflatten(0, (-1, number))
 
     def generate_each(self, encoded: Any, configs: Sequence[GenerationConfig]) -> list[torch.Tensor]:
-        """Return what `generate` returns by each of some decode settings, but for padding; they may share work."""
+        """Return what `generate` does by each of some decode settings, but for padding; they may share work."""
         return [self.generate(encoded, config) for config in configs]
 
     @abstractmethod

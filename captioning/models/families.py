@@ -6,7 +6,7 @@ of their weights and what memory they need.
 
 from dataclasses import dataclass
 
-from captioning.models.captioner import GENERATE_CODE, CardFacts
+from captioning.models.card_facts import CardFacts
 
 
 ASK = "Write a caption for this radiology image."
@@ -46,6 +46,19 @@ class Family:
     takes_prompt: bool = True
     image_start: str | None = None
     generates_by_decoder: bool = False
+
+    def card_facts(self, model_type: str) -> CardFacts:
+        """Return what the model card says of the family."""
+        authors, title, year, arxiv = self.citation
+        key = model_type.replace("-", "").replace("_", "") + str(year)
+        return CardFacts(
+            kind=f"{model_type} model",
+            tags=(model_type,),
+            transformers="5.23",
+            license_note="The license of the weights that it started from applies to these, too: see docs/models.md.",
+            citation=CITATION.format(key=key, title=title, authors=authors, year=year, arxiv=arxiv),
+            plain_generate=BY_DECODER if self.generates_by_decoder else BY_MODEL,
+        )
 
 
 IDEFICS = "User:{image}{prompt}<end_of_utterance>\nAssistant:"
@@ -127,22 +140,6 @@ FAMILIES = {
 }
 
 
-def card_facts(model_type: str) -> CardFacts:
-    """Return what the model card says of a family."""
-    family = FAMILIES[model_type]
-    authors, title, year, arxiv = family.citation
-    key = model_type.replace("-", "").replace("_", "")
-    return CardFacts(
-        kind=f"{model_type} model",
-        tags=(model_type,),
-        transformers="5.23",
-        license_note="The license of the weights that it started from applies to these, too: see docs/models.md.",
-        citation=CITATION.format(key=f"{key}{year}", title=title, authors=authors, year=year, arxiv=arxiv),
-        usage=USAGE,
-        plain_generate=BY_DECODER if family.generates_by_decoder else BY_MODEL,
-    )
-
-
 CITATION = """@misc{{{key},
   title         = {{{{{title}}}}},
   author        = {{{authors}}},
@@ -150,42 +147,6 @@ CITATION = """@misc{{{key},
   eprint        = {{{arxiv}}},
   archivePrefix = {{arXiv}}
 }}"""
-USAGE = """{% if dtype or autocast %}import torch
-{% endif %}{% if adapter_of %}from peft import PeftModel
-{% endif %}from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
-{%- if tokens %}, GenerationConfig{% endif %}
-from transformers.utils import cached_file
-
-name = {{ name }}
-{% if adapter_of -%}
-model = AutoModelForImageTextToText.from_pretrained({{ adapter_of }}, dtype={{ dtype or '"float32"' }})
-model = PeftModel.from_pretrained(model, name)
-{% else -%}
-model = AutoModelForImageTextToText.from_pretrained(name, dtype={{ dtype or '"float32"' }})
-{% endif -%}
-{% if tokens -%}
-model{% if adapter_of %}.base_model.model{% endif %}.generation_config = GenerationConfig({{ tokens }})
-{% endif -%}
-processor = AutoProcessor.from_pretrained(name)
-processor.image_processor = AutoImageProcessor.from_pretrained(name, backend="pil")  # torchvision: other pixels
-settings = dict({{ settings }})
-
-image = Image.open(cached_file({{ holder }}, "sample.png")).convert("RGB")
-{% if arguments -%}
-inputs = processor(images=[[image]], {{ arguments }}, return_tensors="pt")
-{% else -%}
-inputs = processor.image_processor(image, return_tensors="pt")
-{% endif -%}
-"""
-USAGE += (
-    GENERATE_CODE
-    + """{% if arguments -%}
-if not model.config.is_encoder_decoder:
-    tokens = tokens[:, inputs["input_ids"].shape[1] :]  # without the prompt
-{% endif -%}
-print(processor.tokenizer.decode(tokens[0], skip_special_tokens=True).strip())"""
-)
 BY_MODEL = """{% if suffices %}So does `model.generate(**inputs)` without the settings.
 {%- else %}Without the settings, `model.generate(**inputs)` searches as its model was published to.{% endif %}"""
 BY_DECODER = """`model.generate(**inputs)` alone does not: its language model generates, into which stock

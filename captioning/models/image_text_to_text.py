@@ -10,11 +10,11 @@ caption, so that L is P + C.
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
 from copy import deepcopy
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from PIL import Image
@@ -31,11 +31,14 @@ from transformers import (
     ProcessorMixin,
 )
 from transformers.modeling_outputs import CausalLMOutput
+from transformers.utils import ModelOutput
 
 from captioning.errors import UserError, as_user_error
-from captioning.models.captioner import IGNORE_INDEX, Batch, Captioner, CardFacts, sum_nll
-from captioning.models.families import FAMILIES, Family, card_facts
+from captioning.models.captioner import IGNORE_INDEX, Batch, Captioner, sum_nll
+from captioning.models.card_facts import CardFacts
+from captioning.models.families import FAMILIES, Family
 from captioning.models.processor import load_processor
+from captioning.models.weights import refuse_missing_weights
 
 
 RETRIEVED = "Captions of similar images:\n{}\n"  # written before the image; a line for each, after a dash
@@ -46,14 +49,10 @@ TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_
 
 @dataclass
 class EncodedBatch:
-    """A batch as the model takes it, and the features `[B, D]` of its images once a forward pass has shown them."""
+    """A batch as the model takes it; after a forward pass the last of `features` are those of its images, `[B, D]`."""
 
     batch: Batch
-    features: torch.Tensor | None = None
-
-    def keep(self, features: torch.Tensor) -> None:
-        """Take over the features."""
-        self.features = features
+    features: list[torch.Tensor] = field(default_factory=list)
 
 
 class _SeenEnough(Exception):
@@ -89,46 +88,18 @@ class ImageTextToTextCaptioner(Captioner):
             model, loading = AutoModelForImageTextToText.from_pretrained(
                 name, revision=revision, config=config, dtype=dtype, output_loading_info=True
             )
-        if missing := sorted(loading["missing_keys"]):
-            raise UserError(
-                f"model '{name}' lacks {len(missing)} weights of a {config.model_type} ('{missing[0]}', ...); "
-                "give a checkpoint that has all of them"
-            )
+        refuse_missing_weights(loading["missing_keys"], f"model '{name}'")
         _match_ids(model.config, processor)
-        size = model.get_output_embeddings().weight.shape[0]
-        if len(processor.tokenizer) > size:
-            raise UserError(
-                f"model '{name}': its tokenizer has {len(processor.tokenizer)} entries, its embedding {size}; "
-                "give the tokenizer that it was trained with"
-            )
         writes = EncoderDecoderCaptioner if _has_encoder(config) else ImageTextToTextCaptioner
         mend = "it needs a whole processor_config.json, and a chat template of images and text or none"
         with as_user_error(f"model '{name}': its processor makes no prompt", mend):
             return writes(model, processor)
 
-    @classmethod
-    def from_config(cls, config, name, seed, tokenizer_name, captions, vocab_size) -> NoReturn:
-        """Raise UserError: nobody trains these families from random weights."""
-        raise UserError(
-            f"config '{name}' is of model type {config['model_type']}, which is fine-tuned only; "
-            "give a checkpoint by --model_name_or_path"
-        )
+    def set_label_smoothing(self, weight: float) -> None:
+        """Set that of `forward`."""
+        self.label_smoothing = weight
 
-    def adapt(
-        self,
-        image_size: int | None = None,
-        label_smoothing: float | None = None,
-        freeze_vision_model: bool = False,
-        fast: bool = True,
-    ) -> None:
-        """See `Captioner.adapt`; `fast` changes nothing here."""
-        if image_size:
-            self._resize_images(image_size)
-        self.label_smoothing = label_smoothing or 0.0
-        if freeze_vision_model:
-            self.vision_model.requires_grad_(False)
-
-    def _resize_images(self, side: int) -> None:
+    def resize_images(self, side: int) -> None:
         """Limit the images, whose size these families choose by themselves, to about `side` x `side` pixels."""
         images = self.processor.image_processor
         if self.family.image_size == "area":
@@ -153,21 +124,13 @@ class ImageTextToTextCaptioner(Captioner):
         path = self.family.text
         return self.model.get_submodule(path) if path else self.model.get_decoder()
 
-    def check_lengths(self, max_caption_length: int, max_new_tokens: int) -> None:
-        """See `Captioner.check_lengths`."""
-        text = self.config.get_text_config()
-        positions = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-        prompt = self.prompt_length
-        if self.retrieved_captions:  # with a dash and the end of the line
-            prompt += len(self._tokens([RETRIEVED])[0]) + self.retrieved_captions * (RETRIEVED_TOKENS + 3)
-        for flag, number in {"max_caption_length": max_caption_length, "max_new_tokens": max_new_tokens}.items():
-            if positions and prompt + number > positions:
-                ways = [f"set --{flag} to {positions - prompt} or less"] * (prompt + 1 < positions)
-                ways += ["set fewer --retrieved_captions"] * bool(self.retrieved_captions)
-                raise UserError(
-                    f"{flag} {number} after {prompt} tokens of prompt and image exceeds the model's {positions} "
-                    f"positions; {' or '.join(ways) or 'shorten --prompt'}"
-                )
+    @property
+    def num_tokens_before_row(self) -> int:
+        """The tokens of the prompt, with as many retrieved captions as it may hold."""
+        if not self.retrieved_captions:
+            return self.prompt_length
+        of_each = RETRIEVED_TOKENS + 3  # with a dash and the end of the line
+        return self.prompt_length + len(self._tokens([RETRIEVED])[0]) + self.retrieved_captions * of_each
 
     def set_generation_config(self, config: GenerationConfig) -> None:
         """See `Captioner.set_generation_config`; what a checkpoint samples by does not stay."""
@@ -176,19 +139,9 @@ class ImageTextToTextCaptioner(Captioner):
             self.model.language_model.generation_config = deepcopy(self.model.generation_config)
 
     @classmethod
-    def plain_generate_suffices(cls, config: GenerationConfig) -> bool:
-        """See `Captioner.plain_generate_suffices`; the families' cards say where it does not."""
-        return True
-
-    @classmethod
     def card_facts(cls, model_type: str) -> CardFacts:
         """See `Captioner.card_facts`."""
-        return card_facts(model_type)
-
-    @classmethod
-    def takes_retrieved(cls, model_type: str) -> bool:
-        """See `Captioner.takes_retrieved`: those do in whose prompt the place of the image is known."""
-        return FAMILIES[model_type].image_start is not None
+        return FAMILIES[model_type].card_facts(model_type)
 
     def _with_special_tokens(self, config: GenerationConfig) -> GenerationConfig:
         config, text = deepcopy(config), self.config.get_text_config(decoder=True)
@@ -213,11 +166,6 @@ class ImageTextToTextCaptioner(Captioner):
             kind = self.config.model_type
             raise UserError(f"neither tokenizer nor config of this {kind} has a token that ends a caption; set one")
         return list(dict.fromkeys([learned, *known]))
-
-    @property
-    def end_token_id(self) -> int:
-        """The token that a caption learns to end with."""
-        return self._end_tokens[0]
 
     @property
     def end_token_ids(self) -> list[int]:
@@ -269,7 +217,7 @@ class ImageTextToTextCaptioner(Captioner):
         return [str(token) for token in known if token]
 
     def _render(self, prompt: str) -> str:
-        template = self.processor.chat_template if hasattr(self.processor, "chat_template") else None
+        template = getattr(self.processor, "chat_template", None)
         if not template:
             image, start = getattr(self.processor, "image_token", ""), self.tokenizer.cls_token
             return self.family.template.format(prompt=prompt, image=image, start=start).strip()
@@ -279,27 +227,19 @@ class ImageTextToTextCaptioner(Captioner):
             self.processor, [{"role": "user", "content": content}], template, add_generation_prompt=True
         )
 
-    @property
-    def prompt_row(self) -> list[int]:
-        """No tokens: `collate` puts the prompt before a caption, since the image is in it."""
-        return []
-
-    def tokenize(self, captions: Sequence[str], max_length: int) -> tuple[list[list[int]], list[bool]]:
-        """See `Captioner.tokenize`: rows are captions and end tokens, as they follow the last word of the prompt.
+    def caption_tokens(self, captions: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of each caption as they follow the last word of the prompt.
 
         What would be read as a special token, such as the one that stands for an image, is left out.
         """
-        room = max_length - 1
-        if room < 1:
-            raise UserError(f"max_caption_length {max_length} leaves no room for a caption; set it to 2 or more")
         texts, word = [self._special_tokens.sub(" ", caption).strip() for caption in captions], self._last_word
-        tokens = self._tokens([f"{word} {text}" for text in texts] if word else texts)
-        start = len(self._tokens([word])[0]) if word else 0
-        tokens = [own[start:] for own in tokens]
-        return [[*own[:room], self.end_token_id] for own in tokens], [len(own) > room for own in tokens]
+        if not word:
+            return self._tokens(texts)
+        start = len(self._tokens([word])[0])
+        return [tokens[start:] for tokens in self._tokens([f"{word} {text}" for text in texts])]
 
     def _tokens(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return super().caption_tokens(texts)
 
     # --- Batches ----------------------------------------------------------------------------------------------
 
@@ -340,7 +280,8 @@ class ImageTextToTextCaptioner(Captioner):
         images, options = [[image.convert("RGB")] for image in images], {"padding": True, "padding_side": "left"}
         ours = self.prompt_arguments | {"text": texts}
         inputs = self.processor(images=images, **ours, **options, return_tensors="pt")
-        return {name: value for name, value in inputs.items() if name != "labels" and self._takes(name)}
+        unasked = {"labels"} if self.family.has_token_types else {"labels", "token_type_ids"}
+        return {name: value for name, value in inputs.items() if name not in unasked}
 
     def _prompt_with(self, captions: Sequence[str]) -> str:
         """Return the prompt with captions of similar images, before the image: what follows it is as in any row."""
@@ -363,9 +304,6 @@ class ImageTextToTextCaptioner(Captioner):
         number = self._num_prompt_tokens(batch)
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         return {name: (value[:, :number] if name in TOKEN_INPUTS else value).clone() for name, value in inputs.items()}
-
-    def _takes(self, name: str) -> bool:
-        return name != "token_type_ids" or self.family.has_token_types
 
     # --- Training ---------------------------------------------------------------------------------------------
 
@@ -409,7 +347,7 @@ class ImageTextToTextCaptioner(Captioner):
 
     def caption_nll(self, encoded: EncodedBatch, batch: Batch) -> torch.Tensor:
         """See `Captioner.caption_nll`."""
-        with self.watch_features(encoded.batch, encoded.keep):
+        with self.watch_features(encoded.batch, encoded.features.append):
             logits = self._caption_logits(self.model, batch)
         return self._nll(logits, batch["labels"])
 
@@ -427,44 +365,35 @@ class ImageTextToTextCaptioner(Captioner):
 
     def image_features(self, encoded: EncodedBatch) -> torch.Tensor:
         """Return the mean of the embeddings of each image as they enter the language model."""
-        if encoded.features is None:
+        if not encoded.features:
 
             def stop(features: torch.Tensor) -> None:
-                encoded.keep(features)
+                encoded.features.append(features)
                 raise _SeenEnough
 
             with suppress(_SeenEnough), self.watch_features(encoded.batch, stop):
                 self._caption_logits(self.model, encoded.batch)
-        return encoded.features
+        return encoded.features[-1]
 
-    @contextmanager
-    def watch_features(self, batch: Batch, keep: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    def watch_features(self, batch: Batch, keep: Callable[[torch.Tensor], None]) -> AbstractContextManager[Any]:
         """See `Captioner.watch_features`."""
-        hook = self._hook(lambda module, args, values, outputs=None: keep(self._features(batch, values, outputs)))
-        try:
-            yield
-        finally:
-            hook.remove()
+        if self._image_token_id is None:  # the image is not among the tokens
 
-    def _hook(self, keep) -> torch.utils.hooks.RemovableHandle:
-        if self._image_token_id is None:
-            return self.vision_model.register_forward_hook(keep, with_kwargs=True)
-        return self.text_model.register_forward_pre_hook(keep, with_kwargs=True)
+            def pool(module: nn.Module, args: tuple, outputs: ModelOutput) -> None:
+                keep(outputs.last_hidden_state.float().mean(dim=1))
 
-    def _features(self, batch: Batch, values: dict[str, Any], outputs: Any) -> torch.Tensor:
-        if outputs is not None:
-            return outputs.last_hidden_state.float().mean(dim=1)
+            return self.vision_model.register_forward_hook(pool)
         is_image = (batch["input_ids"] == self._image_token_id).unsqueeze(-1)
-        embeds = values["inputs_embeds"][:, : is_image.shape[1]].float()
-        return (embeds * is_image).sum(dim=1) / is_image.sum(dim=1)
+
+        def pool_inputs(module: nn.Module, args: tuple, inputs: dict[str, Any]) -> None:
+            embeds = inputs["inputs_embeds"][:, : is_image.shape[1]].float()
+            keep((embeds * is_image).sum(dim=1) / is_image.sum(dim=1))
+
+        return self.text_model.register_forward_pre_hook(pool_inputs, with_kwargs=True)
 
 
 class EncoderDecoderCaptioner(ImageTextToTextCaptioner):
     """An encoder reads image and prompt, a decoder writes the caption; labels are not shifted."""
-
-    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin):
-        super().__init__(model, processor)
-        self.takes_logits_to_keep = False
 
     def set_prompt(self, prompt: str | None) -> None:
         """See `Captioner.set_prompt`; it is read by the encoder, where that reads text."""

@@ -8,7 +8,6 @@ import os
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -45,29 +44,25 @@ def add_lora(
         r: rank of the two matrices of an adapter, whose product is added to a weight.
         alpha: the product is scaled by alpha / r.
         dropout: of the inputs of an adapter in training.
-        target_modules: names of the layers that get one, as peft matches them: by the end of their paths, or all by
-            one regular expression; None: all linear layers of the text model.
+        target_modules: ends of the paths of the layers that get one, or one regular expression of whole paths; None:
+            all linear layers of the text model.
 
     Raises:
         UserError: peft finds no such layers, or cannot adapt one of them.
     """
-    targets: Any = target_modules or text_layers(captioner)
-    if isinstance(targets, list) and len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0]):
-        targets = targets[0]
-    if targets == ["all-linear"]:
-        targets = "all-linear"
+    targets = target_modules or [text_layers(captioner)]
+    is_pattern = len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0])  # or peft's "all-linear"
     config = LoraConfig(  # without a task type: peft's wrappers for them do not pass images on
-        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets
+        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets[0] if is_pattern else targets
     )
-    tied = captioner.model.all_tied_weights_keys  # none where the config does not tie them
-    tied = {*tied.keys(), *tied.values()}
+    tied = {*captioner.model.all_tied_weights_keys.keys(), *captioner.model.all_tied_weights_keys.values()}
     head, captioner.concept_head = captioner.concept_head, None  # peft would freeze it, or adapt it
     with as_user_error("LoRA cannot be added", "set --lora_target_modules to names of linear layers"):
         model = get_peft_model(captioner.model, config)
     adapted = [path for path, module in model.base_model.model.named_modules() if isinstance(module, BaseTunerLayer)]
-    for name_of_layer in targets if isinstance(targets, list) else []:  # peft asks for one match of all names
-        if not any(f".{path}".endswith(f".{name_of_layer}") for path in adapted):
-            raise UserError(f"lora_target_modules: no layer is named '{name_of_layer}'; correct or leave it out")
+    for target in [] if is_pattern else targets:  # peft asks for one match of all names
+        if not any(f".{path}".endswith(f".{target}") for path in adapted):
+            raise UserError(f"lora_target_modules: no layer is named '{target}'; correct or leave it out")
     for path in adapted:
         if f"{path}.weight" in tied:
             raise UserError(
@@ -76,17 +71,13 @@ def add_lora(
             )
     # The Trainer's gradient checkpointing lets the outputs of all embeddings learn, as re-entrant checkpoints need.
     # Ours do not; GIT writes into its embeddings, and the backward pass would go through the frozen vision model
-    captioner.plain_model.enable_input_require_grads = _do_nothing
+    captioner.plain_model.enable_input_require_grads = lambda: None
     # Where it was loaded from, which peft takes, may be a snapshot in a cache
-    config = model.peft_config[model.active_adapter]
     is_local = os.path.exists(name)
+    config = model.peft_config[model.active_adapter]
     config.base_model_name_or_path = os.path.abspath(name) if is_local else name
     config.revision = None if is_local else revision
     captioner.model, captioner.concept_head = model, head
-
-
-def _do_nothing() -> None:
-    pass
 
 
 def text_layers(captioner: Captioner) -> str:
@@ -117,12 +108,9 @@ def base_of_adapter(name: str, revision: str | None) -> tuple[str, str | None] |
     path = optional_file(name, ADAPTER_CONFIG, revision)
     if path is None:
         return None
-    with as_user_error(f"adapter '{name}': {ADAPTER_CONFIG} cannot be read"):
+    with as_user_error(f"adapter '{name}': {ADAPTER_CONFIG} names no model", "set base_model_name_or_path in it"):
         config = json.loads(Path(path).read_text(encoding="utf-8"))
-        base = config["base_model_name_or_path"]
-    if not isinstance(base, str):
-        raise UserError(f"adapter '{name}': {ADAPTER_CONFIG} names no model; set base_model_name_or_path in it")
-    return base, config.get("revision")
+        return os.fspath(config["base_model_name_or_path"]), config.get("revision")
 
 
 def load_adapter(captioner: Captioner, name: str, revision: str | None) -> None:
@@ -149,8 +137,7 @@ def count_learning(model: nn.Module) -> str:
     counts: dict[str, int] = {}
     for path, value in model.named_parameters():
         if value.requires_grad:
-            part = re.sub(r"^base_model\.model\.", "", path)
-            part = ".".join(part.split(".")[:2])
+            part = ".".join(path.removeprefix("base_model.model.").split(".")[:2])
             counts[part] = counts.get(part, 0) + value.numel()
     learning, all_of_them = sum(counts.values()), sum(value.numel() for value in model.parameters())
     parts = ", ".join(f"{part} {number:,}" for part, number in counts.items())

@@ -11,9 +11,8 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from captioning.errors import UserError
 from captioning.hub.faults import reading_from_hub
-from captioning.models.load import refuse_nan_weights
+from captioning.models.weights import refuse_missing_weights, refuse_nan_weights
 
 
 BATCH_SIZE = 32  # images encoded at a time
@@ -41,14 +40,10 @@ class Retriever:
             model, loading = AutoModel.from_pretrained(
                 name, revision=revision, dtype=torch.float32, output_loading_info=True
             )
-            missing = sorted(loading["missing_keys"])
-            if missing and all(weight.startswith("pooler.") for weight in missing):
-                model.pooler, missing = (
-                    None,
-                    [],
-                )  # of a classifier, such as google/vit-base-patch16-224; stock draws it
-            if missing:
-                raise UserError(f"retriever '{name}' lacks {len(missing)} weights ('{missing[0]}', ...); give another")
+            of_pooler = {key for key in loading["missing_keys"] if key.startswith("pooler.")}
+            if of_pooler:  # a classifier, such as google/vit-base-patch16-224; stock draws a pooler at random
+                model.pooler = None
+            refuse_missing_weights(loading["missing_keys"] - of_pooler, f"retriever '{name}'")
             found = cls(model.to(device), processor)
             found._encode([Image.new("RGB", (64, 64))])  # a model that is not one of images fails here
         refuse_nan_weights(model, name)

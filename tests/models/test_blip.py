@@ -65,7 +65,7 @@ def test_a_checkpoint_of_another_blip_is_refused(saved, model):
     vqa = BlipForQuestionAnswering(model.config)
     del vqa.text_decoder
     vqa.save_pretrained(saved)
-    with pytest.raises(UserError, match=r"lacks \d+ weights of a captioning BLIP"):
+    with pytest.raises(UserError, match=r"lacks \d+ weights \('text_decoder.*', ...\); give another checkpoint"):
         load_captioner(str(saved))
 
 
@@ -91,11 +91,10 @@ def test_a_damaged_model_folder_is_named(saved, damage, message):
         load_captioner(str(saved))
 
 
-def test_a_processor_of_another_size_gives_way_to_the_model(saved, processor, caplog):
+def test_a_processor_of_another_size_gives_way_to_the_model(saved, processor):
     processor.image_processor.size = {"height": 48, "width": 48}
     processor.save_pretrained(saved)
     assert load_captioner(str(saved)).processor.image_processor.size == {"height": 32, "width": 32}
-    assert "images are resized to 32 pixels" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -228,10 +227,10 @@ def test_a_frozen_vision_model_and_a_smoothed_loss(captioner):
 
 def test_lengths_are_held_against_the_positions(captioner):
     captioner.check_lengths(64, 63)
-    with pytest.raises(UserError, match="max_caption_length 65 exceeds the model's 64"):
+    with pytest.raises(UserError, match=r"max_caption_length 65 exceeds the model's 64 .*; set .* to 64 or less$"):
         captioner.check_lengths(65, 10)
     captioner.prompt_ids = [7, 8, 9]
-    with pytest.raises(UserError, match="set --max_new_tokens to 60"):
+    with pytest.raises(UserError, match=r"max_new_tokens 61 after 4 tokens of the prompt .* to 60 or less"):
         captioner.check_lengths(64, 61)
 
 

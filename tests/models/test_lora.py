@@ -113,7 +113,7 @@ def test_the_card_is_that_of_an_adapter_and_its_code_runs(adapted, monkeypatch, 
     monkeypatch.chdir(adapted.parent)
     base = read_json(adapted / "adapter_config.json")["base_model_name_or_path"]
     capsys.readouterr()
-    exec(compile(code.replace('from_pretrained("blip")', f"from_pretrained({base!r})"), "card", "exec"), {})
+    exec(compile(code.replace('"blip"', repr(base)), "card", "exec"), {})
     assert capsys.readouterr().out == read_json(adapted / "sample.json")["decoded"] + "\n"
 
 
@@ -197,7 +197,7 @@ def test_an_adapter_is_not_adapted_again_but_merged_and_trained(adapted, parquet
 
 def test_a_damaged_or_foreign_adapter_is_one_line(adapted, parquet_folder, tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": null}')
-    with pytest.raises(UserError, match=r"adapter_config.json names no model; set base_model_name_or_path in it"):
+    with pytest.raises(UserError, match=r"adapter_config.json names no model: .*; set base_model_name_or_path in it"):
         load_captioner(str(tmp_path))
     broken = shutil.copytree(adapted, tmp_path / "broken")
     (broken / "adapter_model.safetensors").write_bytes(b"no weights")

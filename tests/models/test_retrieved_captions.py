@@ -149,12 +149,12 @@ def test_a_long_retrieved_caption_is_cut_so_that_the_lengths_that_were_checked_h
         image = make_noise(0, (64, 64))  # that of which the prompt is measured
         number = captioner.collate([image], [[]], [[long, long]])["input_ids"].shape[1]
         assert number > plain + RETRIEVED_TOKENS * 2
-        with pytest.raises(UserError, match=r"tokens of prompt .* or less or set fewer --retrieved_captions") as error:
+        with pytest.raises(UserError, match=r"tokens of the prompt .* or less or set fewer --retrieved") as error:
             captioner.check_lengths(1, 512 - plain)
         most = int(re.search(r"max_new_tokens to (\d+)", str(error.value))[1])
         captioner.check_lengths(1, most)
         captioner.retrieved_captions = 64  # no length of a caption would do
-        with pytest.raises(UserError, match=r"512 positions; set fewer --retrieved_captions$"):
+        with pytest.raises(UserError, match=r"512 text positions; set fewer --retrieved_captions"):
             captioner.check_lengths(1, most)
         assert 512 - 32 < number + most <= 512 + 1, "a row without a caption has one padding token"
         text = captioner.tokenizer.decode(captioner.collate([image], [[]], [["a" + "胸" * 99]])["input_ids"][0])
