@@ -1,28 +1,24 @@
-"""BLIP behind the interface of `captioner.py`.
-
-Weights on disk stay plain BLIP: stock `BlipForConditionalGeneration` and `BlipProcessor` load what is saved.
-"""
+"""BLIP behind the interface of `captioner.py`; stock `BlipForConditionalGeneration` loads what is saved."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BlipConfig, BlipForConditionalGeneration, BlipProcessor, GenerationConfig, LogitsProcessor
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.utils import ModelOutput
 
 from captioning.errors import UserError, as_user_error
-from captioning.models.captioner import IGNORE_INDEX, Batch, Captioner, sum_nll
-from captioning.models.card_facts import USAGE, CardFacts
+from captioning.models.captioner import IGNORE_INDEX, Batch, Captioner, Rows, sum_nll
+from captioning.models.card_facts import BY_DECODER, SUFFICES, USAGE, CardFacts
 from captioning.models.fast_blip.decoder import CrossAttention, decoder_class, project_images
 from captioning.models.fast_blip.decoding import can_decode, decode_captions
 from captioning.models.fast_blip.modules import has_shipped_layers, use_fast_blip
@@ -39,7 +35,7 @@ POSITION_SCALE = 10
 # Images that a CPU encodes at a time without gradients: their activations stay in its caches. At BLIP-base, 2 to
 # 4 images are 1.35 times as fast as 16, see docs/performance.md
 CPU_IMAGES = 4
-MAX_PARAMETERS = 2**31  # of each half of a model, 8 GB in float32; BLIP-large has 470 million in both
+MAX_PARAMETERS = 2**32  # 16 GB in float32; BLIP-large has 470 million
 MAX_LAYERS = 1000
 
 CARD = CardFacts(
@@ -56,28 +52,16 @@ CARD = CardFacts(
 }""",
     # Stock `generate` takes the end token, which the processor adds to the prompt, off again
     usage="{% set tokens, arguments, num_unread = None, prompt and 'text=' ~ prompt, 1 %}" + USAGE,
-    plain_generate="""{% if suffices -%}
-So does `model.generate({{ "**inputs" if prompt else 'pixel_values=inputs["pixel_values"]' }})` without the settings.
-{%- else -%}
-`model.generate(pixel_values=...)` alone does not: BLIP generates by its text decoder, into which stock
-`from_pretrained` reads neither `generation_config.json` nor beams from `config.json`. It would search greedily,
-for 20 tokens.
-{%- endif %}""",
+    plain_generate=f"{{% if suffices %}}{SUFFICES}{{% else %}}{BY_DECODER}{{% endif %}}",
 )
 
 
 @dataclass
 class EncodedImages:
-    """B images, encoded.
-
-    Attributes:
-        image_embeds: `[B, P + 1, D]`: P patches, and `[CLS]` before them.
-        cross_attention: the fast path's keys and values of each layer, computed by the first method that needs them;
-            `generate` overwrites and drops them.
-    """
+    """B images, encoded: embeddings `[B, P + 1, D]` of `[CLS]` and P patches, and what the fast path makes of them."""
 
     image_embeds: torch.Tensor
-    cross_attention: CrossAttention | None = None
+    cross_attention: CrossAttention | None = None  # made once; `generate` overwrites and drops it
 
 
 class BlipCaptioner(Captioner):
@@ -86,19 +70,17 @@ class BlipCaptioner(Captioner):
     card = CARD
     uses_all_parameters = True
     loses_surface_form = True
-    fast = False
+
+    def __init__(self, model: BlipForConditionalGeneration, processor: BlipProcessor):
+        super().__init__(model, processor)
+        self.end_token_ids = [self.tokenizer.sep_token_id]
+        self.fast = False
 
     # --- Load and adapt ---------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(
-        cls, name: str, revision: str | None = None, dtype: torch.dtype = torch.float32
-    ) -> "BlipCaptioner":
-        """See `Captioner.from_pretrained`.
-
-        The image processor is the PIL one whatever is installed: torchvision resizes to other pixels, which gives
-        other scores (T11).
-        """
+    def from_pretrained(cls, name: str, revision: str | None = None, dtype: torch.dtype = torch.float32) -> Self:
+        """See `Captioner.from_pretrained`; images are processed by PIL whatever is installed (T11)."""
         with as_user_error(f"model '{name}' cannot be loaded", "give the folder of a saved BLIP or a Hub id"):
             _check_size(BlipConfig.from_pretrained(name, revision=revision), name)
             # A checkpoint saved in half precision would otherwise be trained in it
@@ -114,14 +96,8 @@ class BlipCaptioner(Captioner):
 
     @classmethod
     def from_config(
-        cls,
-        config: dict[str, Any],
-        name: str,
-        seed: int,
-        tokenizer_name: str | None,
-        captions: Iterable[str],
-        vocab_size: int,
-    ) -> "BlipCaptioner":
+        cls, config: dict, name: str, seed: int, tokenizer_name: str | None, captions: Iterable[str], vocab_size: int
+    ) -> Self:
         """See `Captioner.from_config`; vocabulary size and special tokens come from the tokenizer."""
         with as_user_error(f"config '{name}' cannot be loaded", "recipes/configs/ has examples"):
             if not config.keys() & {"text_config", "vision_config"}:
@@ -169,8 +145,8 @@ class BlipCaptioner(Captioner):
     def resize_images(self, side: int) -> None:
         """Make model and processor take square images of another side in pixels.
 
-        The position embedding is interpolated once in the weights, by the model's own bicubic interpolation, instead
-        of in every `forward`: the saved model is plain BLIP and needs no `interpolate_pos_encoding=True`.
+        Positions are interpolated once in the weights, by the model's own code: what is saved is plain BLIP, which
+        needs no `interpolate_pos_encoding=True`.
         """
         vision = self.config.vision_config
         if side < vision.patch_size or side % vision.patch_size:
@@ -191,10 +167,9 @@ class BlipCaptioner(Captioner):
     def set_generation_config(self, config: GenerationConfig) -> None:
         """See `Captioner.set_generation_config`: they go into the text config as far as possible.
 
-        Stock BLIP generates by its text decoder, whose own settings are made from the text config when the model is
-        loaded (T7). Loading drops `num_beams` and other old generation parameters from a config (transformers 5.23.0,
-        `PreTrainedConfig.__init__`) and keeps the numbers of new tokens. So a plain `model.generate(pixel_values=...)`
-        can be made to search greedily as evaluated, but not by beams.
+        Stock makes the settings of the text decoder, which generates (T7), of the text config, and drops `num_beams`
+        and others from that, but not the numbers of new tokens (transformers 5.23.0, `PreTrainedConfig.__init__`). So
+        a plain `model.generate(**inputs)` can be made to search greedily as evaluated, but not by beams.
         """
         text = self.config.text_config
         plain = self.plain_generate_suffices(config)
@@ -227,21 +202,16 @@ class BlipCaptioner(Captioner):
         """
         return [self.config.text_config.bos_token_id, *self.prompt_ids]
 
-    @property
-    def end_token_ids(self) -> list[int]:
-        """`[SEP]`."""
-        return [self.tokenizer.sep_token_id]
-
     # --- Batches ----------------------------------------------------------------------------------------------
 
-    def collate(self, images: Sequence[Image.Image], rows: Sequence[Sequence[int]]) -> Batch:
+    def collate(self, images: Sequence[Image.Image], rows: Rows) -> Batch:
         """Return `pixel_values` float32 `[B, 3, H, W]` and `input_ids`, `attention_mask`, `labels` int64 `[B, L]`.
 
         A label is at the position of its token: BLIP shifts them itself.
         """
         return {"pixel_values": self.pixel_values(images)} | self._text_inputs(rows)
 
-    def _text_inputs(self, rows: Sequence[Sequence[int]]) -> Batch:
+    def _text_inputs(self, rows: Rows) -> Batch:
         tokens = [torch.tensor(row) for row in rows]
         input_ids = pad_sequence(tokens, batch_first=True, padding_value=self.tokenizer.pad_token_id)
         labels = pad_sequence(tokens, batch_first=True, padding_value=IGNORE_INDEX)
@@ -255,7 +225,7 @@ class BlipCaptioner(Captioner):
             return fast_pixel_values(list(images), self.processor.image_processor)
         return self.processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
 
-    def nll_of_captions(self, model: nn.Module, batch: Batch, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    def nll_of_captions(self, model: nn.Module, batch: Batch, rows: Rows) -> torch.Tensor:
         """See `Captioner.nll_of_captions`; each image is encoded once."""
         pixel_values = batch["pixel_values"]
         copies, texts = len(rows) // len(pixel_values), self._text_inputs(rows)
@@ -270,7 +240,7 @@ class BlipCaptioner(Captioner):
     def _nll(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Sum the negative log-likelihoods by caption; `logits` are `[B, L, V]`, or those of the N targets alone."""
         predicts = labels[:, 1:] != IGNORE_INDEX  # position i predicts token i + 1
-        return sum_nll(logits if logits.dim() == 2 else logits[:, :-1][predicts], labels, F.pad(predicts, (1, 0)))
+        return sum_nll(logits if logits.dim() == 2 else logits[:, :-1][predicts], labels)
 
     def watch_features(self, batch: Batch, keep: Callable[[torch.Tensor], None]) -> AbstractContextManager[Any]:
         """See `Captioner.watch_features`."""
@@ -308,8 +278,8 @@ class BlipCaptioner(Captioner):
     def caption_nll(self, encoded: EncodedImages, batch: Batch) -> torch.Tensor:
         """See `Captioner.caption_nll`; padding is on the right.
 
-        The fast path on a CPU takes one caption at a time, without padding. That is as fast, and then the loss of a
-        caption does not depend, in any digit, on the others in its batch: on the batch size or number of processes.
+        The fast path on a CPU takes one caption at a time, without padding. That is as fast, and the loss of a caption
+        does not depend, in any digit, on the others in its batch.
         """
         decoder, input_ids, labels = self.model.text_decoder, batch["input_ids"], batch["labels"]
         predicts = labels[:, 1:] != IGNORE_INDEX  # position i predicts token i + 1
@@ -350,13 +320,10 @@ class BlipCaptioner(Captioner):
         *processors: LogitsProcessor,
         length_penalties: Sequence[float] = (),
     ) -> torch.Tensor:
-        """Generate as `BlipForConditionalGeneration.generate(pixel_values, prompt)` does, token for token.
+        """See `Captioner.generate`: the tokens of stock `generate(pixel_values, prompt)`.
 
         The settings go to the text decoder, which ignores those of the whole model (T7). `length_penalties`, on the
         fast path: see `decode_captions`.
-
-        Returns:
-            The new tokens int64 `[B, T]`, without `prompt_row`, padded after `[SEP]`.
         """
         embeds, config = encoded.image_embeds, self._with_special_tokens(config)
         # A new tensor for each call: `generate` may write into it (T10)
@@ -395,9 +362,7 @@ class BlipCaptioner(Captioner):
     def attention_maps(self, encoded: EncodedImages, tokens: torch.Tensor) -> torch.Tensor:
         """Return the cross-attention over the patches of one image with which each token `[T]` was written.
 
-        Returns:
-            Float `[T, H, W]` on the grid of patches: attention weights, the mean over layers and heads, without that
-            on the `[CLS]` embedding.
+        Float `[T, H, W]`: the mean over layers and heads, without the weight of the `[CLS]` embedding.
         """
         start = torch.tensor(self.prompt_row, device=tokens.device)
         input_ids = torch.cat([start, tokens])[None, :-1]
@@ -410,14 +375,13 @@ class BlipCaptioner(Captioner):
 
 
 def _check_size(config: BlipConfig, name: str) -> None:
-    """Raise UserError if a config describes more than `MAX_PARAMETERS`, before any of them is allocated."""
-    text, vision = config.text_config, config.vision_config
-    words, patches = text.vocab_size + text.max_position_embeddings, (vision.image_size // vision.patch_size) ** 2
-    for part, num_embeddings in ((text, words), (vision, patches)):
-        layers, width, inner = int(part.num_hidden_layers), int(part.hidden_size), int(part.intermediate_size)
-        num_parameters = width * (layers * (4 * width + 2 * inner) + num_embeddings)
-        if layers > MAX_LAYERS or num_parameters > MAX_PARAMETERS:
-            raise UserError(
-                f"config of '{name}': {layers:,} layers of {width:,} are more than {MAX_LAYERS:,} layers or "
-                f"{MAX_PARAMETERS:,} weights; lower them, recipes/configs/ has examples"
-            )
+    """Raise UserError if a config describes a giant, before any of its weights is allocated."""
+    num_layers = max(int(part.num_hidden_layers) for part in (config.text_config, config.vision_config))
+    if num_layers <= MAX_LAYERS:
+        with torch.device("meta"):
+            num_parameters = BlipForConditionalGeneration(config).num_parameters()
+    if num_layers > MAX_LAYERS or num_parameters > MAX_PARAMETERS:
+        raise UserError(
+            f"config of '{name}': more than {MAX_LAYERS:,} layers or {MAX_PARAMETERS:,} weights; lower hidden_size, "
+            "num_hidden_layers or others, recipes/configs/ has examples"
+        )

@@ -1,8 +1,8 @@
 """`Captioner`: all that the rest of the recipe asks of an image captioning model.
 
-The trainer, the collator, the card and the page call these methods and know nothing else of a model. To add a family
-that stock `AutoModelForImageTextToText` loads, add an entry to `families.py`. For another, implement them in a file
-beside `blip.py` and add it to the table in `load.py`; `tests/test_captioner.py` is a small example.
+The trainer, the collator, the card and the page call these methods and know nothing else of a model. A family that
+stock `AutoModelForImageTextToText` loads is an entry of `families.py`; another is a file beside `blip.py`, named in
+`load.py`. `tests/test_captioner.py` is a small example.
 
 Shapes: B images or captions of a batch, L tokens of its longest row, T new tokens, D features of an image.
 """
@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from captioning.models.surface_form import SurfaceForm
 IGNORE_INDEX = -100  # the label that `torch.nn.functional.cross_entropy` leaves out
 
 Batch = dict[str, torch.Tensor]
+Rows = Sequence[Sequence[int]]  # of tokens
 
 
 class DrawTokens(LogitsProcessor):
@@ -80,33 +81,21 @@ class WatchTokens(LogitsProcessor):
 
 
 class Captioner(ABC):
-    """A model and its processor.
+    """A model and its processor."""
 
-    Attributes:
-        model: what is trained, evaluated and saved.
-        config: the model's.
-        processor: image processor and tokenizer, saved beside the model.
-        prompt: text that every caption continues.
-        prompt_ids: its tokens, without special tokens.
-        prompt_arguments: what the processor is called with beside an image to make the prompt, for the card.
-        retrieved_captions: how many captions of other images a prompt may hold, see `collate`.
-        surface_form: restores the case and spacing of decoded captions; None: they stay as the tokenizer decodes them.
-        card: what the model card says of the family, if it is the only one of its class: see `card_facts`.
-    """
-
-    card: ClassVar[CardFacts]
+    card: ClassVar[CardFacts]  # of the family, if it is the only one of its class: see `card_facts`
     uses_all_parameters: ClassVar[bool] = False  # in each training step; True makes several processes faster
     loses_surface_form: ClassVar[bool] = False  # the tokenizer, which lower-cases and spaces out punctuation
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin):
-        self.model = model
-        self.config = model.config
-        self.processor = processor
-        self.prompt: str | None = None
-        self.prompt_ids: list[int] = []
-        self.prompt_arguments: dict[str, Any] = {}
-        self.retrieved_captions = 0
-        self.surface_form: SurfaceForm | None = None
+        self.model, self.config = model, model.config
+        self.processor = processor  # image processor and tokenizer, saved beside the model
+        self.prompt: str | None = None  # text that every caption continues
+        self.prompt_ids: list[int] = []  # its tokens, without special tokens
+        self.prompt_arguments: dict[str, Any] = {}  # with which the processor makes it, for the card
+        self.retrieved_captions = 0  # how many captions of other images it may hold, see `collate`
+        self.surface_form: SurfaceForm | None = None  # restores the case and spacing of decoded captions
+        self.end_token_ids: list[int] = [self.tokenizer.eos_token_id]  # a caption learns to end with the first
 
     def without_weights(self) -> "Captioner":
         """Return a copy without a model, for a process that loads data: it can tokenize, collate and decode."""
@@ -142,9 +131,7 @@ class Captioner(ABC):
 
     @classmethod
     @abstractmethod
-    def from_pretrained(
-        cls, name: str, revision: str | None = None, dtype: torch.dtype = torch.float32
-    ) -> "Captioner":
+    def from_pretrained(cls, name: str, revision: str | None = None, dtype: torch.dtype = torch.float32) -> Self:
         """Load a checkpoint from the Hub or a folder; a type other than float32 is for weights that do not learn.
 
         Raises:
@@ -153,31 +140,17 @@ class Captioner(ABC):
 
     @classmethod
     def from_config(
-        cls,
-        config: dict[str, Any],
-        name: str,
-        seed: int,
-        tokenizer_name: str | None,
-        captions: Iterable[str],
-        vocab_size: int,
-    ) -> "Captioner":
-        """Build a model with random weights by `seed`, in evaluation mode.
+        cls, config: dict, name: str, seed: int, tokenizer_name: str | None, captions: Iterable[str], vocab_size: int
+    ) -> Self:
+        """Build a model from the content of a config that came from `name`: random weights, in evaluation mode.
 
-        Args:
-            config: the content of a config, which came from `name`.
-            name: for messages.
-            seed: of the weights.
-            tokenizer_name: Hub id or folder; None trains a tokenizer of at most `vocab_size` entries on `captions`.
-            captions: read only for that.
-            vocab_size: used only for that.
+        Without a `tokenizer_name`, one of up to `vocab_size` entries is trained on `captions`.
 
         Raises:
             UserError: config or tokenizer cannot be read, or the family is not trained from random weights.
         """
-        raise UserError(
-            f"config '{name}' is of model type {config['model_type']}, which is fine-tuned only; "
-            "give a checkpoint by --model_name_or_path"
-        )
+        what = f"config '{name}' is of model type {config['model_type']}, which is fine-tuned only"
+        raise UserError(f"{what}; give a checkpoint by --model_name_or_path")
 
     def adapt(
         self,
@@ -186,17 +159,13 @@ class Captioner(ABC):
         freeze_vision_model: bool = False,
         fast: bool = True,
     ) -> None:
-        """Adapt the model to a run, in place.
+        """Adapt the model to a run, in place; None keeps what the checkpoint has.
 
         Args:
-            image_size: side of the images in pixels; None keeps the checkpoint's.
-            label_smoothing: weight of the uniform distribution in the training loss (never in evaluation); None keeps
-                the checkpoint's.
+            image_size: side of the images in pixels; UserError: the model cannot take them.
+            label_smoothing: weight of the uniform distribution in the training loss, never in evaluation.
             freeze_vision_model: train the rest of the model alone.
             fast: compute the same numbers by faster code, where the family has such code.
-
-        Raises:
-            UserError: the model cannot take images of this size.
         """
         if image_size:
             self.resize_images(image_size)
@@ -238,19 +207,12 @@ class Captioner(ABC):
         return 0
 
     def check_lengths(self, max_caption_length: int, max_new_tokens: int) -> None:
-        """Check that rows of this many tokens can be trained on, and this many tokens generated.
-
-        Raises:
-            UserError: they do not fit into the model's positions.
-        """
+        """Raise UserError if rows of this many tokens, or so many new ones, do not fit into the model's positions."""
         text = self.config.get_text_config()
         positions = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
         before = self.num_tokens_before_row
-        lengths = {
-            "max_caption_length": (before, max_caption_length),
-            "max_new_tokens": (before + len(self.prompt_row), max_new_tokens),
-        }
-        for flag, (start, number) in lengths.items():
+        new = ("max_new_tokens", max_new_tokens, before + len(self.prompt_row))
+        for flag, number, start in (("max_caption_length", max_caption_length, before), new):
             if positions and start + number > positions:
                 after = f" after {start} tokens of the prompt" if start else ""
                 mends = [f"set --{flag} to {positions - start} or less"] if start + 1 < positions else []
@@ -276,25 +238,16 @@ class Captioner(ABC):
         return self.prompt_ids
 
     def tokenize(self, captions: Sequence[str], max_length: int) -> tuple[list[list[int]], list[bool]]:
-        """Turn captions into rows of tokens: `prompt_row`, the caption, the end token.
-
-        Args:
-            captions: N captions.
-            max_length: the most tokens of a row; a longer caption is cut, the end token is kept.
-
-        Returns:
-            The N rows, and whether the caption of each was cut.
+        """Return N rows of tokens, `prompt_row`, caption, end token, and whether the caption of each was cut.
 
         Raises:
-            UserError: `max_length` leaves no room for a caption.
+            UserError: `max_length`, the most tokens of a row, leaves no room for a caption.
         """
         start = self.prompt_row
         room = max_length - len(start) - 1
         if room < 1:
-            raise UserError(
-                f"max_caption_length {max_length} leaves no room for a caption beside {len(start)} tokens before it "
-                f"and one at its end; set --max_caption_length to {len(start) + 2} or more"
-            )
+            mend = f"set --max_caption_length to {len(start) + 2} or more"
+            raise UserError(f"max_caption_length {max_length} leaves no room for a caption; {mend}")
         tokens = self.caption_tokens(captions)
         return [[*start, *own[:room], self.end_token_id] for own in tokens], [len(own) > room for own in tokens]
 
@@ -308,7 +261,7 @@ class Captioner(ABC):
 
     def round_trip(self, captions: Sequence[str]) -> list[str]:
         """Return what is decoded from all tokens of each caption: the most that a model can write of it."""
-        return self._texts([row[len(self.prompt_row) :] for row in self.tokenize(captions, 10**9)[0]])
+        return self._texts(self.caption_tokens(captions))
 
     def _texts(self, rows: np.ndarray | list[list[int]]) -> list[str]:
         texts = [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
@@ -324,17 +277,12 @@ class Captioner(ABC):
         return np.array([len(self.without_padding(row)) for row in tokens], dtype=np.int64)
 
     @property
-    def end_token_ids(self) -> list[int]:
-        """All tokens at which generation stops; the first is the one that a caption learns to end with."""
-        return [self.tokenizer.eos_token_id]
-
-    @property
     def end_token_id(self) -> int:
         """The token that a caption learns to end with."""
         return self.end_token_ids[0]
 
     def without_padding(self, tokens: np.ndarray) -> np.ndarray:
-        """Return the new tokens `[T]` of one caption up to its end token; without one, up to its padding."""
+        """Return the new tokens `[T]` of one caption up to its end token, or else to its padding."""
         tokens = tokens[tokens >= 0]
         ends = np.flatnonzero(np.isin(tokens, self.end_token_ids))
         if len(ends):
@@ -345,26 +293,22 @@ class Captioner(ABC):
     # --- Batches ----------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def collate(self, images: Sequence[Image.Image], rows: Sequence[Sequence[int]]) -> Batch:
+    def collate(self, images: Sequence[Image.Image], rows: Rows) -> Batch:
         """Make the model's batch of B images and their rows of tokens.
 
-        Families with `Family.image_start` take a third argument `retrieved`: for each image the captions of similar
-        ones, which become a part of its prompt.
+        Families with `Family.image_start` also take `retrieved`: for each image the captions of similar ones, which
+        become a part of its prompt.
 
         Returns:
-            The keyword arguments of the model's `forward`, `labels` int64 `[B, L]` among them: -100 where a token is
-            not a target, as in the prompt and in padding. The Trainer takes B from the first tensor.
+            The keyword arguments of the model's `forward`, with `labels` int64 `[B, L]`: -100 where a token is not a
+            target, as in the prompt and in padding. The Trainer takes B from the first tensor.
 
         Raises:
             ValueError: an image cannot be processed.
         """
 
     def forward(self, model: Callable[..., ModelOutput], batch: Batch) -> ModelOutput:
-        """Run a training step's forward pass.
-
-        Args:
-            model: `self.model`, what the Trainer has wrapped it in, or a function that calls it.
-            batch: from `collate`.
+        """Run a training step's forward pass of `self.model`, or of `model`, which wraps or calls it.
 
         Returns:
             `loss`, the mean over the targets, smoothed if the run says so, and `logits` of any shape.
@@ -372,11 +316,7 @@ class Captioner(ABC):
         return model(**batch, use_cache=False)
 
     def forward_with_concepts(self, model: torch.nn.Module, batch: Batch) -> tuple[ModelOutput, torch.Tensor]:
-        """Run `forward`, and `concept_head` on the features that it has of the images.
-
-        Returns:
-            What `forward` returns, and the logits of the concepts float32 `[B, C]`.
-        """
+        """Return what `forward` does, and the logits of the concepts float32 `[B, C]`, from the same pass."""
         features, logits = [], []
 
         def add_logits(module: torch.nn.Module, args: tuple, outputs: ModelOutput) -> tuple[ModelOutput, torch.Tensor]:
@@ -392,12 +332,9 @@ class Captioner(ABC):
             return self.forward(without_logits, batch), logits.pop()
 
     def watch_features(self, batch: Batch, keep: Callable[[torch.Tensor], None]) -> AbstractContextManager[Any]:
-        """Return a context in which a forward pass of the batch calls `keep` with the features of its images.
+        """Return a context in which a forward pass calls `keep` with the `image_features` of a batch, with gradients.
 
-        They are those of `image_features`, float32 `[B, D]`, with gradients.
-
-        Raises:
-            UserError: the family does not have this.
+        UserError: the family does not have this.
         """
         raise UserError(f"a {self.config.model_type} cannot learn concepts; leave out --concept_loss_weight")
 
@@ -405,14 +342,11 @@ class Captioner(ABC):
         """Count the targets of each row of `labels` `[B, L]`: int64 `[B]`."""
         return (labels != IGNORE_INDEX).sum(dim=1)
 
-    def nll_of_captions(self, model: torch.nn.Module, batch: Batch, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    def nll_of_captions(self, model: torch.nn.Module, batch: Batch, rows: Rows) -> torch.Tensor:
         """Return the negative log-likelihoods of other captions of B images, as `caption_nll` does, with gradients.
 
         `rows` are K * B rows as of `tokenize`, and so are the float64 `[K * B]` returned: the first captions of all
-        images, then the second. `model` is that of `forward`.
-
-        Raises:
-            UserError: the family does not have this.
+        images, then the second. `model` is that of `forward`. UserError: the family does not have this.
         """
         raise UserError(f"a {self.config.model_type} cannot learn from samples; leave out --objective self_critical")
 
@@ -428,20 +362,13 @@ class Captioner(ABC):
 
     @abstractmethod
     def caption_nll(self, encoded: Any, batch: Batch) -> torch.Tensor:
-        """Return the negative log-likelihood of each caption, without label smoothing.
-
-        Returns:
-            float64 `[B]`, in nats, summed over the targets of a caption.
-        """
+        """Return the negative log-likelihood of each caption: float64 `[B]`, in nats, without label smoothing."""
 
     @abstractmethod
     def generate(self, encoded: Any, config: GenerationConfig, *processors: LogitsProcessor) -> torch.Tensor:
         """Generate captions from the images and the prompt, never from a reference (T1).
 
-        Args:
-            encoded: from `encode_images`.
-            config: decode settings.
-            processors: `DrawTokens`, with which `config` must sample, or `WatchTokens`, which takes one image.
+        `processors` may be `DrawTokens`, with which `config` must sample, or `WatchTokens`, which takes one image.
 
         Returns:
             The new tokens int64 `[B, T]`, without the prompt, padded after the end token.
@@ -450,8 +377,7 @@ class Captioner(ABC):
     def sample(self, encoded: Any, config: GenerationConfig, uniforms: torch.Tensor) -> torch.Tensor:
         """Return K samples of each of B images, as `generate` does, in int64 `[B, K, up to T]`.
 
-        `temperature`, `top_k` and `top_p` of `config` say what they are drawn from, `uniforms`, float `[B, K, T]` from
-        0 to 1, by which random numbers; zeros make the caption of greedy search.
+        See `DrawTokens` for `config` and `uniforms`, float `[B, K, T]`; zeros make the caption of greedy search.
         """
         number, length = uniforms.shape[1:]
         plain = {"do_sample": True, "num_beams": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
@@ -471,26 +397,19 @@ class Captioner(ABC):
         """Return one vector an image, float32 `[B, D]`; of images that look alike the cosine is high."""
 
     def word_attention(self, encoded: Any, tokens: torch.Tensor) -> list[tuple[str, np.ndarray]] | None:
-        """Return an attention map of one image for each word of its caption.
+        """Return the words of the caption of one image, each with its attention over the image, float `[H, W]`.
 
-        Args:
-            encoded: a batch of one image.
-            tokens: int64 `[T]`, its new tokens without padding.
-
-        Returns:
-            The words, each with a float map `[H, W]` over the image; None if the family has no such maps.
+        `tokens` int64 `[T]` are those of the caption without padding. None: the family has no such maps.
         """
         return None
 
 
-def sum_nll(logits: torch.Tensor, labels: torch.Tensor, is_target: torch.Tensor) -> torch.Tensor:
+def sum_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return the negative log-likelihood of each caption, float64 `[B]`, in nats, without label smoothing.
 
-    Args:
-        logits: `[N, V]`, from which the N targets of the batch are predicted, in order.
-        labels: `[B, L]`.
-        is_target: bool `[B, L]`, true at the N targets.
+    `logits` `[N, V]` predict, in order, the N targets among `labels` `[B, L]`.
     """
+    is_target = labels != IGNORE_INDEX
     nll = torch.zeros(labels.shape, dtype=torch.float64, device=labels.device)
     nll[is_target] = F.cross_entropy(logits.float(), labels[is_target], reduction="none").double()
     return nll.sum(dim=1)

@@ -44,26 +44,22 @@ if not model.config.is_encoder_decoder:
 {% endif -%}
 print(processor.tokenizer.decode(tokens[0], skip_special_tokens=True).strip())"""
 
+# What to say of a call without settings, which `suffices` or not
+SUFFICES = "So does `model.generate(**inputs)` without the settings."
+BY_DECODER = """`model.generate(**inputs)` alone does not: its language model generates, into which stock
+`from_pretrained` reads neither `generation_config.json` nor beams. It would search greedily, for 20 tokens."""
+BY_MODEL = f"""{{% if suffices %}}{SUFFICES}{{% else %}}Without the settings, `model.generate(**inputs)` searches as
+its model was published to.{{% endif %}}"""
+
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What the model card says of a family.
+    """What the model card says of a family."""
 
-    Attributes:
-        kind: fills "A ... that writes a caption for a radiology image".
-        tags: of the card's metadata.
-        transformers: the first version in which the code of `usage` runs.
-        license_note: a sentence on the license of the pretrained weights.
-        citation: BibTeX of the family's paper.
-        plain_generate: Jinja template of what to say of a call of `generate` without settings, given `prompt` and
-            `suffices`: whether that call repeats the predictions too.
-        usage: Jinja template of code that repeats the predictions, as `USAGE`.
-    """
-
-    kind: str
+    kind: str  # fills "A ... that writes a caption for a radiology image"
     tags: tuple[str, ...]
-    transformers: str
-    license_note: str
-    citation: str
-    plain_generate: str
+    transformers: str  # the first version in which the code of `usage` runs
+    license_note: str  # a sentence on the license of the pretrained weights
+    citation: str  # BibTeX of the family's paper
+    plain_generate: str  # template as `BY_MODEL`
     usage: str = USAGE

@@ -1,8 +1,7 @@
-"""Other captioners than BLIP: what stock `AutoModelForImageTextToText` loads, family by family in one table.
+"""Other captioners than BLIP: the families of `families.py`, which stock `AutoModelForImageTextToText` loads.
 
 Most put the image into the prompt of a language model, which continues it: `ImageTextToTextCaptioner`. In others an
-encoder reads image and prompt, and a decoder writes: `EncoderDecoderCaptioner`. All computing is stock's. To add a
-family, add it to `families.py`.
+encoder reads image and prompt, and a decoder writes: `EncoderDecoderCaptioner`. All computing is stock's.
 
 Shapes, beside those of `captioner.py`: P tokens of the prompt, those of the image among them; C tokens of the longest
 caption, so that L is P + C.
@@ -14,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from PIL import Image
@@ -34,7 +33,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import ModelOutput
 
 from captioning.errors import UserError, as_user_error
-from captioning.models.captioner import IGNORE_INDEX, Batch, Captioner, sum_nll
+from captioning.models.captioner import IGNORE_INDEX, Batch, Captioner, Rows, sum_nll
 from captioning.models.card_facts import CardFacts
 from captioning.models.families import FAMILIES, Family
 from captioning.models.processor import load_processor
@@ -69,7 +68,7 @@ class ImageTextToTextCaptioner(Captioner):
         self.takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self._end_tokens = self._find_end_tokens()
+        self.end_token_ids = self._find_end_tokens()
         special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         special = sorted({*special, *self._image_tokens()}, key=len, reverse=True)
         self._special_tokens = re.compile("|".join(map(re.escape, special)))
@@ -78,9 +77,7 @@ class ImageTextToTextCaptioner(Captioner):
     # --- Load and adapt ---------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(
-        cls, name: str, revision: str | None = None, dtype: torch.dtype = torch.float32
-    ) -> "ImageTextToTextCaptioner":
+    def from_pretrained(cls, name: str, revision: str | None = None, dtype: torch.dtype = torch.float32) -> Self:
         """See `Captioner.from_pretrained`."""
         with as_user_error(f"model '{name}' cannot be loaded", "give the folder of a saved model or a Hub id"):
             config = AutoConfig.from_pretrained(name, revision=revision)
@@ -90,7 +87,8 @@ class ImageTextToTextCaptioner(Captioner):
             )
         refuse_missing_weights(loading["missing_keys"], f"model '{name}'")
         _match_ids(model.config, processor)
-        writes = EncoderDecoderCaptioner if _has_encoder(config) else ImageTextToTextCaptioner
+        has_encoder = config.is_encoder_decoder or config.get_text_config(decoder=True).is_encoder_decoder
+        writes = EncoderDecoderCaptioner if has_encoder else ImageTextToTextCaptioner
         mend = "it needs a whole processor_config.json, and a chat template of images and text or none"
         with as_user_error(f"model '{name}': its processor makes no prompt", mend):
             return writes(model, processor)
@@ -167,11 +165,6 @@ class ImageTextToTextCaptioner(Captioner):
             raise UserError(f"neither tokenizer nor config of this {kind} has a token that ends a caption; set one")
         return list(dict.fromkeys([learned, *known]))
 
-    @property
-    def end_token_ids(self) -> list[int]:
-        """See `Captioner.end_token_ids`."""
-        return self._end_tokens
-
     # --- Captions and tokens ----------------------------------------------------------------------------------
 
     def set_prompt(self, prompt: str | None) -> None:
@@ -182,23 +175,18 @@ class ImageTextToTextCaptioner(Captioner):
         """
         self.prompt = self.family.prompt if prompt is None else prompt
         if written := [token for token in self._image_tokens() if token in self.prompt]:
-            raise UserError(
-                f"the prompt '{self.prompt}' holds '{written[0]}', which is put there anyway; leave it out"
-            )
+            raise UserError(f"the prompt '{prompt}' holds '{written[0]}', which is put there anyway; leave it out")
         self.prompt_text = text = self._render(self.prompt)
         if self.retrieved_captions and self.family.image_start not in text:
-            raise UserError(
-                f"the prompt '{text}' has no '{self.family.image_start}', before which retrieved captions are "
-                "written; leave out --retrieved_captions"
-            )
+            before = f"'{self.family.image_start}', before which retrieved captions are written"
+            raise UserError(f"the prompt '{text}' has no {before}; leave out --retrieved_captions")
         starts = (self.tokenizer.bos_token, self.tokenizer.cls_token)  # a template may have written it
         adds = not any(token and text.startswith(token) for token in starts)
         self.prompt_arguments = {"text": [text]} | ({} if adds else {"add_special_tokens": False})
         ids = self._prompt_inputs([Image.new("RGB", (64, 64))])["input_ids"][0]
         is_image = [place for place, token in enumerate(ids.tolist()) if token == self._image_token_id]
         if self._image_token_id is not None and not is_image:
-            kind = self.config.model_type
-            raise UserError(f"the prompt '{self.prompt_text}' of this {kind} has no place for the image")
+            raise UserError(f"the prompt '{text}' of this {self.config.model_type} has no place for the image")
         self.prompt_length = len(ids)
         after_image = ids[is_image[-1] + 1 if is_image else 0 :]
         self._length_after_image = len(after_image)
@@ -243,12 +231,7 @@ class ImageTextToTextCaptioner(Captioner):
 
     # --- Batches ----------------------------------------------------------------------------------------------
 
-    def collate(
-        self,
-        images: Sequence[Image.Image],
-        rows: Sequence[Sequence[int]],
-        retrieved: Sequence[Sequence[str]] = (),
-    ) -> Batch:
+    def collate(self, images: Sequence[Image.Image], rows: Rows, retrieved: Sequence[Sequence[str]] = ()) -> Batch:
         """Return the inputs of the processor, and `input_ids`, `attention_mask`, `labels` int64 `[B, P + C]`.
 
         Prompts are padded on the left and captions on the right, so that all captions start at the same place. A
@@ -256,7 +239,7 @@ class ImageTextToTextCaptioner(Captioner):
         """
         return self._joined(self._prompt_inputs(images, retrieved), rows)
 
-    def _joined(self, inputs: Batch, rows: Sequence[Sequence[int]]) -> Batch:
+    def _joined(self, inputs: Batch, rows: Rows) -> Batch:
         """Return what `collate` does from what the processor made of images and prompt."""
         captions = self._padded(rows)
         of_captions = {
@@ -269,7 +252,7 @@ class ImageTextToTextCaptioner(Captioner):
         joined = {name: torch.cat([inputs[name], of_captions[name]], dim=1) for name in TOKEN_INPUTS if name in inputs}
         return joined | {name: value for name, value in inputs.items() if name not in joined} | {"labels": labels}
 
-    def _padded(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    def _padded(self, rows: Rows) -> torch.Tensor:
         """Return rows of tokens as `[B, C]`, padded by -100; C is 1 or more."""
         rows = [torch.tensor(row or [IGNORE_INDEX], dtype=torch.long) for row in rows]
         return pad_sequence(rows, batch_first=True, padding_value=IGNORE_INDEX)
@@ -325,7 +308,7 @@ class ImageTextToTextCaptioner(Captioner):
             inputs["logits_to_keep"] = length + 1
         return model(**inputs, use_cache=False).logits[:, -length - 1 : -1]
 
-    def nll_of_captions(self, model: nn.Module, batch: Batch, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    def nll_of_captions(self, model: nn.Module, batch: Batch, rows: Rows) -> torch.Tensor:
         """See `Captioner.nll_of_captions`; an image is encoded once for each of its captions."""
         copies, device = len(rows) // len(batch["labels"]), batch["labels"].device
         prompts = {name: value.cpu() for name, value in self._without_captions(batch).items()}
@@ -353,8 +336,7 @@ class ImageTextToTextCaptioner(Captioner):
 
     def _nll(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         labels = labels[:, -logits.shape[1] :]
-        is_target = labels != IGNORE_INDEX
-        return sum_nll(logits[is_target], labels, is_target)
+        return sum_nll(logits[labels != IGNORE_INDEX], labels)
 
     @torch.no_grad()
     def generate(self, encoded: EncodedBatch, config: GenerationConfig, *processors: LogitsProcessor) -> torch.Tensor:
@@ -410,7 +392,7 @@ class EncoderDecoderCaptioner(ImageTextToTextCaptioner):
         images = [image.convert("RGB") for image in images]
         return {"pixel_values": self.processor.image_processor(images, return_tensors="pt")["pixel_values"]}
 
-    def _joined(self, inputs: Batch, rows: Sequence[Sequence[int]]) -> Batch:
+    def _joined(self, inputs: Batch, rows: Rows) -> Batch:
         return inputs | {"labels": self._padded(rows)}
 
     def _without_captions(self, batch: Batch) -> Batch:
@@ -421,10 +403,6 @@ class EncoderDecoderCaptioner(ImageTextToTextCaptioner):
 
     def _caption_logits(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         return model(**batch, use_cache=False).logits  # stock makes the inputs of the decoder of the labels
-
-
-def _has_encoder(config: PreTrainedConfig) -> bool:
-    return config.is_encoder_decoder or config.get_text_config(decoder=True).is_encoder_decoder
 
 
 def _match_ids(config: PreTrainedConfig, processor: ProcessorMixin) -> None:

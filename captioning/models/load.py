@@ -79,7 +79,7 @@ def _base_and_type(name: str, revision: str | None) -> tuple[tuple[str, str | No
 def read_config(name: str, recorded: dict[str, Any] | None = None) -> dict[str, Any]:
     """Return the content of a config file, folder or Hub id; a path may also be relative to this project.
 
-    What a recipe `recorded` of it goes before; that the file differs now is logged. Raises UserError if there is none.
+    What a recipe `recorded` of it goes before; that it differs now is logged. UserError: there is none.
     """
     inside = PROJECT / name
     path = str(inside) if inside.exists() and not os.path.exists(name) else name
@@ -100,7 +100,7 @@ def build_captioner(
     tokenizer_name: str | None,
     captions: Iterable[str],
     vocab_size: int,
-    config: dict[str, Any] | None = None,
+    config: dict | None = None,
 ) -> Captioner:
     """See `Captioner.from_config`; `config_name` may also be a path relative to this project."""
     config = config or read_config(config_name)

@@ -1,7 +1,4 @@
-"""Low-rank adapters (LoRA, Hu and others 2021, arXiv:2106.09685) by peft: little is learned, stored and published.
-
-What is saved is what stock `PeftModel.from_pretrained` loads, and `from_pretrained` of the model's own class, too.
-"""
+"""Low-rank adapters (LoRA, Hu and others 2021, arXiv:2106.09685) by peft, which loads what is saved."""
 
 import json
 import os
@@ -65,10 +62,8 @@ def add_lora(
             raise UserError(f"lora_target_modules: no layer is named '{target}'; correct or leave it out")
     for path in adapted:
         if f"{path}.weight" in tied:
-            raise UserError(
-                f"lora_target_modules names '{path}', whose weight is also that of another layer: merged, it would "
-                "change both; name others"
-            )
+            both = "whose weight is also that of another layer: merged, it would change both"
+            raise UserError(f"lora_target_modules names '{path}', {both}; name others")
     # The Trainer's gradient checkpointing lets the outputs of all embeddings learn, as re-entrant checkpoints need.
     # Ours do not; GIT writes into its embeddings, and the backward pass would go through the frozen vision model
     captioner.plain_model.enable_input_require_grads = lambda: None
@@ -84,9 +79,7 @@ def text_layers(captioner: Captioner) -> str:
     """Return a regular expression of the paths of all linear layers of the text model but its head."""
     text, head = captioner.text_model, captioner.model.get_output_embeddings()
     root = next(path for path, module in captioner.model.named_modules() if module is text)
-    linear = (
-        path for path, layer in text.named_modules() if isinstance(layer, nn.Linear | Conv1D) and layer is not head
-    )
+    linear = [path for path, layer in text.named_modules() if isinstance(layer, nn.Linear | Conv1D) and layer != head]
     names = sorted({path.rpartition(".")[2] for path in linear})
     return rf"{re.escape(root)}\.(.*\.)?({'|'.join(map(re.escape, names))})"
 
@@ -114,11 +107,7 @@ def base_of_adapter(name: str, revision: str | None) -> tuple[str, str | None] |
 
 
 def load_adapter(captioner: Captioner, name: str, revision: str | None) -> None:
-    """Put the saved adapters `name` into the model, as they were in training, and take over what lies beside them.
-
-    Raises:
-        UserError: they are not those of this model.
-    """
+    """Put the saved adapters `name` into the model, and take over what lies beside; UserError: they are of another."""
     with as_user_error(f"adapter '{name}' cannot be loaded", "it must be one of this model"):
         captioner.model = PeftModel.from_pretrained(captioner.model, name, revision=revision)
     with suppress(OSError):  # those of others need not have such files

@@ -27,11 +27,7 @@ VIDEO = "video_processor"
 
 
 def load_processor(name: str, revision: str | None, config: PreTrainedConfig) -> ProcessorMixin:
-    """Load the processor of a checkpoint with this `config`; of a family that has none, the pair of its parts.
-
-    Raises:
-        Exception: whatever the libraries raise when a file is missing or damaged.
-    """
+    """Load the processor of a checkpoint with this `config`; of a family that has none, the pair of its parts."""
     content, _ = ProcessorMixin.get_processor_dict(name, revision=revision)
     class_name = content.get("processor_class") or PROCESSOR_MAPPING_NAMES.get(config.model_type)
     kind = getattr(transformers, class_name or "", VisionTextDualEncoderProcessor)

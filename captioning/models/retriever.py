@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -26,13 +26,11 @@ class Retriever:
         self.model, self.processor = model.eval(), processor
 
     @classmethod
-    def from_pretrained(
-        cls, name: str, device: torch.device | str = "cpu", revision: str | None = None
-    ) -> "Retriever":
+    def from_pretrained(cls, name: str, device: torch.device | str = "cpu", revision: str | None = None) -> Self:
         """Load a model; of one of images and text, such as CLIP, the part for images is used.
 
         Raises:
-            UserError: there is no such model, it has no image processor, lacks weights, or has some that are NaN.
+            UserError: there is no such model, it is not one of images, or weights are missing or NaN.
         """
         with reading_from_hub(f"retriever '{name}' cannot be loaded", "give the Hub id or folder of a vision model"):
             # By PIL: the same pixels everywhere (T11)
@@ -81,12 +79,9 @@ def weights_digest(weights: Mapping[str, torch.Tensor], *more: Any) -> str:
 def similarities(
     features: np.ndarray, train_features: np.ndarray, chunk: int = CHUNK
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield cosines `[n, M]` of some images at a time with M training images, with the number of the first.
+    """Yield cosines `[n, M]` of up to `chunk` images at a time with M training images, with the number of the first.
 
-    Args:
-        features: float `[N, H]`.
-        train_features: float `[M, H]`, whose mean is subtracted from all.
-        chunk: the most images at a time.
+    Features are float `[N, H]` and `[M, H]`; the mean of the latter is subtracted from all.
     """
     common = train_features.mean(axis=0)
     train, own = train_features - common, features - common
