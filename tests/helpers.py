@@ -5,6 +5,7 @@ import csv
 import importlib.util
 import io
 import json
+import re
 import shutil
 import signal
 import socket
@@ -15,13 +16,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PIL
 from processes import ROOT, Process, server
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from captioning.data import phantoms
+from captioning.data.checks import usable
+from captioning.data.tokenize_captions import tokenize
 from captioning.models.fast_blip.modules import use_fast_blip
 from captioning.reporting.run_record import RunRecord
 
@@ -99,6 +102,11 @@ def make_rows(number: int, start: int = 0, **columns) -> Dataset:
         "cui": List(Value("string")),
     }
     return Dataset.from_dict(rows | columns, features=Features(features))
+
+
+def tokenized(checked: DatasetDict, captioner, max_length: int = 64) -> DatasetDict:
+    """Return the splits as a trainer takes them."""
+    return DatasetDict({split: usable(rows) for split, rows in tokenize(checked, captioner, max_length).items()})
 
 
 def save_captioner(captioner, folder: Path) -> Path:
@@ -305,6 +313,17 @@ def assert_same(found, expected):
     whole = torch.stack([gradient.norm() for gradient in expected[1].values()]).norm()
     for name, gradient in expected[1].items():
         assert (found[1][name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6 * whole, name
+
+
+def output_of_card(folder: Path, monkeypatch, capsys, **replaced: str) -> str:
+    """Run the code of the card of an output folder beside it, with other strings in it, and return what it prints."""
+    code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
+    for string, other in replaced.items():
+        code = code.replace(f'"{string}"', repr(other))
+    monkeypatch.chdir(folder.parent)
+    capsys.readouterr()
+    exec(compile(code, "card", "exec"), {})
+    return capsys.readouterr().out.removesuffix("\n")
 
 
 class KeepGradients(TrainerCallback):
