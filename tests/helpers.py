@@ -171,6 +171,15 @@ def run(arguments: list, code: int = 0) -> subprocess.CompletedProcess:
     return server().run(["run_captioning.py", *arguments], code)
 
 
+def kill_and_resume(arguments: list, folder: Path) -> None:
+    """Run the script into a folder, kill it after its last checkpoint, and resume it."""
+    process = start(arguments)
+    signal_when(lambda: (folder / "checkpoint-6/trainer_state.json").is_file(), signal.SIGKILL, process)
+    process.communicate()
+    assert not (folder / "all_results.json").exists()
+    run([*arguments, "--resume_from_checkpoint", "true"])
+
+
 def start_ranks(number: int, arguments: list, script: str = "run_captioning.py", **environment: str) -> list[Process]:
     """Start the processes that a launcher would start, with the environment that it would give them."""
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -313,6 +322,11 @@ def assert_same(found, expected):
     whole = torch.stack([gradient.norm() for gradient in expected[1].values()]).norm()
     for name, gradient in expected[1].items():
         assert (found[1][name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6 * whole, name
+
+
+def change(file: Path, **values) -> None:
+    """Change values of a JSON file."""
+    file.write_text(json.dumps(read_json(file) | values))
 
 
 def output_of_card(folder: Path, monkeypatch, capsys, **replaced: str) -> str:

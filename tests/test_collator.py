@@ -26,9 +26,6 @@ def gradient(levels: int, dtype) -> np.ndarray:
     return np.tile(np.linspace(0, levels, 32), (32, 1)).round().astype(dtype)
 
 
-# --- Batch ----------------------------------------------------------------------------------------------------
-
-
 def test_batch_has_the_shapes_and_types_of_the_contract(collator, splits):
     rows = [splits["train"][i] for i in range(5)]
     batch = collator(rows)
@@ -93,9 +90,6 @@ def test_an_image_that_breaks_after_the_check_is_named(collator, splits):
     row = dict(splits["train"][3]) | {"image": {"bytes": b"", "path": None}}
     with pytest.raises(ValueError, match="image_0003"):
         collator([row])
-
-
-# --- Images ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("levels", "brightest"), [(255, 255), (1023, 255), (65535, 255), (33000, 128)])

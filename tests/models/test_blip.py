@@ -8,12 +8,7 @@ import pytest
 import torch
 from helpers import SHARED, TINY_CONFIG, make_captions, make_noise, read_json, save_captioner, stock_copy
 from processes import ROOT
-from transformers import (
-    BlipConfig,
-    BlipForConditionalGeneration,
-    BlipForQuestionAnswering,
-    GenerationConfig,
-)
+from transformers import BlipConfig, BlipForConditionalGeneration, BlipForQuestionAnswering, GenerationConfig
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from captioning.errors import UserError
@@ -24,9 +19,6 @@ from captioning.models.tokenizer import add_blip_tokens, load_tokenizer, train_t
 @pytest.fixture
 def saved(captioner, tmp_path):
     return save_captioner(captioner, tmp_path / "saved")
-
-
-# --- Load and build -------------------------------------------------------------------------------------------
 
 
 def test_a_saved_model_comes_back(saved, model, processor):
@@ -186,9 +178,6 @@ def test_configs_of_the_repository_are_blip(path):
         assert set(content[part]) <= set(known[part]), "a misspelled key would be kept without effect"
 
 
-# --- Adapt ----------------------------------------------------------------------------------------------------
-
-
 def test_another_image_size_equals_stock_interpolation(captioner, tmp_path):
     model = captioner.model
     pixel_values = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
@@ -224,9 +213,6 @@ def test_lengths_are_held_against_the_positions(captioner):
     captioner.prompt_ids = [7, 8, 9]
     with pytest.raises(UserError, match=r"max_new_tokens 61 after 4 tokens of the prompt .* to 60 or less"):
         captioner.check_lengths(64, 61)
-
-
-# --- Generate -------------------------------------------------------------------------------------------------
 
 
 def test_decode_settings_are_written_beside_the_model(captioner, tmp_path):

@@ -6,14 +6,15 @@ behind it, and nothing of `Captioner` is asked.
 
 import copy
 import json
-import signal
 
 import pytest
 import torch
 from datasets import DatasetDict
 from families import FAMILIES, save_tiny, stock_inputs, stock_tokens
 from helpers import (
+    change,
     flags,
+    kill_and_resume,
     losses,
     make_noise,
     make_rows,
@@ -25,8 +26,6 @@ from helpers import (
     run,
     run_ranks,
     score_flags,
-    signal_when,
-    start,
     tokenized,
 )
 from transformers import AutoModelForImageTextToText, AutoTokenizer, BertTokenizer, GenerationConfig
@@ -37,9 +36,7 @@ from captioning.errors import UserError
 from captioning.models.load import load_captioner
 
 
-ENCODERS = ("blip-2-t5", "vit-gpt2")  # read the image by an encoder, and write by a decoder
 BEAMS = GenerationConfig(num_beams=3, max_new_tokens=8, do_sample=False)
-SHAPES = ((40, 60), (60, 60), (60, 30))
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -55,11 +52,6 @@ def captioner(checkpoint):
 @pytest.fixture
 def splits(checked, captioner) -> DatasetDict:
     return tokenized(checked, captioner, 40)
-
-
-@pytest.fixture
-def images():
-    return [make_noise(seed, size) for seed, size in enumerate(SHAPES)]
 
 
 def prompt_of(captioner):
@@ -78,9 +70,6 @@ def generate(captioner, images, captions=None):
     captioner.model.eval()
     encoded = captioner.encode_images(captioner.collate(images, rows))
     return [captioner.without_padding(row).tolist() for row in captioner.generate(encoded, BEAMS).numpy()]
-
-
-# --- Loss -----------------------------------------------------------------------------------------------------
 
 
 def test_the_evaluation_loss_is_that_of_stock_whatever_the_batch_size(make_trainer, captioner, splits):
@@ -120,9 +109,6 @@ def test_the_training_loss_is_smoothed_if_the_run_says_so(captioner, images):
         logits, labels = logits[:, :-1][:, 1 - labels.shape[1] :], labels[:, 1:]  # GIT's begin with those of the image
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.1)
     torch.testing.assert_close(captioner.forward(captioner.model, batch).loss, expected, rtol=1e-6, atol=1e-6)
-
-
-# --- Captions -------------------------------------------------------------------------------------------------
 
 
 def test_predictions_are_those_of_stock_generate_and_do_not_see_the_references(captioner, images):
@@ -181,9 +167,6 @@ def test_a_resumed_training_ends_with_the_same_weights(make_trainer, captioner, 
     assert all(torch.equal(value, expected[name]) for name, value in start.model.state_dict().items())
 
 
-# --- Runs of the script ---------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module", params=["qwen3_vl", "blip-2-t5", "llava"])
 def tiny(request, tmp_path_factory):
     """Images of several sizes in one batch; an encoder-decoder; weights that no loss depends on."""
@@ -224,17 +207,10 @@ def test_the_code_of_its_card_repeats_the_caption_of_the_sample(trained, monkeyp
 def test_a_killed_run_is_resumed_to_the_same_weights_and_two_processes_train_as_one(
     tiny, trained, parquet_folder, tmp_path
 ):
-    command = train_flags(tiny, parquet_folder, tmp_path / "killed")
-    process = start(command)
-    signal_when(lambda: (tmp_path / "killed/checkpoint-6/trainer_state.json").is_file(), signal.SIGKILL, process)
-    process.communicate()
-    run([*command, "--resume_from_checkpoint", "true"])
+    kill_and_resume(train_flags(tiny, parquet_folder, tmp_path / "killed"), tmp_path / "killed")
     assert outcome(tmp_path / "killed") == outcome(trained)
     run_ranks(2, train_flags(tiny, parquet_folder, tmp_path / "two", per_device_train_batch_size=2))
     assert losses(tmp_path / "two") == pytest.approx(losses(trained), rel=1e-4)
-
-
-# --- What a user may do wrong ---------------------------------------------------------------------------------
 
 
 def test_what_does_not_fit_is_one_line(captioner):
@@ -253,10 +229,6 @@ def test_what_does_not_fit_is_one_line(captioner):
     for token in captioner._image_tokens():
         with pytest.raises(UserError, match=r"holds '.*', which is put there anyway; leave it out"):
             captioner.set_prompt(f"{token} Describe.")
-
-
-def change(file, **values):
-    file.write_text(json.dumps(read_json(file) | values))
 
 
 def test_an_old_processor_of_blip2_gets_its_image_tokens(tmp_path):

@@ -2,13 +2,14 @@
 
 import json
 import shutil
-import signal
 
 import pytest
 import torch
 from families import FAMILIES, save_tiny
 from helpers import (
+    change,
     flags,
+    kill_and_resume,
     losses,
     make_noise,
     outcome,
@@ -19,8 +20,6 @@ from helpers import (
     run_ranks,
     save_captioner,
     score_flags,
-    signal_when,
-    start,
 )
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -119,12 +118,7 @@ def test_merged_it_is_a_plain_model_and_the_adapter_lies_beside_it(blip, adapted
 
 
 def test_a_killed_training_is_resumed_to_the_same_adapter(blip, adapted, parquet_folder, tmp_path):
-    command = lora_flags(blip, parquet_folder, tmp_path / "run")
-    process = start(command)
-    signal_when(lambda: (tmp_path / "run/checkpoint-6/trainer_state.json").is_file(), signal.SIGKILL, process)
-    process.communicate()
-    assert not (tmp_path / "run/all_results.json").exists()
-    run([*command, "--resume_from_checkpoint", "true"])
+    kill_and_resume(lora_flags(blip, parquet_folder, tmp_path / "run"), tmp_path / "run")
     weights = "adapter_model.safetensors"
     assert outcome(tmp_path / "run", weights) == outcome(adapted, weights)
 
@@ -185,8 +179,7 @@ def test_a_damaged_or_foreign_adapter_is_one_line(adapted, parquet_folder, tmp_p
     (broken / "adapter_model.safetensors").write_bytes(b"no weights")
     with pytest.raises(UserError, match=r"adapter '.*broken' cannot be loaded: .*; it must be one of this model"):
         load_captioner(str(broken))
-    content = read_json(adapted / "adapter_config.json") | {"base_model_name_or_path": str(tmp_path / "gone")}
-    (broken / "adapter_config.json").write_text(json.dumps(content))
+    change(broken / "adapter_config.json", base_model_name_or_path=str(tmp_path / "gone"))
     with pytest.raises(UserError, match=r"model '.*gone', which '.*broken' adapts, cannot be loaded"):
         load_captioner(str(broken))
 

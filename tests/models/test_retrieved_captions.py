@@ -47,11 +47,6 @@ def captioner(request, tmp_path_factory):
     return captioner
 
 
-@pytest.fixture(scope="module")
-def images():
-    return [make_noise(seed, size) for seed, size in enumerate([(40, 60), (60, 60), (60, 30)])]
-
-
 def batch_of(captioner, images, retrieved, captions=CAPTIONS):
     return captioner.collate(images, captioner.tokenize(captions, 40)[0], retrieved)
 
