@@ -60,6 +60,13 @@ def test_a_checkpoint_of_another_blip_is_refused(saved, model):
         load_captioner(str(saved))
 
 
+def test_a_tokenizer_larger_than_the_embedding_is_refused(saved, processor):
+    processor.tokenizer.add_tokens(["brandnew"])
+    processor.save_pretrained(saved)
+    with pytest.raises(UserError, match=r"its tokenizer has (\d+) entries, its embedding \d+; give the tokenizer"):
+        load_captioner(str(saved))
+
+
 @pytest.mark.parametrize("name", ["nobody/nothing", "./nowhere"])
 def test_an_unknown_model_is_named(name):
     with pytest.raises(UserError, match=f"model '{name}' cannot be loaded"):
