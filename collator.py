@@ -17,31 +17,22 @@ from captioning.scoring.concepts import known_concepts
 
 @dataclass
 class CaptioningCollator:
-    """Collate rows of a tokenized split into the batch of a captioner.
-
-    Args:
-        captioner: makes the batch of images and tokens.
-        with_ids: add the list `image_id`, for messages about the batch; it is not an input of the model.
-        unreadable: called with `image_id` and the reason if an image cannot be read. A black one takes its place, and
-            its caption is masked from the loss. None makes it an error.
-        concepts: C CUIs to learn; none: the batch has no `concept_labels`.
-        unlabeled_are_negative: an image without concepts has none of them; else it is masked from their loss.
-    """
+    """Collate rows of a tokenized split into the batch of a captioner."""
 
     captioner: Captioner
-    with_ids: bool = False
+    with_ids: bool = False  # add the list `image_id`, for messages about the batch
+    # Called with `image_id` and reason of an image that cannot be read: a black one takes its place, and its caption
+    # is masked from the loss. None makes it an error
     unreadable: Callable[[str, str], None] | None = None
-    concepts: Sequence[str] = ()
-    unlabeled_are_negative: bool = False
+    concepts: Sequence[str] = ()  # C CUIs to learn
+    unlabeled_are_negative: bool = False  # an image without concepts has none of them; else it is masked from the loss
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the weights out: workers that are not forked get the collator as a pickle."""
+        """Leave the weights out: workers that are not forked get a pickle."""
         return self.__dict__ | {"captioner": self.captioner.without_weights()}
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return the batch of `examples`: see `Captioner.collate`.
-
-        An example may have `retrieved`, captions for its prompt, where the captioner takes them.
+        """Return the batch of `examples`, which may have `retrieved` captions for the prompt: see `Captioner.collate`.
 
         With `concepts` it has `concept_labels` float32 `[B, C]`, 0 or 1, -100 in the rows of masked images.
 

@@ -19,10 +19,9 @@ from pathlib import Path
 
 import pytest
 from datasets import DatasetDict, Image
-from helpers import TINY_CONFIG, make_captions, make_rows
+from helpers import TINY_CONFIG, make_captions, make_rows, tokenized
 
-from captioning.data.checks import check_rows, usable
-from captioning.data.tokenize_captions import tokenize
+from captioning.data.checks import check_rows
 from captioning.models.blip import BlipCaptioner
 from captioning.models.load import build_captioner
 from captioning.training.arguments import CaptioningArguments
@@ -91,7 +90,7 @@ def checked(raw_dataset, tmp_path_factory) -> DatasetDict:
 
 @pytest.fixture
 def splits(checked, captioner) -> DatasetDict:
-    return DatasetDict({split: usable(rows) for split, rows in tokenize(checked, captioner, 64).items()})
+    return tokenized(checked, captioner)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import csv
 import importlib.util
 import io
 import json
+import re
 import shutil
 import signal
 import socket
@@ -15,13 +16,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PIL
 from processes import ROOT, Process, server
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from captioning.data import phantoms
+from captioning.data.checks import usable
+from captioning.data.tokenize_captions import tokenize
 from captioning.models.fast_blip.modules import use_fast_blip
 from captioning.reporting.run_record import RunRecord
 
@@ -101,6 +104,11 @@ def make_rows(number: int, start: int = 0, **columns) -> Dataset:
     return Dataset.from_dict(rows | columns, features=Features(features))
 
 
+def tokenized(checked: DatasetDict, captioner, max_length: int = 64) -> DatasetDict:
+    """Return the splits as a trainer takes them."""
+    return DatasetDict({split: usable(rows) for split, rows in tokenize(checked, captioner, max_length).items()})
+
+
 def save_captioner(captioner, folder: Path) -> Path:
     """Save model and processor, as the Trainer does."""
     for part in (captioner.model, captioner.processor):
@@ -161,6 +169,15 @@ def start(arguments: list) -> Process:
 def run(arguments: list, code: int = 0) -> subprocess.CompletedProcess:
     """Run the script in a process of its own and assert its exit status."""
     return server().run(["run_captioning.py", *arguments], code)
+
+
+def kill_and_resume(arguments: list, folder: Path) -> None:
+    """Run the script into a folder, kill it after its last checkpoint, and resume it."""
+    process = start(arguments)
+    signal_when(lambda: (folder / "checkpoint-6/trainer_state.json").is_file(), signal.SIGKILL, process)
+    process.communicate()
+    assert not (folder / "all_results.json").exists()
+    run([*arguments, "--resume_from_checkpoint", "true"])
 
 
 def start_ranks(number: int, arguments: list, script: str = "run_captioning.py", **environment: str) -> list[Process]:
@@ -305,6 +322,22 @@ def assert_same(found, expected):
     whole = torch.stack([gradient.norm() for gradient in expected[1].values()]).norm()
     for name, gradient in expected[1].items():
         assert (found[1][name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6 * whole, name
+
+
+def change(file: Path, **values) -> None:
+    """Change values of a JSON file."""
+    file.write_text(json.dumps(read_json(file) | values))
+
+
+def output_of_card(folder: Path, monkeypatch, capsys, **replaced: str) -> str:
+    """Run the code of the card of an output folder beside it, with other strings in it, and return what it prints."""
+    code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
+    for string, other in replaced.items():
+        code = code.replace(f'"{string}"', repr(other))
+    monkeypatch.chdir(folder.parent)
+    capsys.readouterr()
+    exec(compile(code, "card", "exec"), {})
+    return capsys.readouterr().out.removesuffix("\n")
 
 
 class KeepGradients(TrainerCallback):

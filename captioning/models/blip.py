@@ -1,37 +1,32 @@
-"""BLIP behind the interface of `captioner.py`.
+"""BLIP behind the interface of `captioner.py`; stock `BlipForConditionalGeneration` loads what is saved."""
 
-Weights on disk stay plain BLIP: stock `BlipForConditionalGeneration` and `BlipProcessor` load what is saved.
-"""
-
-import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BlipConfig, BlipForConditionalGeneration, BlipProcessor, GenerationConfig, LogitsProcessor
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.utils import ModelOutput
 
 from captioning.errors import UserError, as_user_error
-from captioning.models.captioner import GENERATE_CODE, IGNORE_INDEX, Batch, Captioner, CardFacts, sum_nll
+from captioning.models.captioner import IGNORE_INDEX, Batch, Captioner, Rows, sum_nll
+from captioning.models.card_facts import BY_DECODER, SUFFICES, USAGE, CardFacts
 from captioning.models.fast_blip.decoder import CrossAttention, decoder_class, project_images
 from captioning.models.fast_blip.decoding import can_decode, decode_captions
 from captioning.models.fast_blip.modules import has_shipped_layers, use_fast_blip
 from captioning.models.fast_blip.packed_weights import packed_weights
 from captioning.models.fast_blip.pixel_values import fast_pixel_values
 from captioning.models.tokenizer import add_blip_tokens, load_tokenizer, match_special_tokens, train_tokenizer
+from captioning.models.weights import refuse_missing_weights
 
-
-logger = logging.getLogger(__name__)
 
 # BLIP initializes its position embedding like a weight, at less than a tenth of the patch embeddings that it is added
 # to, so a model trained from random weights learns late where in the image something is. Without this factor the
@@ -40,7 +35,7 @@ POSITION_SCALE = 10
 # Images that a CPU encodes at a time without gradients: their activations stay in its caches. At BLIP-base, 2 to
 # 4 images are 1.35 times as fast as 16, see docs/performance.md
 CPU_IMAGES = 4
-MAX_PARAMETERS = 2**31  # of each half of a model, 8 GB in float32; BLIP-large has 470 million in both
+MAX_PARAMETERS = 2**32  # 16 GB in float32; BLIP-large has 470 million
 MAX_LAYERS = 1000
 
 CARD = CardFacts(
@@ -55,53 +50,18 @@ CARD = CardFacts(
   booktitle = {International Conference on Machine Learning},
   year      = {2022}
 }""",
-    usage="""{% if autocast %}import torch
-{% endif %}{% if adapter_of %}from peft import PeftModel
-{% endif %}from PIL import Image
-from transformers import BlipForConditionalGeneration, BlipImageProcessorPil, BlipProcessor
-from transformers.utils import cached_file
-
-name = {{ name }}
-{% if adapter_of -%}
-model = BlipForConditionalGeneration.from_pretrained({{ adapter_of }}{% if dtype %}, dtype={{ dtype }}{% endif %})
-model = PeftModel.from_pretrained(model, name)
-{% else -%}
-model = BlipForConditionalGeneration.from_pretrained(name)
-{% endif -%}
-processor = BlipProcessor.from_pretrained(name)
-processor.image_processor = BlipImageProcessorPil.from_pretrained(name)  # torchvision would resize to other pixels
-settings = dict({{ settings }})
-
-image = Image.open(cached_file({{ holder }}, "sample.png"))
-inputs = processor(images=image{% if prompt %}, text={{ prompt }}{% endif %}, return_tensors="pt")
-"""
-    + GENERATE_CODE
-    + """{% if prompt -%}
-tokens = tokens[:, inputs["input_ids"].shape[1] - 1 :]  # without [DEC] and the prompt
-{% endif -%}
-print(processor.decode(tokens[0], skip_special_tokens=True).strip())""",
-    plain_generate="""{% if suffices -%}
-So does `model.generate({{ "**inputs" if prompt else 'pixel_values=inputs["pixel_values"]' }})` without the settings.
-{%- else -%}
-`model.generate(pixel_values=...)` alone does not: BLIP generates by its text decoder, into which stock
-`from_pretrained` reads neither `generation_config.json` nor beams from `config.json`. It would search greedily,
-for 20 tokens.
-{%- endif %}""",
+    # Stock `generate` takes the end token, which the processor adds to the prompt, off again
+    usage="{% set tokens, arguments, num_unread = None, prompt and 'text=' ~ prompt, 1 %}" + USAGE,
+    plain_generate=f"{{% if suffices %}}{SUFFICES}{{% else %}}{BY_DECODER}{{% endif %}}",
 )
 
 
 @dataclass
 class EncodedImages:
-    """B images, encoded.
-
-    Attributes:
-        image_embeds: `[B, P + 1, D]`: P patches, and `[CLS]` before them.
-        cross_attention: the fast path's keys and values of each layer, computed by the first method that needs them;
-            `generate` overwrites and drops them.
-    """
+    """B images, encoded: embeddings `[B, P + 1, D]` of `[CLS]` and P patches, and what the fast path makes of them."""
 
     image_embeds: torch.Tensor
-    cross_attention: CrossAttention | None = None
+    cross_attention: CrossAttention | None = None  # made once; `generate` overwrites and drops it
 
 
 class BlipCaptioner(Captioner):
@@ -110,19 +70,17 @@ class BlipCaptioner(Captioner):
     card = CARD
     uses_all_parameters = True
     loses_surface_form = True
-    fast = False
+
+    def __init__(self, model: BlipForConditionalGeneration, processor: BlipProcessor):
+        super().__init__(model, processor)
+        self.end_token_ids = [self.tokenizer.sep_token_id]
+        self.fast = False
 
     # --- Load and adapt ---------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(
-        cls, name: str, revision: str | None = None, dtype: torch.dtype = torch.float32
-    ) -> "BlipCaptioner":
-        """See `Captioner.from_pretrained`.
-
-        The image processor is the PIL one whatever is installed: torchvision resizes to other pixels, which gives
-        other scores (T11).
-        """
+    def from_pretrained(cls, name: str, revision: str | None = None, dtype: torch.dtype = torch.float32) -> Self:
+        """See `Captioner.from_pretrained`; images are processed by PIL whatever is installed (T11)."""
         with as_user_error(f"model '{name}' cannot be loaded", "give the folder of a saved BLIP or a Hub id"):
             _check_size(BlipConfig.from_pretrained(name, revision=revision), name)
             # A checkpoint saved in half precision would otherwise be trained in it
@@ -130,37 +88,16 @@ class BlipCaptioner(Captioner):
                 name, revision=revision, dtype=dtype, output_loading_info=True
             )
             image_processor = BlipImageProcessorPil.from_pretrained(name, revision=revision)
-        side, of_processor = model.config.vision_config.image_size, image_processor.size
-        if of_processor != {"height": side, "width": side}:
-            # The position embedding decides: the model cannot take images of another size
-            logger.warning(
-                "The processor of '%s' is for %s; images are resized to %d pixels", name, of_processor, side
-            )
-            image_processor.size = {"height": side, "width": side}
-        tokenizer = load_tokenizer(name, revision)
-        if len(tokenizer) > model.config.text_config.vocab_size:
-            raise UserError(
-                f"model '{name}': its tokenizer has {len(tokenizer)} entries, its embedding "
-                f"{model.config.text_config.vocab_size}; give the tokenizer that it was trained with"
-            )
-        if loading["missing_keys"]:
-            missing = sorted(loading["missing_keys"])
-            raise UserError(
-                f"model '{name}' lacks {len(missing)} weights of a captioning BLIP ('{missing[0]}', ...); "
-                "give a BlipForConditionalGeneration checkpoint such as Salesforce/blip-image-captioning-base"
-            )
-        return cls(model, BlipProcessor(image_processor, match_special_tokens(tokenizer, model.config)))
+        refuse_missing_weights(loading["missing_keys"], f"model '{name}'")
+        side = model.config.vision_config.image_size  # the position embedding decides, whatever the processor says
+        image_processor.size = {"height": side, "width": side}
+        tokenizer = match_special_tokens(load_tokenizer(name, revision), model.config)
+        return cls(model, BlipProcessor(image_processor, tokenizer))
 
     @classmethod
     def from_config(
-        cls,
-        config: dict[str, Any],
-        name: str,
-        seed: int,
-        tokenizer_name: str | None,
-        captions: Iterable[str],
-        vocab_size: int,
-    ) -> "BlipCaptioner":
+        cls, config: dict, name: str, seed: int, tokenizer_name: str | None, captions: Iterable[str], vocab_size: int
+    ) -> Self:
         """See `Captioner.from_config`; vocabulary size and special tokens come from the tokenizer."""
         with as_user_error(f"config '{name}' cannot be loaded", "recipes/configs/ has examples"):
             if not config.keys() & {"text_config", "vision_config"}:
@@ -186,21 +123,12 @@ class BlipCaptioner(Captioner):
         side = config.vision_config.image_size
         return cls(model, BlipProcessor(BlipImageProcessorPil(size={"height": side, "width": side}), tokenizer))
 
-    def adapt(
-        self,
-        image_size: int | None = None,
-        label_smoothing: float | None = None,
-        freeze_vision_model: bool = False,
-        fast: bool = True,
-    ) -> None:
-        """See `Captioner.adapt`."""
-        if image_size:
-            self._resize_images(image_size)
-        if label_smoothing is not None:
-            self.config.text_config.label_smoothing = label_smoothing  # not the Trainer's, which does not shift (T5)
-            self.model.text_decoder.label_smoothing = label_smoothing
-        if freeze_vision_model:
-            self.vision_model.requires_grad_(False)
+    def set_label_smoothing(self, weight: float) -> None:
+        """Set that of the config; the Trainer's does not shift the labels (T5)."""
+        self.config.text_config.label_smoothing = self.model.text_decoder.label_smoothing = weight
+
+    def use_fast_code(self, fast: bool) -> None:
+        """See `fast_blip`."""
         self.fast = fast
         use_fast_blip(self.model, fast)
 
@@ -214,49 +142,34 @@ class BlipCaptioner(Captioner):
         """See `Captioner.text_model`; without the head, which is tied to the embedding."""
         return self.model.text_decoder.bert
 
-    def _resize_images(self, image_size: int) -> None:
+    def resize_images(self, side: int) -> None:
         """Make model and processor take square images of another side in pixels.
 
-        The position embedding is interpolated once in the weights, by the model's own bicubic interpolation, instead
-        of in every `forward`: the saved model is plain BLIP and needs no `interpolate_pos_encoding=True`.
+        Positions are interpolated once in the weights, by the model's own code: what is saved is plain BLIP, which
+        needs no `interpolate_pos_encoding=True`.
         """
         vision = self.config.vision_config
-        if image_size < vision.patch_size or image_size % vision.patch_size:
+        if side < vision.patch_size or side % vision.patch_size:
             raise UserError(
-                f"image_size {image_size} is not a multiple of the model's patch size {vision.patch_size}; "
-                f"set --image_size to {max(1, round(image_size / vision.patch_size)) * vision.patch_size}"
+                f"image_size {side} is not a multiple of the model's patch size {vision.patch_size}; "
+                f"set --image_size to {max(1, round(side / vision.patch_size)) * vision.patch_size}"
             )
         embeddings = self.model.vision_model.embeddings
-        num_patches = (image_size // vision.patch_size) ** 2
+        num_patches = (side // vision.patch_size) ** 2
         tokens = torch.empty(1, 1 + num_patches, embeddings.embed_dim)  # only its shape is read
         with torch.no_grad():
-            positions = embeddings.interpolate_pos_encoding(tokens, image_size, image_size)
+            positions = embeddings.interpolate_pos_encoding(tokens, side, side)
         embeddings.position_embedding = nn.Parameter(positions)
         embeddings.num_patches, embeddings.num_positions = num_patches, 1 + num_patches
-        embeddings.image_size = vision.image_size = image_size
-        self.processor.image_processor.size = {"height": image_size, "width": image_size}
-
-    def check_lengths(self, max_caption_length: int, max_new_tokens: int) -> None:
-        """See `Captioner.check_lengths`."""
-        positions, start = self.config.text_config.max_position_embeddings, len(self.prompt_row)
-        if max_caption_length > positions:
-            raise UserError(
-                f"max_caption_length {max_caption_length} exceeds the model's {positions} text positions; "
-                f"set --max_caption_length to {positions} or less"
-            )
-        if start + max_new_tokens > positions:
-            raise UserError(
-                f"max_new_tokens {max_new_tokens} after {start} start and prompt tokens exceeds the model's "
-                f"{positions} text positions; set --max_new_tokens to {positions - start} or less or shorten --prompt"
-            )
+        embeddings.image_size = vision.image_size = side
+        self.processor.image_processor.size = {"height": side, "width": side}
 
     def set_generation_config(self, config: GenerationConfig) -> None:
         """See `Captioner.set_generation_config`: they go into the text config as far as possible.
 
-        Stock BLIP generates by its text decoder, whose own settings are made from the text config when the model is
-        loaded (T7). Loading drops `num_beams` and other old generation parameters from a config (transformers 5.23.0,
-        `PreTrainedConfig.__init__`) and keeps the numbers of new tokens. So a plain `model.generate(pixel_values=...)`
-        can be made to search greedily as evaluated, but not by beams.
+        Stock makes the settings of the text decoder, which generates (T7), of the text config, and drops `num_beams`
+        and others from that, but not the numbers of new tokens (transformers 5.23.0, `PreTrainedConfig.__init__`). So
+        a plain `model.generate(**inputs)` can be made to search greedily as evaluated, but not by beams.
         """
         text = self.config.text_config
         plain = self.plain_generate_suffices(config)
@@ -289,33 +202,16 @@ class BlipCaptioner(Captioner):
         """
         return [self.config.text_config.bos_token_id, *self.prompt_ids]
 
-    @property
-    def end_token_id(self) -> int:
-        """`[SEP]`."""
-        return self.tokenizer.sep_token_id
-
-    def tokenize(self, captions: Sequence[str], max_length: int) -> tuple[list[list[int]], list[bool]]:
-        """See `Captioner.tokenize`; the end token is `[SEP]`."""
-        start = self.prompt_row
-        room = max_length - len(start) - 1
-        if room < 1:
-            raise UserError(
-                f"max_caption_length {max_length} leaves no room for a caption beside [DEC], [SEP] and "
-                f"{len(self.prompt_ids)} prompt tokens; set --max_caption_length to {len(start) + 2} or more"
-            )
-        tokens = self.tokenizer(list(captions), add_special_tokens=False, verbose=False)["input_ids"]
-        return [[*start, *own[:room], self.end_token_id] for own in tokens], [len(own) > room for own in tokens]
-
     # --- Batches ----------------------------------------------------------------------------------------------
 
-    def collate(self, images: Sequence[Image.Image], rows: Sequence[Sequence[int]]) -> Batch:
+    def collate(self, images: Sequence[Image.Image], rows: Rows) -> Batch:
         """Return `pixel_values` float32 `[B, 3, H, W]` and `input_ids`, `attention_mask`, `labels` int64 `[B, L]`.
 
         A label is at the position of its token: BLIP shifts them itself.
         """
         return {"pixel_values": self.pixel_values(images)} | self._text_inputs(rows)
 
-    def _text_inputs(self, rows: Sequence[Sequence[int]]) -> Batch:
+    def _text_inputs(self, rows: Rows) -> Batch:
         tokens = [torch.tensor(row) for row in rows]
         input_ids = pad_sequence(tokens, batch_first=True, padding_value=self.tokenizer.pad_token_id)
         labels = pad_sequence(tokens, batch_first=True, padding_value=IGNORE_INDEX)
@@ -329,7 +225,7 @@ class BlipCaptioner(Captioner):
             return fast_pixel_values(list(images), self.processor.image_processor)
         return self.processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
 
-    def nll_of_captions(self, model: nn.Module, batch: Batch, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    def nll_of_captions(self, model: nn.Module, batch: Batch, rows: Rows) -> torch.Tensor:
         """See `Captioner.nll_of_captions`; each image is encoded once."""
         pixel_values = batch["pixel_values"]
         copies, texts = len(rows) // len(pixel_values), self._text_inputs(rows)
@@ -338,29 +234,21 @@ class BlipCaptioner(Captioner):
         def copy_embeds(module: nn.Module, args: tuple, outputs: ModelOutput) -> None:
             outputs.last_hidden_state = outputs.last_hidden_state.repeat(copies, 1, 1)
 
-        hook = self.vision_model.register_forward_hook(copy_embeds)
-        try:
+        with self.vision_model.register_forward_hook(copy_embeds):
             return self._nll(self.forward(model, batch).logits, batch["labels"])
-        finally:
-            hook.remove()
 
     def _nll(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Sum the negative log-likelihoods by caption; `logits` are `[B, L, V]`, or those of the N targets alone."""
         predicts = labels[:, 1:] != IGNORE_INDEX  # position i predicts token i + 1
-        return sum_nll(logits if logits.dim() == 2 else logits[:, :-1][predicts], labels, F.pad(predicts, (1, 0)))
+        return sum_nll(logits if logits.dim() == 2 else logits[:, :-1][predicts], labels)
 
-    @contextmanager
-    def watch_features(self, batch: Batch, keep: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    def watch_features(self, batch: Batch, keep: Callable[[torch.Tensor], None]) -> AbstractContextManager[Any]:
         """See `Captioner.watch_features`."""
 
         def pool(module: nn.Module, args: tuple, outputs: ModelOutput) -> None:
             keep(self.image_features(EncodedImages(outputs.last_hidden_state)))
 
-        hook = self.vision_model.register_forward_hook(pool)
-        try:
-            yield
-        finally:
-            hook.remove()
+        return self.vision_model.register_forward_hook(pool)
 
     # --- Evaluation -------------------------------------------------------------------------------------------
 
@@ -390,8 +278,8 @@ class BlipCaptioner(Captioner):
     def caption_nll(self, encoded: EncodedImages, batch: Batch) -> torch.Tensor:
         """See `Captioner.caption_nll`; padding is on the right.
 
-        The fast path on a CPU takes one caption at a time, without padding. That is as fast, and then the loss of a
-        caption does not depend, in any digit, on the others in its batch: on the batch size or number of processes.
+        The fast path on a CPU takes one caption at a time, without padding. That is as fast, and the loss of a caption
+        does not depend, in any digit, on the others in its batch.
         """
         decoder, input_ids, labels = self.model.text_decoder, batch["input_ids"], batch["labels"]
         predicts = labels[:, 1:] != IGNORE_INDEX  # position i predicts token i + 1
@@ -414,15 +302,15 @@ class BlipCaptioner(Captioner):
         """See `Captioner.generate_each`; on the fast path, beam searches by several length penalties are one."""
         if not (self._decodes_fast and all(map(can_decode, configs))):
             return super().generate_each(encoded, configs)
-        searches: dict[str, list[GenerationConfig]] = {}
-        shared = [repr(config.to_diff_dict() | {"length_penalty": 0}) for config in configs]
-        for name, config in zip(shared, configs, strict=True):
-            searches.setdefault(name, []).append(config)
-        found = {}
-        for name, alike in searches.items():
-            tokens = self.generate(encoded, alike[0], length_penalties=[config.length_penalty for config in alike])
-            found[name] = iter(tokens.split(len(encoded.image_embeds)))
-        return [next(found[name]) for name in shared]
+        searches: dict[str, list[int]] = {}  # by all settings but the length penalty
+        for place, config in enumerate(configs):
+            searches.setdefault(repr(config.to_diff_dict() | {"length_penalty": 0}), []).append(place)
+        found: dict[int, torch.Tensor] = {}
+        for places in searches.values():
+            penalties = [configs[place].length_penalty for place in places]
+            tokens = self.generate(encoded, configs[places[0]], length_penalties=penalties)
+            found.update(zip(places, tokens.split(len(encoded.image_embeds)), strict=True))
+        return [found[place] for place in range(len(configs))]
 
     @torch.no_grad()
     def generate(
@@ -432,13 +320,10 @@ class BlipCaptioner(Captioner):
         *processors: LogitsProcessor,
         length_penalties: Sequence[float] = (),
     ) -> torch.Tensor:
-        """Generate as `BlipForConditionalGeneration.generate(pixel_values, prompt)` does, token for token.
+        """See `Captioner.generate`: the tokens of stock `generate(pixel_values, prompt)`.
 
         The settings go to the text decoder, which ignores those of the whole model (T7). `length_penalties`, on the
         fast path: see `decode_captions`.
-
-        Returns:
-            The new tokens int64 `[B, T]`, without `prompt_row`, padded after `[SEP]`.
         """
         embeds, config = encoded.image_embeds, self._with_special_tokens(config)
         # A new tensor for each call: `generate` may write into it (T10)
@@ -477,9 +362,7 @@ class BlipCaptioner(Captioner):
     def attention_maps(self, encoded: EncodedImages, tokens: torch.Tensor) -> torch.Tensor:
         """Return the cross-attention over the patches of one image with which each token `[T]` was written.
 
-        Returns:
-            Float `[T, H, W]` on the grid of patches: attention weights, the mean over layers and heads, without that
-            on the `[CLS]` embedding.
+        Float `[T, H, W]`: the mean over layers and heads, without the weight of the `[CLS]` embedding.
         """
         start = torch.tensor(self.prompt_row, device=tokens.device)
         input_ids = torch.cat([start, tokens])[None, :-1]
@@ -492,14 +375,13 @@ class BlipCaptioner(Captioner):
 
 
 def _check_size(config: BlipConfig, name: str) -> None:
-    """Raise UserError if a config describes more than `MAX_PARAMETERS`, before any of them is allocated."""
-    text, vision = config.text_config, config.vision_config
-    words, patches = text.vocab_size + text.max_position_embeddings, (vision.image_size // vision.patch_size) ** 2
-    for part, num_embeddings in ((text, words), (vision, patches)):
-        layers, width, inner = int(part.num_hidden_layers), int(part.hidden_size), int(part.intermediate_size)
-        num_parameters = width * (layers * (4 * width + 2 * inner) + num_embeddings)
-        if layers > MAX_LAYERS or num_parameters > MAX_PARAMETERS:
-            raise UserError(
-                f"config of '{name}': {layers:,} layers of {width:,} are more than {MAX_LAYERS:,} layers or "
-                f"{MAX_PARAMETERS:,} weights; lower them, recipes/configs/ has examples"
-            )
+    """Raise UserError if a config describes a giant, before any of its weights is allocated."""
+    num_layers = max(int(part.num_hidden_layers) for part in (config.text_config, config.vision_config))
+    if num_layers <= MAX_LAYERS:
+        with torch.device("meta"):
+            num_parameters = BlipForConditionalGeneration(config).num_parameters()
+    if num_layers > MAX_LAYERS or num_parameters > MAX_PARAMETERS:
+        raise UserError(
+            f"config of '{name}': more than {MAX_LAYERS:,} layers or {MAX_PARAMETERS:,} weights; lower hidden_size, "
+            "num_hidden_layers or others, recipes/configs/ has examples"
+        )

@@ -1,8 +1,8 @@
 """`Captioner`: all that the rest of the recipe asks of an image captioning model.
 
-The trainer, the collator, the card and the page call these methods and know nothing else of a model. To add a family
-that stock `AutoModelForImageTextToText` loads, add an entry to `families.py`. For another, implement them in a file
-beside `blip.py` and add it to the table in `load.py`; `tests/test_captioner.py` is a small example.
+The trainer, the collator, the card and the page call these methods and know nothing else of a model. A family that
+stock `AutoModelForImageTextToText` loads is an entry of `families.py`; another is a file beside `blip.py`, named in
+`load.py`. `tests/test_captioner.py` is a small example.
 
 Shapes: B images or captions of a batch, L tokens of its longest row, T new tokens, D features of an image.
 """
@@ -11,8 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, Pre
 from transformers.utils import ModelOutput
 
 from captioning.errors import UserError
+from captioning.models.card_facts import CardFacts
 from captioning.models.concept_head import ConceptHead
 from captioning.models.surface_form import SurfaceForm
 
@@ -29,50 +29,11 @@ from captioning.models.surface_form import SurfaceForm
 IGNORE_INDEX = -100  # the label that `torch.nn.functional.cross_entropy` leaves out
 
 Batch = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class CardFacts:
-    """What the model card says of a family.
-
-    Attributes:
-        kind: fills "A ... that writes a caption for a radiology image".
-        tags: of the card's metadata.
-        transformers: the first version in which the code of `usage` runs.
-        license_note: a sentence on the license of the pretrained weights.
-        citation: BibTeX of the family's paper.
-        usage: Jinja template of Python code that repeats the predictions. It is given `name` (quoted), `settings`
-            (keyword arguments of `generate`, as Python code), `holder` (Python code of the name of the
-            repository or folder that holds `sample.png`), `prompt` (quoted, or None) and `autocast` (a torch type, or
-            None).
-        plain_generate: Jinja template of what to say of a call of `generate` without settings. It is given `prompt`
-            and `suffices`, whether that call repeats the predictions too.
-    """
-
-    kind: str
-    tags: tuple[str, ...]
-    transformers: str
-    license_note: str
-    citation: str
-    usage: str
-    plain_generate: str
-
-
-# For `CardFacts.usage`: the call of `generate`
-GENERATE_CODE = """{% if autocast -%}
-device = "cuda" if torch.cuda.is_available() else "cpu"
-with torch.autocast(device, torch.{{ autocast }}, enabled=device == "cuda"):  # as in the evaluation
-    tokens = model.to(device).generate(**inputs.to(device), **settings)
-{% else -%}
-tokens = model.generate(**inputs, **settings)
-{% endif -%}
-"""
+Rows = Sequence[Sequence[int]]  # of tokens
 
 
 class DrawTokens(LogitsProcessor):
-    """Draws a token for each row by a given random number, and leaves of the scores that one alone to be taken.
-
-    So the samples of an image are the same in any batch, but for rounding.
+    """Draws each token by a given random number, so that the samples of an image are the same in any batch.
 
     Args:
         config: `temperature`, `top_k` (0: all) and `top_p`, with the meaning of stock's `generate`.
@@ -102,54 +63,42 @@ class WatchTokens(LogitsProcessor):
     """Shows the caption of one image while it is written, and changes no score.
 
     Args:
-        show: called before each token but the first with the new tokens so far, int64 `[t]`; of several beams, those
-            of the most probable one that goes on. What it raises ends the search.
+        show: called before each token but the first with the new tokens so far, int64 `[t]`, of the most probable
+            beam that goes on. What it raises ends the search.
     """
 
     def __init__(self, show: Callable[[torch.Tensor], None]):
         self.show = show
-        self.start: int | None = None  # tokens of the prompt
+        self.num_prompt_tokens: int | None = None
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Return the scores; both searches keep beams in the order of their probability."""
-        if self.start is None:
-            self.start = input_ids.shape[1]
+        if self.num_prompt_tokens is None:
+            self.num_prompt_tokens = input_ids.shape[1]
         else:
-            self.show(input_ids[0, self.start :])
+            self.show(input_ids[0, self.num_prompt_tokens :])
         return scores
 
 
 class Captioner(ABC):
-    """A model and its processor.
+    """A model and its processor."""
 
-    Attributes:
-        model: what is trained, evaluated and saved; None in a process that loads data.
-        config: the model's.
-        processor: image processor and tokenizer, saved beside the model.
-        prompt: text that every caption continues.
-        prompt_ids: its tokens, without special tokens.
-        prompt_arguments: what the processor is called with beside an image to make the prompt, for the card.
-        retrieved_captions: how many captions of other images a prompt may hold, see `takes_retrieved`.
-        surface_form: restores the case and spacing of decoded captions; None: they stay as the tokenizer decodes them.
-        card: what the model card says of the family, if it is the only one of its class: see `card_facts`.
-    """
-
-    card: ClassVar[CardFacts]
+    card: ClassVar[CardFacts]  # of the family, if it is the only one of its class: see `card_facts`
     uses_all_parameters: ClassVar[bool] = False  # in each training step; True makes several processes faster
     loses_surface_form: ClassVar[bool] = False  # the tokenizer, which lower-cases and spaces out punctuation
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin):
-        self.model = model
-        self.config = model.config
-        self.processor = processor
-        self.prompt: str | None = None
-        self.prompt_ids: list[int] = []
-        self.prompt_arguments: dict[str, Any] = {}
-        self.retrieved_captions = 0
-        self.surface_form: SurfaceForm | None = None
+        self.model, self.config = model, model.config
+        self.processor = processor  # image processor and tokenizer, saved beside the model
+        self.prompt: str | None = None  # text that every caption continues
+        self.prompt_ids: list[int] = []  # its tokens, without special tokens
+        self.prompt_arguments: dict[str, Any] = {}  # with which the processor makes it, for the card
+        self.retrieved_captions = 0  # how many captions of other images it may hold, see `collate`
+        self.surface_form: SurfaceForm | None = None  # restores the case and spacing of decoded captions
+        self.end_token_ids: list[int] = [self.tokenizer.eos_token_id]  # a caption learns to end with the first
 
     def without_weights(self) -> "Captioner":
-        """Return a copy that can tokenize, collate and decode, for a process that loads data."""
+        """Return a copy without a model, for a process that loads data: it can tokenize, collate and decode."""
         light = copy(self)
         light.model = None
         return light
@@ -166,10 +115,7 @@ class Captioner(ABC):
 
     @concept_head.setter
     def concept_head(self, head: ConceptHead | None) -> None:
-        if self.concept_head is not None:
-            del self.plain_model.concept_head
-        if head is not None:
-            self.plain_model.concept_head = head.to(self.model.device)
+        self.plain_model.concept_head = head and head.to(self.model.device)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -181,18 +127,11 @@ class Captioner(ABC):
         """Return what the model card says of a model with this `model_type` in its config."""
         return cls.card
 
-    @classmethod
-    def takes_retrieved(cls, model_type: str) -> bool:
-        """Tell whether the `collate` of a model with this `model_type` takes captions of similar images, too."""
-        return False
-
     # --- Load and adapt ---------------------------------------------------------------------------------------
 
     @classmethod
     @abstractmethod
-    def from_pretrained(
-        cls, name: str, revision: str | None = None, dtype: torch.dtype = torch.float32
-    ) -> "Captioner":
+    def from_pretrained(cls, name: str, revision: str | None = None, dtype: torch.dtype = torch.float32) -> Self:
         """Load a checkpoint from the Hub or a folder; a type other than float32 is for weights that do not learn.
 
         Raises:
@@ -200,31 +139,19 @@ class Captioner(ABC):
         """
 
     @classmethod
-    @abstractmethod
     def from_config(
-        cls,
-        config: dict[str, Any],
-        name: str,
-        seed: int,
-        tokenizer_name: str | None,
-        captions: Iterable[str],
-        vocab_size: int,
-    ) -> "Captioner":
-        """Build a model with random weights, in evaluation mode.
+        cls, config: dict, name: str, seed: int, tokenizer_name: str | None, captions: Iterable[str], vocab_size: int
+    ) -> Self:
+        """Build a model from the content of a config that came from `name`: random weights, in evaluation mode.
 
-        Args:
-            config: the content of a config.
-            name: where it came from, for messages.
-            seed: of the weights.
-            tokenizer_name: Hub id or folder of a tokenizer; None trains one.
-            captions: what the tokenizer is trained on, if it is.
-            vocab_size: the most entries of a trained tokenizer.
+        Without a `tokenizer_name`, one of up to `vocab_size` entries is trained on `captions`.
 
         Raises:
-            UserError: config or tokenizer cannot be read, or do not describe a model of this family.
+            UserError: config or tokenizer cannot be read, or the family is not trained from random weights.
         """
+        what = f"config '{name}' is of model type {config['model_type']}, which is fine-tuned only"
+        raise UserError(f"{what}; give a checkpoint by --model_name_or_path")
 
-    @abstractmethod
     def adapt(
         self,
         image_size: int | None = None,
@@ -232,18 +159,32 @@ class Captioner(ABC):
         freeze_vision_model: bool = False,
         fast: bool = True,
     ) -> None:
-        """Adapt the model to a run, in place.
+        """Adapt the model to a run, in place; None keeps what the checkpoint has.
 
         Args:
-            image_size: side of the images in pixels; None keeps the checkpoint's.
-            label_smoothing: weight of the uniform distribution in the training loss (never in evaluation); None keeps
-                the checkpoint's.
+            image_size: side of the images in pixels; UserError: the model cannot take them.
+            label_smoothing: weight of the uniform distribution in the training loss, never in evaluation.
             freeze_vision_model: train the rest of the model alone.
             fast: compute the same numbers by faster code, where the family has such code.
-
-        Raises:
-            UserError: the model cannot be adapted in this way.
         """
+        if image_size:
+            self.resize_images(image_size)
+        if label_smoothing is not None:
+            self.set_label_smoothing(label_smoothing)
+        if freeze_vision_model:
+            self.vision_model.requires_grad_(False)
+        self.use_fast_code(fast)
+
+    def resize_images(self, side: int) -> None:
+        """See `adapt`."""
+        raise UserError(f"a {self.config.model_type} takes images of one size only; leave out --image_size")
+
+    def set_label_smoothing(self, weight: float) -> None:
+        """See `adapt`."""
+        raise UserError(f"a {self.config.model_type} has no such loss; leave out --label_smoothing")
+
+    def use_fast_code(self, fast: bool) -> None:  # noqa: B027
+        """See `adapt`; by default there is none."""
 
     @property
     @abstractmethod
@@ -260,44 +201,59 @@ class Captioner(ABC):
         self.prompt = prompt
         self.prompt_ids = self.tokenizer(prompt or "", add_special_tokens=False)["input_ids"]
 
-    @abstractmethod
-    def check_lengths(self, max_caption_length: int, max_new_tokens: int) -> None:
-        """Check that rows of this many tokens can be trained on, and this many tokens generated.
+    @property
+    def num_tokens_before_row(self) -> int:
+        """How many tokens the model reads before a row of `tokenize`, those of the image among them."""
+        return 0
 
-        Raises:
-            UserError: they do not fit into the model's positions.
-        """
+    def check_lengths(self, max_caption_length: int, max_new_tokens: int) -> None:
+        """Raise UserError if rows of this many tokens, or so many new ones, do not fit into the model's positions."""
+        text = self.config.get_text_config()
+        positions = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+        before = self.num_tokens_before_row
+        new = ("max_new_tokens", max_new_tokens, before + len(self.prompt_row))
+        for flag, number, start in (("max_caption_length", max_caption_length, before), new):
+            if positions and start + number > positions:
+                after = f" after {start} tokens of the prompt" if start else ""
+                mends = [f"set --{flag} to {positions - start} or less"] if start + 1 < positions else []
+                mends += ["set fewer --retrieved_captions"] if self.retrieved_captions else []
+                mends += ["shorten --prompt"] if self.prompt else []
+                exceeds = f"{flag} {number}{after} exceeds the model's {positions} text positions"
+                raise UserError(f"{exceeds}; {' or '.join(mends)}")
 
     @abstractmethod
     def set_generation_config(self, config: GenerationConfig) -> None:
         """Write the decode settings into the model, so that they are saved with it and stock `generate` finds them."""
 
     @classmethod
-    @abstractmethod
     def plain_generate_suffices(cls, config: GenerationConfig) -> bool:
         """Tell whether stock `generate` of a saved model decodes by these settings without being given them."""
+        return True
 
     # --- Captions and tokens ----------------------------------------------------------------------------------
 
     @property
-    @abstractmethod
     def prompt_row(self) -> list[int]:
         """The tokens before a caption, none of them a target: the start token, where there is one, and the prompt."""
+        return self.prompt_ids
 
-    @abstractmethod
     def tokenize(self, captions: Sequence[str], max_length: int) -> tuple[list[list[int]], list[bool]]:
-        """Turn captions into rows of tokens: `prompt_row`, the caption, the end token.
-
-        Args:
-            captions: N captions.
-            max_length: the most tokens of a row; a longer caption is cut, the end token is kept.
-
-        Returns:
-            The N rows, and whether the caption of each was cut.
+        """Return N rows of tokens, `prompt_row`, caption, end token, and whether the caption of each was cut.
 
         Raises:
-            UserError: `max_length` leaves no room for a caption.
+            UserError: `max_length`, the most tokens of a row, leaves no room for a caption.
         """
+        start = self.prompt_row
+        room = max_length - len(start) - 1
+        if room < 1:
+            mend = f"set --max_caption_length to {len(start) + 2} or more"
+            raise UserError(f"max_caption_length {max_length} leaves no room for a caption; {mend}")
+        tokens = self.caption_tokens(captions)
+        return [[*start, *own[:room], self.end_token_id] for own in tokens], [len(own) > room for own in tokens]
+
+    def caption_tokens(self, captions: Sequence[str]) -> list[list[int]]:
+        """Return all tokens of each caption, without special ones."""
+        return self.tokenizer(list(captions), add_special_tokens=False, verbose=False)["input_ids"]
 
     def decode(self, tokens: np.ndarray) -> list[str]:
         """Turn new tokens int `[N, T]`, padded by the padding token or -100, into N captions."""
@@ -305,7 +261,7 @@ class Captioner(ABC):
 
     def round_trip(self, captions: Sequence[str]) -> list[str]:
         """Return what is decoded from all tokens of each caption: the most that a model can write of it."""
-        return self._texts([row[len(self.prompt_row) :] for row in self.tokenize(captions, 10**9)[0]])
+        return self._texts(self.caption_tokens(captions))
 
     def _texts(self, rows: np.ndarray | list[list[int]]) -> list[str]:
         texts = [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
@@ -322,16 +278,11 @@ class Captioner(ABC):
 
     @property
     def end_token_id(self) -> int:
-        """The token that ends a caption."""
-        return self.tokenizer.eos_token_id
-
-    @property
-    def end_token_ids(self) -> list[int]:
-        """All tokens at which generation stops."""
-        return [self.end_token_id]
+        """The token that a caption learns to end with."""
+        return self.end_token_ids[0]
 
     def without_padding(self, tokens: np.ndarray) -> np.ndarray:
-        """Return the new tokens `[T]` of one caption up to its end token; without one, up to its padding."""
+        """Return the new tokens `[T]` of one caption up to its end token, or else to its padding."""
         tokens = tokens[tokens >= 0]
         ends = np.flatnonzero(np.isin(tokens, self.end_token_ids))
         if len(ends):
@@ -342,26 +293,22 @@ class Captioner(ABC):
     # --- Batches ----------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def collate(self, images: Sequence[Image.Image], rows: Sequence[Sequence[int]]) -> Batch:
+    def collate(self, images: Sequence[Image.Image], rows: Rows) -> Batch:
         """Make the model's batch of B images and their rows of tokens.
 
-        Where the family `takes_retrieved`, there is a third argument `retrieved`: for each image the captions of
-        similar ones, which become a part of its prompt; by default there are none.
+        Families with `Family.image_start` also take `retrieved`: for each image the captions of similar ones, which
+        become a part of its prompt.
 
         Returns:
-            The keyword arguments of the model's `forward`, `labels` int64 `[B, L]` among them: -100 where a token is
-            not a target, as in the prompt and in padding. The Trainer takes B from the first tensor.
+            The keyword arguments of the model's `forward`, with `labels` int64 `[B, L]`: -100 where a token is not a
+            target, as in the prompt and in padding. The Trainer takes B from the first tensor.
 
         Raises:
             ValueError: an image cannot be processed.
         """
 
     def forward(self, model: Callable[..., ModelOutput], batch: Batch) -> ModelOutput:
-        """Run a training step's forward pass.
-
-        Args:
-            model: `self.model`, what the Trainer has wrapped it in, or a function that calls it.
-            batch: from `collate`.
+        """Run a training step's forward pass of `self.model`, or of `model`, which wraps or calls it.
 
         Returns:
             `loss`, the mean over the targets, smoothed if the run says so, and `logits` of any shape.
@@ -369,11 +316,7 @@ class Captioner(ABC):
         return model(**batch, use_cache=False)
 
     def forward_with_concepts(self, model: torch.nn.Module, batch: Batch) -> tuple[ModelOutput, torch.Tensor]:
-        """Run `forward`, and `concept_head` on the features that it has of the images.
-
-        Returns:
-            What `forward` returns, and the logits of the concepts float32 `[B, C]`.
-        """
+        """Return what `forward` does, and the logits of the concepts float32 `[B, C]`, from the same pass."""
         features, logits = [], []
 
         def add_logits(module: torch.nn.Module, args: tuple, outputs: ModelOutput) -> tuple[ModelOutput, torch.Tensor]:
@@ -385,20 +328,13 @@ class Captioner(ABC):
             logits.append(found)
             return outputs
 
-        hook = self.model.register_forward_hook(add_logits)
-        try:
-            with self.watch_features(batch, features.append):
-                return self.forward(without_logits, batch), logits.pop()
-        finally:
-            hook.remove()
+        with self.model.register_forward_hook(add_logits), self.watch_features(batch, features.append):
+            return self.forward(without_logits, batch), logits.pop()
 
-    def watch_features(self, batch: Batch, keep: Callable[[torch.Tensor], None]) -> AbstractContextManager[None]:
-        """Return a context in which a forward pass of the batch calls `keep` with the features of its images.
+    def watch_features(self, batch: Batch, keep: Callable[[torch.Tensor], None]) -> AbstractContextManager[Any]:
+        """Return a context in which a forward pass calls `keep` with the `image_features` of a batch, with gradients.
 
-        They are those of `image_features`, float32 `[B, D]`, with gradients.
-
-        Raises:
-            UserError: the family does not have this.
+        UserError: the family does not have this.
         """
         raise UserError(f"a {self.config.model_type} cannot learn concepts; leave out --concept_loss_weight")
 
@@ -406,14 +342,11 @@ class Captioner(ABC):
         """Count the targets of each row of `labels` `[B, L]`: int64 `[B]`."""
         return (labels != IGNORE_INDEX).sum(dim=1)
 
-    def nll_of_captions(self, model: torch.nn.Module, batch: Batch, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    def nll_of_captions(self, model: torch.nn.Module, batch: Batch, rows: Rows) -> torch.Tensor:
         """Return the negative log-likelihoods of other captions of B images, as `caption_nll` does, with gradients.
 
-        `rows` are K * B rows of tokens as those of `tokenize`: the first captions of all images, then the second. So
-        are the float64 `[K * B]` returned. `model` is that of `forward`.
-
-        Raises:
-            UserError: the family does not have this.
+        `rows` are K * B rows as of `tokenize`, and so are the float64 `[K * B]` returned: the first captions of all
+        images, then the second. `model` is that of `forward`. UserError: the family does not have this.
         """
         raise UserError(f"a {self.config.model_type} cannot learn from samples; leave out --objective self_critical")
 
@@ -429,20 +362,13 @@ class Captioner(ABC):
 
     @abstractmethod
     def caption_nll(self, encoded: Any, batch: Batch) -> torch.Tensor:
-        """Return the negative log-likelihood of each caption, without label smoothing.
-
-        Returns:
-            float64 `[B]`, in nats, summed over the targets of a caption.
-        """
+        """Return the negative log-likelihood of each caption: float64 `[B]`, in nats, without label smoothing."""
 
     @abstractmethod
     def generate(self, encoded: Any, config: GenerationConfig, *processors: LogitsProcessor) -> torch.Tensor:
         """Generate captions from the images and the prompt, never from a reference (T1).
 
-        Args:
-            encoded: from `encode_images`.
-            config: decode settings.
-            processors: `DrawTokens`, with which `config` must sample, or `WatchTokens`, which takes one image.
+        `processors` may be `DrawTokens`, with which `config` must sample, or `WatchTokens`, which takes one image.
 
         Returns:
             The new tokens int64 `[B, T]`, without the prompt, padded after the end token.
@@ -451,8 +377,7 @@ class Captioner(ABC):
     def sample(self, encoded: Any, config: GenerationConfig, uniforms: torch.Tensor) -> torch.Tensor:
         """Return K samples of each of B images, as `generate` does, in int64 `[B, K, up to T]`.
 
-        `temperature`, `top_k` and `top_p` of `config` say what they are drawn from, `uniforms`, float `[B, K, T]` from
-        0 to 1, by which random numbers; zeros make the caption of greedy search.
+        See `DrawTokens` for `config` and `uniforms`, float `[B, K, T]`; zeros make the caption of greedy search.
         """
         number, length = uniforms.shape[1:]
         plain = {"do_sample": True, "num_beams": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
@@ -464,7 +389,7 @@ class Captioner(ABC):
         return self.generate(encoded, settings, draw).unflatten(0, (-1, number))
 
     def generate_each(self, encoded: Any, configs: Sequence[GenerationConfig]) -> list[torch.Tensor]:
-        """Return what `generate` returns by each of some decode settings, but for padding; they may share work."""
+        """Return what `generate` does by each of some decode settings, but for padding; they may share work."""
         return [self.generate(encoded, config) for config in configs]
 
     @abstractmethod
@@ -472,26 +397,19 @@ class Captioner(ABC):
         """Return one vector an image, float32 `[B, D]`; of images that look alike the cosine is high."""
 
     def word_attention(self, encoded: Any, tokens: torch.Tensor) -> list[tuple[str, np.ndarray]] | None:
-        """Return an attention map of one image for each word of its caption.
+        """Return the words of the caption of one image, each with its attention over the image, float `[H, W]`.
 
-        Args:
-            encoded: a batch of one image.
-            tokens: int64 `[T]`, its new tokens without padding.
-
-        Returns:
-            The words, each with a float map `[H, W]` over the image; None if the family has no such maps.
+        `tokens` int64 `[T]` are those of the caption without padding. None: the family has no such maps.
         """
         return None
 
 
-def sum_nll(logits: torch.Tensor, labels: torch.Tensor, is_target: torch.Tensor) -> torch.Tensor:
+def sum_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return the negative log-likelihood of each caption, float64 `[B]`, in nats, without label smoothing.
 
-    Args:
-        logits: `[N, V]`, from which the N targets of the batch are predicted, in order.
-        labels: `[B, L]`.
-        is_target: bool `[B, L]`, true at the N targets.
+    `logits` `[N, V]` predict, in order, the N targets among `labels` `[B, L]`.
     """
+    is_target = labels != IGNORE_INDEX
     nll = torch.zeros(labels.shape, dtype=torch.float64, device=labels.device)
     nll[is_target] = F.cross_entropy(logits.float(), labels[is_target], reduction="none").double()
     return nll.sum(dim=1)

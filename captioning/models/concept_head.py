@@ -29,16 +29,13 @@ class ConceptHead(nn.Linear):
     """A linear layer from the normalized features of an image to a logit for each of C concepts.
 
     As a part of the model it is moved, trained and synchronized with it, but is in no state dict of the model: what
-    is saved there, and what is loaded, is the captioner alone.
+    is saved and loaded there is the captioner alone.
 
     Args:
         num_features: D of `Captioner.image_features`.
         concepts: C CUIs.
         names: those that are known, by CUI.
         thresholds: C probabilities from which a concept is predicted; None: not chosen yet.
-
-    Attributes:
-        loss_weight: of the loss of the concepts in the next step, if it follows the losses.
     """
 
     def __init__(
@@ -49,7 +46,7 @@ class ConceptHead(nn.Linear):
         thresholds: Sequence[float] | None = None,
     ):
         super().__init__(num_features, len(concepts), dtype=torch.float32)
-        self.register_buffer("loss_weight", torch.tensor(0.0))
+        self.register_buffer("loss_weight", torch.tensor(0.0))  # of the next step, if it follows the losses
         self.concepts, self.names, self.thresholds = list(concepts), names or {}, thresholds
         nn.init.zeros_(self.weight)
 
@@ -67,10 +64,10 @@ class ConceptHead(nn.Linear):
         return concepts_above(self.probabilities(features), self.concepts, self.thresholds or DEFAULT_THRESHOLD)
 
     def _save_to_state_dict(self, *args) -> None:
-        """Add nothing to the state dict of the model."""
+        pass
 
     def _load_from_state_dict(self, *args) -> None:
-        """Miss nothing in the state dict of the model."""
+        pass
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         return {"weight": self.weight, "bias": self.bias, "loss_weight": self.loss_weight}
@@ -95,11 +92,7 @@ class ConceptHead(nn.Linear):
 
     @classmethod
     def load(cls, name: str, revision: str | None = None) -> "ConceptHead | None":
-        """Return the head of a model on the Hub or in a folder, None if it has none.
-
-        Raises:
-            UserError: it cannot be read, or a weight is NaN or infinite.
-        """
+        """Return the head of a model on the Hub or in a folder, None if it has none; UserError: it cannot be used."""
         path = optional_file(name, CONFIG_FILE, revision)
         if path is None:
             return None
@@ -114,11 +107,7 @@ class ConceptHead(nn.Linear):
 
     @torch.no_grad()
     def load_weights(self, source: str | Path | dict[str, torch.Tensor]) -> None:
-        """Take over the tensors of a file, or those given.
-
-        Raises:
-            UserError: they are missing, those of another head, NaN or infinite.
-        """
+        """Take over the tensors of a file, or those given; UserError: they are of another head, NaN or infinite."""
         with as_user_error("the concept head cannot be loaded", "give the flags of concepts that it was trained with"):
             tensors = source if isinstance(source, dict) else load_file(source)
             for name, value in self._tensors().items():
@@ -130,10 +119,7 @@ class ConceptHead(nn.Linear):
 def concepts_above(
     probabilities: np.ndarray, concepts: Sequence[str], thresholds: Sequence[float] | float
 ) -> list[list[str]]:
-    """Return the concepts of N images with a probability `[N, C]` from the threshold on, the most probable first.
-
-    Of an image at most `MAX_CONCEPTS`.
-    """
+    """Return the concepts of N images whose probability `[N, C]` reaches the threshold: the best `MAX_CONCEPTS`."""
     ranked = np.argsort(-probabilities, axis=1, kind="stable")[:, :MAX_CONCEPTS]
     passes = probabilities >= np.asarray(thresholds)
     return [[concepts[c] for c in own if kept[c]] for own, kept in zip(ranked, passes, strict=True)]

@@ -1,12 +1,12 @@
 """The families of `image_text_to_text.py`, by the `model_type` of their checkpoints: all in which they differ.
 
-To add a family, add it to `FAMILIES`, and a tiny model of it to `tests/families.py`. docs/models.md has the licenses
-of their weights and what memory they need.
+To add a family, add it to `FAMILIES`, a tiny model of it to `tests/families.py`, and its license to `docs/models.md`.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
-from captioning.models.captioner import GENERATE_CODE, CardFacts
+from captioning.models.card_facts import BY_DECODER, BY_MODEL, CardFacts
 
 
 ASK = "Write a caption for this radiology image."
@@ -14,42 +14,46 @@ ASK = "Write a caption for this radiology image."
 
 @dataclass(frozen=True)
 class Family:
-    """What stock transformers does not tell of a family.
+    """What stock transformers does not tell of a family."""
 
-    Attributes:
-        citation: authors, title, year and arXiv id of its paper.
-        prompt: what is asked where the user gives no `--prompt`.
-        template: of the whole prompt where the processor has no chat template, with the fields `image` (the token
-            that stands for it), `prompt` and `start` (the tokenizer's `cls_token`).
-        end: token that ends a caption if the tokenizer knows it; by default the first at which the model stops.
-        caption_type: `token_type_ids` of a caption: 1 in PaliGemma, whose prompt is read in both directions.
-        has_token_types: whether the model takes `token_type_ids`; some tokenizers return them unasked.
-        image_size: what `--image_size` sets: the "area" of an image, its "longest_edge", or None where the size of
-            images is fixed.
-        vision: path of the module that encodes images where stock's `get_encoder("image")` does not find it.
-        text: path of the module that writes where stock's `get_decoder()` does not find it.
-        takes_prompt: whether there is one.
-        image_start: with what the place of the image in a prompt begins, before which retrieved captions are written;
-            None: the family takes none.
-        generates_by_decoder: whether `generate` is that of an inner model, which ignores the outer settings (T7).
-    """
-
-    citation: tuple[str, str, int, str]
-    prompt: str = ASK
+    citation: tuple[str, str, int, str]  # authors, title, year and arXiv id of its paper
+    prompt: str = ASK  # what is asked where the user gives no `--prompt`
+    # Of the whole prompt where the processor has no chat template: `image` is the token that stands for it, `start`
+    # the tokenizer's `cls_token`
     template: str = "{image}{prompt}"
-    end: str | None = None
-    caption_type: int = 0
-    has_token_types: bool = False
-    image_size: str | None = None
-    vision: str | None = None
-    text: str | None = None
+    end: str | None = None  # ends a caption if the tokenizer knows it; else the first at which the model stops
+    caption_type: int = 0  # `token_type_ids` of a caption: 1 in PaliGemma, whose prompt is read in both directions
+    has_token_types: bool = False  # whether the model takes `token_type_ids`, which some tokenizers return unasked
+    image_size: str | None = None  # what `--image_size` sets: the "area" or "longest_edge" of an image; None: fixed
+    vision: str | None = None  # path of the module that encodes images, if `get_encoder("image")` does not find it
+    text: str | None = None  # path of the module that writes, if `get_decoder()` does not find it
     takes_prompt: bool = True
-    image_start: str | None = None
-    generates_by_decoder: bool = False
+    image_start: str | None = None  # in the prompt, before it retrieved captions are written; None: it takes none
+    generates_by_decoder: bool = False  # `generate` is that of an inner model, which ignores the outer settings (T7)
+
+    def card_facts(self, model_type: str) -> CardFacts:
+        """Return what the model card says of the family."""
+        authors, title, year, arxiv = self.citation
+        key = model_type.replace("-", "").replace("_", "") + str(year)
+        return CardFacts(
+            kind=f"{model_type} model",
+            tags=(model_type,),
+            transformers="5.23",
+            license_note="The license of the weights that it started from applies to these, too: see docs/models.md.",
+            citation=CITATION.format(key=key, title=title, authors=authors, year=year, arxiv=arxiv),
+            plain_generate=BY_DECODER if self.generates_by_decoder else BY_MODEL,
+        )
 
 
-IDEFICS = "User:{image}{prompt}<end_of_utterance>\nAssistant:"
 QWEN = "<|im_start|>user\n<|vision_start|>{image}<|vision_end|>{prompt}<|im_end|>\n<|im_start|>assistant\n"
+QwenVL = partial(Family, template=QWEN, image_size="area", image_start="<|vision_start|>")
+Idefics = partial(
+    Family,
+    template="User:{image}{prompt}<end_of_utterance>\nAssistant:",
+    end="<end_of_utterance>",
+    image_size="longest_edge",
+    image_start="<image>",
+)
 FAMILIES = {
     "blip-2": Family(
         ("Li and others", "BLIP-2: Bootstrapping Language-Image Pre-training", 2023, "2301.12597"),
@@ -72,18 +76,8 @@ FAMILIES = {
         template=QWEN,
         image_start="<image>",
     ),
-    "qwen2_5_vl": Family(
-        ("Bai and others", "Qwen2.5-VL Technical Report", 2025, "2502.13923"),
-        template=QWEN,
-        image_size="area",
-        image_start="<|vision_start|>",
-    ),
-    "qwen3_vl": Family(
-        ("Bai and others", "Qwen3-VL Technical Report", 2025, "2511.21631"),
-        template=QWEN,
-        image_size="area",
-        image_start="<|vision_start|>",
-    ),
+    "qwen2_5_vl": QwenVL(("Bai and others", "Qwen2.5-VL Technical Report", 2025, "2502.13923")),
+    "qwen3_vl": QwenVL(("Bai and others", "Qwen3-VL Technical Report", 2025, "2511.21631")),
     "gemma3": Family(
         ("Gemma Team", "Gemma 3 Technical Report", 2025, "2503.19786"),
         template="<start_of_turn>user\n{image}{prompt}<end_of_turn>\n<start_of_turn>model\n",
@@ -97,19 +91,11 @@ FAMILIES = {
         has_token_types=True,
         caption_type=1,
     ),
-    "idefics3": Family(
-        ("Laurençon and others", "Building and better understanding vision-language models", 2024, "2408.12637"),
-        template=IDEFICS,
-        end="<end_of_utterance>",
-        image_size="longest_edge",
-        image_start="<image>",
+    "idefics3": Idefics(
+        ("Laurençon and others", "Building and better understanding vision-language models", 2024, "2408.12637")
     ),
-    "smolvlm": Family(
-        ("Marafioti and others", "SmolVLM: Redefining small and efficient multimodal models", 2025, "2504.05299"),
-        template=IDEFICS,
-        end="<end_of_utterance>",
-        image_size="longest_edge",
-        image_start="<image>",
+    "smolvlm": Idefics(
+        ("Marafioti and others", "SmolVLM: Redefining small and efficient multimodal models", 2025, "2504.05299")
     ),
     "git": Family(
         ("Wang and others", "GIT: A Generative Image-to-text Transformer", 2022, "2205.14100"),
@@ -127,22 +113,6 @@ FAMILIES = {
 }
 
 
-def card_facts(model_type: str) -> CardFacts:
-    """Return what the model card says of a family."""
-    family = FAMILIES[model_type]
-    authors, title, year, arxiv = family.citation
-    key = model_type.replace("-", "").replace("_", "")
-    return CardFacts(
-        kind=f"{model_type} model",
-        tags=(model_type,),
-        transformers="5.23",
-        license_note="The license of the weights that it started from applies to these, too: see docs/models.md.",
-        citation=CITATION.format(key=f"{key}{year}", title=title, authors=authors, year=year, arxiv=arxiv),
-        usage=USAGE,
-        plain_generate=BY_DECODER if family.generates_by_decoder else BY_MODEL,
-    )
-
-
 CITATION = """@misc{{{key},
   title         = {{{{{title}}}}},
   author        = {{{authors}}},
@@ -150,43 +120,3 @@ CITATION = """@misc{{{key},
   eprint        = {{{arxiv}}},
   archivePrefix = {{arXiv}}
 }}"""
-USAGE = """{% if dtype or autocast %}import torch
-{% endif %}{% if adapter_of %}from peft import PeftModel
-{% endif %}from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
-{%- if tokens %}, GenerationConfig{% endif %}
-from transformers.utils import cached_file
-
-name = {{ name }}
-{% if adapter_of -%}
-model = AutoModelForImageTextToText.from_pretrained({{ adapter_of }}, dtype={{ dtype or '"float32"' }})
-model = PeftModel.from_pretrained(model, name)
-{% else -%}
-model = AutoModelForImageTextToText.from_pretrained(name, dtype={{ dtype or '"float32"' }})
-{% endif -%}
-{% if tokens -%}
-model{% if adapter_of %}.base_model.model{% endif %}.generation_config = GenerationConfig({{ tokens }})
-{% endif -%}
-processor = AutoProcessor.from_pretrained(name)
-processor.image_processor = AutoImageProcessor.from_pretrained(name, backend="pil")  # torchvision: other pixels
-settings = dict({{ settings }})
-
-image = Image.open(cached_file({{ holder }}, "sample.png")).convert("RGB")
-{% if arguments -%}
-inputs = processor(images=[[image]], {{ arguments }}, return_tensors="pt")
-{% else -%}
-inputs = processor.image_processor(image, return_tensors="pt")
-{% endif -%}
-"""
-USAGE += (
-    GENERATE_CODE
-    + """{% if arguments -%}
-if not model.config.is_encoder_decoder:
-    tokens = tokens[:, inputs["input_ids"].shape[1] :]  # without the prompt
-{% endif -%}
-print(processor.tokenizer.decode(tokens[0], skip_special_tokens=True).strip())"""
-)
-BY_MODEL = """{% if suffices %}So does `model.generate(**inputs)` without the settings.
-{%- else %}Without the settings, `model.generate(**inputs)` searches as its model was published to.{% endif %}"""
-BY_DECODER = """`model.generate(**inputs)` alone does not: its language model generates, into which stock
-`from_pretrained` does not read `generation_config.json`. It would search greedily, for 20 tokens."""

@@ -1,8 +1,7 @@
-"""Other captioners than BLIP: what stock `AutoModelForImageTextToText` loads, family by family in one table.
+"""Other captioners than BLIP: the families of `families.py`, which stock `AutoModelForImageTextToText` loads.
 
 Most put the image into the prompt of a language model, which continues it: `ImageTextToTextCaptioner`. In others an
-encoder reads image and prompt, and a decoder writes: `EncoderDecoderCaptioner`. All computing is stock's. To add a
-family, add it to `families.py`.
+encoder reads image and prompt, and a decoder writes: `EncoderDecoderCaptioner`. All computing is stock's.
 
 Shapes, beside those of `captioner.py`: P tokens of the prompt, those of the image among them; C tokens of the longest
 caption, so that L is P + C.
@@ -10,11 +9,11 @@ caption, so that L is P + C.
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
 from copy import deepcopy
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 import torch
 from PIL import Image
@@ -31,11 +30,14 @@ from transformers import (
     ProcessorMixin,
 )
 from transformers.modeling_outputs import CausalLMOutput
+from transformers.utils import ModelOutput
 
 from captioning.errors import UserError, as_user_error
-from captioning.models.captioner import IGNORE_INDEX, Batch, Captioner, CardFacts, sum_nll
-from captioning.models.families import FAMILIES, Family, card_facts
+from captioning.models.captioner import IGNORE_INDEX, Batch, Captioner, Rows, sum_nll
+from captioning.models.card_facts import CardFacts
+from captioning.models.families import FAMILIES, Family
 from captioning.models.processor import load_processor
+from captioning.models.weights import refuse_missing_weights
 
 
 RETRIEVED = "Captions of similar images:\n{}\n"  # written before the image; a line for each, after a dash
@@ -46,14 +48,10 @@ TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_
 
 @dataclass
 class EncodedBatch:
-    """A batch as the model takes it, and the features `[B, D]` of its images once a forward pass has shown them."""
+    """A batch as the model takes it; after a forward pass the last of `features` are those of its images, `[B, D]`."""
 
     batch: Batch
-    features: torch.Tensor | None = None
-
-    def keep(self, features: torch.Tensor) -> None:
-        """Take over the features."""
-        self.features = features
+    features: list[torch.Tensor] = field(default_factory=list)
 
 
 class _SeenEnough(Exception):
@@ -70,7 +68,7 @@ class ImageTextToTextCaptioner(Captioner):
         self.takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self._end_tokens = self._find_end_tokens()
+        self.end_token_ids = self._find_end_tokens()
         special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         special = sorted({*special, *self._image_tokens()}, key=len, reverse=True)
         self._special_tokens = re.compile("|".join(map(re.escape, special)))
@@ -79,9 +77,7 @@ class ImageTextToTextCaptioner(Captioner):
     # --- Load and adapt ---------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(
-        cls, name: str, revision: str | None = None, dtype: torch.dtype = torch.float32
-    ) -> "ImageTextToTextCaptioner":
+    def from_pretrained(cls, name: str, revision: str | None = None, dtype: torch.dtype = torch.float32) -> Self:
         """See `Captioner.from_pretrained`."""
         with as_user_error(f"model '{name}' cannot be loaded", "give the folder of a saved model or a Hub id"):
             config = AutoConfig.from_pretrained(name, revision=revision)
@@ -89,46 +85,19 @@ class ImageTextToTextCaptioner(Captioner):
             model, loading = AutoModelForImageTextToText.from_pretrained(
                 name, revision=revision, config=config, dtype=dtype, output_loading_info=True
             )
-        if missing := sorted(loading["missing_keys"]):
-            raise UserError(
-                f"model '{name}' lacks {len(missing)} weights of a {config.model_type} ('{missing[0]}', ...); "
-                "give a checkpoint that has all of them"
-            )
+        refuse_missing_weights(loading["missing_keys"], f"model '{name}'")
         _match_ids(model.config, processor)
-        size = model.get_output_embeddings().weight.shape[0]
-        if len(processor.tokenizer) > size:
-            raise UserError(
-                f"model '{name}': its tokenizer has {len(processor.tokenizer)} entries, its embedding {size}; "
-                "give the tokenizer that it was trained with"
-            )
-        writes = EncoderDecoderCaptioner if _has_encoder(config) else ImageTextToTextCaptioner
+        has_encoder = config.is_encoder_decoder or config.get_text_config(decoder=True).is_encoder_decoder
+        writes = EncoderDecoderCaptioner if has_encoder else ImageTextToTextCaptioner
         mend = "it needs a whole processor_config.json, and a chat template of images and text or none"
         with as_user_error(f"model '{name}': its processor makes no prompt", mend):
             return writes(model, processor)
 
-    @classmethod
-    def from_config(cls, config, name, seed, tokenizer_name, captions, vocab_size) -> NoReturn:
-        """Raise UserError: nobody trains these families from random weights."""
-        raise UserError(
-            f"config '{name}' is of model type {config['model_type']}, which is fine-tuned only; "
-            "give a checkpoint by --model_name_or_path"
-        )
+    def set_label_smoothing(self, weight: float) -> None:
+        """Set that of `forward`."""
+        self.label_smoothing = weight
 
-    def adapt(
-        self,
-        image_size: int | None = None,
-        label_smoothing: float | None = None,
-        freeze_vision_model: bool = False,
-        fast: bool = True,
-    ) -> None:
-        """See `Captioner.adapt`; `fast` changes nothing here."""
-        if image_size:
-            self._resize_images(image_size)
-        self.label_smoothing = label_smoothing or 0.0
-        if freeze_vision_model:
-            self.vision_model.requires_grad_(False)
-
-    def _resize_images(self, side: int) -> None:
+    def resize_images(self, side: int) -> None:
         """Limit the images, whose size these families choose by themselves, to about `side` x `side` pixels."""
         images = self.processor.image_processor
         if self.family.image_size == "area":
@@ -153,21 +122,13 @@ class ImageTextToTextCaptioner(Captioner):
         path = self.family.text
         return self.model.get_submodule(path) if path else self.model.get_decoder()
 
-    def check_lengths(self, max_caption_length: int, max_new_tokens: int) -> None:
-        """See `Captioner.check_lengths`."""
-        text = self.config.get_text_config()
-        positions = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-        prompt = self.prompt_length
-        if self.retrieved_captions:  # with a dash and the end of the line
-            prompt += len(self._tokens([RETRIEVED])[0]) + self.retrieved_captions * (RETRIEVED_TOKENS + 3)
-        for flag, number in {"max_caption_length": max_caption_length, "max_new_tokens": max_new_tokens}.items():
-            if positions and prompt + number > positions:
-                ways = [f"set --{flag} to {positions - prompt} or less"] * (prompt + 1 < positions)
-                ways += ["set fewer --retrieved_captions"] * bool(self.retrieved_captions)
-                raise UserError(
-                    f"{flag} {number} after {prompt} tokens of prompt and image exceeds the model's {positions} "
-                    f"positions; {' or '.join(ways) or 'shorten --prompt'}"
-                )
+    @property
+    def num_tokens_before_row(self) -> int:
+        """The tokens of the prompt, with as many retrieved captions as it may hold."""
+        if not self.retrieved_captions:
+            return self.prompt_length
+        of_each = RETRIEVED_TOKENS + 3  # with a dash and the end of the line
+        return self.prompt_length + len(self._tokens([RETRIEVED])[0]) + self.retrieved_captions * of_each
 
     def set_generation_config(self, config: GenerationConfig) -> None:
         """See `Captioner.set_generation_config`; what a checkpoint samples by does not stay."""
@@ -176,19 +137,9 @@ class ImageTextToTextCaptioner(Captioner):
             self.model.language_model.generation_config = deepcopy(self.model.generation_config)
 
     @classmethod
-    def plain_generate_suffices(cls, config: GenerationConfig) -> bool:
-        """See `Captioner.plain_generate_suffices`; the families' cards say where it does not."""
-        return True
-
-    @classmethod
     def card_facts(cls, model_type: str) -> CardFacts:
         """See `Captioner.card_facts`."""
-        return card_facts(model_type)
-
-    @classmethod
-    def takes_retrieved(cls, model_type: str) -> bool:
-        """See `Captioner.takes_retrieved`: those do in whose prompt the place of the image is known."""
-        return FAMILIES[model_type].image_start is not None
+        return FAMILIES[model_type].card_facts(model_type)
 
     def _with_special_tokens(self, config: GenerationConfig) -> GenerationConfig:
         config, text = deepcopy(config), self.config.get_text_config(decoder=True)
@@ -214,16 +165,6 @@ class ImageTextToTextCaptioner(Captioner):
             raise UserError(f"neither tokenizer nor config of this {kind} has a token that ends a caption; set one")
         return list(dict.fromkeys([learned, *known]))
 
-    @property
-    def end_token_id(self) -> int:
-        """The token that a caption learns to end with."""
-        return self._end_tokens[0]
-
-    @property
-    def end_token_ids(self) -> list[int]:
-        """See `Captioner.end_token_ids`."""
-        return self._end_tokens
-
     # --- Captions and tokens ----------------------------------------------------------------------------------
 
     def set_prompt(self, prompt: str | None) -> None:
@@ -234,23 +175,18 @@ class ImageTextToTextCaptioner(Captioner):
         """
         self.prompt = self.family.prompt if prompt is None else prompt
         if written := [token for token in self._image_tokens() if token in self.prompt]:
-            raise UserError(
-                f"the prompt '{self.prompt}' holds '{written[0]}', which is put there anyway; leave it out"
-            )
+            raise UserError(f"the prompt '{prompt}' holds '{written[0]}', which is put there anyway; leave it out")
         self.prompt_text = text = self._render(self.prompt)
         if self.retrieved_captions and self.family.image_start not in text:
-            raise UserError(
-                f"the prompt '{text}' has no '{self.family.image_start}', before which retrieved captions are "
-                "written; leave out --retrieved_captions"
-            )
+            before = f"'{self.family.image_start}', before which retrieved captions are written"
+            raise UserError(f"the prompt '{text}' has no {before}; leave out --retrieved_captions")
         starts = (self.tokenizer.bos_token, self.tokenizer.cls_token)  # a template may have written it
         adds = not any(token and text.startswith(token) for token in starts)
         self.prompt_arguments = {"text": [text]} | ({} if adds else {"add_special_tokens": False})
         ids = self._prompt_inputs([Image.new("RGB", (64, 64))])["input_ids"][0]
         is_image = [place for place, token in enumerate(ids.tolist()) if token == self._image_token_id]
         if self._image_token_id is not None and not is_image:
-            kind = self.config.model_type
-            raise UserError(f"the prompt '{self.prompt_text}' of this {kind} has no place for the image")
+            raise UserError(f"the prompt '{text}' of this {self.config.model_type} has no place for the image")
         self.prompt_length = len(ids)
         after_image = ids[is_image[-1] + 1 if is_image else 0 :]
         self._length_after_image = len(after_image)
@@ -269,7 +205,7 @@ class ImageTextToTextCaptioner(Captioner):
         return [str(token) for token in known if token]
 
     def _render(self, prompt: str) -> str:
-        template = self.processor.chat_template if hasattr(self.processor, "chat_template") else None
+        template = getattr(self.processor, "chat_template", None)
         if not template:
             image, start = getattr(self.processor, "image_token", ""), self.tokenizer.cls_token
             return self.family.template.format(prompt=prompt, image=image, start=start).strip()
@@ -279,36 +215,23 @@ class ImageTextToTextCaptioner(Captioner):
             self.processor, [{"role": "user", "content": content}], template, add_generation_prompt=True
         )
 
-    @property
-    def prompt_row(self) -> list[int]:
-        """No tokens: `collate` puts the prompt before a caption, since the image is in it."""
-        return []
-
-    def tokenize(self, captions: Sequence[str], max_length: int) -> tuple[list[list[int]], list[bool]]:
-        """See `Captioner.tokenize`: rows are captions and end tokens, as they follow the last word of the prompt.
+    def caption_tokens(self, captions: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of each caption as they follow the last word of the prompt.
 
         What would be read as a special token, such as the one that stands for an image, is left out.
         """
-        room = max_length - 1
-        if room < 1:
-            raise UserError(f"max_caption_length {max_length} leaves no room for a caption; set it to 2 or more")
         texts, word = [self._special_tokens.sub(" ", caption).strip() for caption in captions], self._last_word
-        tokens = self._tokens([f"{word} {text}" for text in texts] if word else texts)
-        start = len(self._tokens([word])[0]) if word else 0
-        tokens = [own[start:] for own in tokens]
-        return [[*own[:room], self.end_token_id] for own in tokens], [len(own) > room for own in tokens]
+        if not word:
+            return self._tokens(texts)
+        start = len(self._tokens([word])[0])
+        return [tokens[start:] for tokens in self._tokens([f"{word} {text}" for text in texts])]
 
     def _tokens(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return super().caption_tokens(texts)
 
     # --- Batches ----------------------------------------------------------------------------------------------
 
-    def collate(
-        self,
-        images: Sequence[Image.Image],
-        rows: Sequence[Sequence[int]],
-        retrieved: Sequence[Sequence[str]] = (),
-    ) -> Batch:
+    def collate(self, images: Sequence[Image.Image], rows: Rows, retrieved: Sequence[Sequence[str]] = ()) -> Batch:
         """Return the inputs of the processor, and `input_ids`, `attention_mask`, `labels` int64 `[B, P + C]`.
 
         Prompts are padded on the left and captions on the right, so that all captions start at the same place. A
@@ -316,7 +239,7 @@ class ImageTextToTextCaptioner(Captioner):
         """
         return self._joined(self._prompt_inputs(images, retrieved), rows)
 
-    def _joined(self, inputs: Batch, rows: Sequence[Sequence[int]]) -> Batch:
+    def _joined(self, inputs: Batch, rows: Rows) -> Batch:
         """Return what `collate` does from what the processor made of images and prompt."""
         captions = self._padded(rows)
         of_captions = {
@@ -329,7 +252,7 @@ class ImageTextToTextCaptioner(Captioner):
         joined = {name: torch.cat([inputs[name], of_captions[name]], dim=1) for name in TOKEN_INPUTS if name in inputs}
         return joined | {name: value for name, value in inputs.items() if name not in joined} | {"labels": labels}
 
-    def _padded(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    def _padded(self, rows: Rows) -> torch.Tensor:
         """Return rows of tokens as `[B, C]`, padded by -100; C is 1 or more."""
         rows = [torch.tensor(row or [IGNORE_INDEX], dtype=torch.long) for row in rows]
         return pad_sequence(rows, batch_first=True, padding_value=IGNORE_INDEX)
@@ -340,7 +263,8 @@ class ImageTextToTextCaptioner(Captioner):
         images, options = [[image.convert("RGB")] for image in images], {"padding": True, "padding_side": "left"}
         ours = self.prompt_arguments | {"text": texts}
         inputs = self.processor(images=images, **ours, **options, return_tensors="pt")
-        return {name: value for name, value in inputs.items() if name != "labels" and self._takes(name)}
+        unasked = {"labels"} if self.family.has_token_types else {"labels", "token_type_ids"}
+        return {name: value for name, value in inputs.items() if name not in unasked}
 
     def _prompt_with(self, captions: Sequence[str]) -> str:
         """Return the prompt with captions of similar images, before the image: what follows it is as in any row."""
@@ -364,9 +288,6 @@ class ImageTextToTextCaptioner(Captioner):
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         return {name: (value[:, :number] if name in TOKEN_INPUTS else value).clone() for name, value in inputs.items()}
 
-    def _takes(self, name: str) -> bool:
-        return name != "token_type_ids" or self.family.has_token_types
-
     # --- Training ---------------------------------------------------------------------------------------------
 
     def forward(self, model: nn.Module, batch: Batch) -> CausalLMOutput:
@@ -387,7 +308,7 @@ class ImageTextToTextCaptioner(Captioner):
             inputs["logits_to_keep"] = length + 1
         return model(**inputs, use_cache=False).logits[:, -length - 1 : -1]
 
-    def nll_of_captions(self, model: nn.Module, batch: Batch, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    def nll_of_captions(self, model: nn.Module, batch: Batch, rows: Rows) -> torch.Tensor:
         """See `Captioner.nll_of_captions`; an image is encoded once for each of its captions."""
         copies, device = len(rows) // len(batch["labels"]), batch["labels"].device
         prompts = {name: value.cpu() for name, value in self._without_captions(batch).items()}
@@ -409,14 +330,13 @@ class ImageTextToTextCaptioner(Captioner):
 
     def caption_nll(self, encoded: EncodedBatch, batch: Batch) -> torch.Tensor:
         """See `Captioner.caption_nll`."""
-        with self.watch_features(encoded.batch, encoded.keep):
+        with self.watch_features(encoded.batch, encoded.features.append):
             logits = self._caption_logits(self.model, batch)
         return self._nll(logits, batch["labels"])
 
     def _nll(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         labels = labels[:, -logits.shape[1] :]
-        is_target = labels != IGNORE_INDEX
-        return sum_nll(logits[is_target], labels, is_target)
+        return sum_nll(logits[labels != IGNORE_INDEX], labels)
 
     @torch.no_grad()
     def generate(self, encoded: EncodedBatch, config: GenerationConfig, *processors: LogitsProcessor) -> torch.Tensor:
@@ -427,44 +347,35 @@ class ImageTextToTextCaptioner(Captioner):
 
     def image_features(self, encoded: EncodedBatch) -> torch.Tensor:
         """Return the mean of the embeddings of each image as they enter the language model."""
-        if encoded.features is None:
+        if not encoded.features:
 
             def stop(features: torch.Tensor) -> None:
-                encoded.keep(features)
+                encoded.features.append(features)
                 raise _SeenEnough
 
             with suppress(_SeenEnough), self.watch_features(encoded.batch, stop):
                 self._caption_logits(self.model, encoded.batch)
-        return encoded.features
+        return encoded.features[-1]
 
-    @contextmanager
-    def watch_features(self, batch: Batch, keep: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    def watch_features(self, batch: Batch, keep: Callable[[torch.Tensor], None]) -> AbstractContextManager[Any]:
         """See `Captioner.watch_features`."""
-        hook = self._hook(lambda module, args, values, outputs=None: keep(self._features(batch, values, outputs)))
-        try:
-            yield
-        finally:
-            hook.remove()
+        if self._image_token_id is None:  # the image is not among the tokens
 
-    def _hook(self, keep) -> torch.utils.hooks.RemovableHandle:
-        if self._image_token_id is None:
-            return self.vision_model.register_forward_hook(keep, with_kwargs=True)
-        return self.text_model.register_forward_pre_hook(keep, with_kwargs=True)
+            def pool(module: nn.Module, args: tuple, outputs: ModelOutput) -> None:
+                keep(outputs.last_hidden_state.float().mean(dim=1))
 
-    def _features(self, batch: Batch, values: dict[str, Any], outputs: Any) -> torch.Tensor:
-        if outputs is not None:
-            return outputs.last_hidden_state.float().mean(dim=1)
+            return self.vision_model.register_forward_hook(pool)
         is_image = (batch["input_ids"] == self._image_token_id).unsqueeze(-1)
-        embeds = values["inputs_embeds"][:, : is_image.shape[1]].float()
-        return (embeds * is_image).sum(dim=1) / is_image.sum(dim=1)
+
+        def pool_inputs(module: nn.Module, args: tuple, inputs: dict[str, Any]) -> None:
+            embeds = inputs["inputs_embeds"][:, : is_image.shape[1]].float()
+            keep((embeds * is_image).sum(dim=1) / is_image.sum(dim=1))
+
+        return self.text_model.register_forward_pre_hook(pool_inputs, with_kwargs=True)
 
 
 class EncoderDecoderCaptioner(ImageTextToTextCaptioner):
     """An encoder reads image and prompt, a decoder writes the caption; labels are not shifted."""
-
-    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin):
-        super().__init__(model, processor)
-        self.takes_logits_to_keep = False
 
     def set_prompt(self, prompt: str | None) -> None:
         """See `Captioner.set_prompt`; it is read by the encoder, where that reads text."""
@@ -481,7 +392,7 @@ class EncoderDecoderCaptioner(ImageTextToTextCaptioner):
         images = [image.convert("RGB") for image in images]
         return {"pixel_values": self.processor.image_processor(images, return_tensors="pt")["pixel_values"]}
 
-    def _joined(self, inputs: Batch, rows: Sequence[Sequence[int]]) -> Batch:
+    def _joined(self, inputs: Batch, rows: Rows) -> Batch:
         return inputs | {"labels": self._padded(rows)}
 
     def _without_captions(self, batch: Batch) -> Batch:
@@ -492,10 +403,6 @@ class EncoderDecoderCaptioner(ImageTextToTextCaptioner):
 
     def _caption_logits(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         return model(**batch, use_cache=False).logits  # stock makes the inputs of the decoder of the labels
-
-
-def _has_encoder(config: PreTrainedConfig) -> bool:
-    return config.is_encoder_decoder or config.get_text_config(decoder=True).is_encoder_decoder
 
 
 def _match_ids(config: PreTrainedConfig, processor: ProcessorMixin) -> None:

@@ -18,6 +18,7 @@ from captioning.models.families import FAMILIES
 from captioning.models.image_text_to_text import ImageTextToTextCaptioner
 from captioning.models.lora import base_of_adapter, load_adapter
 from captioning.models.surface_form import SurfaceForm
+from captioning.models.weights import refuse_nan_weights
 
 
 logger = logging.getLogger(__name__)
@@ -34,24 +35,29 @@ def captioner_class(model_type: str | None, name: str) -> type[Captioner]:
 
 def refuse_retrieved(name: str, revision: str | None = None) -> None:
     """Raise UserError if the family of a model takes no captions of similar images; only its config is read."""
-    model_type = _base_and_type(name, revision)[1]
-    if not captioner_class(model_type, name).takes_retrieved(model_type):
-        families = ", ".join(kind for kind, found in CAPTIONERS.items() if found.takes_retrieved(kind))
-        raise UserError(f"a {model_type} takes no retrieved captions, only {families}; leave out --retrieved_captions")
+    _, model_type = _base_and_type(name, revision)
+    takes = [kind for kind, family in FAMILIES.items() if family.image_start]
+    if model_type not in takes:
+        only = ", ".join(takes)
+        raise UserError(f"a {model_type} takes no retrieved captions, only {only}; leave out --retrieved_captions")
 
 
 def load_captioner(name: str, revision: str | None = None, dtype: str = "float32") -> Captioner:
-    """See `Captioner.from_pretrained`; an unsupported type and weights that are NaN are `UserError`s, too.
+    """Load a model with all that lies beside it; of an adapter, the model that it adapts, and the adapter into it.
 
-    Of an adapter, the model that it adapts is loaded, and the adapter put into it.
+    Raises:
+        UserError: as of `Captioner.from_pretrained`; the type is not supported; tokenizer or weights are broken.
     """
     adapts, model_type = _base_and_type(name, revision)
     base, base_revision = adapts or (name, revision)
     captioner = captioner_class(model_type, base).from_pretrained(base, base_revision, getattr(torch, dtype))
-    refuse_nan_weights(captioner.model, base)
+    num_entries, vocab_size = len(captioner.tokenizer), captioner.config.get_text_config(decoder=True).vocab_size
+    if num_entries > vocab_size:
+        mend = "give the tokenizer that it was trained with"
+        raise UserError(f"model '{base}': its tokenizer has {num_entries} entries, its embedding {vocab_size}; {mend}")
     if adapts:
         load_adapter(captioner, name, revision)
-        refuse_nan_weights(captioner.model, name)
+    refuse_nan_weights(captioner.model, name)
     captioner.concept_head = ConceptHead.load(name, revision)
     if captioner.loses_surface_form:
         captioner.surface_form = SurfaceForm.load(name, revision)
@@ -70,25 +76,10 @@ def _base_and_type(name: str, revision: str | None) -> tuple[tuple[str, str | No
     return adapts, model_type
 
 
-def nan_weights(model: torch.nn.Module) -> str | None:
-    """Return the name of the first weight or buffer that holds NaN or infinity, None if there is none."""
-    for name, values in model.state_dict().items():
-        # The sum, a tenth of the time, shows both; it may also overflow
-        if not values.sum().isfinite() and not values.isfinite().all():
-            return name
-    return None
-
-
-def refuse_nan_weights(model: torch.nn.Module, source: str) -> None:
-    """Raise UserError if a weight of the model that was loaded from `source` is NaN or infinite."""
-    if name := nan_weights(model):
-        raise UserError(f"model '{source}': '{name}' holds NaN or infinity; give a checkpoint from before it broke")
-
-
 def read_config(name: str, recorded: dict[str, Any] | None = None) -> dict[str, Any]:
     """Return the content of a config file, folder or Hub id; a path may also be relative to this project.
 
-    What a recipe `recorded` of it goes before; that the file differs now is logged. Raises UserError if there is none.
+    What a recipe `recorded` of it goes before; that it differs now is logged. UserError: there is none.
     """
     inside = PROJECT / name
     path = str(inside) if inside.exists() and not os.path.exists(name) else name
@@ -109,7 +100,7 @@ def build_captioner(
     tokenizer_name: str | None,
     captions: Iterable[str],
     vocab_size: int,
-    config: dict[str, Any] | None = None,
+    config: dict | None = None,
 ) -> Captioner:
     """See `Captioner.from_config`; `config_name` may also be a path relative to this project."""
     config = config or read_config(config_name)

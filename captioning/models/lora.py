@@ -1,14 +1,10 @@
-"""Low-rank adapters (LoRA, Hu and others 2021, arXiv:2106.09685) by peft: little is learned, stored and published.
-
-What is saved is what stock `PeftModel.from_pretrained` loads, and `from_pretrained` of the model's own class, too.
-"""
+"""Low-rank adapters (LoRA, Hu and others 2021, arXiv:2106.09685) by peft, which loads what is saved."""
 
 import json
 import os
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -45,57 +41,45 @@ def add_lora(
         r: rank of the two matrices of an adapter, whose product is added to a weight.
         alpha: the product is scaled by alpha / r.
         dropout: of the inputs of an adapter in training.
-        target_modules: names of the layers that get one, as peft matches them: by the end of their paths, or all by
-            one regular expression; None: all linear layers of the text model.
+        target_modules: ends of the paths of the layers that get one, or one regular expression of whole paths; None:
+            all linear layers of the text model.
 
     Raises:
         UserError: peft finds no such layers, or cannot adapt one of them.
     """
-    targets: Any = target_modules or text_layers(captioner)
-    if isinstance(targets, list) and len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0]):
-        targets = targets[0]
-    if targets == ["all-linear"]:
-        targets = "all-linear"
+    targets = target_modules or [text_layers(captioner)]
+    is_pattern = len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0])  # or peft's "all-linear"
     config = LoraConfig(  # without a task type: peft's wrappers for them do not pass images on
-        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets
+        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets[0] if is_pattern else targets
     )
-    tied = captioner.model.all_tied_weights_keys  # none where the config does not tie them
-    tied = {*tied.keys(), *tied.values()}
+    tied = {*captioner.model.all_tied_weights_keys.keys(), *captioner.model.all_tied_weights_keys.values()}
     head, captioner.concept_head = captioner.concept_head, None  # peft would freeze it, or adapt it
     with as_user_error("LoRA cannot be added", "set --lora_target_modules to names of linear layers"):
         model = get_peft_model(captioner.model, config)
     adapted = [path for path, module in model.base_model.model.named_modules() if isinstance(module, BaseTunerLayer)]
-    for name_of_layer in targets if isinstance(targets, list) else []:  # peft asks for one match of all names
-        if not any(f".{path}".endswith(f".{name_of_layer}") for path in adapted):
-            raise UserError(f"lora_target_modules: no layer is named '{name_of_layer}'; correct or leave it out")
+    for target in [] if is_pattern else targets:  # peft asks for one match of all names
+        if not any(f".{path}".endswith(f".{target}") for path in adapted):
+            raise UserError(f"lora_target_modules: no layer is named '{target}'; correct or leave it out")
     for path in adapted:
         if f"{path}.weight" in tied:
-            raise UserError(
-                f"lora_target_modules names '{path}', whose weight is also that of another layer: merged, it would "
-                "change both; name others"
-            )
+            both = "whose weight is also that of another layer: merged, it would change both"
+            raise UserError(f"lora_target_modules names '{path}', {both}; name others")
     # The Trainer's gradient checkpointing lets the outputs of all embeddings learn, as re-entrant checkpoints need.
     # Ours do not; GIT writes into its embeddings, and the backward pass would go through the frozen vision model
-    captioner.plain_model.enable_input_require_grads = _do_nothing
+    captioner.plain_model.enable_input_require_grads = lambda: None
     # Where it was loaded from, which peft takes, may be a snapshot in a cache
-    config = model.peft_config[model.active_adapter]
     is_local = os.path.exists(name)
+    config = model.peft_config[model.active_adapter]
     config.base_model_name_or_path = os.path.abspath(name) if is_local else name
     config.revision = None if is_local else revision
     captioner.model, captioner.concept_head = model, head
-
-
-def _do_nothing() -> None:
-    pass
 
 
 def text_layers(captioner: Captioner) -> str:
     """Return a regular expression of the paths of all linear layers of the text model but its head."""
     text, head = captioner.text_model, captioner.model.get_output_embeddings()
     root = next(path for path, module in captioner.model.named_modules() if module is text)
-    linear = (
-        path for path, layer in text.named_modules() if isinstance(layer, nn.Linear | Conv1D) and layer is not head
-    )
+    linear = [path for path, layer in text.named_modules() if isinstance(layer, nn.Linear | Conv1D) and layer != head]
     names = sorted({path.rpartition(".")[2] for path in linear})
     return rf"{re.escape(root)}\.(.*\.)?({'|'.join(map(re.escape, names))})"
 
@@ -117,20 +101,13 @@ def base_of_adapter(name: str, revision: str | None) -> tuple[str, str | None] |
     path = optional_file(name, ADAPTER_CONFIG, revision)
     if path is None:
         return None
-    with as_user_error(f"adapter '{name}': {ADAPTER_CONFIG} cannot be read"):
+    with as_user_error(f"adapter '{name}': {ADAPTER_CONFIG} names no model", "set base_model_name_or_path in it"):
         config = json.loads(Path(path).read_text(encoding="utf-8"))
-        base = config["base_model_name_or_path"]
-    if not isinstance(base, str):
-        raise UserError(f"adapter '{name}': {ADAPTER_CONFIG} names no model; set base_model_name_or_path in it")
-    return base, config.get("revision")
+        return os.fspath(config["base_model_name_or_path"]), config.get("revision")
 
 
 def load_adapter(captioner: Captioner, name: str, revision: str | None) -> None:
-    """Put the saved adapters `name` into the model, as they were in training, and take over what lies beside them.
-
-    Raises:
-        UserError: they are not those of this model.
-    """
+    """Put the saved adapters `name` into the model, and take over what lies beside; UserError: they are of another."""
     with as_user_error(f"adapter '{name}' cannot be loaded", "it must be one of this model"):
         captioner.model = PeftModel.from_pretrained(captioner.model, name, revision=revision)
     with suppress(OSError):  # those of others need not have such files
@@ -149,8 +126,7 @@ def count_learning(model: nn.Module) -> str:
     counts: dict[str, int] = {}
     for path, value in model.named_parameters():
         if value.requires_grad:
-            part = re.sub(r"^base_model\.model\.", "", path)
-            part = ".".join(part.split(".")[:2])
+            part = ".".join(path.removeprefix("base_model.model.").split(".")[:2])
             counts[part] = counts.get(part, 0) + value.numel()
     learning, all_of_them = sum(counts.values()), sum(value.numel() for value in model.parameters())
     parts = ", ".join(f"{part} {number:,}" for part, number in counts.items())

@@ -19,25 +19,15 @@ from transformers import (
     VisionTextDualEncoderProcessor,
 )
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
-from transformers.utils import cached_file
+
+from captioning.models.optional_file import optional_file
 
 
 VIDEO = "video_processor"
-# What old checkpoints lack in their processor is in the model's config. Without the first, BLIP-2 would write captions
-# without having seen the image, and report nothing
-FROM_CONFIG = {
-    "num_query_tokens": "num_query_tokens",
-    "patch_size": "vision_config.patch_size",
-    "vision_feature_select_strategy": "vision_feature_select_strategy",
-}
 
 
 def load_processor(name: str, revision: str | None, config: PreTrainedConfig) -> ProcessorMixin:
-    """Load the processor of a checkpoint with this `config`; of a family that has none, the pair of its parts.
-
-    Raises:
-        Exception: whatever the libraries raise when a file is missing or damaged.
-    """
+    """Load the processor of a checkpoint with this `config`; of a family that has none, the pair of its parts."""
     content, _ = ProcessorMixin.get_processor_dict(name, revision=revision)
     class_name = content.get("processor_class") or PROCESSOR_MAPPING_NAMES.get(config.model_type)
     kind = getattr(transformers, class_name or "", VisionTextDualEncoderProcessor)
@@ -52,14 +42,12 @@ def load_processor(name: str, revision: str | None, config: PreTrainedConfig) ->
     values.setdefault("chat_template", getattr(parts["tokenizer"], "chat_template", None))
     processor = build_processor(kind, **parts, **values)
     if VIDEO in kind.get_attributes():
-        video = content.get(VIDEO) or _read(name, revision, "video_preprocessor_config.json")
+        path = optional_file(name, "video_preprocessor_config.json", revision)
+        video = content.get(VIDEO) or (path and json.loads(Path(path).read_text(encoding="utf-8")))
         vars(processor).update({VIDEO: video} if video else {})
-    if hasattr(processor, "num_additional_image_tokens") and "num_additional_image_tokens" not in content:
-        # Stock takes 0 of them; CLIP has one before those of the patches
-        processor.num_additional_image_tokens = int(config.vision_config.model_type == "clip_vision_model")
-    for attribute, path in FROM_CONFIG.items():
-        if getattr(processor, attribute, 0) is None:
-            setattr(processor, attribute, _value_at(config, path))
+    if getattr(processor, "num_query_tokens", 0) is None:
+        # Old checkpoints lack it: BLIP-2 would caption without having seen the image, and report nothing (T19)
+        processor.num_query_tokens = config.num_query_tokens
     return processor
 
 
@@ -74,14 +62,3 @@ def build_processor(kind: type[ProcessorMixin], **values: Any) -> ProcessorMixin
 
 def _parts(kind: type[ProcessorMixin]) -> list[str]:
     return [name for name in kind.get_attributes() if name != VIDEO]
-
-
-def _read(name: str, revision: str | None, file: str) -> dict[str, Any] | None:
-    path = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
-    return json.loads(Path(path).read_text(encoding="utf-8")) if path else None
-
-
-def _value_at(config: PreTrainedConfig, path: str) -> Any:
-    for part in path.split("."):
-        config = getattr(config, part, None)
-    return config

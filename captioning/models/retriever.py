@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -11,9 +11,8 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from captioning.errors import UserError
 from captioning.hub.faults import reading_from_hub
-from captioning.models.load import refuse_nan_weights
+from captioning.models.weights import refuse_missing_weights, refuse_nan_weights
 
 
 BATCH_SIZE = 32  # images encoded at a time
@@ -27,13 +26,11 @@ class Retriever:
         self.model, self.processor = model.eval(), processor
 
     @classmethod
-    def from_pretrained(
-        cls, name: str, device: torch.device | str = "cpu", revision: str | None = None
-    ) -> "Retriever":
+    def from_pretrained(cls, name: str, device: torch.device | str = "cpu", revision: str | None = None) -> Self:
         """Load a model; of one of images and text, such as CLIP, the part for images is used.
 
         Raises:
-            UserError: there is no such model, it has no image processor, lacks weights, or has some that are NaN.
+            UserError: there is no such model, it is not one of images, or weights are missing or NaN.
         """
         with reading_from_hub(f"retriever '{name}' cannot be loaded", "give the Hub id or folder of a vision model"):
             # By PIL: the same pixels everywhere (T11)
@@ -41,14 +38,10 @@ class Retriever:
             model, loading = AutoModel.from_pretrained(
                 name, revision=revision, dtype=torch.float32, output_loading_info=True
             )
-            missing = sorted(loading["missing_keys"])
-            if missing and all(weight.startswith("pooler.") for weight in missing):
-                model.pooler, missing = (
-                    None,
-                    [],
-                )  # of a classifier, such as google/vit-base-patch16-224; stock draws it
-            if missing:
-                raise UserError(f"retriever '{name}' lacks {len(missing)} weights ('{missing[0]}', ...); give another")
+            of_pooler = {key for key in loading["missing_keys"] if key.startswith("pooler.")}
+            if of_pooler:  # a classifier, such as google/vit-base-patch16-224; stock draws a pooler at random
+                model.pooler = None
+            refuse_missing_weights(loading["missing_keys"] - of_pooler, f"retriever '{name}'")
             found = cls(model.to(device), processor)
             found._encode([Image.new("RGB", (64, 64))])  # a model that is not one of images fails here
         refuse_nan_weights(model, name)
@@ -86,12 +79,9 @@ def weights_digest(weights: Mapping[str, torch.Tensor], *more: Any) -> str:
 def similarities(
     features: np.ndarray, train_features: np.ndarray, chunk: int = CHUNK
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield cosines `[n, M]` of some images at a time with M training images, with the number of the first.
+    """Yield cosines `[n, M]` of up to `chunk` images at a time with M training images, with the number of the first.
 
-    Args:
-        features: float `[N, H]`.
-        train_features: float `[M, H]`, whose mean is subtracted from all.
-        chunk: the most images at a time.
+    Features are float `[N, H]` and `[M, H]`; the mean of the latter is subtracted from all.
     """
     common = train_features.mean(axis=0)
     train, own = train_features - common, features - common

@@ -38,12 +38,11 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
-    """Train a lower-casing WordPiece tokenizer of at most `vocab_size` entries on `captions`.
+    """Train a lower-casing WordPiece tokenizer of at most `vocab_size` entries on `captions`, the same each time.
 
-    The same captions give the same vocabulary in every process. To that end the continuation characters (`##a`) are
-    given in order: `tokenizers` would number them in the order of a randomly seeded hash map, and it breaks ties
-    between merges by these numbers. Words over `MAX_WORD` are left out: no entry would help them, and the time grows
-    with the square of a word's length.
+    To that end the continuation characters (`##a`) are given in order: `tokenizers` would number them by a randomly
+    seeded hash map, and break ties between merges by these numbers. Words over `MAX_WORD` are left out: no entry would
+    help them, and the time grows with the square of a word's length.
     """
     trainer = BertWordPieceTokenizer(lowercase=True)
     continuations, texts = set(), []
@@ -52,12 +51,8 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
         words = [word for word, _ in found if len(word) <= MAX_WORD]
         continuations.update(f"##{character}" for word in words for character in word[1:])
         texts.append(caption if len(words) == len(found) else " ".join(words))
-    trainer.train_from_iterator(
-        texts,
-        vocab_size=vocab_size,
-        special_tokens=BERT_SPECIAL_TOKENS + sorted(continuations),
-        show_progress=False,
-    )
+    special = BERT_SPECIAL_TOKENS + sorted(continuations)
+    trainer.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=special, show_progress=False)
     return BertTokenizer(vocab=trainer.get_vocab())
 
 
@@ -68,11 +63,7 @@ def add_blip_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBa
 
 
 def match_special_tokens(tokenizer: PreTrainedTokenizerBase, config: BlipConfig) -> PreTrainedTokenizerBase:
-    """Drop a start or end token of the tokenizer that is not the model's.
-
-    The Trainer overwrites the ids of the text config with those of the tokenizer. One whose `bos_token` is `[CLS]`
-    would let generation start from another token than training (T3).
-    """
+    """Drop a start or end token that is not the model's: the Trainer would write it into the config (T3)."""
     if tokenizer.bos_token_id != config.text_config.bos_token_id:
         tokenizer.bos_token = None
     if tokenizer.eos_token_id != config.text_config.sep_token_id:

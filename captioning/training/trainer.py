@@ -26,7 +26,6 @@ from captioning.errors import Stopped, UserError, as_user_error
 from captioning.files import to_json, without_nan, write_whole
 from captioning.models.captioner import Captioner
 from captioning.models.concept_head import WEIGHTS_FILE
-from captioning.models.load import nan_weights, refuse_nan_weights
 from captioning.models.lora import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -36,6 +35,7 @@ from captioning.models.lora import (
     merge_adapter,
     save_config,
 )
+from captioning.models.weights import nan_weights, refuse_nan_weights
 from captioning.stages import stage
 from captioning.training.checkpoints import last_complete_checkpoint
 from captioning.training.concept_loss import CaptionAndConceptLoss

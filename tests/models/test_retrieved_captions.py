@@ -1,13 +1,13 @@
 """Captions of similar images in the prompt: what each family makes of them, in any batch, against stock.
 
-The prompts are written out here, and nothing but the processor and the model is asked for what is expected.
+The prompts are written out here; what is expected of them comes from `stock_inputs`.
 """
 
 import re
 
 import pytest
 import torch
-from families import FAMILIES, save_tiny
+from families import FAMILIES, save_tiny, stock_inputs, stock_tokens
 from helpers import make_noise
 from transformers import GenerationConfig
 
@@ -47,22 +47,8 @@ def captioner(request, tmp_path_factory):
     return captioner
 
 
-@pytest.fixture(scope="module")
-def images():
-    return [make_noise(seed, size) for seed, size in enumerate([(40, 60), (60, 60), (60, 30)])]
-
-
 def batch_of(captioner, images, retrieved, captions=CAPTIONS):
     return captioner.collate(images, captioner.tokenize(captions, 40)[0], retrieved)
-
-
-def stock_inputs(captioner, image, written):
-    text = PROMPTS[captioner.name].format(written)
-    begins = {"add_special_tokens": False} if text.startswith("<s>") else {}
-    inputs = dict(captioner.processor(images=[[image.convert("RGB")]], text=[text], **begins, return_tensors="pt"))
-    if captioner.name != "gemma3":
-        inputs.pop("token_type_ids", None)
-    return inputs
 
 
 def test_each_row_is_read_as_stock_reads_it_alone_whatever_stands_in_the_other_prompts(captioner, images):
@@ -81,32 +67,22 @@ def test_each_row_is_read_as_stock_reads_it_alone_whatever_stands_in_the_other_p
             assert float(nll[row]) == pytest.approx(float(captioner.caption_nll(encoded, alone)), rel=1e-5)
             torch.testing.assert_close(features[own], captioner.image_features(encoded), rtol=1e-4, atol=1e-5)
 
-            inputs = stock_inputs(captioner, image, WRITTEN[row])
-            number, ends = inputs["input_ids"].shape[1], captioner.end_token_ids
-            assert alone["input_ids"][0, :number].tolist() == inputs["input_ids"][0].tolist()
-            pad = captioner.tokenizer.pad_token_id
-            stock = captioner.model.generate(
-                **inputs, num_beams=3, max_new_tokens=8, eos_token_id=ends, pad_token_id=pad
-            )
-            written = captioner.without_padding(stock[0, number:].numpy()).tolist()
-            assert captioner.without_padding(tokens[row]).tolist() == written
-            labels = alone["labels"][:, number:]
-            more = {"input_ids": labels, "attention_mask": torch.ones_like(labels)}
-            more |= {name: torch.zeros_like(labels) for name in ("token_type_ids", "mm_token_type_ids")}
-            whole = {name: torch.cat([inputs[name], more[name]], dim=1) for name in more if name in inputs}
-            whole["labels"] = torch.cat([torch.full_like(inputs["input_ids"], -100), labels], dim=1)
-            loss = captioner.model(**inputs | whole).loss
-            assert float(nll[row]) == pytest.approx(float(loss) * labels.shape[1], rel=1e-5)
+            text = PROMPTS[captioner.name].format(WRITTEN[row])
+            stock = stock_tokens(captioner, captioner.model, image, text, num_beams=3, max_new_tokens=8)
+            found = (captioner.without_padding(found).tolist() for found in (tokens[row], stock.numpy()))
+            assert next(found) == next(found)
+            inputs = stock_inputs(captioner, image, text, captioner.tokenize(CAPTIONS[own], 40)[0][0])
+            assert alone["input_ids"].tolist() == inputs["input_ids"].tolist()
+            number = int((inputs["labels"] != -100).sum())
+            assert float(nll[row]) == pytest.approx(float(captioner.model(**inputs).loss) * number, rel=1e-5)
 
 
 def test_retrieved_captions_change_what_is_predicted(captioner, images):
+    batches = [batch_of(captioner, images, retrieved) for retrieved in (RETRIEVED, RETRIEVED[::-1])]
     with torch.no_grad():
-        found = []
-        for retrieved in (RETRIEVED, RETRIEVED[::-1]):
-            batch = batch_of(captioner, images, retrieved)
-            found.append(captioner.caption_nll(captioner.encode_images(batch), batch))
-    assert abs(float(found[0][0] - found[1][0])) > 1e-3 and abs(float(found[0][2] - found[1][2])) > 1e-3
-    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-5, atol=0)
+        one, other = (captioner.caption_nll(captioner.encode_images(batch), batch) for batch in batches)
+    assert ((one - other).abs() > 1e-3).tolist() == [True, False, True]
+    torch.testing.assert_close(one[1], other[1], rtol=1e-5, atol=0)
 
 
 def test_samples_of_self_critical_training_are_scored_behind_the_same_prompts(captioner, images):
@@ -142,25 +118,22 @@ def test_a_caption_to_learn_never_holds_the_tokens_of_an_image_or_an_end_before_
     captioner.forward(captioner.model, captioner.collate(images[:2], rows))  # as many features as image tokens
 
 
-def test_a_long_retrieved_caption_is_cut_so_that_the_lengths_that_were_checked_hold(captioner, images):
+def test_a_long_retrieved_caption_is_cut_so_that_the_lengths_that_were_checked_hold(captioner, monkeypatch):
     plain, long = captioner.prompt_length, "left renal cyst " * 99
-    captioner.retrieved_captions = 2
-    try:
-        image = make_noise(0, (64, 64))  # that of which the prompt is measured
-        number = captioner.collate([image], [[]], [[long, long]])["input_ids"].shape[1]
-        assert number > plain + RETRIEVED_TOKENS * 2
-        with pytest.raises(UserError, match=r"tokens of prompt .* or less or set fewer --retrieved_captions") as error:
-            captioner.check_lengths(1, 512 - plain)
-        most = int(re.search(r"max_new_tokens to (\d+)", str(error.value))[1])
+    monkeypatch.setattr(captioner, "retrieved_captions", 2)
+    image = make_noise(0, (64, 64))  # that of which the prompt is measured
+    number = captioner.collate([image], [[]], [[long, long]])["input_ids"].shape[1]
+    assert number > plain + RETRIEVED_TOKENS * 2
+    with pytest.raises(UserError, match=r"tokens of the prompt .* or less or set fewer --retrieved") as error:
+        captioner.check_lengths(1, 512 - plain)
+    most = int(re.search(r"max_new_tokens to (\d+)", str(error.value))[1])
+    captioner.check_lengths(1, most)
+    assert 512 - 32 < number + most <= 512 + 1, "a row without a caption has one padding token"
+    captioner.retrieved_captions = 64  # no length of a caption would do
+    with pytest.raises(UserError, match=r"512 text positions; set fewer --retrieved_captions"):
         captioner.check_lengths(1, most)
-        captioner.retrieved_captions = 64  # no length of a caption would do
-        with pytest.raises(UserError, match=r"512 positions; set fewer --retrieved_captions$"):
-            captioner.check_lengths(1, most)
-        assert 512 - 32 < number + most <= 512 + 1, "a row without a caption has one padding token"
-        text = captioner.tokenizer.decode(captioner.collate([image], [[]], [["a" + "胸" * 99]])["input_ids"][0])
-        assert "- a胸" in text and "\ufffd" not in text, "it is cut between two characters"
-    finally:
-        captioner.retrieved_captions = 0
+    text = captioner.tokenizer.decode(captioner.collate([image], [[]], [["a" + "胸" * 99]])["input_ids"][0])
+    assert "- a胸" in text and "\ufffd" not in text, "it is cut between two characters"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,5 +1,7 @@
 """Captions as people write them, from what the tokenizer leaves of them."""
 
+import json
+
 import numpy as np
 import pytest
 from helpers import SHARED, real_captions
@@ -30,10 +32,9 @@ def captioner(config_file):
 @pytest.fixture(scope="module")
 def real():
     """Captions and what BERT's tokenizer makes of them, of two splits."""
-    found = {}
-    for split in ("validation", "test"):
-        captions = real_captions(splits=(split,))
-        tokenizer = load_tokenizer(str(SHARED / "bert_vocab"))
+    found = {split: real_captions(splits=(split,)) for split in ("validation", "test")}
+    tokenizer = load_tokenizer(str(SHARED / "bert_vocab"))
+    for split, captions in found.items():
         tokens = tokenizer(captions, add_special_tokens=False, verbose=False)["input_ids"]
         found[split] = captions, [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
     return found
@@ -61,13 +62,9 @@ def test_a_file_that_was_saved_is_read_and_a_broken_one_named(captioner, tmp_pat
     assert SurfaceForm.load(str(tmp_path)) is None
     captioner.surface_form.save(tmp_path)
     assert SurfaceForm.load(str(tmp_path)) == captioner.surface_form
-    for content in (
-        "{",
-        "[]",
-        '{"forms": {"a": 1}, "capital_after": []}',
-        '{"forms": {"a": " "}, "capital_after": []}',
-        '{"forms": {}, "capital_after": null}',
-    ):
+    values = ({"a": 1}, []), ({"a": " "}, []), ({}, None)
+    wrong = [json.dumps({"forms": forms, "capital_after": kinds}) for forms, kinds in values]
+    for content in ("{", "[]", *wrong):
         (tmp_path / FILE).write_text(content)
         with pytest.raises(UserError, match=f"{FILE} cannot be read"):
             SurfaceForm.load(str(tmp_path))

@@ -198,10 +198,9 @@ def test_eval_loss_is_the_token_level_loss_whatever_the_batch_size(make_trainer,
 
 def test_nll_is_summed_over_the_targets_of_each_caption():
     labels = torch.tensor([[-100, 3, 4, -100, -100], [-100, -100, 1, 2, 6], [-100, -100, -100, -100, -100]])
-    is_target = labels != -100
     logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
     log_probs = logits.log_softmax(-1)
-    nll = sum_nll(logits, labels, is_target)
+    nll = sum_nll(logits, labels)
     assert nll.dtype == torch.float64
     expected = [-(log_probs[0, 3] + log_probs[1, 4]), -(log_probs[2, 1] + log_probs[3, 2] + log_probs[4, 6]), 0.0]
     assert nll.tolist() == pytest.approx([float(value) for value in expected], abs=1e-6)
