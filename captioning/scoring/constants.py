@@ -132,6 +132,8 @@ def _coco_constants(captions: Sequence[str], tokenizer: str) -> dict[str, str]:
     except UserError:  # of a missing program, which `coco_scores` names
         return {}
     first = {text: caption for text, caption in zip(reversed(tokens), reversed(captions), strict=True) if text}
+    if not first:  # punctuation alone
+        return {}
     texts = list(first)
     columns, in_order = _coco_candidates(texts, tokens)
     best = {name: column.argmax() for name, column in columns.items()}
