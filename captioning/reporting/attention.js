@@ -1,11 +1,20 @@
-// Words of a caption as buttons that show their attention maps over the image: for the report page and the demo, which
-// define `make`. `redraw` fits the map shown to an image of another size.
+"use strict";
+// Words of a caption as buttons that show their attention maps over the image, for the report page and the demo.
+// `redraw` fits the map shown to an image of another size.
 
 const MAP_SIDE = 256;  // pixels of a heat map
 let redraw = () => {};
 
 // From black over red and orange to light yellow; each stop is brighter than the one before, so that gray shows it too.
 const STOPS = [[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]];
+
+/** Return an element; children that are no elements become text. */
+function make(tag, className, ...children) {
+  const made = document.createElement(tag);
+  if (className) made.className = className;
+  made.append(...children);
+  return made;
+}
 
 function heat(level) {
   const at = level / 255 * (STOPS.length - 1), i = Math.min(Math.floor(at), STOPS.length - 2);
@@ -14,16 +23,12 @@ function heat(level) {
 
 function drawMap(canvas, map) {
   const levels = Uint8Array.from(atob(map.levels), (character) => character.charCodeAt(0));
-  const width = map.columns, height = levels.length / width;
-  const small = make("canvas");
-  small.width = width;
-  small.height = height;
-  const grid = new ImageData(width, height);
+  const small = new OffscreenCanvas(map.columns, levels.length / map.columns);
+  const grid = new ImageData(small.width, small.height);
   levels.forEach((level, i) => grid.data.set([level, level, level, 255], 4 * i));
   small.getContext("2d").putImageData(grid, 0, 0);
   // Smooth the levels, then color them: the mean of two colors is not always the color of the mean level
   const context = canvas.getContext("2d", {willReadFrequently: true});
-  context.imageSmoothingEnabled = true;
   context.imageSmoothingQuality = "high";
   context.drawImage(small, 0, 0, canvas.width, canvas.height);
   const pixels = context.getImageData(0, 0, canvas.width, canvas.height);
@@ -40,10 +45,9 @@ function attention(maps, stage, image) {
   canvas.hidden = true;
   canvas.setAttribute("role", "img");
   stage.append(canvas);
-  let pressed = null, displayed = null;
-  redraw = () => display(displayed);
+  let pressed = null;
   const display = (button) => {
-    displayed = button;
+    redraw = () => display(button);
     canvas.hidden = !button;
     if (!button) return;
     // The map covers the image, which is letterboxed in its element

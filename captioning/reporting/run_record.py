@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from transformers import GenerationConfig
@@ -48,8 +48,7 @@ class Origin:
         """Return the origin of what a recipe names; the recipe holds the commit of all that came from the Hub."""
         if revision and COMMIT_HASH.fullmatch(revision):
             return cls(given, revision)
-        last = re.split(r"[/\\]", given.rstrip("/\\"))[-1]
-        return cls(re.sub(r"[^\w.-]+", "-", last) or "local")  # characters that an id on the Hub may have
+        return cls(re.sub(r"[^\w.-]+", "-", PureWindowsPath(given).name) or "local")  # as an id on the Hub
 
     def in_words(self, digits: int) -> str:
         """Return the id, with that many digits of the commit."""
@@ -63,17 +62,10 @@ class RunRecord:
     by default that of the model saved in the folder, BLIP's if there is none. `found_leaks`: see `find_leaks`.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        model_type: str | None = None,
-        found_leaks: Mapping[str, Leaks] = {},
-    ):
+    def __init__(self, folder: str | Path, model_type: str | None = None, found_leaks: Mapping[str, Leaks] = {}):
         self.folder = Path(folder)
         self._model_type, self._found_leaks = model_type, found_leaks
         self._predictions: dict[str, list[dict[str, Any]]] = {}
-
-    # --- Files ------------------------------------------------------------------------------------------------
 
     @cached_property
     def recipe(self) -> Mapping[str, Any]:
@@ -97,21 +89,13 @@ class RunRecord:
 
     @cached_property
     def sample(self) -> dict[str, Any]:
-        """`sample.json`: an `image` of the folder that may be redistributed, and the `caption` that it gets.
-
-        `decoded` is what stock decodes where that is another text, `prompt` are arguments with which the processor
-        makes the prompt, `tokens` the special ones of generation.
-        """
+        """`sample.json`, see `write_card_images`."""
         return self._read("sample.json")
 
     @cached_property
-    def _config(self) -> Mapping[str, Any]:
+    def config(self) -> Mapping[str, Any]:
+        """`config.json` of the model, or of what an adapter adapts; empty if no model was saved."""
         return self._read("config.json") or self._read(BASE_CONFIG)
-
-    @cached_property
-    def image_size(self) -> int | None:
-        """The side of the images in pixels by the saved `config.json`, None if no model was saved."""
-        return self._config.get("vision_config", {}).get("image_size")
 
     def predictions(self, split: str) -> list[dict[str, Any]]:
         """Return the rows of `predictions/<split>.jsonl`, none if the split was not captioned."""
@@ -121,7 +105,7 @@ class RunRecord:
         return self._predictions[split]
 
     def keep(self, split: str, predictions: list[dict[str, Any]], scores: dict[str, Any]) -> None:
-        """Take over what the run has just found on a split, so that it is not read back from the files."""
+        """Take over what the run has found on a split, so that it is not read back."""
         self._predictions[split] = predictions
         self.scores[split] = scores | ({"leaks": leaks} if (leaks := self._found_leaks.get(split)) else {})
 
@@ -134,14 +118,14 @@ class RunRecord:
     @cached_property
     def model_type(self) -> str:
         """The family of the model."""
-        return self._model_type or self._config.get("model_type") or "blip"
+        return self._model_type or self.config.get("model_type") or "blip"
 
     @cached_property
     def captioner_class(self) -> type[Captioner]:
         """The class of the model."""
         return captioner_class(self.model_type, str(self.folder))
 
-    @cached_property
+    @property
     def card_facts(self) -> CardFacts:
         """What the card says of the family of the model."""
         return self.captioner_class.card_facts(self.model_type)
@@ -180,7 +164,7 @@ class RunRecord:
 
     @property
     def may_publish_images(self) -> bool:
-        """Whether images of the dataset may go into the card: those that the recipe draws, or by the user's word."""
+        """Whether images of the dataset may go into the card: phantoms, or by the user's word."""
         return self.data_kind == "phantoms" or self.recipe["publish_images"]
 
     @cached_property
@@ -196,19 +180,14 @@ class RunRecord:
 
     @property
     def leaks(self) -> list[str]:
-        """Sentences on the rows of scored splits that an earlier split has too, and on what was not compared.
-
-        Also on decode settings that were chosen on a scored split.
-        """
+        """Sentences on rows of scored splits that an earlier split has too, and on decoding chosen on a scored one."""
         note = "validation" in self.scores and self.recipe["tuned_decoding"].get("note")
-        return [f"validation: {note}"] * bool(note) + [
-            sentence
-            for split, scores in self.scores.items()
-            if "leaks" in scores
-            for sentence in leaks_in_words(split, scores["captions"], scores["leaks"])
-        ]
+        found = [f"validation: {note}"] if note else []
+        for split, scores in self.scores.items():
+            found += leaks_in_words(split, scores["captions"], scores["leaks"]) if "leaks" in scores else []
+        return found
 
-    @cached_property
+    @property
     def left_out(self) -> list[str]:
         """How many rows of each split are in `rejected.jsonl`, and why: a sentence for each."""
         found: dict[str, list[dict[str, Any]]] = {}
@@ -216,7 +195,7 @@ class RunRecord:
             found.setdefault(entry["split"], []).append(entry)
         return [f"{split}: rows left out: {len(own):,} ({reasons_in_words(own)})" for split, own in found.items()]
 
-    @cached_property
+    @property
     def code(self) -> dict[str, Any]:
         """The code of the run: its `address`, its `commit`, whether files were `modified` since; None: unknown."""
         return {"address": None, "commit": None, "modified": None} | (self.recipe.get("code") or {})

@@ -270,7 +270,7 @@ def test_scores_have_the_names_of_their_field():
     names |= {"laterality_f1": "Laterality F1", "nlgeval_lower_rougeL": "nlg-eval, lower case: ROUGE-L"}
     names |= {"imageclef_bleurt": "ImageCLEF BLEURT", "imageclef_medcat_f1": "ImageCLEF MedCAT F1"}
     assert {key: score_label(key, full=True) for key in names} == names
-    assert page_module.page_scores.CLINICAL not in page_module.page_scores.score_groups(["nlgeval_lower_cider"])
+    assert page_module.page_scores.CLINICAL not in page_module.page_scores.score_groups({"nlgeval_lower_cider": {}})
 
 
 def test_learning_curves_are_drawn_in_the_colors_of_the_scheme(run, open_page):

@@ -79,7 +79,7 @@ def test_each_file_is_read_once_and_what_is_in_hand_is_not_read(tmp_path, monkey
         assert record.scores["test"] == {"captions": 2}
         assert record.recipe["num_beams"] == 3 and record.recipe["language"] == "en"
         assert record.log_history == [{"step": 1, "loss": 2.0}]
-        assert record.results == {} and record.image_size is None
+        assert record.results == {} and record.config == {}
     assert sorted(opened) == ["recipe.json", "scores.json", "test.jsonl", "trainer_state.json"]
     record.keep("validation", rows[:1], {"captions": 1})
     assert record.predictions("validation") == rows[:1]
