@@ -139,16 +139,8 @@ def write_gallery(file: str, model: InferenceModel, captions: Mapping[OwnImage, 
         render_page(
             Path(file),
             {"systems": ["Caption"], "rows": rows},
-            lambda size: image_blocks(_opened(captions), len(rows), PAGE_BUDGET - size),
+            lambda size: image_blocks((image.open() for image in captions), len(rows), PAGE_BUDGET - size),
             name=f"Captions by {name}",
             unscored=True,
             facts={key: value for key, value in facts.items() if value},
         )
-
-
-def _opened(images: Mapping[OwnImage, str]) -> Iterator[Image.Image | None]:
-    for image in images:
-        try:
-            yield image.open()
-        except ValueError:  # it is no longer there
-            yield None

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, BinaryIO
 
-from captioning.errors import UserError, as_user_error
+from captioning.errors import UserError, as_user_error, printable
 from captioning.inference.find_images import OwnImage
 from captioning.inference.model import Description
 
@@ -93,8 +93,7 @@ class CaptionFile:
         for image, (caption, concepts) in captions.items():
             images += json.dumps({"id": image.id, "digest": _digest_of(image)}) + "\n"
             file = "/".join(os.path.abspath(image.path).split(os.sep)[-1 - image.id.count("/") :])
-            file = os.fsencode(file).decode(errors="replace")  # a name in another encoding is no text
-            row = {"id": image.id, "file": file, "caption": caption}
+            row = {"id": image.id, "file": printable(file), "caption": caption}
             row |= {} if concepts is None else {"concepts": concepts}
             quoted = " ".join(caption.replace("\0", " ").split()).replace('"', '""')
             rows += f'{image.id},"{quoted}"\n' if self._is_csv else json.dumps(row) + "\n"

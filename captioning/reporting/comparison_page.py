@@ -83,8 +83,7 @@ def thumbnails(predictions: str) -> dict[str, str]:
 
 
 def _largest(rows: Sequence[Row], names: Sequence[str]) -> list[dict[str, Any]]:
-    ranked = sorted(range(len(rows)), key=lambda i: -rows[i]["scores"][0])
-    found = []
+    ranked, found = sorted(range(len(rows)), key=lambda i: -rows[i]["scores"][0]), []
     sides = (names[0], "win", "0 highest", ranked), (names[1], "loss", "0 lowest", ranked[::-1])
     for name, kind, order, ordered in sides:
         for row in (i for i in ordered[:SHOWN] if kind in rows[i]["kinds"]):

@@ -18,40 +18,25 @@ from safetensors import safe_open
 from captioning.files import PROJECT, write_whole
 from captioning.models.lora import WEIGHT_FILES
 from captioning.reporting.card_images import chosen_examples
+from captioning.reporting.page_scores import score_label
 from captioning.reporting.run_record import SPLITS, RunRecord
 from captioning.reporting.score_table import detection_rows, in_digits, markdown, number_text, score_cells
 from captioning.scoring.baselines import BASELINES
 from captioning.stages import stage
-from captioning.training.decoding import decode_settings
+from captioning.training.decoding import decode_settings, generation_config
 
 
 TEMPLATE = Path(__file__).parent / "model_card_template.md"
 TAGS = ("image-captioning", "radiology", "medical", "generated_from_trainer")
 COMMIT_DIGITS = 40
 STAGES = {"train": "training", "eval": "validation", "predict": "test"}  # by the prefix of their results
-# The scores of the `model-index`: type of the metric, and name
-INDEXED_SCORES = {
-    "rougeL": ("rouge", "ROUGE-L"),
-    "rouge1": ("rouge", "ROUGE-1"),
-    "rouge2": ("rouge", "ROUGE-2"),
-    "imageclef_rouge1": ("rouge", "ImageCLEF ROUGE-1"),
-    "coco_cider": ("cider", "CIDEr"),
-    "coco_bleu4": ("bleu", "BLEU-4"),
-    "coco_meteor": ("meteor", "METEOR"),
-    "concept_f1": ("f1", "Concept F1"),
-    "concept_detection_f1": ("f1", "Concept detection F1"),
-    "loss": ("loss", "Loss"),
-}
+# The scores of the `model-index`, with the types of their metrics
+INDEXED_SCORES = {"rougeL": "rouge", "rouge1": "rouge", "rouge2": "rouge", "imageclef_rouge1": "rouge"}
+INDEXED_SCORES |= {"coco_cider": "cider", "coco_bleu4": "bleu", "coco_meteor": "meteor", "loss": "loss"}
+INDEXED_SCORES |= {"concept_f1": "f1", "concept_detection_f1": "f1"}
 MAIN_SCORES = ("rougeL", "imageclef_rouge1", "coco_cider", "concept_f1")
-SCORE_COLUMNS = {
-    "rougeL": "ROUGE-L",
-    "rouge1": "ROUGE-1",
-    "rouge2": "ROUGE-2",
-    "loss": "loss",
-    "perplexity": "perplexity",
-    "gen_len": "length",
-    "unique_captions": "distinct",
-}
+SCORE_COLUMNS = {"rougeL": "ROUGE-L", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "loss": "loss"}
+SCORE_COLUMNS |= {"perplexity": "perplexity", "gen_len": "length", "unique_captions": "distinct"}
 DECIMALS = {"perplexity": 1, "gen_len": 1, "unique_captions": 2}  # of columns without an interval; else 3
 # By the kind of the data; the template has the reasons
 LICENSES = {"rocov2": "cc-by-nc-sa-4.0", "phantoms": "apache-2.0", "other": "other"}
@@ -99,8 +84,8 @@ def render_card(record: RunRecord, name: str) -> str:
         stages=stages,
         columns=SCORE_COLUMNS,
         scored=scored,
-        indexed_scores=INDEXED_SCORES,
         main_scores=MAIN_SCORES,
+        score_label=score_label,
         score_cells=score_cells,
         detection=detection_rows(record.scores.get(scored, {}).get("concept_detection", {"systems": {}})),
         baselines=BASELINES,
@@ -126,7 +111,7 @@ def render_card(record: RunRecord, name: str) -> str:
 
 def _eval_results(record: RunRecord, split: str, prefix: str) -> list[EvalResult]:
     """Return the scores of a split for the `model-index`, finite ones: the Hub rejects a card with NaN."""
-    values = {key: record.results.get(f"{prefix}_{key}") for key in INDEXED_SCORES}
+    values = {key: record.results.get(f"{prefix}_{key}", math.nan) for key in INDEXED_SCORES}
     return [
         EvalResult(
             task_type="image-to-text",
@@ -135,13 +120,13 @@ def _eval_results(record: RunRecord, split: str, prefix: str) -> list[EvalResult
             dataset_name=record.data.id.split("/")[-1],
             dataset_split=split,
             dataset_revision=record.data.revision,
-            metric_type=INDEXED_SCORES[key][0],
-            metric_name=INDEXED_SCORES[key][1],
+            metric_type=INDEXED_SCORES[key],
+            metric_name=score_label(key, full=True),
             metric_config=None if key == "loss" else key,
             metric_value=round(float(value), 4),
         )
         for key, value in values.items()
-        if value is not None and math.isfinite(value)
+        if math.isfinite(value)
     ]
 
 
@@ -193,7 +178,7 @@ def _python_string(text: str) -> str:
 
 def _plain_generate(record: RunRecord) -> str:
     can = record.recipe["do_train"] and not record.is_adapter
-    suffices = can and record.captioner_class.plain_generate_suffices(record.decoding)
+    suffices = can and record.captioner_class.plain_generate_suffices(generation_config(record.recipe))
     return jinja2.Template(record.card_facts.plain_generate).render(prompt=record.recipe["prompt"], suffices=suffices)
 
 

@@ -17,20 +17,17 @@ const payload = JSON.parse(element("payload").textContent);
 const {rows, unscored} = payload;
 const cards = element("cards"), dialog = element("dialog"), search = element("search"), view = element("view");
 
-const uses = new Map();     // how many images have the same prediction, and which is the first
 const byAnchor = new Map();
 rows.forEach((row, index) => {
   row.index = index;
   const tags = [...row.concepts, ...row.tags.flat()].map(([text]) => text);
   row.text = [row.id, row.reference, ...row.predictions, ...tags].join("\n").toLowerCase();
-  row.use = uses.get(row.predictions[0]) ?? {number: 0, first: index};
-  row.use.number++;
-  uses.set(row.predictions[0], row.use);
-  // An example's address is its id; a repeated or empty id is followed by its place
-  const id = row.id.toWellFormed?.() ?? row.id;
-  row.anchor = id && !byAnchor.has(id) ? id : `${id}~${index + 1}`;
+  row.anchor = row.id.toWellFormed();  // its address
   byAnchor.set(row.anchor, row);
 });
+for (const same of Map.groupBy(rows, (row) => row.predictions[0]).values()) {
+  for (const row of same) row.same = same;  // those with the same prediction
+}
 
 // --- Images: base64, in blocks after this script; a block is parsed when one of its images comes near the window ---
 
@@ -101,7 +98,7 @@ function scoresOf(row, isLarge) {
     const isShown = isLarge || payload.onCard.includes(label);
     if (isShown) add(label, number(row.scores[i], label.startsWith("NLL") ? 1 : 3));
   });
-  if (row.use.number > 1) add("same caption on", row.use.number, " images");
+  if (row.same.length > 1) add("same caption on", row.same.length, " images");
   return scores;
 }
 
@@ -128,19 +125,20 @@ function card(row) {
   if (attended) open.append(make("span", "badge", "attention"));
   open.addEventListener("click", () => show(row));
   near.observe(open);
-  return make("li", "card", open, make("div", "words", ...textsOf(row, row.id || "(no id)", false)));
+  return make("li", "card", open, make("div", "words", ...textsOf(row, row.id, false)));
 }
 
 // --- Which rows, in which order ---
 
+let hits = rows;
+
 function comparison(order) {
+  if (order === "dataset") return () => 0;  // the rows are in the order of the data, and a sort keeps that of equals
+  if (order === "uses") return (a, b) => b.same.length - a.same.length || a.same[0].index - b.same[0].index;
   const sign = order.endsWith("lowest") ? 1 : -1;
   const of = (row) => row.scores[parseInt(order)];  // a caption without a score comes last in both directions
-  if (order === "dataset") return (a, b) => a.index - b.index;
-  if (order === "uses") return (a, b) => b.use.number - a.use.number || a.use.first - b.use.first || a.index - b.index;
-  return (a, b) => (of(a) === null) - (of(b) === null) || sign * (of(a) - of(b)) || a.index - b.index;
+  return (a, b) => (of(a) === null) - (of(b) === null) || sign * (of(a) - of(b));
 }
-let hits = rows;
 
 function update() {
   const terms = search.value.toLowerCase().split(/\s+/).filter(Boolean);
@@ -217,7 +215,7 @@ let shown = null;  // the example in the dialog
 
 function show(row) {
   shown = row;
-  element("dialog-title").replaceChildren("Example ", make("bdi", "", row.id || "(no id)"));
+  element("dialog-title").replaceChildren("Example ", make("bdi", "", row.id));
   const stage = element("stage");
   stage.querySelector("canvas")?.remove();
   stage.row = row;

@@ -93,8 +93,8 @@ def _concept_tags(
 def _tags_and_errors(prediction: str, reference: str, modality: str) -> tuple[list[tuple[str, int]], list[str]]:
     """Return the attributes that two captions state, with where each stands, and the errors of the prediction.
 
-    A value is wrong if the reference states another in its place; where it states none, it need not be. A negation is
-    false if the reference names the finding. The modality of an image is known where its reference has none.
+    A value is wrong if the reference states another in its place. A negation is false if the reference names the
+    finding. The modality of an image is known where its reference has none.
     """
     said, stated = stated_attributes(prediction), stated_attributes(reference)
     text, tags, errors = clinical.plain_text(reference), [], []
@@ -125,8 +125,8 @@ def _highlights(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
     Of an error it is the caption with the highest score, which looks right. `order` and `kind` lead to more.
     """
-    scored = sorted((row["scores"][0], -i) for i, row in enumerate(rows) if row["scores"][0] is not None)
-    ranked = [-i for _, i in reversed(scored)]
+    scored = [i for i, row in enumerate(rows) if row["scores"][0] is not None]
+    ranked = sorted(scored, key=lambda i: -rows[i]["scores"][0])
     found: list[dict[str, Any]] = []
 
     def show(title: str, row: int, order: str = "0 highest", kind: str = "") -> None:

@@ -38,20 +38,17 @@ def image_blocks(images: Iterable[Image.Image | None], number: int, budget: int)
 
 
 def encode_image(image: Image.Image | None, max_bytes: int) -> bytes | None:
-    """Return an image as a JPEG of at most `max_bytes`, gray where the image is, None where it cannot be read.
+    """Return an image as a JPEG of at most `max_bytes`, gray where the image is; None for None.
 
-    The first side to try follows from the bytes; quality is lowered before the side is. What is transparent becomes
-    white, as for the model, and nothing but pixels is kept: a comment in the file may name a patient.
+    Quality is lowered before the side is. What is transparent becomes white, as for the model, and nothing but pixels
+    is kept: a comment in the file may name a patient.
     """
-    if image is None or 0 in image.size:
+    if image is None:
         return None
-    try:
-        if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        small = image.convert("L" if image.mode in ("1", "L") else "RGB")
-        small.info.clear()
-    except (OSError, ValueError):  # it was opened, but its pixels are damaged
-        return None
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    small = image.convert("L" if image.mode in ("1", "L") else "RGB")
+    small.info.clear()
     for side in [side for side in SIDES if side * side * BYTES_PER_PIXEL <= max_bytes] or SIDES[-1:]:
         small.thumbnail((side, side), Image.Resampling.LANCZOS)
         small = small.convert("L") if _is_gray(small) else small
@@ -80,8 +77,6 @@ def to_base64(data: bytes) -> str:
 
 
 def _is_gray(image: Image.Image) -> bool:
-    if image.mode == "L":
-        return True
-    red, green, blue = image.split()
-    differences = (ImageChops.difference(red, green), ImageChops.difference(green, blue))
+    bands = image.split()
+    differences = (ImageChops.difference(bands[0], band) for band in bands[1:])
     return all(difference.getextrema()[1] <= GRAY_TOLERANCE for difference in differences)

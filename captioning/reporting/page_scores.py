@@ -45,9 +45,6 @@ SHOWN_CONCEPTS = 100  # of the table concept by concept
 Score = Mapping[str, Any]  # an entry of `scores` or `modalities` in scores.json
 
 
-# --- Text -----------------------------------------------------------------------------------------------------
-
-
 def score_groups(scores: Mapping[str, Any]) -> dict[str, list[str]]:
     """Return the keys of scores by the heading that says whose scores they are, those rewarded first and apart."""
     others = [key for key, score in scores.items() if "rewarded" not in score]
@@ -78,14 +75,11 @@ def interval_text(score: Score, sign: str = "") -> str:
 
 
 def standing(baseline: float | None, score: Score) -> str:
-    """Return `lost` if a baseline is above the score, `within` if it is in the score's interval, or ``.
-
-    A tie is no loss: nothing is above a perfect score.
-    """
+    """Return `lost` if a baseline is above the score, `within` if it is in the score's interval, or ``."""
     value, low = score["value"], score["low"]
     if None not in (baseline, value) and baseline > value:
         return "lost"
-    return "within" if None not in (baseline, low) and low <= baseline < value else ""
+    return "within" if None not in (baseline, low) and low <= baseline < value else ""  # a tie is no loss
 
 
 def headline(summary: Mapping[str, Any]) -> str:
@@ -116,14 +110,8 @@ def thresholds_note(split: str, detection: Mapping[str, Any]) -> str:
     return f"{note}: {values}." if values else f"{note}."
 
 
-# --- Bars -----------------------------------------------------------------------------------------------------
-
-
 def bar(score: Score, end: float = 1) -> dict[str, float | None]:
-    """Return a bar in percent of an axis from 0 to `end`: its `start` and `width`, `low` and `span` of its interval.
-
-    A difference has a scale of its own, with `zero` in the middle.
-    """
+    """Return a bar in percent of an axis from 0 to `end`, a difference in percent of its own, with 0 in the middle."""
     value, low, zero, scale = score.get("value"), score.get("low"), 0, 100
     if "difference" in score:
         value, zero, scale = score["difference"], 50, 50

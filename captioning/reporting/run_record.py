@@ -9,8 +9,6 @@ from functools import cached_property
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from transformers import GenerationConfig
-
 from captioning.data.checks import read_rejected, reasons_in_words
 from captioning.data.leaks import Leaks, leaks_in_words
 from captioning.hub.revisions import COMMIT_HASH
@@ -23,17 +21,9 @@ from captioning.training.decoding import generation_config, in_words
 
 ROCOV2 = "eltorio/ROCOv2-radiology"
 SPLITS = {"test": "predict", "validation": "eval"}  # with the prefix of their metrics; where one is shown, the first
-RECIPE_DEFAULTS = {
-    "do_train": True,  # a recipe lacks it where it is true, the others where it was written before there was the key
-    "language": "en",
-    "license": None,
-    "publish_images": False,
-    "use_peft": False,
-    "merge_lora": False,
-    "torch_dtype": "float32",
-    "tuned_decoding": {},
-    "hardware": {"device": "unknown", "processor": "unknown", "threads": "unknown", "processes": 1},
-}
+# Which a recipe lacks
+RECIPE_DEFAULTS = {"do_train": True, "use_peft": False, "merge_lora": False, "torch_dtype": "float32"}
+RECIPE_DEFAULTS |= {"language": "en", "license": None, "publish_images": False, "tuned_decoding": {}}
 
 
 @dataclass(frozen=True)
@@ -120,7 +110,7 @@ class RunRecord:
         """The family of the model."""
         return self._model_type or self.config.get("model_type") or "blip"
 
-    @cached_property
+    @property
     def captioner_class(self) -> type[Captioner]:
         """The class of the model."""
         return captioner_class(self.model_type, str(self.folder))
@@ -134,11 +124,6 @@ class RunRecord:
     def is_adapter(self) -> bool:
         """Whether the folder holds an adapter, and not a whole model."""
         return bool(self.recipe["do_train"] and self.recipe["use_peft"] and not self.recipe["merge_lora"])
-
-    @cached_property
-    def decoding(self) -> GenerationConfig:
-        """The decode settings of the evaluation."""
-        return generation_config(self.recipe)
 
     @cached_property
     def start(self) -> Origin | None:
@@ -195,11 +180,6 @@ class RunRecord:
             found.setdefault(entry["split"], []).append(entry)
         return [f"{split}: rows left out: {len(own):,} ({reasons_in_words(own)})" for split, own in found.items()]
 
-    @property
-    def code(self) -> dict[str, Any]:
-        """The code of the run: its `address`, its `commit`, whether files were `modified` since; None: unknown."""
-        return {"address": None, "commit": None, "modified": None} | (self.recipe.get("code") or {})
-
     def facts(self, digits: int) -> dict[str, str]:
         """Return the model, the data and the decode settings in words, commits with that many digits."""
         trained = self.recipe["do_train"]
@@ -208,7 +188,7 @@ class RunRecord:
         else:
             model = f"{Path(self.recipe['config_name']).stem}, {'trained from ' if trained else ''}random weights"
         data = self.data.in_words(digits) if self.data.revision else self.data_in_words
-        found = {"model": model, "data": data, "decoding": in_words(self.decoding)}
+        found = {"model": model, "data": data, "decoding": in_words(generation_config(self.recipe))}
         if number := self.recipe.get("retrieved_captions"):
             by = Origin.of(self.recipe["retriever"], self.recipe.get("retriever_revision")).in_words(digits)
             found["prompt"] = f"with the captions of the {number} nearest training images, found by {by}"

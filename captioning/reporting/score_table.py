@@ -97,9 +97,6 @@ def detection_rows(detection: Mapping[str, Any]) -> list[list[str]]:
     ]
 
 
-# --- Numbers --------------------------------------------------------------------------------------------------
-
-
 def number_text(value: float | None, digits: int = 4, sign: str = "") -> str:
     """Return a number as text, a dash for None, NaN and infinity."""
     return "-" if value is None or not math.isfinite(value) else f"{value:{sign}.{digits}f}"
@@ -122,9 +119,6 @@ def score_cells(entry: Mapping[str, Any]) -> list[str]:
     best, show = max(known, key=known.get, default=None), in_digits(entry)
     baseline = f"{show(known[best])} ({BASELINES[best].name})" if best else "-"
     return [show(entry["value"]), interval_in_words(entry), baseline]
-
-
-# --- Formats --------------------------------------------------------------------------------------------------
 
 
 def markdown(text: str, width: int | None = CELL_WIDTH) -> str:

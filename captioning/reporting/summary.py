@@ -33,7 +33,7 @@ def summary(metrics: Mapping[str, float], record: RunRecord) -> str:
             systems = [f"{name} {f1}" for name, f1, *_ in detection_rows(scores["concept_detection"])]
             lines.append(f"{split}: concepts, F1: {', '.join(systems)}")
     lines += record.leaks
-    lines += dict.fromkeys(line for scores in scored.values() for line in not_computed({"missing": {}} | scores))
+    lines += dict.fromkeys(line for scores in scored.values() for line in not_computed(scores))
     for example in record.predictions(list(columns)[-1])[:EXAMPLES] if columns else ():
         texts = (example[key] for key in ("image_id", "reference", "prediction"))
         image_id, reference, prediction = (printable(text, CAPTION_WIDTH) for text in texts)

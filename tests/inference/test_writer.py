@@ -1,7 +1,7 @@
 """What the demo shows of a caption is what the model says: the caption, its alternatives, their probabilities."""
 
-import copy
 import dataclasses
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -48,7 +48,7 @@ def test_the_caption_is_that_of_the_model_and_appears_token_by_token(folder, fam
         image = make_noise(seed)
         texts, last = written(Writer(model), image)
         best = last.alternatives[0]
-        assert best.caption == model.caption([image])[0]
+        assert best.caption == model.describe([image])[0].caption
         assert len(last.alternatives) == num_beams
         assert len(texts) >= best.num_tokens - 1 - (num_beams > 1)
         if num_beams == 1:
@@ -123,17 +123,14 @@ def test_nothing_is_shown_after_the_end(captioner, kind, monkeypatch):
     assert tokens.shape == (1, 4) and shown == [1, 2, 3]
 
 
-def test_a_closed_iterator_stops_the_model(model):
-    calls, writer = [], Writer(model)
-    model_decode = model.captioner.decode
-    writer.model = copy.copy(model)
-    writer.model.captioner = copy.copy(model.captioner)
-    writer.model.captioner.decode = lambda tokens: calls.append(1) or model_decode(tokens)
+def test_a_closed_iterator_stops_the_model(model, monkeypatch):
+    writer, decode = Writer(model), mock.Mock(side_effect=model.captioner.decode)
+    monkeypatch.setattr(model.captioner, "decode", decode)
     steps = writer.write(make_noise(), writer.settings({"num_beams": 1, "max_new_tokens": 60, "min_new_tokens": 60}))
     next(steps)
     steps.close()
     writer._thread.shutdown()  # waits for the model
-    assert len(calls) < 60
+    assert decode.call_count < 60
 
 
 def test_settings_beyond_the_positions_of_the_model_are_refused(model):
@@ -150,19 +147,15 @@ def test_the_nearest_training_image_is_the_image_itself(model, raw_dataset, parq
         assert last.neighbors[1][1] <= last.neighbors[0][1]
 
 
-def test_concepts_are_those_of_the_head(model):
+def test_concepts_are_those_of_the_head(model, monkeypatch):
     writer = Writer(model)
     assert written(writer, make_noise())[1].concepts is None
-    head = ConceptHead(
-        model.captioner.config.vision_config.hidden_size, ["C0000001", "C0000002"], {"C0000002": "Zyste"}
-    )
+    size = model.captioner.config.vision_config.hidden_size
+    head = ConceptHead(size, ["C0000001", "C0000002"], {"C0000002": "Zyste"})
     with torch.no_grad():
         head.bias[:] = torch.tensor([-1.0, 1.0])
-    model.captioner.concept_head = head
-    try:
-        last = written(writer, make_noise())[1]
-    finally:
-        model.captioner.concept_head = None
+    monkeypatch.setattr(model.captioner, "concept_head", head)
+    last = written(writer, make_noise())[1]
     assert last.concepts == ["Zyste"] and "<li>Zyste" in details(last)
     last = dataclasses.replace(last, concepts=[])
     assert "<li>none" in details(last)
@@ -170,7 +163,6 @@ def test_concepts_are_those_of_the_head(model):
 
 def test_training_images_that_cannot_be_read_are_left_out(model, tmp_path):
     rows = make_rows(2, image=[{"bytes": b"no image", "path": None}] * 2)
-    (tmp_path / "train.parquet").parent.mkdir(exist_ok=True)
     rows.to_parquet(str(tmp_path / "train-00000-of-00001.parquet"))
     with pytest.raises(UserError, match="none of the first 2 training images"):
         Writer(model, str(tmp_path), 2)
