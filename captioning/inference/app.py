@@ -56,8 +56,7 @@ def demo(arguments: argparse.Namespace) -> None:
     """Serve the page until a signal comes, or write it as a Space.
 
     Raises:
-        UserError: gradio is not installed, the address is taken or impossible, or the model or the data cannot be
-            loaded.
+        UserError: gradio is not installed, the address is taken, or the model or the data cannot be loaded.
     """
     if arguments.export_space:
         export_space(arguments.model, arguments.revision, Path(arguments.export_space))
@@ -215,7 +214,6 @@ def _checked(own: GenerationConfig, values: Sequence[float | None]) -> dict[str,
 
 
 def _images_to_try(name: str) -> list[tuple[str, Image.Image]]:
-    """Return images to try with their names: that of the model's card, and drawings."""
     found = []
     with suppress(ValueError):
         found.append(("Sample of the card", open_image({"bytes": None, "path": str(Path(name) / "sample.png")})))

@@ -25,12 +25,8 @@ OTHER = "name another --output"
 class CaptionFile:
     """The captions of images, in the CSV form of ImageCLEF or as JSON lines, by the ending of the name.
 
-    Args:
-        path: the file.
-        made_by: what the captions depend on beside the image, by name; JSON.
-
-    Attributes:
-        captions: by id, those that the file holds; a CSV has no concepts.
+    `made_by` is what the captions depend on beside the image, by name. The attribute `captions` has those that the
+    file holds, by id; a CSV has no concepts.
 
     Raises:
         UserError: the file is not one of ours, holds captions of another model or settings, is broken, or is being
@@ -51,7 +47,7 @@ class CaptionFile:
                 raise UserError(f"'{path}' is being written by another process; wait for it, or {OTHER}") from None
             header, *images = [json.loads(line) for line in _whole_lines(self._state)] or [{}]
             self._digests = {image["id"]: image["digest"] for image in images}
-            self.captions = dict(self._read_rows())
+            self.captions = self._read_rows()
         for key, now in made_by.items() if self.captions else ():
             if header.get(key) != now:
                 values = "" if key == "model" else f" ('{header.get(key)}', now '{now}')"
@@ -68,12 +64,11 @@ class CaptionFile:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def _read_rows(self) -> list[tuple[str, Description]]:
+    def _read_rows(self) -> dict[str, Description]:
         lines = _whole_lines(self._rows)
         if self._is_csv:
-            rows = csv.reader(line.decode() for line in lines[1:])
-            return [(image_id, Description(text)) for image_id, text in rows]
-        return [(row["id"], Description(row["caption"], row.get("concepts"))) for row in map(json.loads, lines)]
+            return {image_id: Description(text) for image_id, text in csv.reader(map(bytes.decode, lines[1:]))}
+        return {row["id"]: Description(row["caption"], row.get("concepts")) for row in map(json.loads, lines)}
 
     def missing(self, images: Sequence[OwnImage]) -> list[OwnImage]:
         """Return the images that have no caption yet.
@@ -89,14 +84,16 @@ class CaptionFile:
 
     def add(self, captions: Mapping[OwnImage, Description]) -> None:
         """Append the captions of some images; they are on their way to the disk when this returns."""
-        images, rows = "", ""
+        images = rows = ""
         for image, (caption, concepts) in captions.items():
             images += json.dumps({"id": image.id, "digest": _digest_of(image)}) + "\n"
-            file = "/".join(os.path.abspath(image.path).split(os.sep)[-1 - image.id.count("/") :])
-            row = {"id": image.id, "file": printable(file), "caption": caption}
-            row |= {} if concepts is None else {"concepts": concepts}
-            quoted = " ".join(caption.replace("\0", " ").split()).replace('"', '""')
-            rows += f'{image.id},"{quoted}"\n' if self._is_csv else json.dumps(row) + "\n"
+            if self._is_csv:
+                quoted = " ".join(caption.replace("\0", " ").split()).replace('"', '""')
+                rows += f'{image.id},"{quoted}"\n'
+            else:
+                file = "/".join(os.path.abspath(image.path).split(os.sep)[-1 - image.id.count("/") :])
+                row = {"id": image.id, "file": printable(file), "caption": caption}
+                rows += json.dumps(row | ({} if concepts is None else {"concepts": concepts})) + "\n"
         _append(self._state, images)
         _append(self._rows, rows)
         self.captions |= {image.id: found for image, found in captions.items()}

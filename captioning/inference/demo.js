@@ -23,4 +23,3 @@ function update() {
 }
 
 new MutationObserver(update).observe(document.documentElement, {childList: true, subtree: true});
-addEventListener("resize", () => redraw());

@@ -60,10 +60,7 @@ class Written:
 class Writer:
     """Writes captions one at a time, whoever asks: one thread alone uses the model.
 
-    Args:
-        model: what writes.
-        train: source of training images, among which the nearest are looked for; None: none.
-        train_images: how many of them are used, the first.
+    The nearest images are looked for among the first `train_images` of the source `train`, if there is one.
 
     Raises:
         UserError: the source cannot be read.

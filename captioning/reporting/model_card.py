@@ -75,18 +75,13 @@ def render_card(record: RunRecord, name: str) -> str:
         metadata,
         template_path=str(TEMPLATE),
         record=record,
-        recipe=recipe,
-        results=record.results,
         name=name,
-        family=family,
         base=base,
         base_on_hub=base_on_hub,
         stages=stages,
         columns=SCORE_COLUMNS,
         scored=scored,
         main_scores=MAIN_SCORES,
-        score_label=score_label,
-        score_cells=score_cells,
         detection=detection_rows(record.scores.get(scored, {}).get("concept_detection", {"systems": {}})),
         baselines=BASELINES,
         examples=record.captioned and _examples(record),
@@ -98,10 +93,8 @@ def render_card(record: RunRecord, name: str) -> str:
         facts=_run_facts(record),
         sizes=[f"{stage} {record.results[key]:,}" for key, stage in sizes.items() if key in record.results],
         has_curve=(record.folder / "training_curve.png").is_file(),
-        digits=number_text,
-        in_digits=in_digits,
         show_result=partial(_show_result, record),
-        markdown=markdown,
+        **{tool.__name__: tool for tool in (in_digits, markdown, number_text, score_cells, score_label)},
     )
     return str(card)
 
@@ -137,7 +130,6 @@ def _show_result(record: RunRecord, split: str, key: str, value: float | None) -
 
 
 def _examples(record: RunRecord) -> dict[str, dict[str, Any]]:
-    """Return the chosen captions, each with the address of its image where that is published."""
     rows, found = record.predictions(record.captioned), {}
     for which, index in chosen_examples(rows).items():
         picture = f"examples/{which}.jpg"
@@ -149,7 +141,6 @@ def _examples(record: RunRecord) -> dict[str, dict[str, Any]]:
 
 
 def _usage(record: RunRecord, name: str) -> str:
-    """Return code that captions the sample as the run would."""
     recipe, start = record.recipe, record.start
     model = name if recipe["do_train"] or not start else start.id
     revision = f', revision="{start.revision}"' if start and start.revision else ""
@@ -201,7 +192,6 @@ def _missing_flags(record: RunRecord) -> list[str]:
 
 
 def _run_facts(record: RunRecord) -> dict[str, Any]:
-    """Return what was run on what, how, on which machine, with which packages."""
     recipe, results, hardware = record.recipe, record.results, record.recipe["hardware"]
     facts: dict[str, Any] = {key: markdown(value) for key, value in record.facts(COMMIT_DIGITS).items()}
     facts["parameters"] = _num_parameters(record)

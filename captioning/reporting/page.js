@@ -221,7 +221,6 @@ function show(row) {
   stage.row = row;
   const image = showImage(stage), maps = payload.attention[row.index];
   element("words").replaceChildren(...textsOf(row, "Link to this example", true));
-  redraw = () => {};
   if (maps?.length && image) element("words").append(...attention(maps, stage, image));
   view.zoom.value = 1;  // window and level stay, to compare images
   applyView();
@@ -252,10 +251,10 @@ function applyView() {
     channel.setAttribute("slope", 256 / width);
     channel.setAttribute("intercept", 0.5 - level / width);
   }
-  const filter = width !== 256 || level !== 128 ? "url(#window)" : "";
-  const image = element("stage").querySelector("img");
-  if (image) Object.assign(image.style, {width: `${100 * zoom}%`, maxHeight: zoom > 1 ? "none" : "", filter});
-  redraw();
+  for (const part of all("#stage :is(img, canvas)")) {
+    Object.assign(part.style, {width: `${100 * zoom}%`, maxHeight: zoom > 1 ? "none" : ""});
+    if (part.matches("img")) part.style.filter = width !== 256 || level !== 128 ? "url(#window)" : "";
+  }
 }
 view.addEventListener("input", applyView);
 view.addEventListener("reset", () => setTimeout(applyView));  // once it has its values

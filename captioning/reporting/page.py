@@ -24,17 +24,11 @@ def write_report(
     num_tokens: Sequence[int] | None = None,
     retrieved: Sequence[Sequence[tuple[str, str]]] = (),
 ) -> None:
-    """Write `report.html` into the output folder of a run, whole or not at all.
+    """Write `report.html` of the N captions of a split into the output folder of a run, whole or not at all.
 
-    Args:
-        record: of the run.
-        split: the split whose captions are shown.
-        images: N images in the order of the predictions, taken one at a time; None for one that cannot be read.
-        modalities: N modalities.
-        attention: of some image ids the words of the prediction, each with its attention map over the image `[H, W]`,
-            non-negative, rows from the top.
-        num_tokens: of the N references, for the negative log-likelihood per token.
-        retrieved: for each of the N prompts the ids and captions of other images in it; empty: there are none.
+    `images` are taken one at a time. `attention` has for some image ids the words of the prediction, each with its
+    attention map over the image `[H, W]`, non-negative, rows from the top. `num_tokens` are those of the references,
+    for the negative log-likelihood per token, `retrieved` the ids and captions of other images in each prompt, if any.
 
     Raises:
         ValueError: there are more or fewer images, modalities or numbers of tokens than predictions.

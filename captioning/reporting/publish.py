@@ -65,15 +65,28 @@ def push_finished_run(folder: str, model_id: str | None = None, private: bool | 
 
 
 def _rename_card(record: RunRecord, name: str) -> None:
-    """Write the card again under another name; in one that somebody has edited, only its code changes."""
+    """Write the card again under another name; in one that somebody has edited, only its name changes."""
     path = record.folder / "README.md"
     card = path.read_text(encoding="utf-8")
     named = NAME_LINE.search(card)
-    if named and card == render_card(record, json.loads(f'"{named[1]}"')):
+    if not named:
+        logger.info("'%s' was edited and is pushed as it is", path)
+        return
+    old = json.loads(f'"{named[1]}"')
+    if card == render_card(record, old):
         write_model_card(record, name)
-    else:
-        logger.info("'%s' was edited and is pushed as it is, but for the name in its code", path)
-        write_whole(path, NAME_LINE.sub(f'name = "{name}"', card))
+        return
+    logger.info("'%s' was edited and is pushed as it is, but for its name: %s", path, name)
+    here, last = re.escape(old), re.escape(old.split("/")[-1])
+    for pattern, new in (  # where the card was written with its name, not in other text
+        (rf"(?<![\w./-])(hf://)?{here}(?=/recipe\.json)", f"hf://{name}"),
+        (rf"""(?<=["']){here}(?=["'])""", name),
+        (rf"(?<=--model_name_or_path ){here}(?![\w./-])", name),
+        (rf"^# {here}$", f"# {name}"),
+        (rf"^- name: {last}$", f"- name: {name.split('/')[-1]}"),
+    ):
+        card = re.sub(pattern, new, card, flags=re.MULTILINE)
+    write_whole(path, card)
 
 
 def verify_push(commit: CommitInfo, record: RunRecord, trainer: CaptioningTrainer | None = None) -> None:

@@ -38,13 +38,9 @@ def render_page(
 ) -> None:
     """Write a page of captions, whole or not at all.
 
-    Args:
-        file: the page.
-        gallery: what its script shows: rows and the names of systems beside `GALLERY`.
-        blocks: takes the bytes of the gallery, and returns the images as base64 JPEG, in portions of
-            `IMAGES_PER_BLOCK`.
-        unscored: whether the captions have no references.
-        content: what its template shows: a name beside `CONTENT`.
+    `gallery` is what its script shows, rows and the names of systems beside `GALLERY`, `content` what its template
+    shows, a name beside `CONTENT`. `blocks` takes the bytes of the gallery and returns the images as base64 JPEG, in
+    portions of `IMAGES_PER_BLOCK`. The captions of an `unscored` page have no references.
     """
     rows = [ROW | row for row in gallery["rows"]]
     payload = _script_json(GALLERY | gallery | {"rows": rows, "unscored": unscored, "block": IMAGES_PER_BLOCK})

@@ -279,7 +279,7 @@ def test_the_methods_of_the_trainer_push_as_the_script_does(captioner, splits, f
     assert pushed == [(str(finished), "tester/model", None)]
 
 
-def test_an_edited_card_keeps_all_but_the_name_in_its_code_and_what_a_killed_push_left_is_cleared(hub, push, finished):
+def test_an_edited_card_keeps_all_but_its_name_and_what_a_killed_push_left_is_cleared(hub, push, finished):
     (finished / ".push-abc" / "last-checkpoint").mkdir(parents=True)
     card = finished / "README.md"
     edited = card.read_text().replace(
@@ -292,7 +292,9 @@ def test_an_edited_card_keeps_all_but_the_name_in_its_code_and_what_a_killed_pus
         pushed = hub.files(name)["README.md"].decode()
         assert pushed == card.read_text()
         assert "From our hospital, where we run it." in pushed
-        assert f'name = "{name}"' in pushed, "its code loads what was pushed"
+        assert f'name = "{name}"' in pushed and f"hf://{name}/recipe.json --model_name_or_path {name} --do" in pushed
+        assert ModelCard(pushed).data.model_name == name.split("/")[1]
+    assert "tester/model" not in pushed and '"run"' not in pushed
     assert not list(finished.glob(".push-*"))
 
 

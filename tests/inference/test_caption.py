@@ -1,15 +1,16 @@
 """One's own images: found, captioned as the run did, kept while they come, and a line for each that has no caption."""
 
-import errno
 import io
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -23,9 +24,8 @@ import run_captioning
 from captioning.__main__ import main
 from captioning.data.images import open_image
 from captioning.errors import UserError
-from captioning.inference import caption_file
 from captioning.inference.caption_file import CaptionFile
-from captioning.inference.find_images import find_files, own_images
+from captioning.inference.find_images import OwnImage, find_files, own_images
 from captioning.inference.model import UNRECORDED, Description, InferenceModel
 from captioning.models.concept_head import ConceptHead
 from captioning.models.load import load_captioner
@@ -61,31 +61,34 @@ def caption(*arguments, code=0, **where) -> subprocess.CompletedProcess:
     return server().run(["-m", "captioning", "caption", *arguments], code, cwd=os.getcwd(), **where)
 
 
+def images_of(*arguments, frame="middle") -> list[OwnImage]:
+    return own_images(find_files(map(str, arguments)).paths, frame)
+
+
 def names(arguments, frame="middle") -> list[str]:
-    return [image.id for image in own_images(find_files(map(str, arguments)).paths, frame)]
+    return [image.id for image in images_of(*arguments, frame=frame)]
 
 
 # --- The same captions as those of the run ----------------------------------------------------------------------
 
 
-def run_of(kind, blip, config_file, data, folder):
-    values = {
-        "blip": SETTINGS | {"restore_surface_form": True},
-        "stock": {"fast_blip": False, "prompt": "a radiograph of"},
-        "lora": {"use_peft": True, "learning_rate": 3e-2, "torch_dtype": "bfloat16"},
-        "qwen3_vl": {"num_beams": 2, "prompt": "Say it"},
-    }[kind]
-    if kind in ("lora", "qwen3_vl"):
-        start = blip if kind == "lora" else save_tiny(kind, folder.parent / "start")
-        config_file, values = None, values | {"model_name_or_path": start, "vocab_size": None}
-    run_captioning.main(flags(config_file, data, folder, **values))
+RUNS = {
+    "blip": SETTINGS | {"restore_surface_form": True},
+    "stock": {"fast_blip": False, "prompt": "a radiograph of"},
+    "lora": {"use_peft": True, "learning_rate": 3e-2, "torch_dtype": "bfloat16"},
+    "qwen3_vl": {"num_beams": 2, "prompt": "Say it"},
+}
 
 
-@pytest.mark.parametrize("kind", ["blip", "stock", "lora", "qwen3_vl"])
+@pytest.mark.parametrize("kind", RUNS)
 def test_captions_are_those_of_the_run_for_the_same_images(
     kind, model, config_file, parquet_folder, raw_dataset, tmp_path
 ):
-    run_of(kind, model, config_file, parquet_folder, tmp_path / "run")
+    values = RUNS[kind]
+    if kind in ("lora", "qwen3_vl"):
+        start = model if kind == "lora" else save_tiny(kind, tmp_path / "start")
+        config_file, values = None, values | {"model_name_or_path": start, "vocab_size": None}
+    run_captioning.main(flags(config_file, parquet_folder, tmp_path / "run", **values))
     (tmp_path / "images").mkdir()
     for row in raw_dataset["test"]:
         row["image"].save(tmp_path / "images" / f"{row['image_id']}.png")
@@ -97,9 +100,8 @@ def test_captions_are_those_of_the_run_for_the_same_images(
 
 
 def test_settings_are_those_of_the_record_then_of_flags_and_a_checkpoint_has_the_prompt_of_its_run(model, tmp_path):
-    assert InferenceModel(str(model)).generation_config.to_diff_dict().items() >= {
-        "num_beams": 2, "min_new_tokens": 3, "length_penalty": 0.5, "do_sample": False,
-    }.items()  # fmt: skip
+    expected = generation_config(SETTINGS).to_diff_dict().items()
+    assert InferenceModel(str(model)).generation_config.to_diff_dict().items() >= expected
     given = InferenceModel(str(model), settings={"num_beams": 1, "max_new_tokens": None}, prompt="axial")
     assert (given.generation_config.num_beams, given.generation_config.max_new_tokens) == (1, 12)
     assert given.prompt == "axial"
@@ -245,29 +247,18 @@ def test_files_of_others_of_other_settings_and_of_other_images_are_refused(model
     assert not Path("theirs.csv.state").exists()
 
 
-def test_a_full_disk_ends_in_one_line_and_the_file_can_be_completed(scans, monkeypatch):
-    """A disk that is almost full takes a part of a write and says nothing."""
-    one, two = own_images(find_files(["scans/a.png", "scans/b.png"]).paths, "middle")
-    room = 10**6
-
-    class AlmostFull(io.FileIO):
-        def write(self, data):
-            nonlocal room
-            if not room:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            taken = min(room, len(data))
-            room -= taken
-            return super().write(data[:taken])
-
-    with monkeypatch.context() as patch:
-        patch.setattr(caption_file, "open", lambda path, *_: AlmostFull(path, "a+"), raising=False)
-        file = CaptionFile("own.jsonl", {"model": "x"})
-    with file:
+def test_a_full_disk_ends_in_one_line_and_the_file_can_be_completed(scans):
+    """At the limit of a file's size, as on a disk that is almost full, a part of a write is taken first."""
+    one, two = images_of("scans/a.png", "scans/b.png")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with CaptionFile("own.jsonl", {"model": "x"}) as file:
         file.add({one: Description("first")})
-        room = 20
-        with pytest.raises(OSError) as full:
-            file.add({two: Description("second")})
-    assert full.value.filename == "own.jsonl.state"
+        resource.setrlimit(resource.RLIMIT_FSIZE, (os.path.getsize("own.jsonl.state") + 20, before[1]))
+        try:
+            with pytest.raises(OSError, match=r"File too large: 'own\.jsonl\.state'"):
+                file.add({two: Description("second")})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
     with CaptionFile("own.jsonl", {"model": "x"}) as file:
         assert file.captions == {"a": ("first", None)}
         file.add({two: Description("second")})
@@ -277,7 +268,7 @@ def test_a_full_disk_ends_in_one_line_and_the_file_can_be_completed(scans, monke
 
 def test_captions_whose_state_is_lost_are_refused_and_stay(scans):
     with CaptionFile("own.jsonl", {"model": "x"}) as file:
-        file.add({own_images(find_files(["scans/a.png"]).paths, "middle")[0]: Description("first")})
+        file.add({images_of("scans/a.png")[0]: Description("first")})
     before = Path("own.jsonl").read_text()
     for content in ("", '{"model": "x"}'):  # after a power failure
         Path("own.jsonl.state").write_text(content)
@@ -290,7 +281,7 @@ def test_a_file_whose_name_is_not_text_has_a_row_that_any_reader_takes(scans):
     path = os.fsdecode(b"scans/M\xfcller.png")
     shutil.copy(scans / "a.png", path)
     with CaptionFile("own.jsonl", {"model": "x"}) as file:
-        file.add({own_images(find_files([path]).paths, "middle")[0]: Description("first")})
+        file.add({images_of(path)[0]: Description("first")})
     row = read_lines(Path("own.jsonl"))[0]
     assert row == {"id": "M ller", "file": "M ller.png", "caption": "first"}
 
@@ -341,14 +332,9 @@ def test_each_image_that_cannot_be_used_is_one_line_and_the_rest_goes_on(model, 
 
 
 def test_a_folder_that_cannot_be_read_is_one_line(scans, monkeypatch):
-    scan = os.scandir
-
-    def refuse(path):
-        if str(path).endswith("below"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return scan(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
+    refusal, scan = PermissionError(13, "Permission denied", "scans/below"), os.scandir
+    both = iter([scan(scans), refusal])
+    monkeypatch.setattr(os, "scandir", mock.Mock(side_effect=both))
     found = find_files([str(scans)])
     assert found.faults == {"scans/below": "the folder cannot be read: Permission denied"} and len(found.paths) == 3
 
@@ -373,14 +359,10 @@ def test_a_mistake_in_the_arguments_is_found_before_the_model_is_loaded(scans, a
 
 
 def test_full_memory_names_the_batch_size(model, scans, monkeypatch):
-    def full(self, images):
-        raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
-
-    monkeypatch.setattr(InferenceModel, "describe", full)
+    full = RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+    monkeypatch.setattr(InferenceModel, "describe", mock.Mock(side_effect=[full, [Description("a caption")], full]))
     with pytest.raises(UserError, match="fewer --num_beams"):
         main(["caption", str(model), str(scans / "b.png")])
-    first = iter([[Description("a caption")]])
-    monkeypatch.setattr(InferenceModel, "describe", lambda self, images: next(first, None) or full(self, images))
     with pytest.raises(UserError, match="batch of 4; set a lower --batch_size"):
         main(["caption", str(model), str(scans)])
 

@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pydicom
@@ -75,24 +76,6 @@ def model(folder):
     return InferenceModel(str(folder))
 
 
-class Demo:
-    """The command in a process of its own; `temporary` is its folder for temporary files."""
-
-    def __init__(self, folder, temporary, proxy):
-        self.temporary = temporary
-        environment = {name: f"http://127.0.0.1:{proxy.getsockname()[1]}" for name in ("HTTP_PROXY", "HTTPS_PROXY")}
-        words = ["-c", START, "demo", folder, "--port", free_port()]
-        self.process = server().start(words, environment=environment | {"TMPDIR": str(temporary)})
-        end = time.monotonic() + 60
-        while not (found := re.search(r"http://\S+", self.process.output().decode())):
-            assert self.process.poll() is None and time.monotonic() < end, self.process.output(error=True).decode()
-            time.sleep(0.1)
-        self.url = found[0]
-
-    def files(self):
-        return [path.read_bytes() for path in self.temporary.rglob("*") if path.is_file()]
-
-
 @pytest.fixture(scope="module")
 def proxy():
     """A proxy that all requests of the server to others would go through; nobody should come."""
@@ -103,28 +86,37 @@ def proxy():
 
 @pytest.fixture(scope="module")
 def demo(folder, proxy, tmp_path_factory):
-    demo = Demo(folder, tmp_path_factory.mktemp("temporary"), proxy)
-    yield demo
-    if demo.process.poll() is None:
-        demo.process.send_signal(signal.SIGKILL)
+    """The command in a process of its own, its address, and its folder for temporary files."""
+    temporary = tmp_path_factory.mktemp("temporary")
+    environment = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY"), f"http://127.0.0.1:{proxy.getsockname()[1]}")
+    words = ["-c", START, "demo", folder, "--port", free_port()]
+    process, end = server().start(words, environment=environment | {"TMPDIR": str(temporary)}), time.monotonic() + 60
+    while not (found := re.search(r"http://\S+", process.output().decode())):
+        assert process.poll() is None and time.monotonic() < end, process.output(error=True).decode()
+        time.sleep(0.1)
+    yield SimpleNamespace(process=process, url=found[0], temporary=temporary)
+    if process.poll() is None:
+        process.send_signal(signal.SIGKILL)
+
+
+def files_of(demo):
+    return [path.read_bytes() for path in demo.temporary.rglob("*") if path.is_file()]
 
 
 @pytest.fixture
 def open_demo(browser, demo):
     """Return a function that opens the demo as a user of its own, and check that each asks the demo alone."""
-    contexts, others = [], []
+    others = []
 
     def open_demo(width=1200, **options):
-        context = browser.new_context(viewport={"width": width, "height": 800}, **options)
-        contexts.append(context)
-        page = context.new_page()
+        page = browser.new_context(viewport={"width": width, "height": 800}, **options).new_page()
         allowed = re.compile(rf"^(data:|blob:|{re.escape(demo.url)})")
         page.on("request", lambda request: allowed.match(request.url) or others.append(request.url))
         page.on("pageerror", lambda error: others.append(str(error)))
         return go_to(page, demo.url)
 
     yield open_demo
-    for context in contexts:
+    for context in browser.contexts:
         context.close()
     assert others == []
 
@@ -400,7 +392,7 @@ def test_nothing_is_kept_on_the_disk_or_asked_of_others(open_demo, demo, proxy):
     caption_of(page)
     send(page, contents[1], "Smith^John.dcm")
     refusal_of(page)
-    kept = demo.files()
+    kept = files_of(demo)
     assert list(demo.temporary.iterdir()), "the server has its files here"
     assert not [content for content in contents if content in kept]
     assert "Smith" not in str(list(demo.temporary.rglob("*")))
@@ -428,7 +420,7 @@ def test_a_signal_ends_it_and_its_files(demo, open_demo):
     """The last test of this server."""
     demo.process.send_signal(signal.SIGINT)
     assert demo.process.wait(timeout=30) == 0
-    assert demo.files() == []
+    assert files_of(demo) == []
 
 
 def test_text_of_a_model_or_a_name_is_never_html():

@@ -360,11 +360,12 @@ def test_a_word_shows_where_the_attention_lay(run, open_page):
     assert not page.is_visible(".stage canvas")
     first, second = page.query_selector_all(".tokens button")  # none for the punctuation
     assert page.is_visible(".legend")
-    opacity = "at => document.querySelector('.stage canvas').getContext('2d').getImageData(at, at, 1, 1).data[3]"
+    opacity = """at => { const map = document.querySelector('.stage canvas');
+        return map.getContext('2d').getImageData(at * map.width, at * map.height, 1, 1).data[3]; }"""
     first.hover()
-    assert page.evaluate(opacity, 20) > 130 > 60 > page.evaluate(opacity, 235)
+    assert page.evaluate(opacity, 0.08) > 130 > 60 > page.evaluate(opacity, 0.92)
     second.focus()
-    assert page.evaluate(opacity, 235) > 130 > 60 > page.evaluate(opacity, 20)
+    assert page.evaluate(opacity, 0.92) > 130 > 60 > page.evaluate(opacity, 0.08)
     second.click()
     page.hover("#close")
     page.focus("#close")
@@ -373,7 +374,7 @@ def test_a_word_shows_where_the_attention_lay(run, open_page):
     box = "e => Object.values(e.getBoundingClientRect().toJSON())"
     image, canvas = (page.eval_on_selector(tag, box) for tag in ("dialog img", ".stage canvas"))
     assert image == pytest.approx(canvas, abs=1.5), "the map covers the image"
-    levels = "canvas => new Set(canvas.getContext('2d').getImageData(200, 235, 56, 1).data).size"
+    levels = "canvas => new Set(canvas.getContext('2d').getImageData(200, canvas.height - 20, 56, 1).data).size"
     assert page.eval_on_selector(".stage canvas", levels) > 30, "the upscaling is smooth"
     second.click()
     assert not page.is_visible(".stage canvas"), "a second press hides it, as a finger cannot leave the button"
