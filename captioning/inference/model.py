@@ -29,16 +29,8 @@ RECIPE = "recipe.json"
 INNER_FOLDER = re.compile(r"checkpoint-\d+|adapter")  # of a run, whose recipe is beside it
 UNRECORDED = DEFAULTS | {"num_beams": 3, "max_new_tokens": 64}  # a run's, for a model that says nothing
 # What is read of a recipe
-RECORDED = {
-    "prompt",
-    "torch_dtype",
-    "bf16",
-    "fp16",
-    "retrieved_captions",
-    "retriever",
-    "retriever_revision",
-    *DEFAULTS,
-}
+RECORDED = {*DEFAULTS, "prompt", "torch_dtype", "bf16", "fp16"}
+RECORDED |= {"retrieved_captions", "retriever", "retriever_revision"}
 
 
 class Description(NamedTuple):

@@ -95,10 +95,6 @@ def _inline(svg: str, alternative: str) -> Markup:
         element.attrib = attributes
         for child in [child for child in element if child.tag.endswith(("}metadata", "}style"))]:
             element.remove(child)
-    root.attrib = {
-        "viewBox": root.get("viewBox"),
-        "role": "img",
-        "aria-label": alternative,
-        "stroke-linejoin": "round",
-    }
+    size = {"viewBox": root.get("viewBox")}
+    root.attrib = size | {"role": "img", "aria-label": alternative, "stroke-linejoin": "round"}
     return Markup(ElementTree.tostring(root, encoding="unicode"))

@@ -41,8 +41,8 @@ def caption_payload(
         scores[NLL_PER_TOKEN] = [None if value is None else value / number for value, number in pairs]
     rows = []
     for row, modality, *values in zip(predictions, modalities, *scores.values(), strict=True):
-        texts, concepts = (row["reference"], [row["prediction"]]), (row.get("concepts"), names)
-        rows.append(caption_row(row["image_id"], *texts, modality, row.get("cui", ()), values, *concepts))
+        more = modality, row.get("cui", ()), values, row.get("concepts"), names
+        rows.append(caption_row(row["image_id"], row["reference"], [row["prediction"]], *more))
     for row, own in zip(rows, retrieved, strict=bool(retrieved)):
         row["retrieved"] = own
     labels = [key if key in (NLL, NLL_PER_TOKEN) else score_label(key, full=True) for key in scores]
