@@ -1,7 +1,6 @@
 """The learning curves of a run, drawn by matplotlib: a PNG for the card, inline SVG for the page."""
 
 import io
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 from xml.etree import ElementTree
@@ -60,11 +59,11 @@ def inline_curves(log_history: Sequence[Mapping[str, Any]]) -> list[Markup]:
 
 
 def curves_of_log(log_history: Sequence[Mapping[str, Any]]) -> dict[str, Curves]:
-    """Return the curves of each plot that has any, as points of step and value; NaN and infinity are left out."""
+    """Return the curves of each plot that has any, as points of step and value, None left out."""
     plots: dict[str, Curves] = {}
     for label, names in PLOTS.items():
         for key, name in names.items():
-            points = [(row["step"], row[key]) for row in log_history if math.isfinite(row.get(key, math.nan))]
+            points = [(row["step"], row[key]) for row in log_history if row.get(key) is not None]
             if points:
                 plots.setdefault(label, {})[name] = points
     return plots

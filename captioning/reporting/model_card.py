@@ -103,8 +103,8 @@ def render_card(record: RunRecord, name: str) -> str:
 
 
 def _eval_results(record: RunRecord, split: str, prefix: str) -> list[EvalResult]:
-    """Return the scores of a split for the `model-index`, finite ones: the Hub rejects a card with NaN."""
-    values = {key: record.results.get(f"{prefix}_{key}", math.nan) for key in INDEXED_SCORES}
+    """Return the scores of a split for the `model-index`."""
+    values = {key: record.results.get(f"{prefix}_{key}") for key in INDEXED_SCORES}
     return [
         EvalResult(
             task_type="image-to-text",
@@ -119,7 +119,7 @@ def _eval_results(record: RunRecord, split: str, prefix: str) -> list[EvalResult
             metric_value=round(float(value), 4),
         )
         for key, value in values.items()
-        if math.isfinite(value)
+        if value is not None
     ]
 
 

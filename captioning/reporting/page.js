@@ -17,13 +17,13 @@ const payload = JSON.parse(element("payload").textContent);
 const {rows, unscored} = payload;
 const cards = element("cards"), dialog = element("dialog"), search = element("search"), view = element("view");
 
-const byAnchor = new Map();
+const byAddress = new Map();
 rows.forEach((row, index) => {
   row.index = index;
   const tags = [...row.concepts, ...row.tags.flat()].map(([text]) => text);
   row.text = [row.id, row.reference, ...row.predictions, ...tags].join("\n").toLowerCase();
-  row.anchor = row.id.toWellFormed();  // its address
-  byAnchor.set(row.anchor, row);
+  row.address = `#${encodeURIComponent(row.id.toWellFormed())}`;
+  byAddress.set(row.address, row);
 });
 for (const same of Map.groupBy(rows, (row) => row.predictions[0]).values()) {
   for (const row of same) row.same = same;  // those with the same prediction
@@ -104,7 +104,7 @@ function scoresOf(row, isLarge) {
 
 function textsOf(row, linkText, isLarge) {
   const link = make("a", "", make("bdi", "", linkText));
-  link.href = `#${encodeURIComponent(row.anchor)}`;
+  link.href = row.address;
   link.row = row;
   const meta = make("p", "meta", link, ...(unscored ? [] : [make("bdi", "", row.modality || "(unknown)")]));
   const predicted = wordsOf(row.predictions), stated = unscored ? predicted : wordsOf([row.reference]);
@@ -229,10 +229,10 @@ function show(row) {
   element("next").disabled = position < 0 || position === hits.length - 1;
   if (!dialog.open) dialog.showModal();
   dialog.scrollTop = 0;
-  address(`#${encodeURIComponent(row.anchor)}`);
+  setAddress(row.address);
 }
 
-function address(hash) {
+function setAddress(hash) {
   try {
     history.replaceState(null, "", hash || location.pathname + location.search);
   } catch { /* the page has no address of its own, as in a frame */ }
@@ -267,14 +267,12 @@ element("next").addEventListener("click", () => move(1));
 element("close").addEventListener("click", () => dialog.close());
 dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());  // its backdrop
 dialog.addEventListener("close", () => {
-  address("");
+  setAddress("");
   focusCard(hits.indexOf(shown));
 });
 
 function openAddress() {
-  let anchor = location.hash.slice(1);
-  try { anchor = decodeURIComponent(anchor); } catch { /* it is not encoded: take it as it is */ }
-  const row = byAnchor.get(anchor);
+  const row = byAddress.get(location.hash);
   if (!row && dialog.open) dialog.close();  // "back" from an example
   if (!row || (dialog.open && shown === row)) return;
   if (!hits.includes(row)) {

@@ -50,7 +50,6 @@ def render_page(
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=_without_invalid_characters,
     )
     script = ATTENTION_SCRIPT + PAGE_SCRIPT
     page = environment.get_template("page_template.html").generate(
@@ -66,18 +65,11 @@ def render_page(
     )
     unfinished = file.with_name(f"{file.name}.tmp")  # not `write_whole`: the page is never in memory at once
     try:
-        with open(unfinished, "w", encoding="utf-8") as stream:
+        with open(unfinished, "w", encoding="utf-8", errors="replace") as stream:  # UTF-8 has no lone surrogates
             stream.writelines(page)
         os.replace(unfinished, file)
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-def _without_invalid_characters(value: Any) -> Any:
-    """Return text without what UTF-8 or HTML cannot hold: lone surrogates and NUL become U+FFFD."""
-    if not isinstance(value, str) or hasattr(value, "__html__"):
-        return value
-    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "\ufffd")
 
 
 def _script_json(value: Any) -> Markup:

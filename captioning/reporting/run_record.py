@@ -1,7 +1,6 @@
 """What an output folder says of its run, read once: the summary, the card and the page are all made from it."""
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -63,9 +62,9 @@ class RunRecord:
         return RECIPE_DEFAULTS | self._read("recipe.json")
 
     @cached_property
-    def results(self) -> Mapping[str, float]:
-        """`all_results.json`: the metrics of all stages, each with the prefix of its stage; NaN where it has null."""
-        return _with_nan(self._read("all_results.json"))
+    def results(self) -> Mapping[str, float | None]:
+        """`all_results.json`: the metrics of all stages, each with the prefix of its stage; None for NaN."""
+        return self._read("all_results.json")
 
     @cached_property
     def scores(self) -> dict[str, Any]:
@@ -73,9 +72,9 @@ class RunRecord:
         return self._read("scores.json")
 
     @cached_property
-    def log_history(self) -> list[dict[str, float]]:
-        """The Trainer's log, empty if the run did not train; NaN where the file has null."""
-        return [_with_nan(entry) for entry in self._read("trainer_state.json").get("log_history", [])]
+    def log_history(self) -> list[dict[str, float | None]]:
+        """The Trainer's log, empty if the run did not train; None for NaN."""
+        return self._read("trainer_state.json").get("log_history", [])
 
     @cached_property
     def sample(self) -> dict[str, Any]:
@@ -193,7 +192,3 @@ class RunRecord:
             by = Origin.of(self.recipe["retriever"], self.recipe.get("retriever_revision")).in_words(digits)
             found["prompt"] = f"with the captions of the {number} nearest training images, found by {by}"
         return found
-
-
-def _with_nan(metrics: Mapping[str, float | None]) -> dict[str, float]:
-    return {name: math.nan if value is None else value for name, value in metrics.items()}

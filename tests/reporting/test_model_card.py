@@ -167,7 +167,7 @@ def test_scores_stand_beside_split_beams_and_number_of_captions(folder):
     found = {result.metric_type: result.metric_value for result in metadata(folder).eval_results}
     assert {"cider": 0.5, "bleu": 0.1, "meteor": 0.2, "f1": 0.3}.items() <= found.items()
     validation = {key: value for key, value in results.items() if not key.startswith("predict_")}
-    (folder / "all_results.json").write_text(json.dumps(validation | {"eval_loss": float("nan")}))
+    (folder / "all_results.json").write_text(json.dumps(validation | {"eval_loss": None}))
     found = {(result.dataset_split, result.metric_name) for result in metadata(folder).eval_results}
     assert found == {("validation", name) for name in names if name != "Loss"}
     (folder / "all_results.json").write_text("{}")
