@@ -35,6 +35,20 @@ atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, driven by Playwright, where there are both."""
+    path = shutil.which("chromium")
+    if not path:
+        pytest.skip("no chromium on this machine: the page is not read by a browser")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    flags = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=flags)
+        yield browser
+        browser.close()
+
+
 @pytest.fixture(scope="session")
 def raw_dataset() -> DatasetDict:
     return DatasetDict(train=make_rows(24), validation=make_rows(10, 100), test=make_rows(7, 200))

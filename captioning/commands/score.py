@@ -1,6 +1,6 @@
 """Score captions or concepts of any system beside baselines, or test captions against those of another system."""
 
-from captioning.commands import existing_file
+from captioning.commands import existing_file, new_file
 from captioning.scoring import TOKENIZERS
 
 
@@ -22,7 +22,10 @@ ARGUMENTS = {name: {"type": existing_file, "help": what} for name, what in FILES
         "whitespace_lower (nlgeval_lower_*), or none",
     },
     "--bertscore_model": {"help": "folder or Hub id of weights, e.g. microsoft/deberta-xlarge-mnli"},
-    "--html": {"help": "page to write with --against: both systems side by side, image by image"},
+    "--html": {
+        "type": new_file(".html"),
+        "help": "page to write with --against: both systems side by side, image by image",
+    },
     "--format": {
         "choices": ["text", "json", "markdown", "latex"],
         "default": "text",

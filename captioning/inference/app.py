@@ -17,7 +17,6 @@ from pathlib import Path
 from threading import Event, Lock
 from types import ModuleType
 from typing import Any
-from weakref import WeakValueDictionary
 
 import numpy as np
 from PIL import Image
@@ -57,8 +56,7 @@ def demo(arguments: argparse.Namespace) -> None:
     """Serve the page until a signal comes, or write it as a Space.
 
     Raises:
-        UserError: gradio is not installed, the address is taken or impossible, or the model or the data cannot be
-            loaded.
+        UserError: gradio is not installed, the address is taken, or the model or the data cannot be loaded.
     """
     if arguments.export_space:
         export_space(arguments.model, arguments.revision, Path(arguments.export_space))
@@ -128,34 +126,17 @@ class _Policy:
         await self.app(scope, receive, send_with_policy)
 
 
-# Images on the page of any user, by the path of the file. Gradio names it by its content: of two users who send the
-# same at the same moment, one finds it deleted
-_OPENED: WeakValueDictionary[str, Image.Image] = WeakValueDictionary()
-
-
 @dataclass(frozen=True, eq=False)
 class _Shown:
-    """An image on the page of a user.
+    """An image on the page of a user."""
 
-    Attributes:
-        image: as the model gets it.
-        replaced: set when another takes its place, so that its caption ends.
-        writing: held while its caption is written.
-    """
-
-    image: Image.Image
-    replaced: Event = field(default_factory=Event)
-    writing: Lock = field(default_factory=Lock)
+    image: Image.Image  # as the model gets it
+    replaced: Event = field(default_factory=Event)  # set when another takes its place, so that its caption ends
+    writing: Lock = field(default_factory=Lock)  # held while its caption is written
 
 
 def build_page(gradio: ModuleType, writer: Writer, is_local: bool) -> Any:
-    """Return the page as `gradio.Blocks`.
-
-    Args:
-        gradio: the package.
-        writer: of the model.
-        is_local: whether it is reached from this machine alone.
-    """
+    """Return the page as `gradio.Blocks`; `is_local`: it is reached from this machine alone."""
     own, name = writer.model.generation_config, writer.model.name
     title = f"{Path(name).resolve().name if Path(name).exists() else name}: captions of radiology images"
     with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=(60, 300)) as page:
@@ -233,7 +214,6 @@ def _checked(own: GenerationConfig, values: Sequence[float | None]) -> dict[str,
 
 
 def _images_to_try(name: str) -> list[tuple[str, Image.Image]]:
-    """Return images to try with their names: that of the model's card, and drawings."""
     found = []
     with suppress(ValueError):
         found.append(("Sample of the card", open_image({"bytes": None, "path": str(Path(name) / "sample.png")})))
@@ -249,12 +229,9 @@ def _read_upload(path: str) -> tuple[Image.Image | None, str]:
     try:
         content = Path(path).read_bytes()
         Path(path).unlink(missing_ok=True)
-    except OSError:
-        image = _OPENED.get(path)
-        return image, "" if image else "the file did not arrive; choose it again"
-    try:
-        image = _OPENED[path] = open_image({"bytes": content, "path": None})
-        return image, ""
+        return open_image({"bytes": content, "path": None}), ""
+    except OSError:  # Gradio names a file by its content: another user, who sent the same just now, has deleted it
+        return None, "the file did not arrive; choose it again"
     except ValueError as error:
         return None, f"unusable file: {printable(str(error), MAX_MESSAGE)}"
     except Exception as error:  # a parser's fault must not end the session; its message may quote the file

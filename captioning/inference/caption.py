@@ -35,8 +35,6 @@ def caption_images(arguments: argparse.Namespace) -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal whose encoding lacks a character
     found = find_files(arguments.images)
     images, faults = own_images(found.paths, arguments.frame), Faults()
-    if arguments.html and any(os.path.realpath(arguments.html) == os.path.realpath(path) for path in found.paths):
-        raise UserError(f"--html would overwrite '{arguments.html}', which is read; name another file")
     for name, reason in found.faults.items():
         faults.add(name, reason)
     if found.passed_over:
@@ -50,9 +48,7 @@ def caption_images(arguments: argparse.Namespace) -> None:
     if arguments.output:
         made_by = {"model": model.digest(), "decoding": in_words(model.generation_config)}
         with CaptionFile(arguments.output, made_by | {"prompt": model.prompt, "frame": arguments.frame}) as file:
-            images = file.with_known_ids(images)
-            waiting = [image for image in images if image.id not in file.captions]
-            for captions in _in_batches(model, waiting, arguments.batch_size, faults, shows_bar=True):
+            for captions in _in_batches(model, file.missing(images), arguments.batch_size, faults, shows_bar=True):
                 file.add(captions)
         captions = {image: file.captions[image.id] for image in images if image.id in file.captions}
         say(f"'{arguments.output}': {len(captions):,} of these images, {len(file.captions):,} in all")
@@ -66,10 +62,8 @@ def caption_images(arguments: argparse.Namespace) -> None:
             sys.stdout.flush()
     if arguments.html:
         write_gallery(arguments.html, model, captions)
-    if faults.burned_in:
-        say(
-            f"{faults.burned_in:,} images have text burned into the pixels, as their headers say: it may name patients"
-        )
+    if number := faults.burned_in:
+        say(f"{number:,} images have text burned into the pixels, as their headers say: it may name patients")
     if faults.count:
         say(f"error: {faults.count:,} of {len(images) + len(found.faults):,} images could not be captioned")
         sys.exit(1)
@@ -129,36 +123,24 @@ def _captions(
 
 
 def write_gallery(file: str, model: InferenceModel, captions: Mapping[OwnImage, Description]) -> None:
-    """Write the page of some images with their captions; images are opened again, one at a time.
+    """Write the page of some images, which are opened again, with their captions.
 
     Raises:
         UserError: the page cannot be written.
     """
-    unscored = {"modality": "", "reference": "", "kinds": [], "concepts": [], "scores": []}
-    rows = [
-        {"id": image.id, "predictions": [found.caption]}
-        | {"tags": [[(name, PREDICTED_CONCEPT) for name in model.names(found.concepts or ())]]}
-        | unscored
-        for image, found in captions.items()
-    ]
-    gallery = {"systems": ["Caption"], "scores": [], "onCard": [], "kinds": {}, "highlights": [], "rows": rows}
+    rows = []
+    for image, found in captions.items():
+        tags = [(name, PREDICTED_CONCEPT) for name in model.names(found.concepts or ())]
+        rows.append({"id": image.id, "predictions": [found.caption], "tags": [tags]})
     name = Path(model.name).resolve().name if os.path.exists(model.name) else model.name
     facts = {"model": name, "revision": model.revision, "prompt": model.prompt}
     facts |= {"decoding": in_words(model.generation_config), "images": f"{len(rows):,}"}
     with as_user_error(f"'{file}' cannot be written", "name another --html"):
         render_page(
             Path(file),
-            gallery | {"attention": {}, "hasImages": True, "unscored": True},
-            lambda size: image_blocks(_opened(captions), len(rows), PAGE_BUDGET - size),
+            {"systems": ["Caption"], "rows": rows},
+            lambda size: image_blocks((image.open() for image in captions), len(rows), PAGE_BUDGET - size),
             name=f"Captions by {name}",
             unscored=True,
             facts={key: value for key, value in facts.items() if value},
         )
-
-
-def _opened(images: Mapping[OwnImage, str]) -> Iterator[Image.Image | None]:
-    for image in images:
-        try:
-            yield image.open()
-        except ValueError:  # it is no longer there
-            yield None

@@ -1,8 +1,7 @@
 """A file of captions that grows batch by batch, and that a later call completes.
 
 Beside `captions.csv` lies `captions.csv.state`: a line on model and settings, then a line with the id and the digest
-of each image. So the CSV stays one of `ID,Caption`, and a later call knows which images are done, whatever they are
-called by then. An image's line is written before its caption: a caption without one is not ours.
+of each image, which is written before its caption. So the CSV stays one of `ID,Caption`.
 """
 
 import csv
@@ -14,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, BinaryIO
 
-from captioning.errors import UserError, as_user_error
+from captioning.errors import UserError, as_user_error, printable
 from captioning.inference.find_images import OwnImage
 from captioning.inference.model import Description
 
@@ -26,12 +25,8 @@ OTHER = "name another --output"
 class CaptionFile:
     """The captions of images, in the CSV form of ImageCLEF or as JSON lines, by the ending of the name.
 
-    Args:
-        path: the file.
-        made_by: what the captions depend on beside the image, by name; JSON.
-
-    Attributes:
-        captions: by id, those that the file holds; a CSV has no concepts.
+    `made_by` is what the captions depend on beside the image, by name. The attribute `captions` has those that the
+    file holds, by id; a CSV has no concepts.
 
     Raises:
         UserError: the file is not one of ours, holds captions of another model or settings, is broken, or is being
@@ -40,8 +35,6 @@ class CaptionFile:
 
     def __init__(self, path: str, made_by: Mapping[str, Any]):
         self.path, self._is_csv, self._stack = path, path.lower().endswith(".csv"), ExitStack()
-        self.captions: dict[str, Description] = {}
-        self._digests: dict[str, str] = {}
         state = f"{path}.state"
         if not _is_empty(path) and _is_empty(state):
             raise UserError(f"'{path}' was not written by this command, for lack of '{state}'; {OTHER}")
@@ -52,18 +45,14 @@ class CaptionFile:
                 fcntl.flock(self._state, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"'{path}' is being written by another process; wait for it, or {OTHER}") from None
-            header, *images = [json.loads(line) for line in _whole_lines(self._state)] or [None]
-            rows = self._read_rows()
+            header, *images = [json.loads(line) for line in _whole_lines(self._state)] or [{}]
             self._digests = {image["id"]: image["digest"] for image in images}
-            if unknown := [image_id for image_id, _ in rows if image_id not in self._digests]:
-                raise UserError(f"'{path}' has a row '{unknown[0]}' that this command did not write; {OTHER}")
-            self.captions = dict(rows)
-            changed = [key for key in made_by if rows and header.get(key) != made_by[key]]
-        if changed:
-            key = changed[0]
-            values = "" if key == "model" else f" ('{header.get(key)}', now '{made_by[key]}')"
-            raise UserError(f"'{path}' holds captions by another {key}{values}; {OTHER}")
-        if not rows:  # also where the file was deleted
+            self.captions = self._read_rows()
+        for key, now in made_by.items() if self.captions else ():
+            if header.get(key) != now:
+                values = "" if key == "model" else f" ('{header.get(key)}', now '{now}')"
+                raise UserError(f"'{path}' holds captions by another {key}{values}; {OTHER}")
+        if not self.captions:  # also where the file was deleted
             for file in (self._state, self._rows):
                 file.truncate(0)
             _append(self._state, json.dumps(made_by) + "\n")
@@ -75,42 +64,36 @@ class CaptionFile:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def _read_rows(self) -> list[tuple[str, Description]]:
+    def _read_rows(self) -> dict[str, Description]:
         lines = _whole_lines(self._rows)
         if self._is_csv:
-            rows = csv.reader(line.decode() for line in lines[1:])
-            return [(image_id, Description(text)) for image_id, text in rows]
-        return [(row["id"], Description(row["caption"], row.get("concepts"))) for row in map(json.loads, lines)]
+            return {image_id: Description(text) for image_id, text in csv.reader(map(bytes.decode, lines[1:]))}
+        return {row["id"]: Description(row["caption"], row.get("concepts")) for row in map(json.loads, lines)}
 
-    def with_known_ids(self, images: Sequence[OwnImage]) -> list[OwnImage]:
-        """Return the images, those with the ids of the file whose captions it holds under an earlier id.
+    def missing(self, images: Sequence[OwnImage]) -> list[OwnImage]:
+        """Return the images that have no caption yet.
 
         Raises:
-            UserError: an id is that of another image.
+            UserError: the caption of an id is that of another image.
         """
-        others = self.captions.keys() - {image.id for image in images}
-        earlier = {(_stem(name), self._digests[name]): name for name in others}
-        found = []
         for image in images:
-            is_known = image.id in self.captions
-            digest = _digest_of(image) if earlier or is_known else None
-            if digest and is_known and digest != self._digests[image.id]:
+            if image.id in self.captions and _digest_of(image) not in (None, self._digests.get(image.id)):
                 what = f"'{self.path}' holds the caption of another image '{image.id}' than '{image}'"
                 raise UserError(f"{what}, or that has changed; {OTHER}")
-            found.append(image if is_known else image._replace(id=earlier.pop((_stem(image.id), digest), image.id)))
-        return found
+        return [image for image in images if image.id not in self.captions]
 
     def add(self, captions: Mapping[OwnImage, Description]) -> None:
         """Append the captions of some images; they are on their way to the disk when this returns."""
-        images, rows = "", ""
+        images = rows = ""
         for image, (caption, concepts) in captions.items():
             images += json.dumps({"id": image.id, "digest": _digest_of(image)}) + "\n"
-            file = "/".join(os.path.abspath(image.path).split(os.sep)[-1 - image.id.count("/") :])
-            file = os.fsencode(file).decode(errors="replace")  # a name in another encoding is no text
-            row = {"id": image.id, "file": file, "caption": caption}
-            row |= {} if concepts is None else {"concepts": concepts}
-            quoted = " ".join(caption.replace("\0", " ").split()).replace('"', '""')
-            rows += f'{image.id},"{quoted}"\n' if self._is_csv else json.dumps(row) + "\n"
+            if self._is_csv:
+                quoted = " ".join(caption.replace("\0", " ").split()).replace('"', '""')
+                rows += f'{image.id},"{quoted}"\n'
+            else:
+                file = "/".join(os.path.abspath(image.path).split(os.sep)[-1 - image.id.count("/") :])
+                row = {"id": image.id, "file": printable(file), "caption": caption}
+                rows += json.dumps(row | ({} if concepts is None else {"concepts": concepts})) + "\n"
         _append(self._state, images)
         _append(self._rows, rows)
         self.captions |= {image.id: found for image, found in captions.items()}
@@ -128,11 +111,6 @@ def _append(file: BinaryIO, text: str) -> None:
     except OSError as error:
         error.filename = file.name
         raise
-
-
-def _stem(image_id: str) -> str:
-    """Return what an id keeps when other images come: the name of the file, without folders and ending."""
-    return os.path.splitext(image_id.rpartition("/")[2])[0]
 
 
 def _digest_of(image: OwnImage) -> str | None:

@@ -1,12 +1,3 @@
-
-/** Return an element; children that are no elements become text. */
-function make(tag, className, ...children) {
-  const made = document.createElement(tag);
-  if (className) made.className = className;
-  made.append(...children);
-  return made;
-}
-
 let shown = null;
 
 /** Show the words of a new caption, and no map of an old one. */
@@ -32,4 +23,3 @@ function update() {
 }
 
 new MutationObserver(update).observe(document.documentElement, {childList: true, subtree: true});
-addEventListener("resize", () => redraw());

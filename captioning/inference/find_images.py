@@ -21,17 +21,11 @@ NO_IMAGE = "DICOMDIR"  # the index of a medium, a DICOM itself
 
 
 class OwnImage(NamedTuple):
-    """An image of the user.
+    """An image of the user."""
 
-    Attributes:
-        id: the name of its file without its ending, with as many folders as tell it from the others.
-        path: its file.
-        frame: of a DICOM, see `open_dicom`; a number where each frame has a caption.
-    """
-
-    id: str
+    id: str  # the name of its file without its ending, with as many folders as tell it from the others
     path: str
-    frame: int | str
+    frame: int | str  # of a DICOM, see `open_dicom`; a number where each frame has a caption
 
     def open(self) -> Image.Image:
         """See `open_image`."""
@@ -43,17 +37,11 @@ class OwnImage(NamedTuple):
 
 @dataclass
 class FoundFiles:
-    """What was found by some names.
+    """What was found by some names."""
 
-    Attributes:
-        paths: files, in the order of the names, those of a folder sorted.
-        faults: by name, why there is nothing to caption.
-        passed_over: number of other files in folders.
-    """
-
-    paths: list[str] = field(default_factory=list)
-    faults: dict[str, str] = field(default_factory=dict)
-    passed_over: int = 0
+    paths: list[str] = field(default_factory=list)  # in the order of the names, those of a folder sorted
+    faults: dict[str, str] = field(default_factory=dict)  # by name, why there is nothing to caption
+    passed_over: int = 0  # number of other files in folders
 
     def add(self, name: str) -> None:
         """Add what a name stands for: a folder's images, a file whatever it is, or the matches of a pattern."""

@@ -28,10 +28,9 @@ logger = logging.getLogger(__name__)
 RECIPE = "recipe.json"
 INNER_FOLDER = re.compile(r"checkpoint-\d+|adapter")  # of a run, whose recipe is beside it
 UNRECORDED = DEFAULTS | {"num_beams": 3, "max_new_tokens": 64}  # a run's, for a model that says nothing
-# What is read of a recipe, with the types of JSON
-RECORDED = {"prompt": (str,), "torch_dtype": (str,), "bf16": (bool,), "fp16": (bool,), "length_penalty": (int, float)}
-RECORDED |= {name: (int,) for name in DEFAULTS if name not in RECORDED}
-RECORDED |= {"retrieved_captions": (int,), "retriever": (str,), "retriever_revision": (str,)}
+# What is read of a recipe
+RECORDED = {*DEFAULTS, "prompt", "torch_dtype", "bf16", "fp16"}
+RECORDED |= {"retrieved_captions", "retriever", "retriever_revision"}
 
 
 class Description(NamedTuple):
@@ -46,20 +45,15 @@ class InferenceModel:
 
     Args:
         name: folder or Hub id of a model of any family, of an adapter, or of a merged model.
-        revision: commit, branch or tag of a Hub id.
+        revision: commit, branch or tag of a Hub id; as an attribute the commit, None for a folder.
         device: as torch names it; None: the GPU if there is one.
-        settings: decode settings that go before those recorded with the model, by the fields of a recipe; None is as
-            if not given.
-        prompt: goes before the recorded one; None: that one, else the family's.
+        settings: decode settings in place of those recorded with the model, by the fields of a recipe, if not None.
+        prompt: text that every caption continues; None: the recorded one, else the family's.
 
     Attributes:
         captioner: in evaluation mode, on the device, with the family's fast code.
         generation_config: decode settings, for `captioner.generate`.
-        prompt: text that every caption continues.
         retrieval: finds captions for the prompt; None: the model was trained without, or they are not there.
-        device: where it computes.
-        name: what was given.
-        revision: the commit on the Hub; None for a folder.
 
     Raises:
         UserError: there is no such model or device, or a setting is impossible.
@@ -74,8 +68,7 @@ class InferenceModel:
         prompt: str | None = None,
     ):
         given = {key: value for key, value in settings.items() if value is not None}
-        # Before the model is loaded, so its own limits are not known
-        check_decoding(UNRECORDED | {"max_new_tokens": 10**9} | given)
+        check_decoding(UNRECORDED | {"max_new_tokens": 10**9} | given)  # the model's own limits are not known yet
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         with as_user_error(f"device '{device}' cannot be used", "set --device to cpu or cuda"):
             self.device = torch.empty(0, device=device).device
@@ -88,10 +81,10 @@ class InferenceModel:
         self.captioner.retrieved_captions = self.retrieval.number if self.retrieval else 0
         self.captioner.set_prompt(recipe.get("prompt") if prompt is None else prompt)
         self.prompt = self.captioner.prompt
-        recorded = {key: getattr(self.captioner.plain_model.generation_config, key) for key in UNRECORDED}
-        recorded = {key: value for key, value in (recorded | recipe).items() if key in DEFAULTS and value is not None}
+        config = self.captioner.plain_model.generation_config
+        recorded = {key: getattr(config, key) for key in DEFAULTS} | recipe
+        fields = UNRECORDED | {key: value for key, value in recorded.items() if value is not None} | given
         with as_user_error(f"the decode settings recorded with model '{name}' cannot be used", "set them by flags"):
-            fields = UNRECORDED | recorded | given
             check_decoding(fields)
         self.captioner.check_lengths(1, fields["max_new_tokens"])
         self.generation_config: GenerationConfig = generation_config(fields)
@@ -121,7 +114,7 @@ class InferenceModel:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Return a context for one batch in which methods of the captioner compute as in the evaluation."""
+        """Return a context for one batch, in which the captioner computes as in the evaluation."""
         mixed = torch.autocast(self.device.type, self._autocast, enabled=self._autocast is not None)
         # Autocast casts a weight once a batch only if it may need a gradient: not frozen, nor in `inference_mode`
         with torch.no_grad(), mixed, self.captioner.evaluation():
@@ -152,10 +145,7 @@ class InferenceModel:
         return [head.names.get(cui, cui) if head else cui for cui in concepts]
 
     def describe(self, images: Sequence[Image.Image]) -> list[Description]:
-        """Return the captions of B images, one batch, in their surface form, and their concepts.
-
-        Args:
-            images: as `data.images.open_image` returns them.
+        """Return the captions of a batch of B images, in their surface form, and their concepts.
 
         Raises:
             ValueError: an image cannot be processed.
@@ -166,13 +156,9 @@ class InferenceModel:
             concepts = self.concepts(encoded) or [None] * len(images)
         return [Description(*one) for one in zip(self.captioner.decode(tokens.cpu().numpy()), concepts, strict=True)]
 
-    def caption(self, images: Sequence[Image.Image]) -> list[str]:
-        """Return the captions alone, as `describe`."""
-        return [one.caption for one in self.describe(images)]
-
 
 def recorded_recipe(name: str, revision: str | None = None) -> dict[str, Any]:
-    """Return what `recipe.json` beside a model on the Hub or in a folder says of how it captions, as far as it does.
+    """Return what `recipe.json` beside a model on the Hub or in a folder says of how it captions.
 
     Raises:
         UserError: there is no such model, or the file is broken.
@@ -184,12 +170,7 @@ def recorded_recipe(name: str, revision: str | None = None) -> dict[str, Any]:
         return {}
     with as_user_error(f"model '{name}': {RECIPE} cannot be read", "correct it or leave it out"):
         recipe = json.loads(Path(path).read_text(encoding="utf-8"))
-        found = {key: recipe[key] for key in RECORDED if recipe.get(key) is not None}
-        if wrong := [key for key, value in found.items() if type(value) not in RECORDED[key]]:
-            raise TypeError(f"'{wrong[0]}' has a value of another type")
-        if found.get("torch_dtype", "float32") not in ("float32", "bfloat16"):
-            raise ValueError(f"torch_dtype is '{found['torch_dtype']}'")
-    return found
+        return {key: value for key, value in recipe.items() if key in RECORDED and value is not None}
 
 
 def _run_of(name: str) -> str:

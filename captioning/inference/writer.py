@@ -27,19 +27,12 @@ NUM_NEIGHBORS = 3
 
 @dataclass(frozen=True)
 class Alternative:
-    """A caption that the search has found.
+    """A caption that the search has found."""
 
-    Attributes:
-        caption: in its surface form.
-        nll: the negative log-likelihood of its tokens given the image, in nats.
-        num_tokens: its tokens, the end token included.
-        is_cut: it ended at the most tokens, without an end token.
-    """
-
-    caption: str
-    nll: float
-    num_tokens: int
-    is_cut: bool
+    caption: str  # in its surface form
+    nll: float  # the negative log-likelihood of its tokens given the image, in nats
+    num_tokens: int  # the end token included
+    is_cut: bool  # it ended at the most tokens, without an end token
 
     @property
     def token_probability(self) -> float:
@@ -49,19 +42,12 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Written:
-    """All that is shown of an image.
+    """All that is shown of an image."""
 
-    Attributes:
-        alternatives: by the rank of the search; the first is the caption.
-        words: of the caption, each with its map over the image `[H, W]`; None where the family has none.
-        neighbors: captions of the nearest training images, each with the cosine; empty without such images.
-        concepts: names of the concepts that the concept head predicts; None without one.
-    """
-
-    alternatives: Sequence[Alternative]
-    words: Sequence[tuple[str, np.ndarray]] | None
-    neighbors: Sequence[tuple[str, float]]
-    concepts: Sequence[str] | None = None
+    alternatives: Sequence[Alternative]  # by the rank of the search; the first is the caption
+    words: Sequence[tuple[str, np.ndarray]] | None  # each with its map `[H, W]`; None where the family has none
+    neighbors: Sequence[tuple[str, float]]  # captions of the nearest training images, each with the cosine
+    concepts: Sequence[str] | None = None  # names of those that the concept head predicts; None without one
 
     @property
     def shares(self) -> list[float]:
@@ -74,10 +60,7 @@ class Written:
 class Writer:
     """Writes captions one at a time, whoever asks: one thread alone uses the model.
 
-    Args:
-        model: what writes.
-        train: source of training images, among which the nearest are looked for; None: none.
-        train_images: how many of them are used, the first.
+    The nearest images are looked for among the first `train_images` of the source `train`, if there is one.
 
     Raises:
         UserError: the source cannot be read.
@@ -100,7 +83,7 @@ class Writer:
         """Yield the caption of an image after each token, then what else is known of it.
 
         With several beams it is the most probable one so far, which need not win. The last caption is that of
-        `InferenceModel.caption` by these settings. When the iterator is closed, the model stops.
+        `InferenceModel.describe` by these settings. When the iterator is closed, the model stops.
         """
         texts, closed = SimpleQueue[str | None](), Event()
 

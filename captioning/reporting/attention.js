@@ -1,11 +1,18 @@
-// Words of a caption as buttons that show their attention maps over the image: for the report page and the demo, which
-// define `make`. `redraw` fits the map shown to an image of another size.
+"use strict";
+// Words of a caption as buttons that show their attention maps over the image, for the report page and the demo.
+// The style lays a map over its image, and draws the same colors as a legend.
 
-const MAP_SIDE = 256;  // pixels of a heat map
-let redraw = () => {};
-
+const MAP_SIDE = 256;  // pixels of the longer side of a heat map
 // From black over red and orange to light yellow; each stop is brighter than the one before, so that gray shows it too.
 const STOPS = [[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]];
+
+/** Return an element; children that are no elements become text. */
+function make(tag, className, ...children) {
+  const made = document.createElement(tag);
+  if (className) made.className = className;
+  made.append(...children);
+  return made;
+}
 
 function heat(level) {
   const at = level / 255 * (STOPS.length - 1), i = Math.min(Math.floor(at), STOPS.length - 2);
@@ -14,16 +21,12 @@ function heat(level) {
 
 function drawMap(canvas, map) {
   const levels = Uint8Array.from(atob(map.levels), (character) => character.charCodeAt(0));
-  const width = map.columns, height = levels.length / width;
-  const small = make("canvas");
-  small.width = width;
-  small.height = height;
-  const grid = new ImageData(width, height);
+  const small = new OffscreenCanvas(map.columns, levels.length / map.columns);
+  const grid = new ImageData(small.width, small.height);
   levels.forEach((level, i) => grid.data.set([level, level, level, 255], 4 * i));
   small.getContext("2d").putImageData(grid, 0, 0);
   // Smooth the levels, then color them: the mean of two colors is not always the color of the mean level
   const context = canvas.getContext("2d", {willReadFrequently: true});
-  context.imageSmoothingEnabled = true;
   context.imageSmoothingQuality = "high";
   context.drawImage(small, 0, 0, canvas.width, canvas.height);
   const pixels = context.getImageData(0, 0, canvas.width, canvas.height);
@@ -36,24 +39,16 @@ function drawMap(canvas, map) {
 
 function attention(maps, stage, image) {
   const canvas = make("canvas"), list = make("ul", "tokens");
-  canvas.width = canvas.height = MAP_SIDE;
+  const scale = MAP_SIDE / Math.max(image.naturalWidth, image.naturalHeight);
+  canvas.width = Math.max(1, scale * image.naturalWidth);  // rounded down, so that it is no higher than the image
+  canvas.height = Math.max(1, scale * image.naturalHeight);
   canvas.hidden = true;
   canvas.setAttribute("role", "img");
   stage.append(canvas);
-  let pressed = null, displayed = null;
-  redraw = () => display(displayed);
+  let pressed = null;
   const display = (button) => {
-    displayed = button;
     canvas.hidden = !button;
     if (!button) return;
-    // The map covers the image, which is letterboxed in its element
-    const scale = Math.min(image.clientWidth / image.naturalWidth, image.clientHeight / image.naturalHeight);
-    const width = image.naturalWidth * scale, height = image.naturalHeight * scale;
-    Object.assign(canvas.style, {
-      width: `${width}px`, height: `${height}px`,
-      left: `${image.offsetLeft + (image.clientWidth - width) / 2}px`,
-      top: `${image.offsetTop + (image.clientHeight - height) / 2}px`,
-    });
     drawMap(canvas, button.map);
     canvas.setAttribute("aria-label", `Attention for ${button.map.word}`);
   };
@@ -70,15 +65,8 @@ function attention(maps, stage, image) {
     });
     list.append(make("li", "", button));
   }
-  const ramp = make("canvas");
-  ramp.width = MAP_SIDE;
-  ramp.height = 1;
-  const colors = new ImageData(MAP_SIDE, 1);
-  for (let level = 0; level < MAP_SIDE; level++) colors.data.set([...heat(level), 255], 4 * level);
-  ramp.getContext("2d").putImageData(colors, 0, 0);
-  ramp.setAttribute("aria-hidden", "true");
   const note = "Where the model's attention was while it wrote the word; each map is scaled to its own maximum. "
     + "Attention is not an explanation: a bright spot does not mean that the word came from there.";
-  const legend = make("p", "legend muted", "none", ramp, "most attention");
+  const legend = make("p", "legend muted", "none", make("span", "ramp"), "most attention");
   return [make("p", "label", "Attention by word"), list, legend, make("p", "note", note)];
 }

@@ -28,12 +28,10 @@ EXAMPLE_BYTES = 20_000  # of an image beside a caption: about 384 pixels a side
 
 @stage("card")
 def write_card_images(trainer: CaptioningTrainer, record: RunRecord, rows: Dataset | None) -> None:
-    """Write `sample.png`, its caption, and how stock decodes it, into `sample.json`, and `examples/*.jpg`.
+    """Write `sample.png`, `sample.json`, and `examples/*.jpg` of the tokenized `rows` of the captioned split, if any.
 
-    Args:
-        trainer: captions the sample.
-        record: has the predictions of the captioned split.
-        rows: the tokenized rows of that split, None if no split was captioned.
+    `sample.json` has the `image`, its `caption`, `decoded`: what stock decodes, where it is another text, `prompt`:
+    the processor's arguments that make the prompt, and the special `tokens` of generation.
     """
     folder = record.folder
     shutil.rmtree(folder / "examples", ignore_errors=True)
@@ -46,11 +44,13 @@ def write_card_images(trainer: CaptioningTrainer, record: RunRecord, rows: Datas
     stock.surface_form = None
     decoded, form = trainer.caption(sample, stock), trainer.captioner.surface_form
     settings = stock.plain_model.generation_config.to_diff_dict()
-    caption = {"image": "sample.png"} | (
-        {"caption": form.restore(decoded), "decoded": decoded} if form else {"caption": decoded}
-    )
-    caption["prompt"] = stock.prompt_arguments
-    caption["tokens"] = {name: value for name, value in settings.items() if name.endswith("_token_id")}
+    caption = {
+        "image": "sample.png",
+        "caption": form.restore(decoded) if form else decoded,
+        "decoded": decoded if form else None,
+        "prompt": stock.prompt_arguments,
+        "tokens": {name: value for name, value in settings.items() if name.endswith("_token_id")},
+    }
     write_whole(folder / "sample.json", json.dumps(caption, indent=2, ensure_ascii=False) + "\n")
     if not with_images:
         return

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from captioning.errors import as_user_error
-from captioning.reporting.page import SCORE_TOOLS
+from captioning.reporting import page_scores
 from captioning.reporting.page_captions import Row, caption_row
 from captioning.reporting.page_images import IMAGES_PER_BLOCK
-from captioning.reporting.page_scores import interval_text, score_label, three_digits
 from captioning.reporting.render_page import render_page
 from captioning.scoring.captions import Captions
 from captioning.scoring.clinical import modality_of
@@ -29,9 +28,9 @@ SCRIPT = re.compile(r'<script type="application/json" id="(payload|images-\d+)">
 def write_comparison(
     file: str, result: Mapping[str, Any], first: Captions, second: Captions, paths: tuple[str, str]
 ) -> None:
-    """Write the page of two systems on the same N images, which the `paths` of their captions name.
+    """Write the page of two systems on the same N images in the same order, named by the `paths` of their captions.
 
-    `result` is what `compare_captions` returns; the captions are in the same order.
+    `result` is what `compare_captions` returns.
 
     Raises:
         UserError: the page cannot be written.
@@ -44,21 +43,21 @@ def write_comparison(
         rows.append(caption_row(image_id, reference, predictions, modality_of(cuis, reference), cuis, scores))
         rows[i]["kinds"] = ["win" if scores[0] > 0 else "loss" if scores[0] < 0 else "tie"]
     labels = ["ROUGE-L: difference", *(f"ROUGE-L of {name}" for name in names)]
-    images = thumbnails(paths[1]) | thumbnails(paths[0])
-    blocks = [first.image_ids[i : i + IMAGES_PER_BLOCK] for i in range(0, len(rows), IMAGES_PER_BLOCK)]
-    blocks = [[images.get(image_id) for image_id in block] for block in blocks]
-    gallery = {"systems": names, "scores": labels, "onCard": labels, "rows": rows, "attention": {}}
-    gallery |= {"highlights": _largest(rows, names), "hasImages": any(map(any, blocks))}
+    known = thumbnails(paths[1]) | thumbnails(paths[0])
+    images = [known.get(image_id) for image_id in first.image_ids]
+    blocks = [images[i : i + IMAGES_PER_BLOCK] for i in range(0, len(rows), IMAGES_PER_BLOCK)] if any(images) else []
+    gallery = {"systems": names, "scores": labels, "onCard": labels, "rows": rows, "hasImages": bool(blocks)}
+    gallery |= {"highlights": _largest(rows, names)}
     gallery["kinds"] = {"win": f"{names[0]} scores higher", "loss": f"{names[1]} scores higher", "tie": "same ROUGE-L"}
     with as_user_error(f"'{file}' cannot be written", "name a file of a folder that exists"):
         render_page(
             Path(file),
             gallery,
-            lambda _: blocks if gallery["hasImages"] else [],
+            lambda _: blocks,
             name=" against ".join(names),
             verdict=_difference_in_words(result["scores"][HEADLINE], names, rows),
             comparison={**result, "captions": len(rows), "names": names},
-            **SCORE_TOOLS,
+            page_scores=page_scores,
         )
 
 
@@ -84,8 +83,7 @@ def thumbnails(predictions: str) -> dict[str, str]:
 
 
 def _largest(rows: Sequence[Row], names: Sequence[str]) -> list[dict[str, Any]]:
-    ranked = sorted(range(len(rows)), key=lambda i: -rows[i]["scores"][0])
-    found = []
+    ranked, found = sorted(range(len(rows)), key=lambda i: -rows[i]["scores"][0]), []
     sides = (names[0], "win", "0 highest", ranked), (names[1], "loss", "0 lowest", ranked[::-1])
     for name, kind, order, ordered in sides:
         for row in (i for i in ordered[:SHOWN] if kind in rows[i]["kinds"]):
@@ -95,14 +93,16 @@ def _largest(rows: Sequence[Row], names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _difference_in_words(row: Mapping[str, float], names: Sequence[str], rows: Sequence[Row]) -> list[str]:
-    clear = row["p_value"] < 0.05 and row["low"] * row["high"] > 0
     better, other = names if row["difference"] > 0 else names[::-1]
     counts = Counter(kind for own in rows for kind in own["kinds"])
+    first, second = (page_scores.three_digits(row[key]) for key in ("first", "second"))
+    difference, interval = page_scores.three_digits(row["difference"], "+"), page_scores.interval_text(row, "+")
+    verdict = "In ROUGE-L the two do not differ by more than chance may make."
+    if row["p_value"] < 0.05 and row["low"] * row["high"] > 0:
+        verdict = f"{better} scores higher than {other} in ROUGE-L."
     return [
-        f"{better} scores higher than {other} in {score_label(HEADLINE)}."
-        if clear
-        else f"In {score_label(HEADLINE)} the two do not differ by more than chance may make.",
-        f"{three_digits(row['first'])} − {three_digits(row['second'])} = {three_digits(row['difference'], '+')}, 95 % "
-        f"interval {interval_text(row, '+') or '–'}, p = {row['p_value']:.4f}. By image: {names[0]} is higher on "
-        f"{counts['win']:,}, {names[1]} on {counts['loss']:,}, the same on {counts['tie']:,}.",
+        verdict,
+        f"{first} − {second} = {difference}, 95 % interval {interval or '–'}, p = {row['p_value']:.4f}. By image: "
+        f"{names[0]} is higher on {counts['win']:,}, {names[1]} on {counts['loss']:,}, the same on "
+        f"{counts['tie']:,}.",
     ]

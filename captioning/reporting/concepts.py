@@ -13,13 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from captioning.models.concept_head import (
-    CONFIG_FILE,
-    DEFAULT_THRESHOLD,
-    MAX_CONCEPTS,
-    ConceptHead,
-    concepts_above,
-)
+from captioning.models.concept_head import CONFIG_FILE, DEFAULT_THRESHOLD, MAX_CONCEPTS, concepts_above
 from captioning.reporting.run_record import RunRecord
 from captioning.scoring.captions import Captions
 from captioning.scoring.concept_detection import (
@@ -48,8 +42,7 @@ def detect_concepts(
     """Return the concepts that the head predicts for N images, None without one, and what `scores.json` has of them.
 
     The latter is empty where the images have no concepts. Thresholds are chosen on the validation split; a head keeps
-    those that it was loaded with. `features` are float32 `[N, D]`, `training` is that of the baselines, `retrieved`
-    are features by its retriever.
+    its own. `features` are float32 `[N, D]`, `training` is that of the baselines, `retrieved` by its retriever.
     """
     head, truth = trainer.captioner.concept_head, [known_concepts(cuis) for cuis in captions.cuis]
     args, chooses = trainer.args, split == "validation" and any(truth)
@@ -59,7 +52,9 @@ def detect_concepts(
         if head.thresholds is None and chooses:
             each = args.concept_thresholds == "each"
             head.thresholds = choose_thresholds(probabilities, head.concepts, truth, each)
-            _save_thresholds(head, record)
+            for folder in (record.folder, record.folder / "adapter"):
+                if (folder / CONFIG_FILE).is_file():  # saved by the training of this run
+                    head.save_config(folder)
         thresholds["head"] = head.thresholds
         predicted["head"] = head.predict(features)
     if not any(truth):
@@ -81,13 +76,6 @@ def detect_concepts(
         predicted["bound"] = [sorted(own.intersection(head.concepts)) for own in truth]
     names = NAMES | (head.names if head else {})
     return predicted.get("head"), _scored(predicted, thresholds, truth, names) if predicted else {}
-
-
-def _save_thresholds(head: ConceptHead, record: RunRecord) -> None:
-    """Complete what the training of this run has saved."""
-    for folder in (record.folder, record.folder / "adapter"):
-        if (folder / CONFIG_FILE).is_file():
-            head.save_config(folder)
 
 
 def _scored(

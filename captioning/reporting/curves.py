@@ -1,7 +1,6 @@
 """The learning curves of a run, drawn by matplotlib: a PNG for the card, inline SVG for the page."""
 
 import io
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 from xml.etree import ElementTree
@@ -25,9 +24,8 @@ PLOTS = {
 STYLES = {"training": {"color": "#8a5a00", "linestyle": "--"}, "validation": {"color": "#0a5aa8", "marker": "o"}}
 # The page has a dark color scheme, so that its SVG takes the colors of the page's style sheet
 PAGE_COLORS = {"#8a5a00": "var(--second)", "#0a5aa8": "var(--accent)", "#000000": "var(--muted)"}
-LARGEST = 1e100  # of a diverged loss; matplotlib fails near the largest float
 
-Curves = Mapping[str, Sequence[tuple[int, float]]]
+Curves = dict[str, list[tuple[int, float]]]
 
 
 @stage("card")
@@ -45,10 +43,7 @@ def draw_training_curve(record: RunRecord) -> None:
 
 
 def inline_curves(log_history: Sequence[Mapping[str, Any]]) -> list[Markup]:
-    """Return an SVG element for each plot, the same one for the same log.
-
-    It has a text alternative, colors from CSS variables, and no inline style, which the page's policy forbids.
-    """
+    """Return an SVG element for each plot, the same one for the same log, with colors from CSS variables."""
     elements = []
     for label, curves in curves_of_log(log_history).items():
         # The ids of markers and clip paths are hashes; the salt makes those of two plots on a page differ
@@ -57,20 +52,20 @@ def inline_curves(log_history: Sequence[Mapping[str, Any]]) -> list[Markup]:
             _plot(figure.subplots(), label, curves)
             file = io.StringIO()
             figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-        elements.append(_inline(file.getvalue(), _alternative(label, curves)))
+        ends = [(name, *points[0], *points[-1]) for name, points in curves.items()]
+        said = [f"{name} from {v0:.3f} at step {s0} to {v1:.3f} at step {s1}" for name, s0, v0, s1, v1 in ends]
+        elements.append(_inline(file.getvalue(), f"{label} by step: {'; '.join(said)}"))
     return elements
 
 
 def curves_of_log(log_history: Sequence[Mapping[str, Any]]) -> dict[str, Curves]:
-    """Return the curves of each plot that has any, as points of step and value; NaN and infinity are left out."""
-    plots = {}
+    """Return the curves of each plot that has any, as points of step and value, None left out."""
+    plots: dict[str, Curves] = {}
     for label, names in PLOTS.items():
-        curves = {
-            name: [(entry["step"], entry[key]) for entry in log_history if abs(entry.get(key, math.nan)) < LARGEST]
-            for key, name in names.items()
-        }
-        if curves := {name: points for name, points in curves.items() if points}:
-            plots[label] = curves
+        for key, name in names.items():
+            points = [(row["step"], row[key]) for row in log_history if row.get(key) is not None]
+            if points:
+                plots.setdefault(label, {})[name] = points
     return plots
 
 
@@ -84,14 +79,6 @@ def _plot(axes: Axes, label: str, curves: Curves) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     if label == "ROUGE-L":
         axes.set_ylim(bottom=0)
-
-
-def _alternative(label: str, curves: Curves) -> str:
-    said = [
-        f"{name} from {points[0][1]:.3f} at step {points[0][0]} to {points[-1][1]:.3f} at step {points[-1][0]}"
-        for name, points in curves.items()
-    ]
-    return f"{label} by step: {'; '.join(said)}"
 
 
 def _inline(svg: str, alternative: str) -> Markup:

@@ -6,6 +6,7 @@ It is made from the files of the run alone, so that a push can write it again un
 import json
 import math
 from collections.abc import Mapping
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,39 +18,25 @@ from safetensors import safe_open
 from captioning.files import PROJECT, write_whole
 from captioning.models.lora import WEIGHT_FILES
 from captioning.reporting.card_images import chosen_examples
+from captioning.reporting.page_scores import score_label
 from captioning.reporting.run_record import SPLITS, RunRecord
 from captioning.reporting.score_table import detection_rows, in_digits, markdown, number_text, score_cells
 from captioning.scoring.baselines import BASELINES
 from captioning.stages import stage
-from captioning.training.decoding import decode_settings
+from captioning.training.decoding import decode_settings, generation_config
 
 
 TEMPLATE = Path(__file__).parent / "model_card_template.md"
 TAGS = ("image-captioning", "radiology", "medical", "generated_from_trainer")
 COMMIT_DIGITS = 40
-# The scores of the `model-index`: type of the metric, and name
-INDEXED_SCORES = {
-    "rougeL": ("rouge", "ROUGE-L"),
-    "rouge1": ("rouge", "ROUGE-1"),
-    "rouge2": ("rouge", "ROUGE-2"),
-    "imageclef_rouge1": ("rouge", "ImageCLEF ROUGE-1"),
-    "coco_cider": ("cider", "CIDEr"),
-    "coco_bleu4": ("bleu", "BLEU-4"),
-    "coco_meteor": ("meteor", "METEOR"),
-    "concept_f1": ("f1", "Concept F1"),
-    "concept_detection_f1": ("f1", "Concept detection F1"),
-    "loss": ("loss", "Loss"),
-}
+STAGES = {"train": "training", "eval": "validation", "predict": "test"}  # by the prefix of their results
+# The scores of the `model-index`, with the types of their metrics
+INDEXED_SCORES = {"rougeL": "rouge", "rouge1": "rouge", "rouge2": "rouge", "imageclef_rouge1": "rouge"}
+INDEXED_SCORES |= {"coco_cider": "cider", "coco_bleu4": "bleu", "coco_meteor": "meteor", "loss": "loss"}
+INDEXED_SCORES |= {"concept_f1": "f1", "concept_detection_f1": "f1"}
 MAIN_SCORES = ("rougeL", "imageclef_rouge1", "coco_cider", "concept_f1")
-SCORE_COLUMNS = {
-    "rougeL": "ROUGE-L",
-    "rouge1": "ROUGE-1",
-    "rouge2": "ROUGE-2",
-    "loss": "loss",
-    "perplexity": "perplexity",
-    "gen_len": "length",
-    "unique_captions": "distinct",
-}
+SCORE_COLUMNS = {"rougeL": "ROUGE-L", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "loss": "loss"}
+SCORE_COLUMNS |= {"perplexity": "perplexity", "gen_len": "length", "unique_captions": "distinct"}
 DECIMALS = {"perplexity": 1, "gen_len": 1, "unique_captions": 2}  # of columns without an interval; else 3
 # By the kind of the data; the template has the reasons
 LICENSES = {"rocov2": "cc-by-nc-sa-4.0", "phantoms": "apache-2.0", "other": "other"}
@@ -63,14 +50,14 @@ def write_model_card(record: RunRecord, name: str | None = None) -> None:
 
 def render_card(record: RunRecord, name: str) -> str:
     """Return the card of a run as Markdown with YAML metadata; `name`: of the model, or `<user>/<name>` on the Hub."""
-    recipe, family = record.recipe, record.card_facts
-    base = record.start and record.start.id
+    recipe, family, start = record.recipe, record.card_facts, record.start
+    base, base_on_hub = start and start.id, bool(start and start.revision)
     if not base and not recipe["do_train"]:
         base = Path(recipe["config_name"]).stem  # random weights were scored as they are
-    base_on_hub = bool(record.start and record.start.revision)
     license = "other" if record.data_kind == "phantoms" and base else LICENSES[record.data_kind]
     stages = [(split, prefix) for split, prefix in SPLITS.items() if f"{prefix}_loss" in record.results]
     scored = next((split for split in SPLITS if split in record.scores), None)
+    sizes = {f"{prefix}_samples": stage for prefix, stage in STAGES.items()}
     metadata = ModelCardData(
         language=recipe["language"],
         license=recipe["license"] or license,
@@ -88,16 +75,13 @@ def render_card(record: RunRecord, name: str) -> str:
         metadata,
         template_path=str(TEMPLATE),
         record=record,
-        recipe=recipe,
-        results=record.results,
         name=name,
-        family=family,
         base=base,
         base_on_hub=base_on_hub,
         stages=stages,
         columns=SCORE_COLUMNS,
         scored=scored,
-        main_scores=scored and _main_scores(record.scores[scored]),
+        main_scores=MAIN_SCORES,
         detection=detection_rows(record.scores.get(scored, {}).get("concept_detection", {"systems": {}})),
         baselines=BASELINES,
         examples=record.captioned and _examples(record),
@@ -107,12 +91,10 @@ def render_card(record: RunRecord, name: str) -> str:
         recipe_address=f"hf://{name}/recipe.json" if "/" in name else f"{name}/recipe.json",
         missing_flags=_missing_flags(record),
         facts=_run_facts(record),
-        sizes=_sizes(record),
+        sizes=[f"{stage} {record.results[key]:,}" for key, stage in sizes.items() if key in record.results],
         has_curve=(record.folder / "training_curve.png").is_file(),
-        digits=number_text,
-        in_digits=in_digits,
         show_result=partial(_show_result, record),
-        markdown=markdown,
+        **{tool.__name__: tool for tool in (in_digits, markdown, number_text, score_cells, score_label)},
     )
     return str(card)
 
@@ -121,7 +103,7 @@ def render_card(record: RunRecord, name: str) -> str:
 
 
 def _eval_results(record: RunRecord, split: str, prefix: str) -> list[EvalResult]:
-    """Return the scores of a split for the `model-index`, finite ones: the Hub rejects a card with NaN."""
+    """Return the scores of a split for the `model-index`."""
     values = {key: record.results.get(f"{prefix}_{key}") for key in INDEXED_SCORES}
     return [
         EvalResult(
@@ -131,31 +113,23 @@ def _eval_results(record: RunRecord, split: str, prefix: str) -> list[EvalResult
             dataset_name=record.data.id.split("/")[-1],
             dataset_split=split,
             dataset_revision=record.data.revision,
-            metric_type=INDEXED_SCORES[key][0],
-            metric_name=INDEXED_SCORES[key][1],
+            metric_type=INDEXED_SCORES[key],
+            metric_name=score_label(key, full=True),
             metric_config=None if key == "loss" else key,
             metric_value=round(float(value), 4),
         )
         for key, value in values.items()
-        if value is not None and math.isfinite(value)
+        if value is not None
     ]
-
-
-def _main_scores(scores: Mapping[str, Any]) -> list[list[str]]:
-    """Return the rows of the small table: the name of a score, and its `score_cells`."""
-    known = {key: entry for key, entry in scores["scores"].items() if entry["value"] is not None}
-    return [[INDEXED_SCORES[key][1], *score_cells(known[key])] for key in MAIN_SCORES if key in known]
 
 
 def _show_result(record: RunRecord, split: str, key: str, value: float | None) -> str:
     """Return a metric of a split with the decimals that its interval deserves, a dash for None, NaN and infinity."""
-    entry = record.scores.get(split, {"scores": {}})["scores"].get(key)
-    scored = entry and entry["value"] is not None
-    return in_digits(entry)(value) if scored else number_text(value, DECIMALS.get(key, 3))
+    entry = record.scores.get(split, {"scores": {}})["scores"].get(key, {"value": None})
+    return number_text(value, DECIMALS.get(key, 3)) if entry["value"] is None else in_digits(entry)(value)
 
 
 def _examples(record: RunRecord) -> dict[str, dict[str, Any]]:
-    """Return the chosen captions, each with the address of its image where that is published."""
     rows, found = record.predictions(record.captioned), {}
     for which, index in chosen_examples(rows).items():
         picture = f"examples/{which}.jpg"
@@ -163,37 +137,30 @@ def _examples(record: RunRecord) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _sizes(record: RunRecord) -> list[str]:
-    """Return the number of rows of each split that the run used."""
-    stages = {"training": "train", "validation": "eval", "test": "predict"}
-    numbers = {split: record.results.get(f"{prefix}_samples") for split, prefix in stages.items()}
-    return [f"{split} {number:,}" for split, number in numbers.items() if number]
-
-
 # --- Use and repeat -------------------------------------------------------------------------------------------
 
 
 def _usage(record: RunRecord, name: str) -> str:
-    """Return code that captions the sample as the run would."""
-    recipe = record.recipe
-    settings = ", ".join(f"{key}={value!r}" for key, value in decode_settings(recipe).items())
-    model = name if recipe["do_train"] or not record.start else record.start.id
-    start, revision = record.start, record.start and record.start.revision
-    adapter_of = record.is_adapter and _python_string(start.id) + (f', revision="{revision}"' if revision else "")
-    arguments = record.sample.get("prompt") or {}
+    recipe, start = record.recipe, record.start
+    model = name if recipe["do_train"] or not start else start.id
+    revision = f', revision="{start.revision}"' if start and start.revision else ""
     # The start's own `generation_config.json` may sample or penalize; that of a whole model is the run's
     tokens = (record.is_adapter or not recipe["do_train"]) and record.sample.get("tokens")
     return jinja2.Template(record.card_facts.usage).render(
         name=_python_string(model),
-        adapter_of=adapter_of,
-        arguments=", ".join(f"{key}={value!r}" for key, value in arguments.items()),
-        tokens=tokens and ", ".join(f"{key}={value!r}" for key, value in tokens.items()),
+        adapter_of=record.is_adapter and _python_string(start.id) + revision,
+        arguments=_python_arguments(record.sample.get("prompt") or {}),
+        tokens=tokens and _python_arguments(tokens),
         dtype=None if recipe["torch_dtype"] == "float32" else f'"{recipe["torch_dtype"]}"',
-        settings=settings,
+        settings=_python_arguments(decode_settings(recipe)),
         holder="name" if model == name else _python_string(name),
         prompt=recipe["prompt"] and repr(recipe["prompt"]),
         autocast=_autocast(recipe),
     )
+
+
+def _python_arguments(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in values.items())
 
 
 def _python_string(text: str) -> str:
@@ -202,7 +169,7 @@ def _python_string(text: str) -> str:
 
 def _plain_generate(record: RunRecord) -> str:
     can = record.recipe["do_train"] and not record.is_adapter
-    suffices = can and record.captioner_class.plain_generate_suffices(record.decoding)
+    suffices = can and record.captioner_class.plain_generate_suffices(generation_config(record.recipe))
     return jinja2.Template(record.card_facts.plain_generate).render(prompt=record.recipe["prompt"], suffices=suffices)
 
 
@@ -225,46 +192,35 @@ def _missing_flags(record: RunRecord) -> list[str]:
 
 
 def _run_facts(record: RunRecord) -> dict[str, Any]:
-    """Return what was run on what, how, on which machine, with which packages."""
     recipe, results, hardware = record.recipe, record.results, record.recipe["hardware"]
-    batch_size = recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] * hardware["processes"]
-    schedule = f"learning rate {recipe['learning_rate']:g}, {recipe['lr_scheduler_type']}"
     facts: dict[str, Any] = {key: markdown(value) for key, value in record.facts(COMMIT_DIGITS).items()}
-    facts |= {"parameters": _num_parameters(record), "image size": record.image_size}
+    facts["parameters"] = _num_parameters(record)
+    facts["image size"] = record.config.get("vision_config", {}).get("image_size")
     if recipe["do_train"]:
-        smoothing = recipe["label_smoothing"]
+        batch_size, steps = recipe["per_device_train_batch_size"], recipe.get("max_steps", -1)
+        schedule = f"learning rate {recipe['learning_rate']:g}, {recipe['lr_scheduler_type']}"
+        epochs = f"{recipe['num_train_epochs']:g}"
+        if steps > 0:  # it wins over the epochs
+            epochs = f"{results['epoch']:.2g} ({steps:,} steps)" if "epoch" in results else f"{steps:,} steps"
+        smoothing, changed = recipe["label_smoothing"], recipe.get("changed_on_resume") or {}
+        changes = [f"{key} {', then '.join(map(str, values))}" for key, values in changed.items()]
         facts |= {
-            "epochs": _num_epochs(record),
-            "captions per step": batch_size,
+            "epochs": epochs,
+            "captions per step": batch_size * recipe["gradient_accumulation_steps"] * hardware["processes"],
             "optimizer": f"{recipe['optim']}, {schedule}",
             "label smoothing": "as in the config of the start" if smoothing is None else smoothing,
             "precision": _autocast(recipe) or "float32",
             "seed": recipe["seed"],
-            "changed on resume": markdown(_changes_on_resume(recipe)),
+            "changed on resume": markdown("; ".join(changes)),
         }
-    processor = f"{hardware['processor']}, {hardware['threads']} threads"
-    on_cpu = hardware["device"] == "cpu"
-    stages = {"train": "training", "eval": "validation", "predict": "test"}
-    took = [f"{stages[key]} {_duration(results[f'{key}_runtime'])}" for key in stages if f"{key}_runtime" in results]
+    devices = "" if hardware["device"] == "cpu" else f"{hardware['processes']} x {hardware['device']}, "
+    times = {stage: results.get(f"{prefix}_runtime") for prefix, stage in STAGES.items()}
     facts |= {
-        "hardware": processor if on_cpu else f"{hardware['processes']} x {hardware['device']}, {processor}",
-        "time": ", ".join(took),
+        "hardware": f"{devices}{hardware['processor']}, {hardware['threads']} threads",
+        "time": ", ".join(f"{stage} {timedelta(seconds=round(time))}" for stage, time in times.items() if time),
         "packages": ", ".join(f"{name} {version}" for name, version in recipe["package_versions"].items()),
     }
     return {name: value for name, value in facts.items() if value not in (None, "")}
-
-
-def _changes_on_resume(recipe: Mapping[str, Any]) -> str:
-    changed = recipe.get("changed_on_resume") or {}
-    return "; ".join(f"{key} {', then '.join(map(str, values))}" for key, values in changed.items())
-
-
-def _num_epochs(record: RunRecord) -> str:
-    """Return the epochs of the training, which `max_steps` may have set, against `num_train_epochs`."""
-    steps = record.recipe.get("max_steps", -1)
-    if steps <= 0:
-        return f"{record.recipe['num_train_epochs']:g}"
-    return f"{record.results['epoch']:.2g} ({steps:,} steps)" if "epoch" in record.results else f"{steps:,} steps"
 
 
 def _num_parameters(record: RunRecord) -> str | None:
@@ -274,9 +230,3 @@ def _num_parameters(record: RunRecord) -> str | None:
     with safe_open(path, framework="pt") as weights:
         number = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
     return f"{number / 1e6:.{2 if number < 1e8 else 0}f} million{' in the adapter' if record.is_adapter else ''}"
-
-
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    minutes, seconds = divmod(rest, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

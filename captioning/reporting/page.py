@@ -6,18 +6,13 @@ from PIL import Image
 
 from captioning.reporting import page_scores
 from captioning.reporting.curves import inline_curves
-from captioning.reporting.page_captions import caption_payload
+from captioning.reporting.page_captions import CONCEPT_NAMES, caption_payload
 from captioning.reporting.page_images import Words, image_blocks, map_levels
 from captioning.reporting.render_page import PAGE_BUDGET, render_page
 from captioning.reporting.run_record import RunRecord
-from captioning.reporting.score_table import items_in_words
-from captioning.scoring.baselines import BASELINES
-from captioning.scoring.concept_detection import NAMES
 
 
 COMMIT_DIGITS = 7
-# What the template calls where a page has scores
-SCORE_TOOLS = {"baselines": BASELINES, "page_scores": page_scores, "items_in_words": items_in_words}
 
 
 def write_report(
@@ -29,36 +24,27 @@ def write_report(
     num_tokens: Sequence[int] | None = None,
     retrieved: Sequence[Sequence[tuple[str, str]]] = (),
 ) -> None:
-    """Write `report.html` into the output folder of a run, whole or not at all.
+    """Write `report.html` of the N captions of a split into the output folder of a run, whole or not at all.
 
-    Images are taken one at a time and go into the file at once, so that memory does not grow with their number.
-
-    Args:
-        record: of the run.
-        split: the split whose captions are shown.
-        images: N images in the order of the predictions, None for one that cannot be read.
-        modalities: N modalities.
-        attention: of some image ids the words of the prediction, each with its attention map over the image `[H, W]`,
-            non-negative, rows from the top.
-        num_tokens: of the N references, for the negative log-likelihood per token.
-        retrieved: for each of the N prompts the ids and captions of other images in it; empty: there are none.
+    `images` are taken one at a time. `attention` has for some image ids the words of the prediction, each with its
+    attention map over the image `[H, W]`, non-negative, rows from the top. `num_tokens` are those of the references,
+    for the negative log-likelihood per token, `retrieved` the ids and captions of other images in each prompt, if any.
 
     Raises:
         ValueError: there are more or fewer images, modalities or numbers of tokens than predictions.
     """
-    summary = record.scores.get(split, {})
-    known = summary.get("concept_detection", {"concepts": []})["concepts"]
-    names = NAMES | {row["cui"]: row["name"] for row in known if row["name"]}
+    scores = record.scores.get(split, {})
+    known = scores.get("concept_detection", {"concepts": []})["concepts"]
+    names = {row["cui"]: row["name"] for row in known if row["name"]} | CONCEPT_NAMES
     gallery = caption_payload(record.predictions(split), modalities, num_tokens, names, retrieved)
     rows = gallery["rows"]
-    gallery["attention"] = {
-        i: maps for i, row in enumerate(rows) if (maps := map_levels(attention.get(row["id"], ())))
-    }
+    maps = {i: map_levels(attention[row["id"]]) for i, row in enumerate(rows) if row["id"] in attention}
+    gallery["attention"] = {i: own for i, own in maps.items() if own}
     facts = record.facts(COMMIT_DIGITS) | {"split": f"{split}, {len(rows):,} captions"}
     if not gallery["attention"]:
         facts["attention maps"] = "this model gives none"
-    if summary:
-        facts["distinct captions"] = f"{summary['unique_captions']:.0%}"
+    if scores:
+        facts["distinct captions"] = f"{scores['unique_captions']:.0%}"
     render_page(
         record.folder / "report.html",
         gallery,
@@ -66,10 +52,9 @@ def write_report(
         name=record.folder.resolve().name,
         split=split,
         facts=facts,
-        summary=summary,
-        verdict=[*([summary["verdict"]] if summary else []), *record.leaks],
+        verdict=[*([scores["verdict"]] if scores else []), *record.leaks],
         splits={name: record.scores[name] for name in sorted(record.scores, key=lambda name: name != split)},
         curves=inline_curves(record.log_history),
         tuned=record.recipe["tuned_decoding"],
-        **SCORE_TOOLS,
+        page_scores=page_scores,
     )

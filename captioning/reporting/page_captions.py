@@ -19,6 +19,7 @@ KINDS |= {"empty": "empty caption", "none": "no error found"}
 SHOWN_KINDS = ("wrong_laterality", "wrong_modality", "wrong_negation")  # the top of the page shows one each
 UNITS = {"negation": "no {}", "measurement": "{} mm"}
 NLL, NLL_PER_TOKEN = "NLL", "nats per token"
+CONCEPT_NAMES = NAMES | clinical.MODALITY_CUIS
 
 Row = dict[str, Any]
 
@@ -26,17 +27,11 @@ Row = dict[str, Any]
 def caption_payload(
     predictions: Sequence[Mapping[str, Any]],
     modalities: Sequence[str],
-    num_tokens: Sequence[int] | None = None,
-    names: Mapping[str, str] = NAMES,
-    retrieved: Sequence[Sequence[tuple[str, str]]] = (),
+    num_tokens: Sequence[int] | None,
+    names: Mapping[str, str],
+    retrieved: Sequence[Sequence[tuple[str, str]]],
 ) -> dict[str, Any]:
-    """Return what the page's script is given of the N captions of a run.
-
-    `num_tokens` are those of the references, `names` those of concepts, `retrieved` see `write_report`.
-
-    Raises:
-        ValueError: there are more or fewer modalities or numbers of tokens than predictions.
-    """
+    """Return what the page's script is given of the N captions of a run; `names` of concepts, else `write_report`."""
     texts = [tuple(row[key] for row in predictions) for key in ("prediction", "reference")]
     nll = [row["nll"] for row in predictions]
     scores = {"rougeL": [], **(wording_scores(*texts) if predictions else {})}  # the first is on each card
@@ -44,24 +39,16 @@ def caption_payload(
     if num_tokens is not None:
         pairs = zip(nll, num_tokens, strict=True)
         scores[NLL_PER_TOKEN] = [None if value is None else value / number for value, number in pairs]
-    rows = [
-        caption_row(
-            row["image_id"],
-            row["reference"],
-            [row["prediction"]],
-            modality,
-            row.get("cui", ()),
-            values,
-            row.get("concepts"),
-            names,
-        )
-        for row, modality, *values in zip(predictions, modalities, *scores.values(), strict=True)
-    ]
+    rows = []
+    for row, modality, *values in zip(predictions, modalities, *scores.values(), strict=True):
+        more = modality, row.get("cui", ()), values, row.get("concepts"), names
+        rows.append(caption_row(row["image_id"], row["reference"], [row["prediction"]], *more))
     for row, own in zip(rows, retrieved, strict=bool(retrieved)):
         row["retrieved"] = own
     labels = [key if key in (NLL, NLL_PER_TOKEN) else score_label(key, full=True) for key in scores]
-    names = {"systems": ["Prediction"], "scores": labels, "onCard": [labels[0], NLL, NLL_PER_TOKEN], "kinds": KINDS}
-    return names | {"hasImages": True, "highlights": _highlights(rows), "rows": rows}
+    on_card = [labels[0], NLL, NLL_PER_TOKEN]
+    gallery = {"systems": ["Prediction"], "scores": labels, "onCard": on_card, "kinds": KINDS, "rows": rows}
+    return gallery | {"highlights": _highlights(rows)}
 
 
 def caption_row(
@@ -72,11 +59,11 @@ def caption_row(
     cuis: Iterable[str],
     scores: Iterable,
     detected: Iterable[str] | None = None,
-    names: Mapping[str, str] = NAMES,
+    names: Mapping[str, str] = CONCEPT_NAMES,
 ) -> Row:
     """Return what the page shows of an image: its tags by prediction, and the errors of the first prediction.
 
-    Where a system has `detected` concepts, those of the image are right or missed, and others wrong.
+    `detected` are the concepts that a system finds: right, wrong, or missed; `names` those of concepts.
     """
     read = [_tags_and_errors(text, reference, modality) for text in predictions]
     return {
@@ -100,18 +87,14 @@ def _concept_tags(
         of_image, found = (4, 5, 6), set(detected)
     right, missed = ([cui for cui in cuis if (cui in found) == wanted] for wanted in (True, False))
     parts = zip(of_image, (right, missed, sorted(found.difference(cuis))), strict=True)
-    return [
-        (" ".join(filter(None, (cui, clinical.MODALITY_CUIS.get(cui) or names.get(cui)))), place)
-        for place, own in parts
-        for cui in own
-    ]
+    return [(f"{cui} {names.get(cui, '')}".rstrip(), place) for place, own in parts for cui in own]
 
 
 def _tags_and_errors(prediction: str, reference: str, modality: str) -> tuple[list[tuple[str, int]], list[str]]:
     """Return the attributes that two captions state, with where each stands, and the errors of the prediction.
 
-    A value is wrong if the reference states another in its place; where it states none, it need not be. A negation is
-    false if the reference names the finding. The modality of an image is known where its reference has none.
+    A value is wrong if the reference states another in its place. A negation is false if the reference names the
+    finding. The modality of an image is known where its reference has none.
     """
     said, stated = stated_attributes(prediction), stated_attributes(reference)
     text, tags, errors = clinical.plain_text(reference), [], []
@@ -133,9 +116,8 @@ def _tags_and_errors(prediction: str, reference: str, modality: str) -> tuple[li
 def _is_among(attribute: str, value: str, others: Set[str]) -> bool:
     if attribute != "measurement" or value in others:
         return value in others
-    return (
-        clinical.item_agreement(attribute, [{value}], [others]).statistics[0, 0] > 0
-    )  # lengths agree within a tolerance
+    # Lengths agree within a tolerance
+    return clinical.item_agreement(attribute, [{value}], [others]).statistics[0, 0] > 0
 
 
 def _highlights(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -143,8 +125,8 @@ def _highlights(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
     Of an error it is the caption with the highest score, which looks right. `order` and `kind` lead to more.
     """
-    scored = sorted((row["scores"][0], -i) for i, row in enumerate(rows) if row["scores"][0] is not None)
-    ranked = [-i for _, i in reversed(scored)]
+    scored = [i for i, row in enumerate(rows) if row["scores"][0] is not None]
+    ranked = sorted(scored, key=lambda i: -rows[i]["scores"][0])
     found: list[dict[str, Any]] = []
 
     def show(title: str, row: int, order: str = "0 highest", kind: str = "") -> None:

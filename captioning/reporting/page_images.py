@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageChops
+from PIL import Image
 
 
 IMAGES_PER_BLOCK = 50  # the page parses the images in such portions, as they come into view
@@ -16,7 +16,6 @@ SIDES = (512, 384, 320, 256, 224, 192, 160, 128, 96, 64, 48, 32)  # longer side 
 QUALITIES = (80, 65, 50, 35)  # JPEG; below 35 blocks show, and a smaller side looks better
 BYTES_PER_PIXEL = 0.1  # what a radiograph takes at quality 80, so that most images fit at once
 WORD = re.compile(r"\w")
-GRAY_TOLERANCE = 10  # channels of a gray image that was stored as a color JPEG differ by a few levels
 
 Words = Sequence[tuple[str, np.ndarray]]  # of a caption, each with its attention map
 
@@ -38,23 +37,19 @@ def image_blocks(images: Iterable[Image.Image | None], number: int, budget: int)
 
 
 def encode_image(image: Image.Image | None, max_bytes: int) -> bytes | None:
-    """Return an image as a JPEG of at most `max_bytes`, gray where the image is, None where it cannot be read.
+    """Return an image as a JPEG of at most `max_bytes`, None for None.
 
-    The first side to try follows from the bytes; quality is lowered before the side is. What is transparent becomes
-    white, as for the model, and nothing but pixels is kept: a comment in the file may name a patient.
+    Quality is lowered before the side is. What is transparent becomes white, as for the model, and nothing but pixels
+    is kept: a comment in the file may name a patient.
     """
-    if image is None or 0 in image.size:
+    if image is None:
         return None
-    try:
-        if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        small = image.convert("L" if image.mode in ("1", "L") else "RGB")
-        small.info.clear()
-    except (OSError, ValueError):  # it was opened, but its pixels are damaged
-        return None
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    small = image.convert("L" if image.mode in ("1", "L") else "RGB")
+    small.info.clear()
     for side in [side for side in SIDES if side * side * BYTES_PER_PIXEL <= max_bytes] or SIDES[-1:]:
         small.thumbnail((side, side), Image.Resampling.LANCZOS)
-        small = small.convert("L") if _is_gray(small) else small
         for quality in QUALITIES:
             buffer = io.BytesIO()
             small.save(buffer, "JPEG", quality=quality, optimize=True)
@@ -77,11 +72,3 @@ def map_levels(words: Words) -> list[dict[str, Any]]:
 def to_base64(data: bytes) -> str:
     """Return bytes as base64 text."""
     return base64.b64encode(data).decode("ascii")
-
-
-def _is_gray(image: Image.Image) -> bool:
-    if image.mode == "L":
-        return True
-    red, green, blue = image.split()
-    differences = (ImageChops.difference(red, green), ImageChops.difference(green, blue))
-    return all(difference.getextrema()[1] <= GRAY_TOLERANCE for difference in differences)

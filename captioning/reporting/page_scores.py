@@ -1,6 +1,6 @@
 """The scores on the report page: their names and numbers as text, and the geometry of the bar beside each."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from captioning.scoring.baselines import BASELINES
@@ -45,15 +45,12 @@ SHOWN_CONCEPTS = 100  # of the table concept by concept
 Score = Mapping[str, Any]  # an entry of `scores` or `modalities` in scores.json
 
 
-# --- Text -----------------------------------------------------------------------------------------------------
-
-
-def score_groups(keys: Collection[str], rewarded: Collection[str] = ()) -> dict[str, list[str]]:
-    """Return the keys of scores by the heading that says whose scores they are, those `rewarded` first and apart."""
-    groups = {REWARDED: [key for key in keys if key in rewarded]}
-    groups |= {head: [key for key in labels if key in keys and key not in rewarded] for head, labels in LABELS.items()}
-    known = {"captions", *rewarded}.union(*LABELS.values())
-    groups[CLINICAL] = [key for key in keys if key not in known]
+def score_groups(scores: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the keys of scores by the heading that says whose scores they are, those rewarded first and apart."""
+    others = [key for key, score in scores.items() if "rewarded" not in score]
+    groups = {REWARDED: [key for key in scores if key not in others]}
+    groups |= {heading: [key for key in labels if key in others] for heading, labels in LABELS.items()}
+    groups[CLINICAL] = [key for key in others if key not in set().union(*LABELS.values())]
     return {heading: found for heading, found in groups.items() if found}
 
 
@@ -78,14 +75,11 @@ def interval_text(score: Score, sign: str = "") -> str:
 
 
 def standing(baseline: float | None, score: Score) -> str:
-    """Return `lost` if a baseline is above the score, `within` if it is in the score's interval, or ``.
-
-    A tie is no loss: nothing is above a perfect score.
-    """
+    """Return `lost` if a baseline is above the score, `within` if it is in the score's interval, or ``."""
     value, low = score["value"], score["low"]
     if None not in (baseline, value) and baseline > value:
         return "lost"
-    return "within" if None not in (baseline, low) and low <= baseline < value else ""
+    return "within" if None not in (baseline, low) and low <= baseline < value else ""  # a tie is no loss
 
 
 def headline(summary: Mapping[str, Any]) -> str:
@@ -97,37 +91,27 @@ def headline(summary: Mapping[str, Any]) -> str:
     return f"Better than a constant caption, but below: {', '.join(higher)}" if higher else "Above every baseline"
 
 
-# --- Concepts -------------------------------------------------------------------------------------------------
-
-
-def has_head(scored: Mapping[str, Any] | None) -> bool:
-    """Return whether the concepts of a split were predicted by a concept head."""
-    return "head" in (scored or {}).get("concept_detection", {"systems": {}})["systems"]
-
-
-def detection_systems(detection: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Score]]]:
-    """Return what each system is called and is, and its scores."""
-    return [(SYSTEMS[key].name, SYSTEMS[key].description, found) for key, found in detection["systems"].items()]
+def items_in_words(score: Score) -> str:
+    """Say how often an attribute is stated, and how often rightly."""
+    if not score["stated"]:
+        return f"no reference states one, the captions {score['predicted']:,}"
+    if not score["predicted"]:
+        return f"the captions never state one, the references {score['stated']:,}"
+    shares = f"precision {score['precision']:.3f}, recall {score['recall']:.3f}"
+    return f"{shares}; the captions state {score['predicted']:,}, the references {score['stated']:,}"
 
 
 def thresholds_note(split: str, detection: Mapping[str, Any]) -> str:
     """Return where the thresholds come from, and those that are common to all concepts."""
     known = {SYSTEMS[key].name: own["threshold"] for key, own in detection["systems"].items() if "threshold" in own}
+    chosen = "chosen on these images, which flatters the scores"
+    note = f"Thresholds were {chosen if split == 'validation' else 'not chosen on these images'}"
     values = ", ".join(f"{name} {threshold:g}" for name, threshold in known.items())
-    chosen = (
-        "chosen on these images, which flatters the scores" if split == "validation" else "not chosen on these images"
-    )
-    return f"Thresholds were {chosen}{f': {values}' if values else ''}."
-
-
-# --- Bars -----------------------------------------------------------------------------------------------------
+    return f"{note}: {values}." if values else f"{note}."
 
 
 def bar(score: Score, end: float = 1) -> dict[str, float | None]:
-    """Return a bar in percent of an axis from 0 to `end`: its `start` and `width`, `low` and `span` of its interval.
-
-    A difference has a scale of its own, with `zero` in the middle.
-    """
+    """Return a bar in percent of an axis from 0 to `end`, a difference in percent of its own, with 0 in the middle."""
     value, low, zero, scale = score.get("value"), score.get("low"), 0, 100
     if "difference" in score:
         value, zero, scale = score["difference"], 50, 50
@@ -154,5 +138,10 @@ def headline_bars(scored: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def modality_columns(scored: Mapping[str, Any]) -> dict[str, str]:
     """Return by key the names of the scores that modalities have."""
-    keys = next(iter(scored["modalities"].values()), {})
-    return {key: score_label(key, full=True) for group in score_groups(keys).values() for key in group}
+    scores = {key: own for key, own in next(iter(scored["modalities"].values()), {}).items() if key != "captions"}
+    return {key: score_label(key, full=True) for group in score_groups(scores).values() for key in group}
+
+
+def bounds(scored: Mapping[str, Any]) -> list[str]:
+    """Return what stands beside the baselines of a split: what references score, and once tokenized."""
+    return [key for key in ("references", "tokenizer") if any(key in score for score in scored["scores"].values())]

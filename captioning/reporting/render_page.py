@@ -18,56 +18,58 @@ from markupsafe import Markup
 from captioning.reporting.page_images import IMAGES_PER_BLOCK, to_base64
 
 
-TEMPLATE = Path(__file__).parent / "page_template.html"
-ATTENTION_SCRIPT = (Path(__file__).parent / "attention.js").read_text(encoding="utf-8")
+HERE = Path(__file__).parent
+ATTENTION_SCRIPT, PAGE_SCRIPT, PAGE_STYLE = (
+    Markup((HERE / name).read_text(encoding="utf-8")) for name in ("attention.js", "page.js", "page.css")
+)
 PAGE_BUDGET = 57_000_000  # bytes of the page; what the captions leave of it goes to the images
-# Of the template
-EMPTY = {"comparison": None, "summary": {}, "facts": {}, "verdict": [], "splits": {}, "curves": [], "tuned": {}}
-EMPTY |= {"unscored": False, "split": ""}
+# What not every page has: of its script, of a row, and of its template
+GALLERY = {"scores": [], "onCard": [], "kinds": {}, "highlights": [], "attention": {}, "hasImages": True}
+ROW = {"modality": "", "reference": "", "concepts": [], "kinds": [], "scores": []}
+CONTENT = {"comparison": None, "facts": {}, "verdict": [], "splits": {}, "split": "", "curves": [], "tuned": {}}
 
 
 def render_page(
-    file: Path, gallery: dict[str, Any], blocks: Callable[[int], Iterable[Sequence[str | None]]], **content: Any
+    file: Path,
+    gallery: dict[str, Any],
+    blocks: Callable[[int], Iterable[Sequence[str | None]]],
+    unscored: bool = False,
+    **content: Any,
 ) -> None:
     """Write a page of captions, whole or not at all.
 
-    `gallery` is what its script shows, `content` what its template shows beside `EMPTY`. `blocks` takes the bytes of
-    the gallery, and returns the images as base64 JPEG, in portions of `IMAGES_PER_BLOCK`.
+    `gallery` is what its script shows, rows and the names of systems beside `GALLERY`, `content` what its template
+    shows, a name beside `CONTENT`. `blocks` takes the bytes of the gallery and returns the images as base64 JPEG, in
+    portions of `IMAGES_PER_BLOCK`. The captions of an `unscored` page have no references.
     """
-    source = TEMPLATE.read_text(encoding="utf-8").replace("/* attention.js */", ATTENTION_SCRIPT)
-    payload = _script_json(gallery | {"block": IMAGES_PER_BLOCK})
+    rows = [ROW | row for row in gallery["rows"]]
+    payload = _script_json(GALLERY | gallery | {"rows": rows, "unscored": unscored, "block": IMAGES_PER_BLOCK})
     environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=_without_invalid_characters,
     )
-    page = environment.from_string(source).generate(
-        EMPTY | content,
-        script_hash=_policy_hash(source, "script"),
-        style_hash=_policy_hash(source, "style"),
-        examples=gallery["highlights"],
+    script = ATTENTION_SCRIPT + PAGE_SCRIPT
+    page = environment.get_template("page_template.html").generate(
+        CONTENT | content,
+        unscored=unscored,
+        script=script,
+        script_hash=_policy_hash(script),
+        style=PAGE_STYLE,
+        style_hash=_policy_hash(PAGE_STYLE),
+        examples=gallery.get("highlights"),
         payload=payload,
         blocks=map(_script_json, blocks(len(payload.encode()))),
     )
     unfinished = file.with_name(f"{file.name}.tmp")  # not `write_whole`: the page is never in memory at once
     try:
-        with open(unfinished, "w", encoding="utf-8") as stream:
+        with open(unfinished, "w", encoding="utf-8", errors="replace") as stream:  # UTF-8 has no lone surrogates
             stream.writelines(page)
         os.replace(unfinished, file)
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-# --- Text that is safe ------------------------------------------------------------------------------------------
-
-
-def _without_invalid_characters(value: Any) -> Any:
-    """Return text without what UTF-8 or HTML cannot hold: lone surrogates and NUL become U+FFFD."""
-    if not isinstance(value, str) or hasattr(value, "__html__"):
-        return value
-    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "\ufffd")
 
 
 def _script_json(value: Any) -> Markup:
@@ -76,7 +78,6 @@ def _script_json(value: Any) -> Markup:
     return Markup(re.sub("[<>&\u2028\u2029\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
-def _policy_hash(source: str, element: str) -> str:
-    """Return the hash by which the Content-Security-Policy knows the template's own script or style."""
-    body = re.search(f"<{element}>(.*?)</{element}>", source, re.DOTALL)[1]
-    return f"sha256-{to_base64(hashlib.sha256(body.encode()).digest())}"
+def _policy_hash(text: str) -> str:
+    """Return the hash by which the Content-Security-Policy knows the page's own script or style."""
+    return f"sha256-{to_base64(hashlib.sha256(text.encode()).digest())}"

@@ -5,13 +5,12 @@ The Trainer's few metrics of a split are computed each epoch; these are computed
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict
-from PIL import Image
 
 from captioning.data import checks
 from captioning.data.images import open_image
@@ -44,8 +43,7 @@ def training_for_baselines(
 ) -> Training | None:
     """Return what baselines and concepts are made of, None where there is no training split or nothing is captioned.
 
-    A run that only scores takes the captions from `dataset`, which is not checked. The model of `trainer` looks at the
-    training images among which the nearest is sought.
+    A run that only scores takes the captions from `dataset`, which is not checked.
     """
     args = trainer.args
     if not (args.do_eval or args.do_predict) or not args.predict_with_generate or "train" not in dataset:
@@ -63,11 +61,6 @@ def training_for_baselines(
         return training
     retriever = Retriever.from_pretrained(args.retriever, args.device, args.retriever_revision)
     return replace(training, retriever=retriever, retrieved=cached_features(retriever, rows))
-
-
-def images_of(rows: Dataset) -> Iterator[Image.Image]:
-    """Yield the images of a split, opened one at a time."""
-    return (open_image(row["image"]) for row in rows.select_columns("image"))
 
 
 @stage("scores")
@@ -99,9 +92,8 @@ def keep_split(
     if detection:
         scores["concept_detection"] = detection
     rewarded = parse_reward(args.reward) if isinstance(trainer.objective, SelfCritical) else ()
-    for name in rewarded:  # held-out scores are read otherwise
-        if name in scores["scores"]:
-            scores["scores"][name]["rewarded"] = True
+    for name in scores["scores"].keys() & rewarded:  # held-out scores are read otherwise
+        scores["scores"][name]["rewarded"] = True
     record.keep(split, predictions, scores)
     write_whole(folder / "scores.json", to_json(record.scores, indent=2, ensure_ascii=False) + "\n")
     if not scores["beats_constant"]:
@@ -125,16 +117,18 @@ def write_page(trainer: CaptioningTrainer, record: RunRecord, rows: Dataset, fou
         chosen = shown_with_attention(record.predictions(split))
         attended = rows.select(chosen)
         attention = trainer.word_attention(attended, found.tokens[chosen])
-        has_retrieved = "retrieved" in rows.column_names
-        retrieved = zip(rows["retrieved_ids"], rows["retrieved"], strict=True) if has_retrieved else ()
+        retrieved = []
+        if "retrieved" in rows.column_names:
+            in_prompts = zip(rows["retrieved_ids"], rows["retrieved"], strict=True)
+            retrieved = [list(zip(*own, strict=True)) for own in in_prompts]
         write_report(
             record,
             split,
-            images=images_of(rows),
+            images=(open_image(row["image"]) for row in rows.select_columns("image")),
             modalities=[modality_of(cui, caption) for cui, caption in zip(rows["cui"], rows["caption"], strict=True)],
             attention=dict(zip(attended["image_id"], attention, strict=True)),
             num_tokens=found.num_tokens.tolist(),
-            retrieved=[list(zip(*own, strict=True)) for own in retrieved],
+            retrieved=retrieved,
         )
     except Exception as error:  # the page is made of what is on disk already: no reason to lose card and push
         logger.error("report.html cannot be written: %s: %s", type(error).__name__, error)

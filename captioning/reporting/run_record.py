@@ -1,15 +1,12 @@
 """What an output folder says of its run, read once: the summary, the card and the page are all made from it."""
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
-
-from transformers import GenerationConfig
 
 from captioning.data.checks import read_rejected, reasons_in_words
 from captioning.data.leaks import Leaks, leaks_in_words
@@ -23,17 +20,9 @@ from captioning.training.decoding import generation_config, in_words
 
 ROCOV2 = "eltorio/ROCOv2-radiology"
 SPLITS = {"test": "predict", "validation": "eval"}  # with the prefix of their metrics; where one is shown, the first
-RECIPE_DEFAULTS = {
-    "do_train": True,  # a recipe lacks it where it is true, the others where it was written before there was the key
-    "language": "en",
-    "license": None,
-    "publish_images": False,
-    "use_peft": False,
-    "merge_lora": False,
-    "torch_dtype": "float32",
-    "tuned_decoding": {},
-    "hardware": {"device": "unknown", "processor": "unknown", "threads": "unknown", "processes": 1},
-}
+# Which a recipe lacks
+RECIPE_DEFAULTS = {"do_train": True, "use_peft": False, "merge_lora": False, "torch_dtype": "float32"}
+RECIPE_DEFAULTS |= {"language": "en", "license": None, "publish_images": False, "tuned_decoding": {}}
 
 
 @dataclass(frozen=True)
@@ -48,8 +37,7 @@ class Origin:
         """Return the origin of what a recipe names; the recipe holds the commit of all that came from the Hub."""
         if revision and COMMIT_HASH.fullmatch(revision):
             return cls(given, revision)
-        last = re.split(r"[/\\]", given.rstrip("/\\"))[-1]
-        return cls(re.sub(r"[^\w.-]+", "-", last) or "local")  # characters that an id on the Hub may have
+        return cls(re.sub(r"[^\w.-]+", "-", PureWindowsPath(given).name) or "local")  # as an id on the Hub
 
     def in_words(self, digits: int) -> str:
         """Return the id, with that many digits of the commit."""
@@ -63,17 +51,10 @@ class RunRecord:
     by default that of the model saved in the folder, BLIP's if there is none. `found_leaks`: see `find_leaks`.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        model_type: str | None = None,
-        found_leaks: Mapping[str, Leaks] = {},
-    ):
+    def __init__(self, folder: str | Path, model_type: str | None = None, found_leaks: Mapping[str, Leaks] = {}):
         self.folder = Path(folder)
         self._model_type, self._found_leaks = model_type, found_leaks
         self._predictions: dict[str, list[dict[str, Any]]] = {}
-
-    # --- Files ------------------------------------------------------------------------------------------------
 
     @cached_property
     def recipe(self) -> Mapping[str, Any]:
@@ -81,9 +62,9 @@ class RunRecord:
         return RECIPE_DEFAULTS | self._read("recipe.json")
 
     @cached_property
-    def results(self) -> Mapping[str, float]:
-        """`all_results.json`: the metrics of all stages, each with the prefix of its stage; NaN where it has null."""
-        return _with_nan(self._read("all_results.json"))
+    def results(self) -> Mapping[str, float | None]:
+        """`all_results.json`: the metrics of all stages, each with the prefix of its stage; None for NaN."""
+        return self._read("all_results.json")
 
     @cached_property
     def scores(self) -> dict[str, Any]:
@@ -91,27 +72,19 @@ class RunRecord:
         return self._read("scores.json")
 
     @cached_property
-    def log_history(self) -> list[dict[str, float]]:
-        """The Trainer's log, empty if the run did not train; NaN where the file has null."""
-        return [_with_nan(entry) for entry in self._read("trainer_state.json").get("log_history", [])]
+    def log_history(self) -> list[dict[str, float | None]]:
+        """The Trainer's log, empty if the run did not train; None for NaN."""
+        return self._read("trainer_state.json").get("log_history", [])
 
     @cached_property
     def sample(self) -> dict[str, Any]:
-        """`sample.json`: an `image` of the folder that may be redistributed, and the `caption` that it gets.
-
-        `decoded` is what stock decodes where that is another text, `prompt` are arguments with which the processor
-        makes the prompt, `tokens` the special ones of generation.
-        """
+        """`sample.json`, see `write_card_images`."""
         return self._read("sample.json")
 
     @cached_property
-    def _config(self) -> Mapping[str, Any]:
+    def config(self) -> Mapping[str, Any]:
+        """`config.json` of the model, or of what an adapter adapts; empty if no model was saved."""
         return self._read("config.json") or self._read(BASE_CONFIG)
-
-    @cached_property
-    def image_size(self) -> int | None:
-        """The side of the images in pixels by the saved `config.json`, None if no model was saved."""
-        return self._config.get("vision_config", {}).get("image_size")
 
     def predictions(self, split: str) -> list[dict[str, Any]]:
         """Return the rows of `predictions/<split>.jsonl`, none if the split was not captioned."""
@@ -121,7 +94,7 @@ class RunRecord:
         return self._predictions[split]
 
     def keep(self, split: str, predictions: list[dict[str, Any]], scores: dict[str, Any]) -> None:
-        """Take over what the run has just found on a split, so that it is not read back from the files."""
+        """Take over what the run has found on a split, so that it is not read back."""
         self._predictions[split] = predictions
         self.scores[split] = scores | ({"leaks": leaks} if (leaks := self._found_leaks.get(split)) else {})
 
@@ -134,14 +107,14 @@ class RunRecord:
     @cached_property
     def model_type(self) -> str:
         """The family of the model."""
-        return self._model_type or self._config.get("model_type") or "blip"
+        return self._model_type or self.config.get("model_type") or "blip"
 
-    @cached_property
+    @property
     def captioner_class(self) -> type[Captioner]:
         """The class of the model."""
         return captioner_class(self.model_type, str(self.folder))
 
-    @cached_property
+    @property
     def card_facts(self) -> CardFacts:
         """What the card says of the family of the model."""
         return self.captioner_class.card_facts(self.model_type)
@@ -150,11 +123,6 @@ class RunRecord:
     def is_adapter(self) -> bool:
         """Whether the folder holds an adapter, and not a whole model."""
         return bool(self.recipe["do_train"] and self.recipe["use_peft"] and not self.recipe["merge_lora"])
-
-    @cached_property
-    def decoding(self) -> GenerationConfig:
-        """The decode settings of the evaluation."""
-        return generation_config(self.recipe)
 
     @cached_property
     def start(self) -> Origin | None:
@@ -180,7 +148,7 @@ class RunRecord:
 
     @property
     def may_publish_images(self) -> bool:
-        """Whether images of the dataset may go into the card: those that the recipe draws, or by the user's word."""
+        """Whether images of the dataset may go into the card: phantoms, or by the user's word."""
         return self.data_kind == "phantoms" or self.recipe["publish_images"]
 
     @cached_property
@@ -196,30 +164,20 @@ class RunRecord:
 
     @property
     def leaks(self) -> list[str]:
-        """Sentences on the rows of scored splits that an earlier split has too, and on what was not compared.
-
-        Also on decode settings that were chosen on a scored split.
-        """
+        """Sentences on rows of scored splits that an earlier split has too, and on decoding chosen on a scored one."""
         note = "validation" in self.scores and self.recipe["tuned_decoding"].get("note")
-        return [f"validation: {note}"] * bool(note) + [
-            sentence
-            for split, scores in self.scores.items()
-            if "leaks" in scores
-            for sentence in leaks_in_words(split, scores["captions"], scores["leaks"])
-        ]
+        found = [f"validation: {note}"] if note else []
+        for split, scores in self.scores.items():
+            found += leaks_in_words(split, scores["captions"], scores["leaks"]) if "leaks" in scores else []
+        return found
 
-    @cached_property
+    @property
     def left_out(self) -> list[str]:
         """How many rows of each split are in `rejected.jsonl`, and why: a sentence for each."""
         found: dict[str, list[dict[str, Any]]] = {}
         for entry in read_rejected(self.folder / "rejected.jsonl"):
             found.setdefault(entry["split"], []).append(entry)
         return [f"{split}: rows left out: {len(own):,} ({reasons_in_words(own)})" for split, own in found.items()]
-
-    @cached_property
-    def code(self) -> dict[str, Any]:
-        """The code of the run: its `address`, its `commit`, whether files were `modified` since; None: unknown."""
-        return {"address": None, "commit": None, "modified": None} | (self.recipe.get("code") or {})
 
     def facts(self, digits: int) -> dict[str, str]:
         """Return the model, the data and the decode settings in words, commits with that many digits."""
@@ -229,12 +187,8 @@ class RunRecord:
         else:
             model = f"{Path(self.recipe['config_name']).stem}, {'trained from ' if trained else ''}random weights"
         data = self.data.in_words(digits) if self.data.revision else self.data_in_words
-        found = {"model": model, "data": data, "decoding": in_words(self.decoding)}
+        found = {"model": model, "data": data, "decoding": in_words(generation_config(self.recipe))}
         if number := self.recipe.get("retrieved_captions"):
             by = Origin.of(self.recipe["retriever"], self.recipe.get("retriever_revision")).in_words(digits)
             found["prompt"] = f"with the captions of the {number} nearest training images, found by {by}"
         return found
-
-
-def _with_nan(metrics: Mapping[str, float | None]) -> dict[str, float]:
-    return {name: math.nan if value is None else value for name, value in metrics.items()}

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from captioning.errors import printable
+from captioning.reporting.page_scores import items_in_words
 from captioning.scoring.baselines import BASELINES
 from captioning.scoring.bertscore import NOT_COMPUTED
 from captioning.scoring.bootstrap import num_decimals
@@ -68,7 +69,7 @@ def _details(scores: Mapping[str, Any]) -> list[str]:
     entries, modalities = scores["scores"], scores["modalities"]
     lines = [f"{name}: {items_in_words(entry)}" for name, entry in entries.items() if "stated" in entry]
     known = {name: number_text(entry["references"]) for name, entry in entries.items() if "references" in entry}
-    lines += [*(f"{name}: the references themselves score {value}" for name, value in known.items()), ""]
+    lines += [f"{name}: the references themselves score {value}" for name, value in known.items()] + [""]
     for key, note in scores["baselines"].items():
         among = f", found among {note['found_among']}" if "found_among" in note else ""
         lines += [f"{BASELINES[key].heading}: {note['what']}{among}"]
@@ -77,16 +78,6 @@ def _details(scores: Mapping[str, Any]) -> list[str]:
     for key in (key for key in BY_MODALITY if key in entries):
         rows.append([key, *(in_digits(own[key])(own[key]["value"]) for own in modalities.values())])
     return [*lines, *_text_table(rows), ""]
-
-
-def items_in_words(entry: Mapping[str, Any]) -> str:
-    """Say how often an attribute is stated, and how often rightly."""
-    if not entry["stated"]:
-        return f"no reference states one, the captions {entry['predicted']:,}"
-    if not entry["predicted"]:
-        return f"the captions never state one, the references {entry['stated']:,}"
-    shares = f"precision {entry['precision']:.3f}, recall {entry['recall']:.3f}"
-    return f"{shares}; the captions state {entry['predicted']:,}, the references {entry['stated']:,}"
 
 
 def not_computed(scores: Mapping[str, Any]) -> list[str]:
@@ -103,9 +94,6 @@ def detection_rows(detection: Mapping[str, Any]) -> list[list[str]]:
         [SYSTEMS[key].name, *(cell for name in DETECTION_F1 for cell in score_cells(found[name])[:2])]
         for key, found in detection["systems"].items()
     ]
-
-
-# --- Numbers --------------------------------------------------------------------------------------------------
 
 
 def number_text(value: float | None, digits: int = 4, sign: str = "") -> str:
@@ -130,9 +118,6 @@ def score_cells(entry: Mapping[str, Any]) -> list[str]:
     best, show = max(known, key=known.get, default=None), in_digits(entry)
     baseline = f"{show(known[best])} ({BASELINES[best].name})" if best else "-"
     return [show(entry["value"]), interval_in_words(entry), baseline]
-
-
-# --- Formats --------------------------------------------------------------------------------------------------
 
 
 def markdown(text: str, width: int | None = CELL_WIDTH) -> str:

@@ -26,19 +26,17 @@ def summary(metrics: Mapping[str, float], record: RunRecord) -> str:
         values = [metrics.get(f"{prefix}_{row}") for prefix in columns.values()]
         if any(value is not None for value in values):
             lines.append(f"{label:<34}" + "".join(f"{number_text(value):>12}" for value in values))
-    lines += [f"{split}: {record.scores[split]['verdict']}" for split in columns if split in record.scores]
-    for split in columns:
-        if detection := record.scores.get(split, {}).get("concept_detection"):
-            systems = [f"{name} {f1}" for name, f1, *_ in detection_rows(detection)]
+    scored = {split: record.scores[split] for split in columns if split in record.scores}
+    lines += [f"{split}: {scores['verdict']}" for split, scores in scored.items()]
+    for split, scores in scored.items():
+        if "concept_detection" in scores:
+            systems = [f"{name} {f1}" for name, f1, *_ in detection_rows(scores["concept_detection"])]
             lines.append(f"{split}: concepts, F1: {', '.join(systems)}")
     lines += record.leaks
-    lines += dict.fromkeys(
-        line for split in columns for line in not_computed({"missing": {}} | record.scores.get(split, {}))
-    )
+    lines += dict.fromkeys(line for scores in scored.values() for line in not_computed(scores))
     for example in record.predictions(list(columns)[-1])[:EXAMPLES] if columns else ():
-        image_id, reference, prediction = (
-            printable(example[key], CAPTION_WIDTH) for key in ("image_id", "reference", "prediction")
-        )
+        texts = (example[key] for key in ("image_id", "reference", "prediction"))
+        image_id, reference, prediction = (printable(text, CAPTION_WIDTH) for text in texts)
         lines += ["", image_id, f"  reference   {reference}"]
         lines += [f"  prediction  {prediction}   (rougeL {example['rougeL']:.2f})"]
     return "\n".join(lines)

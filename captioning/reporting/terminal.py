@@ -1,8 +1,9 @@
 """The work of `python -m captioning score` and `check`."""
 
 import argparse
-import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from captioning.errors import UserError, printable
 from captioning.files import to_json
@@ -15,7 +16,6 @@ from captioning.scoring.submission import check_submission
 from captioning.scoring.training_split import read_training
 
 
-READ = ("predictions", "against", "references", "concepts", "train", "train_concepts")  # the files of `score`
 SHOWN_FAULTS = 20
 
 
@@ -24,29 +24,22 @@ def score_captions(arguments: argparse.Namespace) -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal whose encoding lacks a character
     if arguments.html and not arguments.against:
         raise UserError("--html compares two systems; add --against with the captions of the other")
-    read = [getattr(arguments, name) for name in READ]
-    if arguments.html and any(os.path.realpath(arguments.html) == os.path.realpath(path) for path in read if path):
-        raise UserError(f"--html would overwrite '{arguments.html}', which is read; name another file")
-    if arguments.html and not os.path.isdir(os.path.dirname(arguments.html) or "."):
-        raise UserError(f"'{arguments.html}' cannot be written: it has no folder yet; make it first")
     if any(path and holds_concepts(path) for path in (arguments.predictions, arguments.references)):
         _score_concepts(arguments)
         return
     captions = read_captions(arguments.predictions, arguments.references, arguments.concepts)
     training = read_training(arguments.train, arguments.train_concepts)
     options = None if arguments.tokenizer == "none" else arguments.tokenizer, arguments.bertscore_model
-    if arguments.against:
-        names = arguments.predictions, arguments.against
-        other = read_captions(arguments.against, arguments.references, arguments.concepts)
-        other = in_order_of(captions, other, *names)
-        result = compare_captions(captions, other, training, *options)
-        if arguments.html:
-            write_comparison(arguments.html, result, captions, other, names)
-        result = {"captions": len(captions), "systems": names, **result}
-    else:
-        result = score(captions, training, None, *options)
-    table = comparison_table if arguments.against else score_table
-    print(to_json(result, indent=2) if arguments.format == "json" else table(result, arguments.format))
+    if not arguments.against:
+        _print(score(captions, training, None, *options), score_table, arguments.format)
+        return
+    names = arguments.predictions, arguments.against
+    other = read_captions(arguments.against, arguments.references, arguments.concepts)
+    other = in_order_of(captions, other, *names)
+    result = compare_captions(captions, other, training, *options)
+    if arguments.html:
+        write_comparison(arguments.html, result, captions, other, names)
+    _print({"captions": len(captions), "systems": names, **result}, comparison_table, arguments.format)
 
 
 def _score_concepts(arguments: argparse.Namespace) -> None:
@@ -56,7 +49,11 @@ def _score_concepts(arguments: argparse.Namespace) -> None:
     if wrong := [name for name in ("train", "against", "html", "bertscore_model") if getattr(arguments, name)]:
         raise UserError(f"'{path}' holds concepts, and --{wrong[0]} is for captions; leave it out")
     result = score_concepts(path, arguments.references, arguments.concepts, arguments.train_concepts)
-    print(to_json(result, indent=2) if arguments.format == "json" else concepts_table(result, arguments.format))
+    _print(result, concepts_table, arguments.format)
+
+
+def _print(result: dict[str, Any], table: Callable[[dict[str, Any], str], str], format: str) -> None:
+    print(to_json(result, indent=2) if format == "json" else table(result, format))
 
 
 def check_rules(arguments: argparse.Namespace) -> None:

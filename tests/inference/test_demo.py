@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pydicom
@@ -31,8 +32,6 @@ from captioning.inference.writer import Alternative, Writer, Written
 from captioning.training.decoding import DEFAULTS, generation_config
 
 
-CHROMIUM = shutil.which("chromium")
-FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync")
 SECONDS = 30_000  # milliseconds that anything may take
 # What `python -m captioning` does, in a process that may have looked for its folder of temporary files before
 START = """import sys, tempfile
@@ -77,24 +76,6 @@ def model(folder):
     return InferenceModel(str(folder))
 
 
-class Demo:
-    """The command in a process of its own; `temporary` is its folder for temporary files."""
-
-    def __init__(self, words, temporary, proxy):
-        self.temporary = temporary
-        environment = {name: f"http://127.0.0.1:{proxy.getsockname()[1]}" for name in ("HTTP_PROXY", "HTTPS_PROXY")}
-        words = ["-c", START, "demo", *words, "--port", free_port()]
-        self.process = server().start(words, environment=environment | {"TMPDIR": str(temporary)})
-        end = time.monotonic() + 60
-        while not (found := re.search(r"http://\S+", self.process.output().decode())):
-            assert self.process.poll() is None and time.monotonic() < end, self.process.output(error=True).decode()
-            time.sleep(0.1)
-        self.url = found[0]
-
-    def files(self):
-        return [path.read_bytes() for path in self.temporary.rglob("*") if path.is_file()]
-
-
 @pytest.fixture(scope="module")
 def proxy():
     """A proxy that all requests of the server to others would go through; nobody should come."""
@@ -105,44 +86,47 @@ def proxy():
 
 @pytest.fixture(scope="module")
 def demo(folder, proxy, tmp_path_factory):
-    demo = Demo([folder], tmp_path_factory.mktemp("temporary"), proxy)
-    yield demo
-    if demo.process.poll() is None:
-        demo.process.send_signal(signal.SIGKILL)
+    """The command in a process of its own, its address, and its folder for temporary files."""
+    temporary = tmp_path_factory.mktemp("temporary")
+    environment = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY"), f"http://127.0.0.1:{proxy.getsockname()[1]}")
+    words = ["-c", START, "demo", folder, "--port", free_port()]
+    process, end = server().start(words, environment=environment | {"TMPDIR": str(temporary)}), time.monotonic() + 60
+    while not (found := re.search(r"http://\S+", process.output().decode())):
+        assert process.poll() is None and time.monotonic() < end, process.output(error=True).decode()
+        time.sleep(0.1)
+    yield SimpleNamespace(process=process, url=found[0], temporary=temporary)
+    if process.poll() is None:
+        process.send_signal(signal.SIGKILL)
 
 
-@pytest.fixture(scope="module")
-def browser():
-    if not CHROMIUM:
-        pytest.skip("no chromium on this machine: the demo is not read by a browser")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
+def files_of(demo):
+    return [path.read_bytes() for path in demo.temporary.rglob("*") if path.is_file()]
 
 
 @pytest.fixture
 def open_demo(browser, demo):
     """Return a function that opens the demo as a user of its own, and check that each asks the demo alone."""
-    contexts, others = [], []
+    others = []
 
-    def open_demo(url=demo.url, width=1200, **options):
-        context = browser.new_context(viewport={"width": width, "height": 800}, **options)
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(SECONDS)
-        allowed = re.compile(rf"^(data:|blob:|{re.escape(url)})")
+    def open_demo(width=1200, **options):
+        page = browser.new_context(viewport={"width": width, "height": 800}, **options).new_page()
+        allowed = re.compile(rf"^(data:|blob:|{re.escape(demo.url)})")
         page.on("request", lambda request: allowed.match(request.url) or others.append(request.url))
         page.on("pageerror", lambda error: others.append(str(error)))
-        page.goto(url)
-        page.wait_for_selector("#picture")
-        page.evaluate(SETTLED)
-        return page
+        return go_to(page, demo.url)
 
     yield open_demo
-    for context in contexts:
+    for context in browser.contexts:
         context.close()
     assert others == []
+
+
+def go_to(page, url):
+    page.set_default_timeout(SECONDS)
+    page.goto(url)
+    page.wait_for_selector("#picture")
+    page.evaluate(SETTLED)
+    return page
 
 
 def send(page, content, name="image.png"):
@@ -155,6 +139,16 @@ def set_field(page, label, value):
     field.fill(value)
     field.press("Tab")
     playwright.expect(field).to_have_value(value)
+
+
+def watch(page):
+    """Keep in `seen` of the page its image and the text of its caption, whenever one changes."""
+    page.evaluate("""() => {
+      window.seen = [];
+      const text = () => document.querySelector("#caption .caption")?.innerText.trim() ?? "";
+      const look = () => seen.push([document.querySelector("#picture img")?.alt ?? "", text()]);
+      new MutationObserver(look).observe(document.body, {childList: true, subtree: true, characterData: true});
+    }""")
 
 
 def caption_of(page):
@@ -172,11 +166,10 @@ def refusal_of(page):
 def test_an_upload_gets_the_caption_of_the_model_with_alternatives_and_attention(open_demo, model):
     page, image = open_demo(), make_noise(1)
     send(page, png(image))
-    assert caption_of(page) == model.caption([image])[0]
+    assert caption_of(page) == model.describe([image])[0].caption
     assert page.eval_on_selector("#picture img", "img => [img.naturalWidth, img.naturalHeight]") == [60, 40]
-    rows = page.eval_on_selector_all(
-        "#details tbody tr", "rows => rows.map(row => [...row.cells].map(c => c.innerText))"
-    )
+    cells = "rows => rows.map(row => [...row.cells].map(cell => cell.innerText))"
+    rows = page.eval_on_selector_all("#details tbody tr", cells)
     assert len(rows) == 3 and rows[0][0] == caption_of(page)
     assert sum(float(row[1].rstrip("%")) for row in rows) == pytest.approx(100, abs=0.2)
     words = page.locator("#details .tokens button")
@@ -184,11 +177,9 @@ def test_an_upload_gets_the_caption_of_the_model_with_alternatives_and_attention
     words.nth(0).click()
     first = page.wait_for_selector(MAP)
     assert first.get_attribute("aria-label") == f"Attention for {words.nth(0).inner_text()}"
-    covered = (
-        "[...document.querySelectorAll('#picture img, #picture canvas')].map(e => e.getBoundingClientRect().height)"
-    )
-    image_height, map_height = page.evaluate(covered)
-    assert map_height == pytest.approx(image_height, abs=1)
+    heights = "parts => parts.map(part => part.getBoundingClientRect().height)"
+    of_image, of_map = page.eval_on_selector_all("#picture img, #picture canvas", heights)
+    assert of_map == pytest.approx(of_image, abs=1)
     pixels = "canvas => canvas.getContext('2d').getImageData(0, 0, 256, 256).data.join()"
     before = first.evaluate(pixels)
     words.nth(1).hover()
@@ -205,14 +196,10 @@ def test_what_it_is_not_for_comes_before_all_else(open_demo):
 
 def test_the_caption_appears_while_it_is_written(open_demo):
     page = open_demo()
-    page.evaluate("""() => {
-      window.seen = [];
-      new MutationObserver(() => seen.push(document.querySelector("#caption .caption")?.innerText.trim() ?? ""))
-        .observe(document.querySelector("#caption"), {childList: true, subtree: true, characterData: true});
-    }""")
+    watch(page)
     page.click("text=Sample of the card")
     last = caption_of(page)
-    unfinished = {text for text in page.evaluate("seen") if text.endswith("…")}
+    unfinished = {text for _, text in page.evaluate("seen") if text.endswith("…")}
     assert len(unfinished) > 2 and last not in unfinished
     assert page.get_attribute("#caption", "aria-live") == "polite"
     assert page.get_attribute("#caption", "aria-busy") == "false", "read aloud now, not at each token"
@@ -220,7 +207,6 @@ def test_the_caption_appears_while_it_is_written(open_demo):
 
 def test_other_settings_caption_the_image_again(open_demo, folder):
     page, image = open_demo(), make_noise(2)
-    assert page.is_disabled("text=Caption again") if page.is_visible("text=Caption again") else True
     send(page, png(image))
     first = caption_of(page)
     page.click("text=Decode settings")
@@ -229,7 +215,7 @@ def test_other_settings_caption_the_image_again(open_demo, folder):
     set_field(page, "Most new tokens", "5")
     page.click("text=Caption again")
     page.wait_for_selector("text=Greedy search finds one caption")
-    greedy = InferenceModel(str(folder), settings={"num_beams": 1, "max_new_tokens": 5}).caption([image])[0]
+    greedy = InferenceModel(str(folder), settings={"num_beams": 1, "max_new_tokens": 5}).describe([image])[0].caption
     assert caption_of(page) == greedy != first
     set_field(page, "Most new tokens", "200")
     page.click("text=Caption again")
@@ -242,12 +228,7 @@ def test_a_new_image_ends_the_caption_of_the_one_before(open_demo, model):
     page.evaluate(SETTLED)
     set_field(page, "Beams", "10")
     set_field(page, "Most new tokens", "63")
-    page.evaluate("""() => {
-      window.seen = [];
-      const text = () => document.querySelector("#caption .caption")?.innerText.trim() ?? "";
-      const look = () => seen.push([document.querySelector("#picture img")?.alt ?? "", text()]);
-      new MutationObserver(look).observe(document.body, {childList: true, subtree: true, characterData: true});
-    }""")
+    watch(page)
     page.click("text=Drawing: CT")
     page.wait_for_selector("#caption:has-text('…')")
     send(page, png(image))
@@ -264,9 +245,7 @@ def test_a_new_image_ends_the_caption_of_the_one_before(open_demo, model):
     "values, message",
     [
         ((0, None, None, None), "Beams: 0 is not from 1 to 10"),
-        ((10**9, None, None, None), "Beams: 1e+09 is not from 1 to 10"),
         ((None, 257, None, None), "Most new tokens: 257 is not from 1 to 256"),
-        ((None, None, 1e308, None), "Length penalty: 1e+308 is not from -100 to 100"),
         ((None, None, float("nan"), None), "Length penalty: nan is not"),
         ((None, None, None, -1), "No sequence of this many tokens twice: -1 is not"),
     ],
@@ -278,7 +257,7 @@ def test_a_setting_out_of_range_is_a_message(model, values, message):
 
 def test_an_empty_setting_is_that_of_the_model(model):
     *_, (told, _) = _write(None, Writer(model), _Shown(make_noise(1)), None, None, None, None)
-    assert caption_text(model.caption([make_noise(1)])[0]) == told
+    assert caption_text(model.describe([make_noise(1)])[0].caption) == told
 
 
 def test_nothing_more_is_written_below_an_image_that_was_replaced(model):
@@ -315,25 +294,15 @@ def test_unusable_files_get_one_message_each_and_the_server_goes_on(open_demo, m
     assert page.evaluate("window.hacked") is None
     send(page, png(make_noise(5, (50, 40))))
     page.wait_for_selector("#picture img[alt*='50 by 40']")
-    assert caption_of(page) == model.caption([make_noise(5, (50, 40))])[0]
+    assert caption_of(page) == model.describe([make_noise(5, (50, 40))])[0].caption
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "CT_small.dcm",
-        pytest.param("JPEGLSNearLossless_16.dcm", marks=pytest.mark.slow),
-        pytest.param("examples_rgb_color.dcm", marks=pytest.mark.slow),
-    ],
-)
-def test_a_dicom_is_shown_and_captioned_as_it_is_read(open_demo, model, name):
-    if "JPEGLS" in name:
-        pytest.importorskip("gdcm", reason="python-gdcm is not installed")
-    page, content = open_demo(), Path(get_testdata_file(name, download=False)).read_bytes()
+def test_a_dicom_is_shown_and_captioned_as_it_is_read(open_demo, model):
+    page, content = open_demo(), Path(get_testdata_file("CT_small.dcm", download=False)).read_bytes()
     image = open_image({"bytes": content, "path": None})
-    send(page, content, name)
+    send(page, content)
     page.wait_for_selector(f"#picture img[alt*='{image.width} by {image.height}']")
-    assert caption_of(page) == model.caption([image])[0]
+    assert caption_of(page) == model.describe([image])[0].caption
     mean = "image => { const context = document.createElement('canvas').getContext('2d');"
     mean += "context.drawImage(image, 0, 0, 64, 64);"
     mean += "return context.getImageData(0, 0, 64, 64).data.reduce((sum, value) => sum + value) / 16384 }"
@@ -356,7 +325,7 @@ def test_a_dicom_without_pixels_is_refused_and_burned_in_text_is_named(open_demo
 
 def test_two_users_at_once_get_their_own_captions(open_demo, model):
     pages, images = [open_demo(), open_demo()], [make_noise(6), make_noise(7, (50, 40))]
-    expected = [model.caption([image])[0] for image in images]
+    expected = [model.describe([image])[0].caption for image in images]
     assert expected[0] != expected[1]
     for _ in range(2):
         for page, image in zip(pages, images, strict=True):
@@ -368,13 +337,10 @@ def test_two_users_at_once_get_their_own_captions(open_demo, model):
         expected.reverse()
 
 
-def test_two_users_can_send_the_same_file_at_once(tmp_path):
+def test_a_file_that_another_user_sent_just_before_is_asked_for_again(tmp_path):
     file = tmp_path / "image.png"
     file.write_bytes(png(make_noise()))
-    first, _ = _read_upload(str(file))
-    assert not file.exists()
-    assert _read_upload(str(file)) == (first, ""), "both were sent before the first was read"
-    del first
+    assert _read_upload(str(file))[0].size == (60, 40) and not file.exists()
     assert _read_upload(str(file)) == (None, "the file did not arrive; choose it again")
 
 
@@ -405,23 +371,19 @@ def test_a_phone_needs_no_horizontal_scroll_and_axe_finds_nothing(open_demo, sch
 
 
 def test_the_keyboard_alone_captions_and_shows_attention(open_demo):
+    def tab_to(condition):
+        for presses in range(1, 31):
+            page.keyboard.press("Tab")
+            if page.evaluate(condition):
+                return presses
+
     page = open_demo()
-    reached = []
-    for _ in range(30):
-        page.keyboard.press("Tab")
-        reached.append(
-            page.evaluate("document.activeElement.innerText?.trim() || document.activeElement.ariaLabel || ''")
-        )
-        if "Sample of the card" in reached[-1]:
-            break
+    presses = tab_to("document.activeElement.innerText?.includes('Sample of the card')")
+    assert presses > 1, "the drop zone comes before the examples"
     page.keyboard.press("Enter")
     caption_of(page)
-    for _ in range(30):
-        page.keyboard.press("Tab")
-        if page.evaluate("!!document.activeElement.closest('.tokens')"):
-            break
+    tab_to("!!document.activeElement.closest('.tokens')")
     assert page.wait_for_selector(MAP)
-    assert len(reached) > 1, "the drop zone comes before the examples"
 
 
 def test_nothing_is_kept_on_the_disk_or_asked_of_others(open_demo, demo, proxy):
@@ -430,7 +392,7 @@ def test_nothing_is_kept_on_the_disk_or_asked_of_others(open_demo, demo, proxy):
     caption_of(page)
     send(page, contents[1], "Smith^John.dcm")
     refusal_of(page)
-    kept = demo.files()
+    kept = files_of(demo)
     assert list(demo.temporary.iterdir()), "the server has its files here"
     assert not [content for content in contents if content in kept]
     assert "Smith" not in str(list(demo.temporary.rglob("*")))
@@ -438,10 +400,8 @@ def test_nothing_is_kept_on_the_disk_or_asked_of_others(open_demo, demo, proxy):
     assert "Smith" not in printed and "Traceback" not in printed
     with pytest.raises(BlockingIOError):
         proxy.accept()
-    assert json.loads(page.evaluate("fetch('gradio_api/info').then(answer => answer.text())")) == {
-        "named_endpoints": {},
-        "unnamed_endpoints": {},
-    }
+    endpoints = page.evaluate("fetch('gradio_api/info').then(answer => answer.json())")
+    assert endpoints == {"named_endpoints": {}, "unnamed_endpoints": {}}
 
 
 def test_a_client_reaches_no_file_but_its_uploads(demo, tmp_path):
@@ -460,7 +420,7 @@ def test_a_signal_ends_it_and_its_files(demo, open_demo):
     """The last test of this server."""
     demo.process.send_signal(signal.SIGINT)
     assert demo.process.wait(timeout=30) == 0
-    assert demo.files() == []
+    assert files_of(demo) == []
 
 
 def test_text_of_a_model_or_a_name_is_never_html():
@@ -509,30 +469,15 @@ def test_a_space_runs_from_its_own_folder(folder, browser, tmp_path, model):
     assert f"gradio=={version}" in pins and not [line for line in pins if line.startswith("-r")]
     assert set((ROOT / "requirements.txt").read_text().split()) < set(pins)
     port = free_port()
-    environment = {
-        "PATH": "/usr/bin:/bin",
-        "HF_HUB_OFFLINE": "1",
-        "GRADIO_SERVER_PORT": str(port),
-        "HOME": str(tmp_path),
-    }
-    process = subprocess.Popen(
-        [sys.executable, "app.py"],
-        cwd=space,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    environment = {"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}
+    environment["GRADIO_SERVER_PORT"] = str(port)
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen([sys.executable, "app.py"], cwd=space, env=environment, **output)
     try:
-        lines = iter(process.stdout.readline, "")
-        assert any(f"127.0.0.1:{port}" in line for line in lines)
-        page = browser.new_page()
-        page.set_default_timeout(SECONDS)
-        page.goto(f"http://127.0.0.1:{port}")
-        page.wait_for_selector("#picture")
-        page.evaluate(SETTLED)
+        assert any(f"127.0.0.1:{port}" in line for line in process.stdout)
+        page = go_to(browser.new_page(), f"http://127.0.0.1:{port}")
         send(page, png(make_noise(1)))
-        assert caption_of(page) == model.caption([make_noise(1)])[0]
+        assert caption_of(page) == model.describe([make_noise(1)])[0].caption
         page.close()
     finally:
         process.terminate()

@@ -85,14 +85,13 @@ def test_ones_own_images_are_captioned_as_by_the_run_also_in_the_demo_and_by_a_c
 ):
     model = InferenceModel(str(trained))
     images = raw_dataset["test"]["image"][:]
-    assert model.caption(images) == [row["prediction"] for row in predictions(trained)]
+    assert [one.caption for one in model.describe(images)] == [row["prediction"] for row in predictions(trained)]
     *_, last = Writer(model).write(images[0], model.generation_config)
     assert last.alternatives[0].caption == predictions(trained)[0]["prediction"]
+    captioner = model.captioner
+    tokens, *_ = captioner.tokenize([predictions(trained)[0]["reference"]], 64)
     with model.computing():
-        batch = model.collate(images[:1])
-        nll = model.captioner.nll_of_captions(
-            model.captioner.model, batch, model.captioner.tokenize([predictions(trained)[0]["reference"]], 64)[0]
-        )
+        nll = captioner.nll_of_captions(captioner.model, model.collate(images[:1]), tokens)
     assert float(nll) == pytest.approx(predictions(trained)[0]["nll"], rel=1e-5)
     checkpoint = next(trained.glob("checkpoint-*"))
     assert InferenceModel(str(checkpoint)).retrieval.number == 2
@@ -186,7 +185,7 @@ def test_a_family_that_takes_none_is_refused_before_the_data_is_read(train_flags
 def test_other_ways_to_train_have_them_too(train_flags, raw_dataset, tmp_path, more):
     folder = tmp_path / "run"
     run_captioning.main(train_flags(folder, max_steps=2, do_eval=False, eval_strategy="no", **more))
-    found = InferenceModel(str(folder)).caption(raw_dataset["test"]["image"][:])
+    found = [one.caption for one in InferenceModel(str(folder)).describe(raw_dataset["test"]["image"][:])]
     assert found == [row["prediction"] for row in predictions(folder)]
     assert predictions(folder)[0]["retrieved"]
 

@@ -1,6 +1,7 @@
 """What a run keeps of a split: whose results stand in a folder, and what happens when the page fails."""
 
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -22,10 +23,7 @@ def trained(config_file, parquet_folder, tmp_path_factory):
 
 
 def test_a_run_does_not_read_back_its_predictions(trained, parquet_folder, tmp_path, monkeypatch):
-    def read_back(path):
-        raise AssertionError(f"{path} is read back")
-
-    monkeypatch.setattr(run_record, "read_predictions", read_back)
+    monkeypatch.setattr(run_record, "read_predictions", lambda path: pytest.fail(f"{path} is read back"))
     run_captioning.main(score_flags(trained, parquet_folder, tmp_path))
     card, page = ((tmp_path / file).read_text() for file in ("README.md", "report.html"))
     assert "| median |" in card and "image_0203" in page
@@ -57,9 +55,7 @@ def test_a_caption_of_nothing_but_padding_has_no_words(make_trainer, splits, pro
 
 
 def test_a_page_that_fails_costs_neither_scores_nor_card(trained, parquet_folder, tmp_path, monkeypatch, caplog):
-    def disk_full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
+    disk_full = mock.Mock(side_effect=OSError(28, "No space left on device"))
     monkeypatch.setattr(results, "write_report", disk_full)
     metrics = run_captioning.main(score_flags(trained, parquet_folder, tmp_path))
     assert "report.html cannot be written: OSError: [Errno 28] No space left on device" in caplog.text

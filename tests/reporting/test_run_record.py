@@ -1,6 +1,7 @@
 """The record of a run: what was run on what, from files that are read once."""
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from helpers import make_predictions, make_record
@@ -65,12 +66,7 @@ def test_each_file_is_read_once_and_what_is_in_hand_is_not_read(tmp_path, monkey
     rows = make_predictions(2)
     make_record(tmp_path, rows, [{"step": 1, "loss": 2.0}], {"test": {"captions": 2}})
     record = RunRecord(tmp_path)
-    opened, open_file = [], open
-
-    def counted(file, *args, **kwargs):
-        opened.append(Path(file).name)
-        return open_file(file, *args, **kwargs)
-
+    counted = mock.Mock(side_effect=open)
     monkeypatch.setattr("builtins.open", counted)
     monkeypatch.setattr("io.open", counted)  # by which pathlib opens
     for _ in range(2):
@@ -79,8 +75,9 @@ def test_each_file_is_read_once_and_what_is_in_hand_is_not_read(tmp_path, monkey
         assert record.scores["test"] == {"captions": 2}
         assert record.recipe["num_beams"] == 3 and record.recipe["language"] == "en"
         assert record.log_history == [{"step": 1, "loss": 2.0}]
-        assert record.results == {} and record.image_size is None
-    assert sorted(opened) == ["recipe.json", "scores.json", "test.jsonl", "trainer_state.json"]
+        assert record.results == {} and record.config == {}
+    opened = sorted(Path(call.args[0]).name for call in counted.call_args_list)
+    assert opened == ["recipe.json", "scores.json", "test.jsonl", "trainer_state.json"]
     record.keep("validation", rows[:1], {"captions": 1})
     assert record.predictions("validation") == rows[:1]
     assert record.scores == {"test": {"captions": 2}, "validation": {"captions": 1}}

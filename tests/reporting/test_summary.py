@@ -26,7 +26,7 @@ def test_a_run_that_captioned_nothing(tmp_path):
 
 
 def test_the_baselines_and_the_verdict(tmp_path):
-    record = make_record(tmp_path, [], scores={"test": {"verdict": "ROUGE-L 0.1 does NOT beat it."}})
+    record = make_record(tmp_path, [], scores={"test": {"verdict": "ROUGE-L 0.1 does NOT beat it.", "missing": {}}})
     text = summary(METRICS | {"predict_rougeL_constant": 0.165, "predict_rougeL_shuffled_images": 0.1}, record)
     assert "rougeL of constant caption                   -      0.1650" in text.splitlines()
     assert "rougeL of shuffled images" in text
