@@ -71,9 +71,9 @@ def constant_values(
         scores = CandidateScores(tokens([constants.captions[name] for name in names]), tokens(captions.references))
         for i, name in enumerate(names):
             values[name] = scores.rouge_l(i) if name == "rougeL" else float(scores.rouge_n(int(name[-1]))[i])
-    if reference_tokens is not None:
-        prefix = f"{TOKENIZERS[tokenizer]}_"
-        names = [name for name in constants.captions if name.startswith(prefix) and name != f"{prefix}meteor"]
+    prefix = f"{TOKENIZERS.get(tokenizer)}_"
+    names = [name for name in constants.captions if name.startswith(prefix) and name != f"{prefix}meteor"]
+    if reference_tokens is not None and names:
         own = coco_tokens([constants.captions[name] for name in names], tokenizer)
         columns, in_order = _coco_candidates(own, reference_tokens)
         for i, name in enumerate(names):

@@ -11,7 +11,7 @@ def num_casts(model, max_new_tokens):
     """Return how many tensors one image's caption of that length casts, beside the first call."""
     model.generation_config.max_new_tokens = max_new_tokens
     with profile() as profiled:
-        model.caption([make_noise(0)])
+        model.describe([make_noise(0)])
     return sum(event.count for event in profiled.key_averages() if event.key == "aten::_to_copy")
 
 

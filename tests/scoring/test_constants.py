@@ -47,6 +47,13 @@ def test_each_score_has_the_caption_that_is_best_for_it(tokenizer):
     assert len(set(found.captions.values())) > 1, "one caption would do for all"
 
 
+@needs_java
+def test_captions_of_punctuation_alone_have_no_best_constant():
+    found = score(as_captions(["a mass"], ["a cyst"]), Training(["...", "- -"], [[], []]))
+    assert not [name for name in found["baselines"]["constant"]["captions"] if name.startswith("coco")]
+    assert "coco_bleu4" in found["scores"]
+
+
 @pytest.mark.parametrize("tokenizer", [None, "whitespace"])
 def test_what_a_constant_reaches_is_what_a_system_that_repeats_it_scores(tokenizer):
     training, references = real_captions(30), real_captions(70)[30:]
