@@ -43,8 +43,7 @@ from captioning.training.adapt import load_model, pin_retriever
 from captioning.training.arguments import CaptioningArguments, DataArguments, ModelArguments
 from captioning.training.concept_loss import caption_and_concept_loss, set_up_concept_head
 from captioning.training.fingerprint import fingerprint
-from captioning.training.folder_lock import hold_folder
-from captioning.training.output_folder import own_output_dir, write_recipe
+from captioning.training.output_folder import hold_folder, own_output_dir, write_recipe
 from captioning.training.recipe import parse_arguments, parse_push_arguments
 from captioning.training.safeguards import UnreadableImages
 from captioning.training.self_critical import self_critical

@@ -21,7 +21,6 @@ from captioning.errors import UserError
     [
         (UserError("a is b; set c"), "error: a is b; set c", 2),
         (UserError("Traceback ...\ncaptioning.errors.UserError: a is b; set c"), "error: a is b; set c", 2),
-        (KeyboardInterrupt(), "error: interrupted", 130),
         (OSError(errno.ENOSPC, "full", "a.json"), "error: no space left to write 'a.json'; free some", 2),
         (OSError(errno.EDQUOT, "full"), "error: no space left to write 'a file'; free some", 2),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "error: no space left to write", 2),
