@@ -28,8 +28,7 @@ from metrics import rouge_tokens, wording_scores
 
 
 REWARDS = ("rouge1", "rouge2", "rougeL", "imageclef_rouge1", *(f"{name}_f1" for name in ATTRIBUTES), "concept_f1")
-# A training has collapsed if more than this share of the images since the last log, or of `MIN_JUDGED`, has the same
-# greedy caption, or one that does not end
+# Collapse: so many of the images since the last log, or of `MIN_JUDGED`, have one greedy caption, or one without end
 COLLAPSED, MIN_JUDGED = 0.9, 64
 MEASURED = ("greedy_reward", "reward", "sample_length", "repeated_trigrams")  # means over images, and over samples
 
@@ -102,10 +101,9 @@ class SelfCritical:
         return (batch["labels"] != IGNORE_INDEX).any(dim=1).sum()
 
     def loss(self, trainer, model: torch.nn.Module, batch: Batch, beside: Mapping, num_items: torch.Tensor):
-        """Return the loss of a micro-batch of B images, whose ids are in `beside`.
+        """Return the loss of a micro-batch of B images, whose ids are in `beside`; those without labels do not count.
 
-        `num_items` are the caption tokens and the images of the whole accumulated batch, in all processes. Images
-        whose labels are all masked do not count.
+        `num_items` are the caption tokens and the images of the whole accumulated batch, in all processes.
         """
         captioner, labels, image_ids = self.captioner, batch["labels"].cpu().numpy(), beside["image_id"]
         tokens = self._sample(trainer, batch, image_ids)  # [B, 1 + K, T], greedy search first
@@ -138,8 +136,8 @@ class SelfCritical:
         for of_image, image_id in zip(uniforms, image_ids, strict=True):
             seed = (args.seed, trainer.state.global_step, zlib.crc32(image_id.encode()))
             of_image[1:] = np.random.default_rng(seed).random(shape, dtype=np.float32)
-        truncated = {"top_k": args.sampling_top_k, "top_p": args.sampling_top_p}
-        settings = GenerationConfig(do_sample=True, temperature=args.sampling_temperature, **truncated)
+        temperature, top_k, top_p = args.sampling_temperature, args.sampling_top_k, args.sampling_top_p
+        settings = GenerationConfig(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p)
         captioner.model.eval()
         with trainer.accelerator.autocast(), captioner.evaluation():
             uniforms = torch.from_numpy(uniforms).to(batch["labels"].device)
@@ -161,16 +159,15 @@ class SelfCritical:
         unended = f"a caption that does not end within {self.args.max_new_tokens} tokens"
         number, what = max((number, f"the caption '{caption[:80]}'"), (ends.count(False), unended))
         if number > COLLAPSED * max(len(seen), MIN_JUDGED):
-            raise UserError(
-                f"self-critical training has collapsed: {number} of the last {len(seen)} images get {what}; start "
-                "again with a lower --learning_rate, a --caption_loss_weight, or from a better trained model"
-            )
+            mend = "start again with a lower --learning_rate, a --caption_loss_weight, or from a better trained model"
+            images = f"{number} of the last {len(seen)} images"
+            raise UserError(f"self-critical training has collapsed: {images} get {what}; {mend}")
         means = dict(zip(MEASURED, np.mean(values, axis=0).tolist(), strict=True))
         return means | {"distinct_captions": len(set(captions)) / len(seen)}
 
 
 def _repeated_trigrams(caption: str) -> float:
-    """Return the share of the trigrams of words that have occurred before in the caption."""
+    """Return the share of the trigrams of words that occurred before."""
     trigrams = list(pairwise(pairwise(rouge_tokens(caption))))
     return 1 - len(set(trigrams)) / len(trigrams) if trigrams else 0.0
 
