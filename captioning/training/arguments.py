@@ -27,14 +27,12 @@ from metrics import METRIC_NAMES
 RANGES = decoding.LIMITS | {
     "learning_rate": (0, 1e308),  # any float but infinity; a training that explodes is reported when it does
     "num_train_epochs": (0, 10**6),
-    "label_smoothing": (0, 0.999),
     "max_rejected_fraction": (0, 1),
     "seed": (0, 2**32 - 1),  # of numpy
     "image_size": (1, 8192),
     "vocab_size": (100, 2**20),
     "lora_r": (1, 4096),
     "lora_alpha": (1, 2**20),
-    "lora_dropout": (0, 0.999),
     "preprocessing_num_workers": (1, 512),
     "dataloader_num_workers": (0, 512),
     "num_samples": (2, 256),
@@ -42,6 +40,7 @@ RANGES = decoding.LIMITS | {
     "sampling_top_p": (0.001, 1),
     "retrieved_captions": (0, 64),
 }
+RANGES |= dict.fromkeys(("label_smoothing", "lora_dropout"), (0, 0.999))
 RANGES |= dict.fromkeys(("data_seed", "neighbor_samples", "sampling_top_k", "caption_loss_weight"), (0, math.inf))
 RANGES |= dict.fromkeys((
     "max_train_samples", "max_eval_samples", "max_predict_samples", "dataloader_prefetch_factor",

@@ -9,7 +9,6 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 from datasets import Dataset
 from PIL import Image
@@ -94,18 +93,17 @@ def asymmetric_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 class CaptionAndConceptLoss:
-    """The objective of a `CaptioningTrainer` that learns concepts beside captions.
+    """The objective of a `CaptioningTrainer` that learns concepts beside captions, with the `args` of a run on `rows`.
 
-    Args:
-        captioner: the trainer's, with a concept head.
-        args: a run's `CaptioningArguments`, of which it reads the fields for concepts.
-        positive_weights: float `[C]`, of the labels 1 in `bce`.
+    In `bce` a label 1 of a concept of n among N images weighs sqrt((N - n) / n).
     """
 
-    def __init__(self, captioner: Captioner, args, positive_weights: torch.Tensor):
+    def __init__(self, captioner: Captioner, args, rows: Dataset):
         self.captioner, self.weight = captioner, args.concept_weight()
         self._loss = asymmetric_loss if args.concept_loss == "asymmetric" else self._weighted_bce
-        self._positive_weights = positive_weights
+        counts, labeled = count_concepts(rows["cui"], args.unlabeled_are_negative)
+        numbers = torch.tensor([counts[cui] for cui in captioner.concept_head.concepts], dtype=torch.float64)
+        self._positive_weights = ((labeled - numbers).clamp(min=1) / numbers).sqrt().float()
         self._step, self._seen, self._num_steps = torch.zeros(2), torch.zeros(2), 0  # losses of captions and concepts
 
     def _weighted_bce(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -159,16 +157,3 @@ class CaptionAndConceptLoss:
         means = dict(zip(("caption_loss", "concept_loss"), (seen / number).tolist(), strict=True))
         weight = self.captioner.concept_head.loss_weight.item() if self.weight is None else self.weight
         return means | {"concept_loss_weight": weight}
-
-
-def caption_and_concept_loss(captioner: Captioner, args, rows: Dataset | None) -> CaptionAndConceptLoss | None:
-    """Return the objective of a run that trains on `rows` and learns concepts, else None.
-
-    In `bce` a label 1 of a concept of n among N images weighs sqrt((N - n) / n).
-    """
-    if not (args.do_train and args.learns_concepts):
-        return None
-    counts, labeled = count_concepts(rows["cui"], args.unlabeled_are_negative)
-    numbers = np.array([counts[cui] for cui in captioner.concept_head.concepts])
-    weights = np.sqrt(np.maximum(labeled - numbers, 1) / numbers)
-    return CaptionAndConceptLoss(captioner, args, torch.from_numpy(weights).float())

@@ -20,7 +20,7 @@ from captioning.files import to_json, write_whole
 from captioning.models.lora import WEIGHT_FILES
 from captioning.training.arguments import CaptioningArguments, DataArguments, ModelArguments
 from captioning.training.checkpoints import checkpoint_fault, last_complete_checkpoint
-from captioning.training.fingerprint import changes, refuse_changes
+from captioning.training.fingerprint import changes
 from captioning.training.recipe import resolved_recipe
 
 
@@ -100,8 +100,8 @@ def _is_at(path: Path, file: int) -> bool:
 def own_output_dir(args: CaptioningArguments) -> Iterator[str | None]:
     """Hold the output folder for this run; the value is the checkpoint to resume from, if any.
 
-    A run whose folder has the default name gets one of its own, with a number behind the name if need be, and resumes
-    in the last of these in which a training has begun. `args.output_dir` is set to it, in all processes.
+    A run that names no folder gets one of its own, with a number behind the default name if need be, or resumes in the
+    last of these in which a training has begun. `args.output_dir` is set to it, in all processes.
 
     Raises:
         UserError: the folder cannot be written, is in use, holds another run, or the checkpoint is incomplete.
@@ -113,7 +113,7 @@ def own_output_dir(args: CaptioningArguments) -> Iterator[str | None]:
             names = [args.output_dir]
             torch.distributed.broadcast_object_list(names, device=args.device)
             args.output_dir = names[0]
-        yield checkpoint_to_resume(args)
+        yield _checkpoint_to_resume(args)
 
 
 def _take_folder(args: CaptioningArguments, stack: ExitStack) -> str:
@@ -173,12 +173,7 @@ def _recipe_in(folder: str) -> dict[str, Any]:
 # --- What is resumed there ------------------------------------------------------------------------------------
 
 
-def checkpoint_to_resume(args: CaptioningArguments) -> str | None:
-    """Return the checkpoint to resume from, if any.
-
-    Raises:
-        UserError: the output folder holds another run, or the checkpoint is incomplete.
-    """
+def _checkpoint_to_resume(args: CaptioningArguments) -> str | None:
     folder, resume = Path(args.output_dir), args.resume_from_checkpoint
     if not args.do_train:
         if any((folder / name).is_file() for name in WEIGHT_FILES):
@@ -204,34 +199,27 @@ def checkpoint_to_resume(args: CaptioningArguments) -> str | None:
 
 
 def write_recipe(
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    args: CaptioningArguments,
-    found: dict[str, Any],
-    checkpoint: str | None = None,
+    model_args: ModelArguments, data_args: DataArguments, args: CaptioningArguments, digests: dict[str, Any]
 ) -> None:
     """Write `recipe.json`, and log what differs from the given recipe, or from the run that is resumed.
 
-    `found` is the fingerprint of the run, to which that of `args`, so far of the given recipe, is set.
+    `args.fingerprint`, so far that of the given recipe, becomes the `digests` of the run.
 
     Raises:
-        UserError: the run of the `checkpoint` that is to be resumed has another model, tokenizer, or other data.
+        UserError: the run that is to be resumed has another model.
     """
-    if checkpoint and not args.resume_despite_changes:
-        refuse_changes(checkpoint, found)
     given = {name: part for name, part in (args.fingerprint or {}).items() if args.do_train or name != "model"}
-    for change in (unlike := changes(given, found)):
+    for change in (unlike := changes(given, digests)):
         logger.warning("The recipe ran with something else: %s; the numbers will differ", change)
     if given and not unlike:
         logger.info("Data, tokenizer and model are those that the recipe ran with")
     if args.changed_on_resume:
         keys = ", ".join(args.changed_on_resume)
         logger.warning("The recipe's run was resumed with other values of %s; the numbers will differ", keys)
-    args.fingerprint = found
-    recipe = resolved_recipe(model_args, data_args, args) | {"fingerprint": found}
-    _log_differences("package", args.package_versions, recipe["package_versions"])
-    _log_differences("hardware", args.hardware, recipe["hardware"])
-    _log_differences("code", args.code, recipe["code"])
+    args.fingerprint = digests
+    recipe = resolved_recipe(model_args, data_args, args) | {"fingerprint": digests}
+    for part in ("package_versions", "hardware", "code"):
+        _log_differences(part.removesuffix("_versions"), getattr(args, part), recipe[part])
     before = _recipe_in(args.output_dir)
     if before and args.do_train and args.resume_from_checkpoint:
         _compare_with_resumed(before, recipe, model_args, args)
@@ -275,7 +263,7 @@ def remove_other_results(folder: str, before: dict[str, Any], recipe: dict[str, 
         logger.info("Removed the results of an earlier run from '%s'", folder)
 
 
-def _log_differences(kind: str, given: dict[str, object] | None, here: dict[str, object]) -> None:
+def _log_differences(kind: str, given: dict[str, Any] | None, here: dict[str, Any]) -> None:
     message = "The recipe ran with %s %s '%s', here is '%s': the numbers may differ"
     for name, wanted in (given or {}).items():
         if here.get(name, "none") != wanted:

@@ -128,10 +128,9 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
     try:
         model_args, data_args, args = parser.parse_dict(values)
         args.has_default_output_dir = not given
-        if args.objective == "self_critical" and model_args.config_name:
-            raise UserError("objective self_critical starts from a trained model; give one by --model_name_or_path")
-        if args.retrieved_captions and model_args.config_name:
-            raise UserError("retrieved_captions goes with --model_name_or_path: no model of a config takes them")
+        if model_args.config_name and (args.objective == "self_critical" or args.retrieved_captions):
+            wanted = "retrieved_captions" if args.retrieved_captions else "objective self_critical"
+            raise UserError(f"{wanted} starts from a trained model; give one by --model_name_or_path")
         if args.retrieved_captions and data_args.streaming:
             raise UserError("retrieved_captions needs the features of all images first; leave out --streaming")
         return model_args, data_args, args
@@ -219,9 +218,7 @@ def _read_json_object(file: Path, name: str) -> dict[str, Any]:
     with as_user_error(f"recipe '{name}' cannot be read", "recipes are in recipes/"):
         if file.exists() and (not file.is_file() or file.stat().st_size > MAX_RECIPE):
             raise UserError(f"recipe '{name}' is not a file of at most {MAX_RECIPE:,} bytes; recipes are in recipes/")
-        text = file.read_text(encoding="utf-8-sig")
-    with as_user_error(f"recipe '{name}' is not valid JSON"):
-        content = json.loads(text, object_pairs_hook=_unique_keys)
+        content = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique_keys)
         json.dumps(content, ensure_ascii=False).encode()  # fails for half of a surrogate pair
     if not isinstance(content, dict):
         raise UserError(f"recipe '{name}' must be one JSON object of names and values")

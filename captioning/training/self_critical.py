@@ -170,10 +170,3 @@ def _repeated_trigrams(caption: str) -> float:
     """Return the share of the trigrams of words that occurred before."""
     trigrams = list(pairwise(pairwise(rouge_tokens(caption))))
     return 1 - len(set(trigrams)) / len(trigrams) if trigrams else 0.0
-
-
-def self_critical(captioner: Captioner, args, rows: Dataset | None) -> SelfCritical | None:
-    """Return the objective of a run that trains on `rows`, None for the usual loss of the captions."""
-    if args.objective != "self_critical" or not args.do_train:
-        return None
-    return SelfCritical(captioner, args, Reward(parse_reward(args.reward), rows))

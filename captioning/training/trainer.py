@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,27 +38,19 @@ from captioning.training.self_critical import SelfCritical
 
 
 BESIDE = ("image_id", "concept_labels")  # in a batch of `CaptioningCollator`, and no input of the model
+SHOWN_IDS = 200  # characters, of the batch whose loss is NaN or infinite
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What an evaluation returns for the N images of a split; without generation only the first two.
+    """What an evaluation returns for the N images of a split; without generation only the first two."""
 
-    Attributes:
-        nll: float64 `[N]`, the negative log-likelihood of each reference in nats, summed over its tokens.
-        num_tokens: int `[N]`, the number of these tokens.
-        tokens: int `[N, T]`, the new tokens, padded.
-        num_new_tokens: int `[N]`, the number of new tokens without padding.
-        captions: the N texts.
-        features: float32 `[N, D]`, those of the images.
-    """
-
-    nll: np.ndarray
-    num_tokens: np.ndarray
-    tokens: np.ndarray | None = None
-    num_new_tokens: np.ndarray | None = None
+    nll: np.ndarray  # float64 `[N]`, negative log-likelihood of each reference in nats, summed over its tokens
+    num_tokens: np.ndarray  # int `[N]`, of the references
+    tokens: np.ndarray | None = None  # int `[N, T]`, the new ones, padded
+    num_new_tokens: np.ndarray | None = None  # int `[N]`, without padding
     captions: list[str] | None = None
-    features: np.ndarray | None = None
+    features: np.ndarray | None = None  # float32 `[N, D]`, of the images
 
 
 class CaptioningTrainer(Seq2SeqTrainer):
@@ -106,13 +99,8 @@ class CaptioningTrainer(Seq2SeqTrainer):
         """Return the stock loader; several processes share the global batches that one process would have."""
         if self.args.world_size == 1:
             return super().get_train_dataloader()
-        return self._get_dataloader(
-            dataset=PaddedRows(self.train_dataset, self.captioner.prompt_row),
-            description="Training",
-            batch_size=self._train_batch_size,
-            sampler_fn=self._padded_sampler,
-            is_training=True,
-        )
+        rows, size = PaddedRows(self.train_dataset, self.captioner.prompt_row), self._train_batch_size
+        return self._get_dataloader(rows, "Training", size, sampler_fn=self._padded_sampler, is_training=True)
 
     def _padded_sampler(self, rows: PaddedRows) -> PaddedSampler:
         global_batch = self._train_batch_size * self.args.world_size
@@ -178,7 +166,7 @@ class CaptioningTrainer(Seq2SeqTrainer):
         self._beside = {name: inputs.pop(name) for name in BESIDE if name in inputs}
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
-            ids = ", ".join(self._beside.get("image_id", ["unknown"]))
+            ids = textwrap.shorten(", ".join(self._beside.get("image_id", ["unknown"])), SHOWN_IDS, placeholder=" ...")
             what = f"the loss of step {self.state.global_step + 1} is {loss.item()}, at the images {ids}"
             raise not_finite(what, self.args.output_dir)
         return loss
@@ -190,14 +178,13 @@ class CaptioningTrainer(Seq2SeqTrainer):
             UserError: the loss is NaN or infinity, or memory or disk are full.
             Stopped: a signal came; a checkpoint is saved.
         """
-        stop = self.stop_on_signal
         full = full_is_user_error(self.args.output_dir, self._train_batch_size, "train")
-        with on_stop_signals(stop.receive), full:
+        with on_stop_signals(self.stop_on_signal.receive), full:
             output = super().train(*args, **kwargs)
-            if stop.stopping:
+            if self.stop_on_signal.stopping:
                 raise self._stopped()
-        output.metrics["train_loss"] = mean_training_loss(self.state.log_history)
-        return output._replace(training_loss=output.metrics["train_loss"])
+        loss = mean_training_loss(self.state.log_history)
+        return output._replace(training_loss=loss, metrics=output.metrics | {"train_loss": loss})
 
     # --- Files ------------------------------------------------------------------------------------------------
 
@@ -308,7 +295,6 @@ class CaptioningTrainer(Seq2SeqTrainer):
         return is_new
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        """Load the weights as the stock Trainer does; those of another model, or of NaN, are a one-line error."""
         mend = "resume from another checkpoint, or set another --output_dir"
         with as_user_error(f"the weights in '{resume_from_checkpoint}' are not those of this model", mend):
             if not self._loads_by_old_names(resume_from_checkpoint):
@@ -349,7 +335,6 @@ class CaptioningTrainer(Seq2SeqTrainer):
             raise KeyError(f"{len(unlike)} are missing or unknown, such as {unlike[0]}")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load them as the stock Trainer does; a failure is a one-line error."""
         with as_user_error(f"'{checkpoint}' cannot be resumed", "resume from another checkpoint"):
             super()._load_optimizer_and_scheduler(checkpoint)
 
@@ -361,8 +346,6 @@ class CaptioningTrainer(Seq2SeqTrainer):
         """Wait until each process has saved its state: then the first writes `trainer_state.json`."""
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()
-
-    # --- Hub --------------------------------------------------------------------------------------------------
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Do nothing: the card is written after the run; the Trainer's own has no scores (T16)."""

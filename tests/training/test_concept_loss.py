@@ -27,7 +27,7 @@ import run_captioning
 from captioning.errors import UserError
 from captioning.models.captioner import IGNORE_INDEX
 from captioning.models.load import load_captioner
-from captioning.training.concept_loss import asymmetric_loss, caption_and_concept_loss, set_up_concept_head
+from captioning.training.concept_loss import CaptionAndConceptLoss, asymmetric_loss, set_up_concept_head
 
 
 HEAD = "concept_head.safetensors"
@@ -44,7 +44,7 @@ def make(make_trainer, splits):
         if captioner.concept_head is None:
             set_up_concept_head(captioner, splits["train"], trainer.args)
             trainer = make_trainer(captioner=captioner, splits=splits, **arguments)
-        trainer.objective = caption_and_concept_loss(captioner, trainer.args, splits["train"])
+        trainer.objective = CaptionAndConceptLoss(captioner, trainer.args, splits["train"])
         trainer.data_collator.concepts = captioner.concept_head.concepts
         trainer.data_collator.unlabeled_are_negative = trainer.args.unlabeled_are_negative
         return trainer
@@ -210,8 +210,8 @@ def test_two_processes_train_as_one(family, captioner, parquet_folder, tmp_path)
         ({"concept_loss_weight": "much"}, "concept_loss_weight is 'much'"),
         ({"concept_loss_weight": "-1"}, "concept_loss_weight is -1.0; set auto, or a number from 0"),
         ({"concept_loss_weight": "nan"}, "concept_loss_weight is nan"),
-        ({"concept_loss": "focal"}, "concept_loss is 'focal'; set asymmetric or bce"),
-        ({"concept_thresholds": "all"}, "concept_thresholds is 'all'; set one or each"),
+        ({"concept_loss": "focal"}, "argument --concept_loss: invalid choice: 'focal'"),
+        ({"concept_thresholds": "all"}, "argument --concept_thresholds: invalid choice: 'all'"),
         ({"min_concept_count": 13}, "no concept has 13 training images"),
         ({"objective": "self_critical"}, "goes with --objective likelihood"),
     ],
