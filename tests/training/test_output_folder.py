@@ -14,10 +14,6 @@ from captioning.training.output_folder import LOCK_FILE, FolderInUse, hold_folde
 from run_captioning import main
 
 
-def held_by(pid: int) -> str:
-    return rf"output folder '.*' is being written by process {pid} on \S+; wait until it has ended"
-
-
 @pytest.fixture
 def holder(tmp_path):
     """A process that holds the folder `run`, with a forked worker, until it is killed."""
@@ -36,15 +32,11 @@ with hold_folder({str(tmp_path / "run")!r}):
     process.send_signal(signal.SIGKILL)
 
 
-def test_a_folder_that_a_run_writes_is_neither_written_nor_pushed_by_another(
-    holder, config_file, parquet_folder, tmp_path
-):
-    for arguments in (
-        flags(config_file, parquet_folder, tmp_path / "run"),
-        flags(config_file, parquet_folder, tmp_path / "run", resume_from_checkpoint=True),
-        ["--push_only", str(tmp_path / "run")],
-    ):
-        with pytest.raises(FolderInUse, match=held_by(holder.pid)):
+def test_a_folder_that_a_run_writes_is_neither_written_nor_pushed_by_another(holder, tmp_path):
+    new = flags(None, "phantoms", tmp_path / "run", model_name_or_path="some/model")
+    said = rf"output folder '.*' is being written by process {holder.pid} on \S+; wait until it has ended"
+    for arguments in (new, [*new, "--resume_from_checkpoint", "true"], ["--push_only", str(tmp_path / "run")]):
+        with pytest.raises(FolderInUse, match=said):
             main(arguments)
 
 
