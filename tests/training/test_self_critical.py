@@ -2,6 +2,7 @@
 
 import copy
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def test_the_gradient_is_that_of_reinforce_with_a_leave_one_out_baseline(make, c
     monkeypatch.setattr(SelfCritical, "_sample", lambda *args: seen.append(sample(*args)) or seen[-1])
     rouge = RougeScorer(["rougeL"])
     reward = Reward({"rougeL": 1.0}, splits["train"])
-    _, gradients = one_step(lambda **arguments: make(reward=reward, **arguments), captioner, 8, 1)
+    _, gradients = one_step(partial(make, reward=reward), captioner, 8, 1)
     model, collator, advantages = stock_copy(captioner.model).eval(), make(captioner).data_collator, []
     for row, (_, *samples) in zip(splits["train"].select(range(8)), seen[0], strict=True):
         texts = captioner.decode(np.array(samples))
@@ -67,21 +68,18 @@ def test_the_gradient_is_that_of_reinforce_with_a_leave_one_out_baseline(make, c
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
 def test_loss_and_gradients_do_not_depend_on_accumulation(make, captioner, weight):
-    def make_weighted(**arguments):
-        return make(weight=weight, **arguments)
-
-    loss, gradients = one_step(make_weighted, captioner, 8, 1)
-    for sizes in ((4, 2), (2, 4)):
-        other, others = one_step(make_weighted, captioner, *sizes)
+    sizes = ((8, 1), (4, 2), (2, 4))
+    (loss, gradients), *parts = (one_step(partial(make, weight=weight), captioner, *size) for size in sizes)
+    for other, others in parts:
         assert other == pytest.approx(loss, rel=1e-5, abs=1e-7)
         assert_same_gradients(others, gradients)
 
 
 def test_without_rewards_the_caption_loss_is_left(make, make_trainer, captioner):
-    nothing = one_step(lambda **a: make(reward=lambda texts, ids: np.ones(len(texts)), weight=2, **a), captioner, 4, 2)
-    loss, gradients = one_step(make_trainer, captioner, 8, 1)
-    assert nothing[0] == pytest.approx(2 * loss, rel=1e-5)
-    assert_same_gradients(nothing[1], {name: 2 * gradient for name, gradient in gradients.items()})
+    same = partial(make, reward=lambda texts, ids: np.ones(len(texts)), weight=2)
+    found, expected = one_step(same, captioner, 4, 2), one_step(make_trainer, captioner, 8, 1)
+    assert found[0] == pytest.approx(2 * expected[0], rel=1e-5)
+    assert_same_gradients(found[1], {name: 2 * gradient for name, gradient in expected[1].items()})
 
 
 def test_two_processes_train_as_one_and_rewarded_scores_are_marked(captioner, parquet_folder, tmp_path):
@@ -165,9 +163,8 @@ def test_a_resumed_run_ends_with_the_same_weights(make, captioner, tmp_path):
     arguments = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "eval_strategy": "no", "logging_steps": 2}
     arguments |= {"load_best_model_at_end": False, "learning_rate": 1e-3}
     arguments["reward"] = lambda texts, image_ids: np.array([len(text) % 7 / 7 for text in texts])
-    whole = make(copy.deepcopy(captioner), **arguments)
+    whole, other = (make(copy.deepcopy(captioner), **arguments) for _ in range(2))
     whole.train()
-    other = make(copy.deepcopy(captioner), **arguments)
     other.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, other.model.state_dict()[name]), name

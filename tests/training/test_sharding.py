@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import DatasetDict
 from helpers import (
     flags,
     losses,
@@ -47,9 +48,7 @@ def launch(launcher: str, number: int, arguments: list, script="run_captioning.p
 def odd_folder(tmp_path_factory) -> Path:
     """Splits whose sizes no number of processes divides."""
     folder = tmp_path_factory.mktemp("odd")
-    (folder / "data").mkdir()
-    for split, number, first in (("train", 23, 0), ("validation", 11, 100), ("test", 7, 200)):
-        make_rows(number, first).to_parquet(str(folder / "data" / f"{split}-00000-of-00001.parquet"))
+    DatasetDict(train=make_rows(23), validation=make_rows(11, 100), test=make_rows(7, 200)).save_to_disk(folder)
     return folder
 
 
@@ -134,9 +133,8 @@ def test_training_in_several_processes_is_that_of_one(
 def test_scores_of_a_model_are_the_same_in_every_digit(odd_folder, alone, tmp_path, number):
     one, several = tmp_path / "one", tmp_path / "several"
     options = {"num_beams": 2, "neighbor_samples": 6}
-    sized = {"per_device_eval_batch_size": 6}, {"per_device_eval_batch_size": 6 // number}
-    run(score_flags(alone, odd_folder, one, **options | sized[0]))
-    run_ranks(number, score_flags(alone, odd_folder, several, **options | sized[1]))
+    run(score_flags(alone, odd_folder, one, per_device_eval_batch_size=6, **options))
+    run_ranks(number, score_flags(alone, odd_folder, several, per_device_eval_batch_size=6 // number, **options))
     for name in ("scores.json", "predictions/validation.jsonl", "predictions/test.jsonl"):
         assert (one / name).read_text() == (several / name).read_text(), name
     found, expected = (read_json(path / "all_results.json") for path in (several, one))
@@ -185,7 +183,7 @@ def test_no_process_hangs_when_another_fails(failing, fails):
     (script, *arguments), began = failing, time.monotonic()
     errors = run_ranks(2, arguments, code=2, script=script, FAILS=str(fails))
     assert time.monotonic() - began < 120
-    assert "error: this one fails" in errors[0] if fails == 0 else "error (process 1): this one fails" in errors[1]
+    assert ("error: this one fails", "error (process 1): this one fails")[fails] in errors[fails]
     assert "another process of the run has ended: its error is above" in errors[1 - fails]
 
 
@@ -199,6 +197,5 @@ def test_torchrun_ends_when_one_of_its_processes_fails(failing):
 
 def test_the_first_process_alone_reports_a_mistake(config_file, tmp_path):
     errors = run_ranks(2, flags(config_file, tmp_path / "nothing", tmp_path / "run"), code=2)
-    lines = [line for text in errors for line in text.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    assert "does not exist" in lines[0]
+    (line,) = [line for text in errors for line in text.splitlines() if line.startswith("error: ")]
+    assert "does not exist" in line
