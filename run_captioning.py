@@ -56,10 +56,7 @@ from metrics import compute_metrics
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run the recipe given by `argv` (default: the command line) and return all its metrics.
 
-    With `--push_only <output folder>` a finished run is pushed instead, and there are no metrics.
-
-    Raises:
-        UserError: a mistake in the recipe, the data or the folders, or a push that failed; its message is one line.
+    `--push_only <output folder>` pushes a finished run instead. A mistake, or a push that fails, is a UserError.
     """
     begin_stages(imported=__name__ == "__main__")
     set_up_logging()

@@ -23,11 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def pin_retriever(model_args: ModelArguments, args: CaptioningArguments) -> None:
-    """Write the commit of the retriever, if there is one, into `args`.
-
-    Raises:
-        UserError: captions are to be retrieved, and the model takes none; of it only the config is read.
-    """
+    """Write the commit of the retriever, if any, into `args`; a model that takes no captions is a UserError."""
     if args.retriever:
         args.retriever_revision = pin_revision(args.retriever, args.retriever_revision, role="retriever")
     if args.retrieved_captions:
@@ -46,9 +42,7 @@ def load_model(
 
     A run that trains also learns how `captions` are written; a resumed one keeps the tokenizer of its checkpoint. The
     model's commit or config is written into `model_args`, the prompt of its family into `data_args` if there is none.
-
-    Raises:
-        UserError: there is no such model, or it cannot be adapted in this way.
+    A model that is missing, or cannot be adapted in this way, is a UserError.
     """
     captions, to_write = tee(captions)
     changed = checkpoint if args.resume_despite_changes else None  # its own tokenizer fits its embeddings

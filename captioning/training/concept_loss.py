@@ -32,10 +32,8 @@ AUTO_SHARE, AUTO_RANGE = 0.1, (0.05, 5.0)
 def set_up_concept_head(captioner: Captioner, rows: Dataset | None, args, names: Mapping[str, str] = {}) -> None:
     """Give the model of a run that learns concepts from `rows` a head, unless it was loaded with one.
 
-    `names` of concepts go before those of `NAMES`. A training without concepts leaves out a head: features change.
-
-    Raises:
-        UserError: no concept has enough images, or the head has other concepts.
+    `names` of concepts go before those of `NAMES`. A training without concepts leaves out a head: features change. If
+    no concept has enough images, or the head has others, that is a UserError.
     """
     if not args.do_train:
         return

@@ -60,8 +60,7 @@ def generation_config(fields: Mapping[str, Any]) -> GenerationConfig:
 def settings_of_grid(fields: Mapping[str, Any], grid: Sequence[str]) -> list[dict[str, Any]]:
     """Return the decode settings of a recipe, and those of each combination of values in each part of a grid.
 
-    Raises:
-        UserError: a part is not like 'num_beams=3,5 length_penalty=1,2', or has more than 100 combinations.
+    A part that is not like 'num_beams=3,5 length_penalty=1,2', or has more than 100 combinations, is a UserError.
     """
     own = {name: fields[name] for name in DEFAULTS if name != "max_new_tokens"}
     found = {repr(decode_settings(fields)): own}

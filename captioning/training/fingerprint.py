@@ -62,11 +62,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def refuse_changes(checkpoint: str, now: Mapping[str, Any]) -> None:
-    """Compare with the fingerprint in a checkpoint, if it has one.
-
-    Raises:
-        UserError: saying what has changed.
-    """
+    """Raise a UserError that says what has changed since a checkpoint, if that has a fingerprint."""
     path = Path(checkpoint) / FINGERPRINT_FILE
     if path.is_file():
         with as_user_error(f"'{path}' cannot be read", "delete it to resume without this check"):

@@ -49,9 +49,7 @@ class FolderInUse(UserError):
 def hold_folder(folder: str | os.PathLike) -> Iterator[None]:
     """Keep other runs out of a folder, also those of machines that share it; the lock ends with the process.
 
-    Raises:
-        FolderInUse: naming the process that has the folder.
-        UserError: the block failed, and the folder was removed meanwhile.
+    Raises a FolderInUse that names the holder, or a UserError if the block fails and the folder was removed meanwhile.
     """
     path, file = Path(folder) / LOCK_FILE, None
     with ExitStack() as stack:
@@ -101,10 +99,8 @@ def own_output_dir(args: CaptioningArguments) -> Iterator[str | None]:
     """Hold the output folder for this run; the value is the checkpoint to resume from, if any.
 
     A run that names no folder gets one of its own, with a number behind the default name if need be, or resumes in the
-    last of these in which a training has begun. `args.output_dir` is set to it, in all processes.
-
-    Raises:
-        UserError: the folder cannot be written, is in use, holds another run, or the checkpoint is incomplete.
+    last of these in which a training has begun. `args.output_dir` is set to it, in all processes. A folder that cannot
+    be written, is in use or holds another run, and a checkpoint that is incomplete, are UserErrors.
     """
     with ExitStack() as stack:
         if args.process_index == 0:
@@ -203,10 +199,7 @@ def write_recipe(
 ) -> None:
     """Write `recipe.json`, and log what differs from the given recipe, or from the run that is resumed.
 
-    `args.fingerprint`, so far that of the given recipe, becomes the `digests` of the run.
-
-    Raises:
-        UserError: the run that is to be resumed has another model.
+    `args.fingerprint`, so far of the given recipe, becomes the `digests` of the run. Another model is a UserError.
     """
     given = {name: part for name, part in (args.fingerprint or {}).items() if args.do_train or name != "model"}
     for change in (unlike := changes(given, digests)):

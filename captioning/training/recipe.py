@@ -103,11 +103,7 @@ class RecipeParser(OneLineParser, HfArgumentParser):
 
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, CaptioningArguments]:
-    """Parse `[recipe.json] [--flag value ...]` into the three dataclasses.
-
-    Raises:
-        UserError: the recipe is missing or malformed, a key or flag is unknown, a value has the wrong type or range.
-    """
+    """Parse `[recipe.json] [--flag value ...]` into the three dataclasses; a mistake is a UserError that names it."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = RecipeParser(
         DATACLASSES,
@@ -139,11 +135,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
 
 
 def parse_push_arguments(argv: list[str] | None = None) -> PushArguments | None:
-    """Parse `--push_only <output folder> ...`; return None where that flag is not given.
-
-    Raises:
-        UserError: another flag is given that has no effect on a push.
-    """
+    """Parse `--push_only <output folder> ...`; return None where that flag is not given."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if "push_only" not in _flags(argv):
         return None
@@ -190,13 +182,9 @@ def _default_output_dir(values: dict[str, Any]) -> str:
 
 
 def read_recipe(path: str) -> dict[str, Any]:
-    """Read a recipe and check that each key is a field of the three dataclasses and its value of the field's type.
+    """Read a recipe, a file or `hf://<user>/<model>[@<revision>]/recipe.json`.
 
-    Args:
-        path: a file, or `hf://<user>/<model>[@<revision>]/recipe.json`.
-
-    Raises:
-        UserError: naming the file and the key.
+    A key that is no field of the three dataclasses, and a value of another type than its, are UserErrors.
     """
     from_hub = path.startswith("hf://")
     recipe = _read_json_object(Path(download_recipe(path) if from_hub else path), path)

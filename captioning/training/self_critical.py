@@ -36,8 +36,7 @@ MEASURED = ("greedy_reward", "reward", "sample_length", "repeated_trigrams")  # 
 def parse_reward(text: str) -> dict[str, float]:
     """Return the weight of each score of a reward such as "imageclef_rouge1=0.5,concept_f1=0.5"; the default is 1.
 
-    Raises:
-        UserError: a score is unknown or a weight is not a positive number.
+    An unknown score, and a weight that is not a positive number, are UserErrors.
     """
     parts = [part.partition("=") for part in text.split(",")]
     with as_user_error(f"reward '{text}'", "write it as rougeL=0.5,concept_f1=0.5"):
@@ -53,8 +52,7 @@ def parse_reward(text: str) -> dict[str, float]:
 class Reward:
     """A weighted sum of scores of captions of the training split `rows`; each score is from 0 to 1.
 
-    Raises:
-        UserError: ids are not unique, or concepts are rewarded that cannot be learned from the split.
+    Ids that are not unique, and rewarded concepts that cannot be learned from the split, are UserErrors.
     """
 
     def __init__(self, weights: dict[str, float], rows: Dataset):
@@ -84,12 +82,9 @@ class Reward:
 
 
 class SelfCritical:
-    """The objective of a `CaptioningTrainer`, in place of its own loss.
+    """The objective of a `CaptioningTrainer`, in place of its own loss, with the `args` of a run.
 
-    Args:
-        captioner: the trainer's.
-        args: a run's `CaptioningArguments`, of which it reads the fields for self-critical training.
-        reward: called with N captions and the ids of their images; returns float `[N]`.
+    `reward` is called with N captions and the ids of their images, and returns float `[N]`.
     """
 
     def __init__(self, captioner: Captioner, args, reward: Callable[[Sequence[str], Sequence[str]], np.ndarray]):
@@ -146,11 +141,7 @@ class SelfCritical:
         return tokens.cpu().numpy()
 
     def measured(self, trainer=None) -> dict[str, float]:
-        """Return what all processes have seen since the last call, which all of them make.
-
-        Raises:
-            UserError: nearly all images have the same caption, or captions that do not end.
-        """
+        """Return what all processes have seen since the last call, which all make; a collapse is a UserError."""
         seen, self._seen = gather_object(self._seen), []
         if not seen:
             return {}

@@ -174,9 +174,7 @@ class CaptioningTrainer(Seq2SeqTrainer):
     def train(self, *args, **kwargs) -> TrainOutput:
         """Train; the `train_loss` returned is the mean over all steps of the run, also of those before a resume.
 
-        Raises:
-            UserError: the loss is NaN or infinity, or memory or disk are full.
-            Stopped: a signal came; a checkpoint is saved.
+        NaN, infinity, full memory or disk raise a UserError, a signal `Stopped` when a checkpoint is saved.
         """
         full = full_is_user_error(self.args.output_dir, self._train_batch_size, "train")
         with on_stop_signals(self.stop_on_signal.receive), full:
@@ -240,9 +238,7 @@ class CaptioningTrainer(Seq2SeqTrainer):
     def _save_checkpoint(self, model, trial) -> None:
         """Save as the stock Trainer does; a run that is to stop ends here, before old checkpoints are deleted.
 
-        Raises:
-            UserError: a weight is NaN or infinity after the last update, which no loss has shown yet.
-            Stopped: a signal came.
+        A weight may be NaN or infinity after the last update, which no loss has shown yet: that is a UserError.
         """
         if nan_weights(self.model):
             what = f"step {self.state.global_step} made weights NaN or infinite, and no checkpoint is saved"

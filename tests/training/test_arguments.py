@@ -18,7 +18,7 @@ import run_captioning
 from captioning.errors import UserError
 from captioning.models.load import build_captioner
 from captioning.training import recipe as recipe_module
-from captioning.training.arguments import FIXED_FIELDS, CaptioningArguments
+from captioning.training.arguments import FIXED_FIELDS, RANGES, CaptioningArguments
 from captioning.training.recipe import (
     OTHER_NAMES,
     REPLACED_FIELDS,
@@ -32,7 +32,6 @@ from captioning.training.recipe import (
 
 RECIPES = sorted((ROOT / "recipes").glob("*.json"))
 MODEL = ["--model_name_or_path", "some/model"]
-CHECKPOINTING = "--gradient_checkpointing_kwargs"
 FAMILIES = {"blip2": "blip-2-opt", "qwen3_vl_4b": "qwen3_vl", "medgemma_4b": "gemma3", "llava": "llava"}
 # The size of a short run; all else is the recipe's
 SHORT = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, num_train_epochs=1, max_train_samples=8)
@@ -156,14 +155,10 @@ def test_decode_settings_that_do_nothing_are_left_out():
         ({"zzz": 3}, "unknown key 'zzz'$"),
         ({"num_beams": "3"}, "'num_beams' is \"3\", which is not of type int"),
         ({"num_beams": True}, "'num_beams' is true, which is not of type int"),
-        ({"num_beams": 3.0}, "which is not of type int"),
         ({"learning_rate": "1e-5"}, "'learning_rate' is \"1e-5\", which is not of type float"),
         ({"do_train": "yes"}, "which is not of type bool"),
-        ({"do_train": 1}, "which is not of type bool"),
         ({"max_train_samples": [1]}, "which is not of type int or null"),
         ({"seed": None}, "'seed' is null, which is not of type int"),
-        ({"fsdp": True}, "fsdp is not used here; .*docs/distributed.md"),
-        ({"deepspeed": 7}, "deepspeed is not used here"),
         ("{", "cannot be read"),
         ("[" * 100_000, "cannot be read"),
         ("[]", "must be one JSON object"),
@@ -192,30 +187,25 @@ def test_a_missing_recipe_is_named():
         ([*MODEL, "stray"], "'stray' is not a flag"),
         ([*MODEL, "--num_beams", "three"], "invalid int value: 'three'"),
         ([*MODEL, "--num_beams", "0"], "num_beams is 0; set --num_beams from 1 to 256"),
-        ([*MODEL, "--max_new_tokens", "0"], "max_new_tokens is 0"),
         ([*MODEL, "--min_new_tokens", "9", "--max_new_tokens", "8"], "min_new_tokens 9 exceeds max_new_tokens 8"),
-        ([*MODEL, "--max_predict_samples", "0"], "max_predict_samples is 0"),
         ([*MODEL, "--max_rejected_fraction", "2"], "set --max_rejected_fraction from 0 to 1"),
-        ([*MODEL, "--label_smoothing", "1"], "label_smoothing is 1.0"),
         ([*MODEL, "--tokenizer_name", "x"], "tokenizer_name goes with config_name"),
         ([*MODEL, "--eval_strategy", "sometimes"], "sometimes"),
         ([*MODEL, "--eval_strategy", "steps"], "load_best_model_at_end requires the save and eval strategy to match"),
         ([*MODEL, "--metric_for_best_model", "rougel"], "'rougel' is not measured; did you mean 'rougeL'"),
         ([*MODEL, "--metric_for_best_model", "bleu"], "there are loss, perplexity"),
         ([*MODEL, "--learning_rate", "nan"], "learning_rate is nan"),
-        ([*MODEL, "--learning_rate", "-1"], "learning_rate is -1"),
         ([*MODEL, "--max_grad_norm", "inf"], "max_grad_norm is inf; set --max_grad_norm to 0 to clip nothing"),
         ([*MODEL, "--adam_epsilon", "nan"], "adam_epsilon is nan; set --adam_epsilon to a finite number"),
-        ([*MODEL, "--seed", "-1"], "seed is -1"),
         ([*MODEL, "--seed", str(10**30)], "set --seed from 0 to 4294967295"),
         ([*MODEL, "--length_penalty", "nan"], "length_penalty is nan"),
-        ([*MODEL, "--vocab_size", "1"], "vocab_size is 1"),
         ([*MODEL, "--train_sampling_strategy", "group_by_length"], "invalid choice: 'group_by_length'"),
         ([*MODEL, "--dataloader_drop_last", "true"], "drop rows of the evaluation"),
         ([*MODEL, "--remove_unused_columns", "true"], "remove_unused_columns must stay false"),
-        ([*MODEL, CHECKPOINTING, '{"use_reentrance": false}'], "Unexpected keyword.*use_reentrance"),
-        ([*MODEL, CHECKPOINTING, '{"context_fn": 1}'], "gradient_checkpointing_kwargs: .*context_fn"),
-        ([*MODEL, CHECKPOINTING, "yes"], "gradient_checkpointing_kwargs: .* must be a mapping"),
+        (
+            [*MODEL, "--gradient_checkpointing_kwargs", '{"use_reentrance": false}'],
+            "Unexpected.*use_reentrance",
+        ),
         ([*MODEL, "--length_penalty", "1e308"], "length_penalty is 1e\\+308; set --length_penalty from -100 to 100"),
         ([*MODEL, "--dataloader_persistent_workers", "true"], "dataloader_persistent_workers needs workers"),
     ],
@@ -224,6 +214,12 @@ def test_a_bad_flag_is_named_with_its_mend(flags, message):
     with pytest.raises(UserError, match=message) as error:
         parse_arguments(flags)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_a_number_below_its_range_is_named(name):
+    with pytest.raises(UserError, match=f"^{name} is -?[0-9.]+; set --{name} "):
+        parse_arguments([*MODEL, "--use_peft", f"--{name}={RANGES[name][0] - 1}"])
 
 
 @pytest.mark.parametrize("name", REPLACED_FIELDS)

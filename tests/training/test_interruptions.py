@@ -1,7 +1,6 @@
 """Runs that are killed, stopped or out of space leave whole files, and resume as if nothing had happened."""
 
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -9,8 +8,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
+from functools import partial
 from multiprocessing import popen_fork
 from pathlib import Path
 
@@ -48,10 +49,7 @@ def assert_whole(folder: Path) -> None:
 def test_a_run_killed_at_any_moment_leaves_whole_files_and_resumes(config_file, parquet_folder, tmp_path):
     """One moment, in the middle of training, is also in `test_end_to_end.py`."""
     options = {"num_train_epochs": 3, "resume_from_checkpoint": True, "num_beams": 2, "neighbor_samples": 8}
-
-    def arguments(folder):
-        return flags(config_file, parquet_folder, folder, save_total_limit=1, **options)
-
+    arguments = partial(flags, config_file, parquet_folder, save_total_limit=1, **options)
     run(arguments(tmp_path / "first"))  # fills the caches of the data
     began = time.monotonic()
     run(arguments(tmp_path / "whole"))
@@ -193,22 +191,25 @@ def test_processes_that_check_rows_end_with_the_command_and_without_a_word(heard
     assert error_line(capfd.readouterr().err).startswith("error: stopped by SIGINT; ")
 
 
-def test_a_second_ctrl_c_ends_the_process_at_once():
-    code = """
-import time
+def start_main(code: str):
+    """Start a process whose `main` is this code."""
+    head = """
+import multiprocessing, os, signal, threading, time
 from captioning.command_line import exit_on_user_error, on_stop_signals
 def main():
-    with on_stop_signals(lambda number: print("first", flush=True)):
-        print("ready", flush=True)
-        time.sleep(60)
-exit_on_user_error(main)
 """
-    process = server().start(["-c", code])
+    return server().start(["-c", f"{head}{textwrap.indent(code, '    ')}\nexit_on_user_error(main)"])
+
+
+def test_a_second_ctrl_c_ends_the_process_at_once():
+    process = start_main("""
+with on_stop_signals(lambda number: print("first", flush=True)):
+    print("ready", flush=True)
+    time.sleep(60)
+""")
     for word in (b"ready", b"first"):
         signal_when(lambda word=word: word in process.output(), signal.SIGINT, process)
-    began = time.monotonic()
-    output, errors = process.communicate(timeout=30)
-    assert time.monotonic() - began < 10
+    output, errors = process.communicate(timeout=10)
     assert (process.returncode, output.split()) == (128 + signal.SIGINT, ["ready", "first"])
     assert error_line(errors).startswith("error: ended by a second SIGINT; complete checkpoints are kept")
 
@@ -225,37 +226,27 @@ def test_an_output_folder_that_is_removed_is_one_line_beside_tensorboard(config_
 
 def test_a_signal_while_a_process_is_forked_is_one_line():
     """Python prints and drops an exception that is raised there."""
-    code = """
-import multiprocessing, os, signal, time
-from captioning.command_line import exit_on_user_error
+    process = start_main("""
 mask = signal.pthread_sigmask
 def send_and_unblock(how, numbers):
     if how == signal.SIG_UNBLOCK and numbers:
         os.kill(os.getpid(), signal.SIGINT)
     mask(how, numbers)
-def main():
-    signal.pthread_sigmask = send_and_unblock
-    multiprocessing.get_context("fork").Process(target=os.getpid).start()
-    time.sleep(60)
-exit_on_user_error(main)
-"""
-    process = server().start(["-c", code])
+signal.pthread_sigmask = send_and_unblock
+multiprocessing.get_context("fork").Process(target=os.getpid).start()
+time.sleep(60)
+""")
     errors = process.communicate(timeout=30)[1]
     assert process.returncode == 128 + signal.SIGINT
     assert error_line(errors).startswith("error: stopped by SIGINT; ")
 
 
 def test_an_upload_goes_on_after_a_signal_and_ends_by_another():
-    code = """
-import threading, time
-from captioning.command_line import exit_on_user_error
-def main():
-    threading.Thread(target=time.sleep, args=(60,)).start()
-    print("ready", flush=True)
-    time.sleep(60)
-exit_on_user_error(main)
-"""
-    process = server().start(["-c", code])
+    process = start_main("""
+threading.Thread(target=time.sleep, args=(60,)).start()
+print("ready", flush=True)
+time.sleep(60)
+""")
     signal_when(lambda: b"ready" in process.output(), signal.SIGINT, process)
     signal_when(lambda: b"error: " in process.output(error=True), signal.SIGINT, process)
     errors = process.communicate(timeout=30)[1]
@@ -315,25 +306,6 @@ def test_a_signal_ends_any_command_and_its_handler_is_restored(heard, capsys, nu
     assert error.value.code == 128 + number
     assert capsys.readouterr().err.startswith(f"error: stopped by {number.name}; ")
     assert signal.getsignal(number) == signal.SIG_DFL
-
-
-def test_a_forked_worker_dies_of_sigterm_without_a_line(capfd):
-    def work(started):
-        started.set()
-        time.sleep(60)
-
-    def main():
-        context = multiprocessing.get_context("fork")
-        started = context.Event()
-        worker = context.Process(target=work, args=(started,))
-        worker.start()
-        assert started.wait(30)
-        worker.terminate()
-        worker.join(30)
-        assert worker.exitcode == 143
-
-    exit_on_user_error(main)
-    assert "SIGTERM" not in capfd.readouterr().err
 
 
 # --- Full disk and memory -------------------------------------------------------------------------------------
@@ -426,7 +398,6 @@ def short_run(config_file, parquet_folder, tmp_path_factory):
     ("error", "expected"),
     [
         (OSError(28, "No space left on device", "a/b.bin"), "no space left to write 'a/b.bin'"),
-        (RuntimeError("I/O error: No space left on device (os error 28)"), "no space left to write "),
         (RuntimeError("PytorchStreamWriter failed writing file"), "no space left to write "),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "per_device_train_batch_size 4"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "--gradient_checkpointing true"),
