@@ -74,7 +74,7 @@ class ModelArguments:
     lora_r: int = HfArg(default=16, help="Their rank.")
     lora_alpha: int = HfArg(default=32, help="Their output is scaled by lora_alpha / lora_r.")
     lora_dropout: float = HfArg(default=0.05, help="Dropout of their inputs.")
-    lora_target_modules: list[str] | None = HfArg(default=None, help="Their layers; else all linear ones of the text.")
+    lora_target_modules: list[str] | None = HfArg(default=None, help="Their layers. Default: linear ones of the text.")
     merge_lora: bool = HfArg(default=False, help="End with a plain model; the adapter is kept in adapter/.")
     model_config: dict | None = HfArg(default=None, help="Written into recipe.json: the config that config_name held.")
 
@@ -148,7 +148,7 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
     bf16: bool | None = HfArg(default=None, help="Default: if the GPU has it.")
 
     # Self-critical training; sampled as in a published run on ROCOv2
-    objective: Literal["likelihood", "self_critical"] = HfArg(default="likelihood", help="Or learn from samples.")
+    objective: Literal["likelihood", "self_critical"] = HfArg(default="likelihood", help="Or from scored samples.")
     reward: str = HfArg(default="rougeL", help="Scores with weights, e.g. imageclef_rouge1=0.5,concept_f1=0.5.")
     num_samples: int = HfArg(default=4, help="Samples of each image; each is judged by the others.")
     sampling_temperature: float = HfArg(default=0.9, help="Their logits are divided by it.")
@@ -163,7 +163,7 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
     unlabeled_are_negative: bool = HfArg(default=False, help="Images without concepts count as having none of them.")
     concept_thresholds: Literal["one", "each"] = HfArg(default="one", help="One for all, or each concept its own.")
     concept_neighbors: int = HfArg(default=20, help="Nearest training images whose concepts are the baseline.")
-    retriever: str | None = HfArg(default=None, help="Vision model that finds these images. Default: the own one.")
+    retriever: str | None = HfArg(default=None, help="Vision model that finds these images. Default: the model.")
     retriever_revision: str | None = HfArg(default=None, help="Its commit, branch or tag.")
 
     # Captions in the prompt
@@ -196,7 +196,7 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
 
     # Scores
     coco_metrics: bool = HfArg(default=True, help="BLEU, CIDEr and METEOR of the final captions; they need Java.")
-    bertscore_model: str | None = HfArg(default=None, help="E.g. microsoft/deberta-xlarge-mnli, as ImageCLEF's.")
+    bertscore_model: str | None = HfArg(default=None, help="For BERTScore, e.g. microsoft/deberta-xlarge-mnli.")
     write_submission: bool = HfArg(default=False, help="Write submission.csv and .zip for ImageCLEF (test split).")
 
     push_to_hub: bool = HfArg(default=False, help="Push checkpoints during training, and the whole run at its end.")

@@ -92,9 +92,7 @@ class StopOnSignal(TrainerCallback):
 class UnreadableImages(TrainerCallback):
     """List streamed training images that cannot be read, which the collator masks from the loss; too many end the run.
 
-    Args:
-        max_fraction: of the rows trained on so far, from 0 to 1; `FEW_UNREADABLE` images are always allowed.
-        rejected_file: `rejected.jsonl`.
+    `max_fraction` is of the rows trained on so far, from 0 to 1; `FEW_UNREADABLE` images are always allowed.
     """
 
     def __init__(self, max_fraction: float, rejected_file: str | os.PathLike):

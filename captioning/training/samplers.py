@@ -38,13 +38,10 @@ class PaddedRows:
 
 
 class PaddedSampler(Sampler[int]):
-    """The indices of another sampler, then N of the blank row up to a whole number of global batches.
+    """The indices of a sampler of `num_rows` rows, then that of the blank row up to a whole number of global batches.
 
-    Args:
-        sampler: of N rows; a `RandomSampler` gets the order that accelerate gives it in one process.
-        num_rows: N.
-        multiple: rows of a global batch.
-        data_seed: the Trainer's; None for torch's.
+    A `RandomSampler` gets the order that accelerate gives it in one process. `multiple`: rows of a global batch;
+    `data_seed`: the Trainer's, None for torch's.
     """
 
     def __init__(self, sampler: Sampler[int], num_rows: int, multiple: int, data_seed: int | None = None):
