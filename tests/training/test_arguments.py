@@ -201,10 +201,7 @@ def test_a_missing_recipe_is_named():
         ([*MODEL, "--train_sampling_strategy", "group_by_length"], "invalid choice: 'group_by_length'"),
         ([*MODEL, "--dataloader_drop_last", "true"], "drop rows of the evaluation"),
         ([*MODEL, "--remove_unused_columns", "true"], "remove_unused_columns must stay false"),
-        (
-            [*MODEL, "--gradient_checkpointing_kwargs", '{"use_reentrance": false}'],
-            "Unexpected.*use_reentrance",
-        ),
+        ([*MODEL, "--gradient_checkpointing_kwargs", '{"reentrant": 0}'], "Unexpected keyword.*reentrant"),
         ([*MODEL, "--length_penalty", "1e308"], "length_penalty is 1e\\+308; set --length_penalty from -100 to 100"),
         ([*MODEL, "--dataloader_persistent_workers", "true"], "dataloader_persistent_workers needs workers"),
     ],
