@@ -41,13 +41,12 @@ from captioning.scoring.training_split import Training
 from captioning.stages import begin_stages, keep_stages, stage, time_in_words
 from captioning.training.adapt import load_model, pin_retriever
 from captioning.training.arguments import CaptioningArguments, DataArguments, ModelArguments
-from captioning.training.concept_loss import caption_and_concept_loss, set_up_concept_head
-from captioning.training.fingerprint import fingerprint
-from captioning.training.folder_lock import hold_folder
-from captioning.training.output_folder import own_output_dir, write_recipe
+from captioning.training.concept_loss import CaptionAndConceptLoss, set_up_concept_head
+from captioning.training.fingerprint import fingerprint, refuse_changes
+from captioning.training.output_folder import hold_folder, own_output_dir, write_recipe
 from captioning.training.recipe import parse_arguments, parse_push_arguments
 from captioning.training.safeguards import UnreadableImages
-from captioning.training.self_critical import self_critical
+from captioning.training.self_critical import Reward, SelfCritical, parse_reward
 from captioning.training.trainer import CaptioningTrainer
 from captioning.training.tune_decoding import tune_decoding
 from collator import CaptioningCollator
@@ -57,10 +56,7 @@ from metrics import compute_metrics
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run the recipe given by `argv` (default: the command line) and return all its metrics.
 
-    With `--push_only <output folder>` a finished run is pushed instead, and there are no metrics.
-
-    Raises:
-        UserError: a mistake in the recipe, the data or the folders, or a push that failed; its message is one line.
+    `--push_only <output folder>` pushes a finished run instead. A mistake, or a push that fails, is a UserError.
     """
     begin_stages(imported=__name__ == "__main__")
     set_up_logging()
@@ -97,13 +93,16 @@ def run(
         leaks = find_leaks({**dataset, **splits})  # a run that only scores has the training split unchecked
 
     digests = fingerprint(dataset, captioner, model_args, pool and pool.retriever)
-    write_recipe(model_args, data_args, args, digests, checkpoint)
+    if checkpoint and not args.resume_despite_changes:
+        refuse_changes(checkpoint, digests)
+    write_recipe(model_args, data_args, args, digests)
     if pool and args.do_train and args.should_save:
         pool.save(Path(args.output_dir) / FOLDER)
+    with as_user_error("the Trainer cannot be set up with these arguments"):
+        trainer = make_trainer(captioner, splits, data_args, args)
     if repository:
         repository.try_to_open()
-    with as_user_error("the Trainer cannot be set up with these arguments"):
-        trainer = make_trainer(captioner, splits, data_args, args, repository)
+        trainer.add_callback(PushCheckpoints(repository))
     metrics: dict[str, float] = {}
     if args.do_train:
         metrics |= train(trainer, checkpoint, model_args.merge_lora)
@@ -130,15 +129,9 @@ def run(
     return metrics
 
 
-# --- Data and model -------------------------------------------------------------------------------------------
-
-
 @stage("load")
 def load_data(model_args: ModelArguments, data_args: DataArguments, args: CaptioningArguments) -> DatasetDict:
-    """Load the splits that the run needs; their rows are checked later, since that takes minutes.
-
-    The commit on the Hub that the data came from is written into `data_args.dataset_revision`.
-    """
+    """Load the splits that the run needs; their commit on the Hub is written into `data_args.dataset_revision`."""
     trains_tokenizer = model_args.config_name is not None and model_args.tokenizer_name is None
     needed = {"train": args.do_train or trains_tokenizer, "validation": args.do_eval, "test": args.do_predict}
     data_args.dataset_revision = dataset_commit(data_args.dataset_name, data_args.dataset_revision)
@@ -149,45 +142,33 @@ def load_data(model_args: ModelArguments, data_args: DataArguments, args: Captio
 
 
 def check_splits(dataset: DatasetDict, data_args: DataArguments, args: CaptioningArguments) -> DatasetDict:
-    """Check the rows; of a run that neither trains nor retrieves captions those of a sample of the training split.
+    """Mark the rows that cannot be used, and list them in `rejected.jsonl`.
 
-    Rows that cannot be used are marked, and listed in `rejected.jsonl`.
+    Of the training split a run that neither trains nor retrieves captions checks a sample.
     """
     rejected_file = Path(args.output_dir) / "rejected.jsonl" if args.should_save else None
     if rejected_file and not args.resume_from_checkpoint:
         rejected_file.unlink(missing_ok=True)  # a resumed run keeps what it has found in streamed images
     if not args.do_train and not args.retrieved_captions:
         dataset = sample_training(dataset, data_args.max_train_samples, data_args.neighbor_samples)
-    return check_rows(
-        dataset,
-        data_args.max_rejected_fraction,
-        rejected_file,
-        data_args.preprocessing_num_workers,
-        unopened=["train"] if data_args.streaming and args.do_train else [],  # `UnreadableImages` checks them
-    )
-
-
-# --- Train, evaluate, predict ---------------------------------------------------------------------------------
+    unopened = ["train"] if data_args.streaming and args.do_train else []  # `UnreadableImages` checks them
+    num_workers = data_args.preprocessing_num_workers
+    return check_rows(dataset, data_args.max_rejected_fraction, rejected_file, num_workers, unopened)
 
 
 def make_trainer(
-    captioner: Captioner,
-    splits: DatasetDict,
-    data_args: DataArguments,
-    args: CaptioningArguments,
-    repository: Repository | None = None,
+    captioner: Captioner, splits: DatasetDict, data_args: DataArguments, args: CaptioningArguments
 ) -> CaptioningTrainer:
-    """Wire model, data, collator and metrics together."""
+    """Wire model, data, collator, objective and metrics together."""
     collator = CaptioningCollator(captioner, with_ids=True)
-    if objective := caption_and_concept_loss(captioner, args, splits.get("train")):
+    objective = None
+    if args.do_train and args.learns_concepts:
+        objective = CaptionAndConceptLoss(captioner, args, splits["train"])
         collator.concepts = captioner.concept_head.concepts
         collator.unlabeled_are_negative = args.unlabeled_are_negative
-    callbacks = [PushCheckpoints(repository)] if repository else []
-    if data_args.streaming:
-        unreadable = UnreadableImages(data_args.max_rejected_fraction, Path(args.output_dir) / "rejected.jsonl")
-        collator.unreadable = unreadable.add
-        callbacks.append(unreadable)
-    return CaptioningTrainer(
+    elif args.do_train and args.objective == "self_critical":
+        objective = SelfCritical(captioner, args, Reward(parse_reward(args.reward), splits["train"]))
+    trainer = CaptioningTrainer(
         captioner=captioner,
         args=args,
         data_collator=collator,
@@ -195,10 +176,14 @@ def make_trainer(
         eval_dataset=splits.get("validation"),
         compute_metrics=compute_metrics,
         generation_config=args.decoding(in_training=args.do_train),
-        callbacks=callbacks,
         publish=partial(push_finished_run, args.output_dir, args.hub_model_id, args.hub_private_repo),
-        objective=objective or self_critical(captioner, args, splits.get("train")),
+        objective=objective,
     )
+    if data_args.streaming:
+        unreadable = UnreadableImages(data_args.max_rejected_fraction, Path(args.output_dir) / "rejected.jsonl")
+        collator.unreadable = unreadable.add
+        trainer.add_callback(unreadable)
+    return trainer
 
 
 @stage("training")

@@ -1,4 +1,4 @@
-"""How a command ends, by a one-line message and an exit status, and how log messages are shown."""
+"""How a command ends: signals, one-line messages and exit statuses; and how log messages are shown."""
 
 import argparse
 import json
@@ -41,10 +41,10 @@ PEER_GONE = (
 
 @contextmanager
 def on_stop_signals(handle: Callable[[signal.Signals], None]) -> Iterator[None]:
-    """Call `handle` when this process gets one of `STOP_SIGNALS`; afterwards the handlers from before are back.
+    """Call `handle` on one of `STOP_SIGNALS` during the block; a second SIGINT ends the process at once.
 
-    A signal that is ignored stays ignored, such as SIGHUP under `nohup`. A second SIGINT ends the process at once.
-    Python lets only the main thread catch signals: in another thread nothing is changed.
+    A signal that is ignored stays ignored, such as SIGHUP under `nohup`. Outside of the main thread, where Python
+    cannot catch signals, nothing is changed.
     """
     interrupted = False
 
@@ -55,9 +55,10 @@ def on_stop_signals(handle: Callable[[signal.Signals], None]) -> Iterator[None]:
         interrupted |= number == signal.SIGINT
         handle(signal.Signals(number))
 
-    here = threading.current_thread() is threading.main_thread()
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS if here}
-    before = {number: found for number, found in before.items() if found not in (signal.SIG_IGN, None)}
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        found = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        before = {number: handler for number, handler in found.items() if handler not in (signal.SIG_IGN, None)}
     try:
         for number in before:
             signal.signal(number, catch)
@@ -66,8 +67,8 @@ def on_stop_signals(handle: Callable[[signal.Signals], None]) -> Iterator[None]:
     finally:
         signal.alarm(0)  # of `_stop`
         _handlers.remove(catch)
-        for number, found in before.items():
-            signal.signal(number, found)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def end_now(message: str, number: int) -> NoReturn:
@@ -76,8 +77,8 @@ def end_now(message: str, number: int) -> NoReturn:
     os._exit(128 + number)
 
 
-# A terminal and a job scheduler send a signal to all processes of a group. The workers that load data and check rows
-# must outlive it: the main process decides when it stops, and needs them until then
+# A terminal and a job scheduler signal all processes of a group. The workers that load data and check rows must
+# outlive it: the main process needs them until it stops
 _handlers: list[Callable] = []
 _masking = False  # Python prints and drops what is raised while it forks
 
@@ -114,8 +115,8 @@ if hasattr(signal, "sigtimedwait"):  # not on macOS, where workers are not forke
 def exit_on_user_error(main: Callable[[], object]) -> None:
     """Run `main`; errors that a user can mend, and signals, end the process with one line on standard error.
 
-    The exit status is 2, after a signal 128 and its number. `main` may handle signals itself for a while. Any other
-    error is a fault of the program and keeps its traceback.
+    The exit status is 2, after a signal 128 and its number. Any other error is a fault of the program and keeps its
+    traceback.
     """
     try:
         with on_stop_signals(_stop), _without_repetition():
@@ -156,7 +157,7 @@ def _stop(number: signal.Signals) -> None:
 
 
 def _ending(error: BaseException) -> tuple[str | None, int]:
-    """Return the line that is printed for an error and the exit status; no line for a fault of the program."""
+    """Return the line for an error and the exit status; no line for a fault of the program."""
     # A library may raise an error of its own while it cleans up
     error = next((cause for cause in causes(error) if isinstance(cause, Stopped)), error)
     if isinstance(error, UserError):
@@ -164,22 +165,16 @@ def _ending(error: BaseException) -> tuple[str | None, int]:
         return str(error).rsplit("UserError: ", 1)[-1], 2
     if isinstance(error, Stopped):
         return str(error), 128 + error.number
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted", 128 + signal.SIGINT
     if isinstance(error, Exception) and is_disk_full(error):
         return f"no space left {full_disk(error)} and run again", 2
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if isinstance(error, RuntimeError) and several and any(text in str(error) for text in PEER_GONE):
-        reason = "another process of the run has ended: its error is above, or it was killed"
-        return f"{reason}; run again with --resume_from_checkpoint true", 2
+        return f"another process of the run has ended: its error is above, or it was killed; {AGAIN}", 2
     return None, 1
 
 
 def full_disk(error: BaseException, folder: str = "a file", mend: str = "free some") -> str:
-    """Say what is full, and the mend: a cache if its library was writing, else the file of the error, or `folder`.
-
-    Arrow's errors name no file, and a full cache is not mended in the output folder.
-    """
+    """Say what is full, and the mend: a cache if its library was writing, else the file of the error, or `folder`."""
     frames = [frame for cause in causes(error) for frame, _ in traceback.walk_tb(cause.__traceback__)]
     found = [library for frame in frames if (library := frame.f_globals["__name__"].partition(".")[0]) in CACHES]
     if found:
@@ -193,8 +188,7 @@ def full_disk(error: BaseException, folder: str = "a file", mend: str = "free so
 
 
 def _print_error(message: str) -> None:
-    # Several processes may fail, each with its own message; that of the first is not numbered
-    rank = int(os.environ.get("RANK", "0"))
+    rank = int(os.environ.get("RANK", "0"))  # several processes may fail
     where = f"error (process {rank})" if rank else "error"
     if len(message) > MAX_LINE:  # cut in its middle: the remedy is at its end
         message = f"{message[: MAX_LINE // 2]} … {message[-MAX_LINE // 2 :]}"
@@ -209,7 +203,7 @@ def _print_error(message: str) -> None:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are `UserError`s: one line instead of the usage."""
+    """An argument parser whose errors are one line instead of the usage."""
 
     def error(self, message: str) -> NoReturn:
         """Raise `message` as a UserError."""

@@ -1,4 +1,4 @@
-"""The exceptions that end a command with one line, which `command_line.py` prints, and how other errors become one."""
+"""The exceptions that end a command with one line, and how other errors become one."""
 
 import difflib
 import errno
@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
-# How libraries written in Rust and C++ say it, without an `errno`
+# How libraries written in Rust and C++ say it, without an `errno`; the last two are torch's when it cannot write
 DISK_FULL = ("No space left on device", "Disk quota exceeded", "File too large", "Not enough disk space")
+DISK_FULL += ("PytorchStreamWriter failed", "unexpected pos")
 MEMORY_FULL = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "No executable batch size")
 # Instead of torch's message, which advises to run what the file brings
 PICKLED = "a pickled file holds other things than tensors, could run code and is not read; take weights in safetensors"
@@ -30,33 +31,29 @@ class Stopped(BaseException):
 
 
 def printable(text: str, width: int | None = None) -> str:
-    """Return text from a file or from the network so that it is safe to show on a terminal.
-
-    Control characters and those that change the direction of writing become spaces; more than `width` is cut.
-    """
+    """Return text that is safe on a terminal: control and bidirectional characters are spaces, `width` is the most."""
     shown = "".join(character if character.isprintable() else " " for character in text)
     return shown if width is None or len(shown) <= width else f"{shown[: width - 1]}…"
 
 
 @contextmanager
 def as_user_error(what: str, mend: str = "") -> Iterator[None]:
-    """Turn any exception of the block into a `UserError` that says `what`, the first line of its message, the mend.
+    """Turn any exception but a full disk into a `UserError`: `what`, the first line of its message, and the mend.
 
-    For blocks that only read what the user named: on a damaged file or an impossible value, torch, transformers and
-    pyarrow raise errors of many unrelated classes. That a disk is full passes.
+    For blocks that only read what the user named, on which libraries raise errors of many unrelated classes.
     """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        if is_disk_full(error):  # what was read is not to blame
+        if is_disk_full(error):
             raise
         raise UserError(f"{what}: {first_line(error).rstrip('.')}{'; ' if mend else ''}{mend}") from error
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error, the one that it was raised from or while handling, and so on, each once: they may go round."""
+    """Yield an error and those that it was raised from or while handling, each once: they may go round."""
     seen = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, what they are called, what JSON can hold, and where this project lies."""
+"""Files that appear whole or not at all, their short names, and what JSON can hold."""
 
 import json
 import math

@@ -2,12 +2,11 @@
 
     with stage("checks"): ...        # also as a decorator
 
-A stage inside another one is counted for itself alone. All is of this process: a `DataLoader`'s workers, and the other
-processes of a run, count as the time that this one waits for them.
+A stage inside another one is counted for itself alone. All times are those of this process: its `DataLoader` workers
+and the other processes of a run count as the time that it waits for them.
 """
 
 import json
-import logging
 import os
 import time
 from collections.abc import Iterator
@@ -17,13 +16,11 @@ from pathlib import Path
 from captioning.files import write_whole
 
 
-logger = logging.getLogger(__name__)
-OTHER = "other"  # what is in no stage
 STAGES_FILE = "stages.json"
 BEGUN = ("training", "prediction")  # a run without any has ended before it began, and leaves no file
 LEAST_SHARE = 1  # percent of the wall time from which on `time_in_words` names a stage
 
-_open = [OTHER]
+_open = ["other"]  # what is in no stage
 _spent: dict[str, list[float]] = {}
 _last = [0.0, 0.0]
 
@@ -52,21 +49,16 @@ def begin_stages(imported: bool) -> None:
 def keep_stages(folder: str, resumed: bool, should_save: bool) -> Iterator[None]:
     """Write `stages.json` into the output folder when the block ends, also by an error.
 
-    It is a list of runs, each of them the name of a stage -> its `seconds` and `processor_seconds`: the last is this
-    one, those before it are what it is `resumed` from. A run that was killed leaves none.
+    It lists this run behind those that it is `resumed` from: by stage the `seconds` and `processor_seconds`.
     """
+    path = Path(folder) / STAGES_FILE
     try:
         yield
     finally:
         if should_save and _spent.keys() & BEGUN:
-            path, runs = Path(folder) / STAGES_FILE, None
-            with suppress(OSError, ValueError):
-                runs = json.loads(path.read_text()) if resumed else None
-            runs = runs if isinstance(runs, list) else []
-            try:
+            with suppress(OSError):  # it must not hide the error of the block
+                runs = json.loads(path.read_text()) if resumed and path.is_file() else []
                 write_whole(path, json.dumps([*runs, stage_times()], indent=2) + "\n")
-            except OSError as error:  # it must not hide the error of the block
-                logger.warning("'%s' cannot be written (%s)", path, error.strerror)
 
 
 def stage_times() -> dict[str, dict[str, float]]:
@@ -100,7 +92,7 @@ def _now() -> tuple[float, float]:
 
 def _seconds_since_start() -> float:
     """Return the age of this process; where the system does not tell it, its processor time, which is most of it."""
-    with suppress(OSError, AttributeError, ValueError, IndexError):
+    with suppress(OSError):
         ticks = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
         return time.clock_gettime(time.CLOCK_BOOTTIME) - int(ticks) / os.sysconf("SC_CLK_TCK")
     return time.process_time()

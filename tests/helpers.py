@@ -30,24 +30,11 @@ from captioning.reporting.run_record import RunRecord
 
 
 SHARED = ROOT.parent / "shared" / "data"  # real data of development, absent elsewhere
+TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+TOWER |= {"initializer_range": 0.3}  # large, so that an untrained model has opinions
 TINY_CONFIG = {
-    "text_config": {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.3,  # large, so that an untrained model has opinions
-    },
-    "vision_config": {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "image_size": 32,
-        "patch_size": 8,
-        "initializer_range": 0.3,
-    },
+    "text_config": TOWER | {"max_position_embeddings": 64},
+    "vision_config": TOWER | {"image_size": 32, "patch_size": 8},
 }
 HAS_LIBRARY = importlib.util.find_spec("pycocoevalcap") is not None
 needs_java = pytest.mark.skipif(
@@ -95,13 +82,9 @@ def make_rows(number: int, start: int = 0, **columns) -> Dataset:
         "caption": make_captions(number),
         "cui": [["C1306645", "C0817096"], ["nan"]] * (number // 2) + [[]] * (number % 2),
     }
-    features = {
-        "image": Image(),
-        "image_id": Value("string"),
-        "caption": Value("string"),
-        "cui": List(Value("string")),
-    }
-    return Dataset.from_dict(rows | columns, features=Features(features))
+    text = Value("string")
+    features = Features({"image": Image(), "image_id": text, "caption": text, "cui": List(text)})
+    return Dataset.from_dict(rows | columns, features=features)
 
 
 def tokenized(checked: DatasetDict, captioner, max_length: int = 64) -> DatasetDict:
@@ -226,9 +209,9 @@ def without_times(metrics: dict) -> dict:
     return {key: value for key, value in metrics.items() if not key.endswith(TIMES)}
 
 
-def losses(folder: Path) -> list[float]:
-    """Return the logged training losses of a finished run."""
-    return [entry["loss"] for entry in read_json(folder / "trainer_state.json")["log_history"] if "loss" in entry]
+def losses(folder: Path, key: str = "loss") -> list[float]:
+    """Return the training losses, or other values, that a finished run has logged."""
+    return [entry[key] for entry in read_json(folder / "trainer_state.json")["log_history"] if key in entry]
 
 
 def outcome(folder: Path, weights: str = "model.safetensors") -> dict:

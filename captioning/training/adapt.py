@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from itertools import tee
 from pathlib import Path
+from typing import Any
 
 from captioning.errors import UserError
 from captioning.hub.revisions import pin_revision
@@ -22,11 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def pin_retriever(model_args: ModelArguments, args: CaptioningArguments) -> None:
-    """Write the commit of the retriever, if there is one, into `args`.
-
-    Raises:
-        UserError: captions are to be retrieved, and the model takes none; of it only the config is read.
-    """
+    """Write the commit of the retriever, if any, into `args`; a model that takes no captions is a UserError."""
     if args.retriever:
         args.retriever_revision = pin_revision(args.retriever, args.retriever_revision, role="retriever")
     if args.retrieved_captions:
@@ -43,17 +40,13 @@ def load_model(
 ) -> Captioner:
     """Load the model, or build that of `config_name`, its tokenizer trained on `captions`, and adapt it to the run.
 
-    A run that trains also learns how `captions` are written. A resumed run keeps the tokenizer of its checkpoint. The
-    commit on the Hub, or the config, that the model came from is written into `model_args`, the prompt of its family
-    into `data_args` where there is none.
-
-    Raises:
-        UserError: there is no such model, or it cannot be adapted in this way.
+    A run that trains also learns how `captions` are written; a resumed one keeps the tokenizer of its checkpoint. The
+    model's commit or config is written into `model_args`, the prompt of its family into `data_args` if there is none.
+    A model that is missing, or cannot be adapted in this way, is a UserError.
     """
     captions, to_write = tee(captions)
     changed = checkpoint if args.resume_despite_changes else None  # its own tokenizer fits its embeddings
-    if model_args.model_name_or_path:
-        name = model_args.model_name_or_path
+    if name := model_args.model_name_or_path:
         model_args.model_revision = pin_revision(name, model_args.model_revision)
         revision = None if changed else model_args.model_revision
         captioner = load_captioner(changed or name, revision, model_args.torch_dtype)
@@ -90,13 +83,13 @@ def _warn_of_other_prompts(name: str, revision: str | None, number: int) -> None
 def _adapt(captioner: Captioner, model_args: ModelArguments, args: CaptioningArguments) -> None:
     if args.do_train and is_adapted(captioner.model):
         if model_args.use_peft:
+            mend = "train it with --merge_lora true first, or leave out --use_peft to train all weights"
             raise UserError(
-                f"'{model_args.model_name_or_path}' is an adapter, and one of it could not be loaded; train it with "
-                "--merge_lora true first, or leave out --use_peft to train all weights"
+                f"'{model_args.model_name_or_path}' is an adapter, and one of it could not be loaded; {mend}"
             )
         merge_adapter(captioner)
         captioner.model.requires_grad_(True)
-    shapes = {name: value.shape for name, value in captioner.model.named_parameters()}
+    shapes = _shapes(captioner)
     captioner.adapt(
         model_args.image_size, model_args.label_smoothing, model_args.freeze_vision_model, model_args.fast_blip
     )
@@ -104,18 +97,17 @@ def _adapt(captioner: Captioner, model_args: ModelArguments, args: CaptioningArg
         return
     if model_args.use_peft:
         if (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise UserError(
-                "gradient_checkpointing_kwargs: use_reentrant must be false with use_peft: inputs do not learn"
-            )
-        name, revision = model_args.model_name_or_path, model_args.model_revision
-        if {name: value.shape for name, value in captioner.model.named_parameters()} != shapes:
+            raise UserError("gradient_checkpointing_kwargs: use_reentrant must be false with use_peft")
+        if _shapes(captioner) != shapes:
             raise UserError(
                 f"image_size {model_args.image_size} changes weights that an adapter does not hold; leave it out"
             )
-        add_lora(
-            captioner, name, revision, model_args.lora_r, model_args.lora_alpha, model_args.lora_dropout,
-            model_args.lora_target_modules,
-        )  # fmt: skip
+        lora = (model_args.lora_r, model_args.lora_alpha, model_args.lora_dropout, model_args.lora_target_modules)
+        add_lora(captioner, model_args.model_name_or_path, model_args.model_revision, *lora)
     elif model_args.torch_dtype != "float32":
         raise UserError(f"torch_dtype {model_args.torch_dtype} is for weights that do not learn; set --use_peft true")
     logger.info("%s", count_learning(captioner.model))
+
+
+def _shapes(captioner: Captioner) -> dict[str, Any]:
+    return {name: value.shape for name, value in captioner.model.named_parameters()}

@@ -3,12 +3,11 @@
 `recipe.py` fills them from a recipe and flags.
 """
 
-import copy
 import math
 import os
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -18,33 +17,22 @@ from transformers.hf_argparser import HfArg
 from captioning.data.layout import Layout
 from captioning.errors import UserError, as_user_error, did_you_mean
 from captioning.hub.licenses import check_license
-from captioning.training.concept_loss import CONCEPT_LOSSES
-from captioning.training.decoding import (
-    DEFAULT_GRID,
-    LIMITS,
-    check_decoding,
-    check_range,
-    generation_config,
-    settings_of_grid,
-)
+from captioning.training import decoding
 from captioning.training.self_critical import parse_reward
 from metrics import METRIC_NAMES
 
 
-MAX_RECIPE = 2**20  # bytes
 # The lowest and the highest value of a field, both included. Upper limits are far beyond any use: a typing error, or a
 # recipe from a stranger, must not stop the machine, or fail only hours later at the first evaluation
-RANGES = LIMITS | {
+RANGES = decoding.LIMITS | {
     "learning_rate": (0, 1e308),  # any float but infinity; a training that explodes is reported when it does
     "num_train_epochs": (0, 10**6),
-    "label_smoothing": (0, 0.999),
     "max_rejected_fraction": (0, 1),
     "seed": (0, 2**32 - 1),  # of numpy
     "image_size": (1, 8192),
     "vocab_size": (100, 2**20),
     "lora_r": (1, 4096),
     "lora_alpha": (1, 2**20),
-    "lora_dropout": (0, 0.999),
     "preprocessing_num_workers": (1, 512),
     "dataloader_num_workers": (0, 512),
     "num_samples": (2, 256),
@@ -52,48 +40,15 @@ RANGES = LIMITS | {
     "sampling_top_p": (0.001, 1),
     "retrieved_captions": (0, 64),
 }
-RANGES |= dict.fromkeys((
-    "data_seed", "neighbor_samples", "sampling_top_k", "caption_loss_weight",
-), (0, math.inf))  # fmt: skip
+RANGES |= dict.fromkeys(("label_smoothing", "lora_dropout"), (0, 0.999))
+RANGES |= dict.fromkeys(("data_seed", "neighbor_samples", "sampling_top_k", "caption_loss_weight"), (0, math.inf))
 RANGES |= dict.fromkeys((
     "max_train_samples", "max_eval_samples", "max_predict_samples", "dataloader_prefetch_factor",
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
     "eval_accumulation_steps", "tune_samples", "min_concept_count", "concept_neighbors",
 ), (1, math.inf))  # fmt: skip
 
-# Fields of `Seq2SeqTrainingArguments` that would have no effect or do harm here, and what to do instead
-REPLACED_FIELDS = {
-    "hub_token": "it would be stored in clear text in training_args.bin: run `hf auth login` or set HF_TOKEN",
-    "label_smoothing_factor": "the Trainer does not shift the labels before it smooths: set --label_smoothing",
-    "generation_num_beams": "set --num_beams",
-    "generation_max_length": "set --max_new_tokens",
-    "generation_config": "set --num_beams, --max_new_tokens and the other decode settings",
-    "hub_revision": "a run is pushed to the main branch",
-    "batch_eval_metrics": "scores are computed over the whole split",
-    "dataloader_drop_last": "it would drop rows of the evaluation too",
-    "use_liger_kernel": "Liger has no kernels for captioning models such as BLIP",
-    "save_only_model": "a run cannot be resumed from a checkpoint without the optimizer",
-    "deepspeed": "evaluation calls parts of the model one by one; see docs/distributed.md",
-    "fsdp": "evaluation calls parts of the model one by one, whose weights are not gathered; see docs/distributed.md",
-    "fsdp_config": "see fsdp",
-}
-# What other programs call a field, without dashes and underscores
-OTHER_NAMES = {
-    "per_device_train_batch_size": "batchsize batch bs b trainbatchsize", "learning_rate": "lr",
-    "per_device_eval_batch_size": "evalbatchsize valbatchsize testbatchsize", "weight_decay": "wd",
-    "num_train_epochs": "epochs epoch e numepochs maxepochs trainepochs", "max_steps": "steps numsteps trainsteps",
-    "warmup_steps": "warmup warmupratio", "gradient_accumulation_steps": "gradaccum accumulationsteps",
-    "output_dir": "output out o outputfolder outputpath outdir savedir", "tokenizer_name": "tokenizer",
-    "model_name_or_path": "model m modelname modelpath modelid basemodel pretrainedmodel", "config_name": "config",
-    "dataset_name": "dataset data d datadir datapath datafolder datasetpath trainfile traindir",
-    "caption_column": "textcolumn captioncol", "image_folder": "imagedir imagesdir images imageroot",
-    "validation_fraction": "valfraction valsplit validationsplit valratio", "test_fraction": "testsplit testratio",
-    "max_caption_length": "maxlength maxseqlength", "num_beams": "beams beam beamsize",
-    "dataloader_num_workers": "workers numworkers", "eval_strategy": "evaluationstrategy", "use_cpu": "cpu nocuda",
-    "resume_from_checkpoint": "resume checkpoint", "hub_model_id": "hubid repo repoid pushtohubmodelid",
-    "push_to_hub": "push", "hub_private_repo": "private",
-}  # fmt: skip
-# ... that the rest relies on
+# Fields of the Trainer that the rest relies on
 FIXED_FIELDS = {
     "eval_do_concat_batches": (True, "scores are computed over the whole split"),
     "logging_nan_inf_filter": (False, "a loss that is NaN or infinite ends the run"),
@@ -108,22 +63,18 @@ class ModelArguments:
     model_name_or_path: str | None = HfArg(default=None, help="Hub id or folder of a pretrained captioning model.")
     model_revision: str = HfArg(default="main", help="Commit, branch or tag of a Hub id.")
     config_name: str | None = HfArg(default=None, help="Or config of a model to build: JSON file, folder or Hub id.")
-    tokenizer_name: str | None = HfArg(
-        default=None, help="Its tokenizer, or the folder of a vocab.txt. Default: one trained on the captions."
-    )
+    tokenizer_name: str | None = HfArg(default=None, help="Tokenizer or vocab.txt; else one is trained on captions.")
     vocab_size: int = HfArg(default=4096, help="Maximum number of entries of a tokenizer that is trained.")
     image_size: int | None = HfArg(default=None, help="Side in pixels, positions interpolated. Default: the model's.")
     freeze_vision_model: bool = HfArg(default=False, help="Train only what follows the vision model.")
     label_smoothing: float | None = HfArg(default=None, help="Smoothing of the training loss. Default: the model's.")
     fast_blip: bool = HfArg(default=True, help="The same numbers by faster code, for BLIP; false: stock transformers.")
-    torch_dtype: str = HfArg(default="float32", help="Or bfloat16, of weights that do not learn: half the memory.")
+    torch_dtype: Literal["float32", "bfloat16"] = HfArg(default="float32", help="Of weights that do not learn.")
     use_peft: bool = HfArg(default=False, help="Learn low-rank adapters (LoRA) in place of the weights.")
     lora_r: int = HfArg(default=16, help="Their rank.")
     lora_alpha: int = HfArg(default=32, help="Their output is scaled by lora_alpha / lora_r.")
     lora_dropout: float = HfArg(default=0.05, help="Dropout of their inputs.")
-    lora_target_modules: list[str] | None = HfArg(
-        default=None, help="Layers that get one, as peft names them. Default: all linear ones of the text model."
-    )
+    lora_target_modules: list[str] | None = HfArg(default=None, help="Their layers. Default: linear ones of the text.")
     merge_lora: bool = HfArg(default=False, help="End with a plain model; the adapter is kept in adapter/.")
     model_config: dict | None = HfArg(default=None, help="Written into recipe.json: the config that config_name held.")
 
@@ -140,14 +91,10 @@ class ModelArguments:
             raise UserError("tokenizer_name goes with config_name only: a checkpoint has its own tokenizer")
         if self.use_peft and self.config_name:
             raise UserError("use_peft adapts a trained model, not random weights; give it by --model_name_or_path")
-        of_lora = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+        of_lora = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "merge_lora")
         given = [name for name in of_lora if getattr(self, name) != self.__dataclass_fields__[name].default]
         if given and not self.use_peft:
             raise UserError(f"{given[0]} goes with use_peft, without which all weights learn; set --use_peft true")
-        if self.merge_lora and not self.use_peft:
-            raise UserError("merge_lora goes with use_peft: there is nothing to merge")
-        if self.torch_dtype not in ("float32", "bfloat16"):
-            raise UserError(f"torch_dtype is '{self.torch_dtype}'; set float32 or bfloat16")
         _check_ranges(self)
 
 
@@ -155,10 +102,7 @@ class ModelArguments:
 class DataArguments(Layout):
     """Which images and captions; the fields of `Layout` say which columns and splits."""
 
-    dataset_name: str = HfArg(
-        default="eltorio/ROCOv2-radiology",
-        help="Hub id, folder, table of paths and captions, or 'phantoms': docs/data.md.",
-    )
+    dataset_name: str = HfArg(default="eltorio/ROCOv2-radiology", help="Hub id, folder, table or 'phantoms'.")
     dataset_revision: str | None = HfArg(default=None, help="Commit, branch or tag of a Hub id.")
     streaming: bool = HfArg(default=False, help="Read images when needed, from parquet on the Hub or in a folder.")
     max_caption_length: int = HfArg(default=64, help="Tokens that a caption is cut to; start, prompt and end count.")
@@ -171,12 +115,8 @@ class DataArguments(Layout):
     preprocessing_num_workers: int | None = HfArg(default=None, help="Processes that check the rows.")
     neighbor_samples: int = HfArg(default=10_000, help="Training images of the nearest-image baseline; 0: no such.")
     language: str = HfArg(default="en", help="Language of the captions (ISO 639), for the model card.")
-    license: str | None = HfArg(
-        default=None, help="License of the model (a Hub id), for its card. Default: that of known data, or 'other'."
-    )
-    publish_images: bool = HfArg(
-        default=False, help="Show test images in the card: only where their license allows it. Phantoms always are."
-    )
+    license: str | None = HfArg(default=None, help="License of the model, a Hub id. Default: that of known data.")
+    publish_images: bool = HfArg(default=False, help="Show test images in the card, where their license allows it.")
 
     def __post_init__(self):
         """Check the values that can be checked alone."""
@@ -197,9 +137,7 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
     do_train: bool = HfArg(default=True, help="Whether to train.")
     do_eval: bool = HfArg(default=True, help="Whether to score the validation split.")
     do_predict: bool = HfArg(default=True, help="Whether to score the test split.")
-    resume_from_checkpoint: str | None = HfArg(
-        default=None, help="'true': the last complete checkpoint in output_dir; or a checkpoint's folder."
-    )
+    resume_from_checkpoint: str | None = HfArg(default=None, help="'true', for the last one, or a checkpoint.")
     resume_despite_changes: bool = HfArg(default=False, help="Resume though data, tokenizer or model have changed.")
 
     # Optimization: as in published fine-tunes of BLIP on ROCOv2
@@ -210,7 +148,7 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
     bf16: bool | None = HfArg(default=None, help="Default: if the GPU has it.")
 
     # Self-critical training; sampled as in a published run on ROCOv2
-    objective: str = HfArg(default="likelihood", help="Or self_critical: learn from scores of sampled captions.")
+    objective: Literal["likelihood", "self_critical"] = HfArg(default="likelihood", help="Or from scored samples.")
     reward: str = HfArg(default="rougeL", help="Scores with weights, e.g. imageclef_rouge1=0.5,concept_f1=0.5.")
     num_samples: int = HfArg(default=4, help="Samples of each image; each is judged by the others.")
     sampling_temperature: float = HfArg(default=0.9, help="Their logits are divided by it.")
@@ -219,27 +157,17 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
     caption_loss_weight: float = HfArg(default=0.0, help="Weight of the usual loss of the captions beside it.")
 
     # Concepts
-    concept_loss_weight: str = HfArg(
-        default="0", help="Learn the concepts of the images too, their loss so weighted; auto: .1 of the caption loss."
-    )
-    concept_loss: str = HfArg(default="asymmetric", help="Or bce: cross-entropy, positives weighted by rarity.")
+    concept_loss_weight: str = HfArg(default="0", help="Learn concepts too, so weighted; auto: .1 of the captions.")
+    concept_loss: Literal["asymmetric", "bce"] = HfArg(default="asymmetric", help="bce weighs positives by rarity.")
     min_concept_count: int = HfArg(default=10, help="Training images that a concept needs to be learned.")
-    unlabeled_are_negative: bool = HfArg(
-        default=False, help="Images without concepts have none of them; false: they do not count in their loss."
-    )
-    concept_thresholds: str = HfArg(
-        default="one", help="Probability from which a concept is predicted: one for all, or each its own."
-    )
+    unlabeled_are_negative: bool = HfArg(default=False, help="Images without concepts count as having none of them.")
+    concept_thresholds: Literal["one", "each"] = HfArg(default="one", help="One for all, or each concept its own.")
     concept_neighbors: int = HfArg(default=20, help="Nearest training images whose concepts are the baseline.")
-    retriever: str | None = HfArg(
-        default=None, help="Hub id or folder of a vision model that finds these images. Default: the model itself."
-    )
+    retriever: str | None = HfArg(default=None, help="Vision model that finds these images. Default: the model.")
     retriever_revision: str | None = HfArg(default=None, help="Its commit, branch or tag.")
 
     # Captions in the prompt
-    retrieved_captions: int = HfArg(
-        default=0, help="Put the captions of so many training images, the nearest by --retriever, into each prompt."
-    )
+    retrieved_captions: int = HfArg(default=0, help="So many captions of near images, by --retriever, in each prompt.")
     retrieve_across_groups: bool = HfArg(default=False, help="Also those of images of the same --group_column.")
 
     # Evaluation, checkpoints, logs
@@ -251,6 +179,7 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
     logging_steps: float = HfArg(default=50, help="Steps between logs; below 1, a share of all.")
     # The order of the union is the Trainer's: its argument parser reads the second member
     report_to: None | str | list[str] = HfArg(default="tensorboard", help="Where logs go.")  # noqa: RUF036
+    train_sampling_strategy: Literal["random", "sequential"] = HfArg(default="random", help="Order of the rows.")
     logging_nan_inf_filter: bool = HfArg(default=False, help="Must stay false: NaN or infinity ends the run.")
     remove_unused_columns: bool = HfArg(default=False, help="Must stay false: the collator reads the images.")
 
@@ -262,16 +191,12 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
     no_repeat_ngram_size: int = HfArg(default=0, help="Size of n-grams that occur once in a caption at most; 0: none.")
     length_penalty: float = HfArg(default=1.0, help="A beam's score is divided by its length to this power.")
     tune_decoding: bool = HfArg(default=False, help="At the end, choose among decode settings on validation images.")
-    tune_decoding_grid: list[str] = HfArg(
-        default_factory=lambda: list(DEFAULT_GRID), help="Those to try; quote each part, as in the default."
-    )
+    tune_decoding_grid: list[str] = HfArg(default_factory=lambda: [*decoding.DEFAULT_GRID], help="Those to try.")
     tune_samples: int = HfArg(default=500, help="The most validation images that they are tried on.")
 
     # Scores
     coco_metrics: bool = HfArg(default=True, help="BLEU, CIDEr and METEOR of the final captions; they need Java.")
-    bertscore_model: str | None = HfArg(
-        default=None, help="Folder or cached Hub id for BERTScore, e.g. microsoft/deberta-xlarge-mnli (ImageCLEF's)."
-    )
+    bertscore_model: str | None = HfArg(default=None, help="For BERTScore, e.g. microsoft/deberta-xlarge-mnli.")
     write_submission: bool = HfArg(default=False, help="Write submission.csv and .zip for ImageCLEF (test split).")
 
     push_to_hub: bool = HfArg(default=False, help="Push checkpoints during training, and the whole run at its end.")
@@ -307,46 +232,32 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
         self._check_accelerator()
 
     def _check_fields_of_the_trainer(self) -> None:
-        for name, instead in REPLACED_FIELDS.items():
-            if getattr(self, name) != self.__dataclass_fields__[name].default:
-                raise UserError(f"{name} is not used here; {instead}")
         for name, (needed, reason) in FIXED_FIELDS.items():
             if getattr(self, name) != needed:
                 raise UserError(f"{name} must stay {str(needed).lower()}: {reason}")
-        file = self.accelerator_config  # or a JSON object
-        is_name = isinstance(file, str) and file and not file.lstrip().startswith("{")
-        # The Trainer would read all of it, even a device without an end
-        if is_name and not (os.path.isfile(file) and os.path.getsize(file) <= MAX_RECIPE):
-            raise UserError(f"accelerator_config '{file}' is not a JSON file of at most {MAX_RECIPE:,} bytes")
-        if self.train_sampling_strategy not in ("random", "sequential"):
-            # The Trainer would sort the evaluation too, and compare predictions with references of other images
-            raise UserError(f"train_sampling_strategy is '{self.train_sampling_strategy}'; set random or sequential")
+        settings = self.accelerator_config
+        if isinstance(settings, str) and not settings.lstrip().startswith("{"):
+            raise UserError(f"accelerator_config is '{settings}'; set a JSON object")  # not a file, which has no end
+        if self.dataloader_persistent_workers and not self.dataloader_num_workers:
+            raise UserError("dataloader_persistent_workers needs workers; set --dataloader_num_workers to 1 or more")
 
     def _check_combinations(self) -> None:
-        check_decoding(vars(self))
+        decoding.check_decoding(vars(self))
         if self.push_to_hub and not self.do_train:
             raise UserError("push_to_hub goes with do_train; a finished run is pushed by --push_only <output folder>")
         if self.write_submission and not (self.do_predict and self.predict_with_generate):
             raise UserError("write_submission needs captions of the test split: do_predict and predict_with_generate")
-        if self.objective not in ("likelihood", "self_critical"):
-            raise UserError(f"objective is '{self.objective}'; set likelihood or self_critical")
         parse_reward(self.reward)
         weight = self.concept_weight()
-        if self.learns_concepts and self.objective == "self_critical":
-            raise UserError("concept_loss_weight goes with --objective likelihood: samples teach captions alone")
         if weight is not None and not 0 <= weight < math.inf:
             raise UserError(f"concept_loss_weight is {weight}; set auto, or a number from 0")
-        if self.concept_loss not in CONCEPT_LOSSES:
-            raise UserError(f"concept_loss is '{self.concept_loss}'; set {' or '.join(CONCEPT_LOSSES)}")
-        if self.concept_thresholds not in ("one", "each"):
-            raise UserError(f"concept_thresholds is '{self.concept_thresholds}'; set one or each")
+        if self.learns_concepts and self.objective == "self_critical":
+            raise UserError("concept_loss_weight goes with --objective likelihood: samples teach captions alone")
         if self.retrieved_captions and not self.retriever:
             raise UserError(
                 "retrieved_captions needs a model that does not change while this one learns; set --retriever to a "
                 "vision model such as facebook/dinov2-base"
             )
-        if self.dataloader_persistent_workers and not self.dataloader_num_workers:
-            raise UserError("dataloader_persistent_workers needs workers; set --dataloader_num_workers to 1 or more")
 
     def _check_accelerator(self) -> None:
         if self.accelerator_config.split_batches or self.accelerator_config.dispatch_batches:
@@ -375,22 +286,22 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
             self.load_best_model_at_end = False
 
     def _check_tuning(self) -> None:
-        if self.tune_decoding and not (self.do_eval and self.predict_with_generate):
-            raise UserError("tune_decoding needs captions of the validation split: do_eval and predict_with_generate")
-        if self.tune_decoding and self.metric_for_best_model.removeprefix("eval_") in ("loss", "perplexity"):
-            raise UserError("tune_decoding: decoding does not change the loss; set --metric_for_best_model rougeL")
-        with as_user_error("tuned_decoding is not what a run writes", "leave it out"):
-            tuned = self.tuned_decoding or {"before": {}, "metric": "rougeL", "note": "", "table": []}
-            settings, scores = [tuned["before"]], [row[tuned["metric"]] + row["gen_len"] for row in tuned["table"]]
-            words = "".join([tuned["note"], *(row["decoding"] for row in tuned["table"])])
-            if not (tuned["metric"] in METRIC_NAMES and all(map(math.isfinite, scores)) and words.isprintable()):
-                raise ValueError("it has another metric, scores or words")
-            settings += settings_of_grid(vars(self), self.tune_decoding_grid) if self.tune_decoding else []
-            for fields in settings:
-                tried = copy.copy(self)
-                vars(tried).update(fields)
-                _check_ranges(tried)
-                tried._check_combinations()
+        if self.tune_decoding:
+            if not (self.do_eval and self.predict_with_generate):
+                needed = "do_eval and predict_with_generate"
+                raise UserError(f"tune_decoding needs captions of the validation split: {needed}")
+            if self.metric_for_best_model.removeprefix("eval_") in ("loss", "perplexity"):
+                raise UserError("tune_decoding: decoding does not change the loss; set --metric_for_best_model rougeL")
+            for settings in decoding.settings_of_grid(vars(self), self.tune_decoding_grid):
+                decoding.check_decoding(vars(self) | settings)
+        if self.tuned_decoding is not None:  # of a recipe, and shown in card and page
+            with as_user_error("tuned_decoding is not what a run writes", "leave it out"):
+                decoding.check_decoding(vars(self) | self.tuned_decoding["before"])
+                metric, table = self.tuned_decoding["metric"], self.tuned_decoding["table"]
+                scores = [row[metric] + row["gen_len"] for row in table]
+                words = "".join([self.tuned_decoding["note"], *(row["decoding"] for row in table)])
+                if not (metric in METRIC_NAMES and all(map(math.isfinite, scores)) and words.isprintable()):
+                    raise ValueError("it has another metric, scores or words")
 
     @property
     def learns_concepts(self) -> bool:
@@ -405,7 +316,7 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
     def decoding(self, in_training: bool = False) -> GenerationConfig:
         """Return the decode settings, or those of the training, where it chose others at its end."""
         before = (self.tuned_decoding or {}).get("before", {}) if in_training else {}
-        return generation_config(vars(self) | before)
+        return decoding.generation_config(vars(self) | before)
 
 
 @dataclass
@@ -422,7 +333,7 @@ def _check_ranges(arguments: Any) -> None:
     for name, (lowest, highest) in RANGES.items():
         value = getattr(arguments, name, None)
         if value is not None:
-            check_range(name, value, lowest, highest)
+            decoding.check_range(name, value, lowest, highest)
     for name, value in vars(arguments).items():
         if isinstance(value, float) and not math.isfinite(value):  # a recipe, which is JSON, could not hold it
             hint = "0 to clip nothing" if name == "max_grad_norm" else "a finite number"

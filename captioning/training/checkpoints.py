@@ -21,35 +21,27 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
     A run that was killed while it saved left no `trainer_state.json`, which the Trainer writes last, or half of one;
     a run that was killed while it removed an old checkpoint left some of its files.
     """
-    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
-    paths = Path(output_dir).glob(f"{prefix}*")
-    checkpoints = {int(step): path for path in paths if (step := path.name.removeprefix(prefix)).isdigit()}
-    for step in sorted(checkpoints, reverse=True):
-        fault = checkpoint_fault(checkpoints[step], step)
+    paths = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    checkpoints = {int(step): path for path in paths if (step := path.name.rpartition("-")[2]).isdigit()}
+    for step, path in sorted(checkpoints.items(), reverse=True):
+        fault = checkpoint_fault(path, step)
         if fault is None:
-            return str(checkpoints[step])
-        logger.warning("%s is incomplete and is skipped: %s", checkpoints[step], fault)
+            return str(path)
+        logger.warning("%s is incomplete and is skipped: %s", path, fault)
     return None
 
 
 def checkpoint_fault(folder: Path, step: int | None = None) -> str | None:
     """Return why a run cannot resume from a checkpoint, None if it can; of large files only the ends are read.
 
-    Args:
-        folder: the checkpoint.
-        step: the optimizer step that it must be of; None: any.
+    If `step` is given, the checkpoint must be of that optimizer step.
     """
     try:
         for path in folder.glob("*.json"):
             json.loads(path.read_text(encoding="utf-8"))
         path = folder / "trainer_state.json"
-        state = TrainerState.load_from_json(str(path))
-        found = state.global_step
-        numbers = [found, state.max_steps, state.train_batch_size, *(entry["step"] for entry in state.log_history)]
-        is_whole = all(isinstance(number, int) for number in numbers) and isinstance(state.epoch, int | float)
-        if not is_whole or "TrainerControl" not in state.stateful_callbacks:
-            raise ValueError
-    except Exception:  # whatever a damaged file makes of the fields
+        found = TrainerState.load_from_json(str(path)).global_step
+    except (OSError, ValueError, TypeError):
         return f"{path.name} is missing or damaged"
     if step is not None and found != step:
         return f"trainer_state.json is of step {found}"

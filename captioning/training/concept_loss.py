@@ -9,7 +9,6 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 from datasets import Dataset
 from PIL import Image
@@ -24,31 +23,24 @@ from captioning.scoring.concepts import known_concepts
 
 logger = logging.getLogger(__name__)
 
-CONCEPT_LOSSES = ("asymmetric", "bce")
 # Of the asymmetric loss: Ridnik and others, Asymmetric Loss For Multi-Label Classification, 2021, section 3.2
 GAMMA_NEGATIVE, MARGIN = 4, 0.05
 # The weight `auto`: this share of the caption loss, within limits
 AUTO_SHARE, AUTO_RANGE = 0.1, (0.05, 5.0)
 
 
-# --- The head -------------------------------------------------------------------------------------------------
-
-
 def set_up_concept_head(captioner: Captioner, rows: Dataset | None, args, names: Mapping[str, str] = {}) -> None:
-    """Give the model of a run that trains on `rows` a new concept head, or keep the one that it was loaded with.
+    """Give the model of a run that learns concepts from `rows` a head, unless it was loaded with one.
 
-    A run that trains without concepts leaves out the head, whose features will change. One that does not train keeps
-    it as it is. `names` of concepts go before those of `NAMES`.
-
-    Raises:
-        UserError: no concept has enough images, or the head has other concepts.
+    `names` of concepts go before those of `NAMES`. A training without concepts leaves out a head: features change. If
+    no concept has enough images, or the head has others, that is a UserError.
     """
     if not args.do_train:
         return
     if not args.learns_concepts:
         if captioner.concept_head:
             logger.warning("The concept head of the model is left out: --concept_loss_weight is 0")
-            captioner.concept_head = None
+        captioner.concept_head = None
         return
     counts, labeled = count_concepts(rows["cui"], args.unlabeled_are_negative)
     concepts = sorted(cui for cui, number in counts.items() if number >= args.min_concept_count)
@@ -88,32 +80,28 @@ def _num_features(captioner: Captioner) -> int:
     return captioner.image_features(captioner.encode_images(batch)).shape[1]
 
 
-# --- The loss -------------------------------------------------------------------------------------------------
-
-
 def asymmetric_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return the asymmetric loss of each logit, of the shape of `logits`; `labels` are 0 or 1.
 
-    With p the probability and q = max(p - 0.05, 0): -log p of a concept that the image has, else -q^4 log(1 - q). So
-    the many easy negatives of a rare concept count little, the easiest nothing.
+    With p the probability and q = max(p - 0.05, 0): -log p of a concept that the image has, else -q^4 log(1 - q), so
+    that easy negatives count little.
     """
     shifted = (logits.sigmoid() - MARGIN).clamp(min=0)
     return -labels * F.logsigmoid(logits) - (1 - labels) * shifted**GAMMA_NEGATIVE * torch.log1p(-shifted)
 
 
 class CaptionAndConceptLoss:
-    """The objective of a `CaptioningTrainer` that learns concepts beside captions.
+    """The objective of a `CaptioningTrainer` that learns concepts beside captions, with the `args` of a run on `rows`.
 
-    Args:
-        captioner: the trainer's, with a concept head.
-        args: a run's `CaptioningArguments`, of which it reads the fields for concepts.
-        positive_weights: float `[C]`, of the labels 1 in `bce`.
+    In `bce` a label 1 of a concept of n among N images weighs sqrt((N - n) / n).
     """
 
-    def __init__(self, captioner: Captioner, args, positive_weights: torch.Tensor):
+    def __init__(self, captioner: Captioner, args, rows: Dataset):
         self.captioner, self.weight = captioner, args.concept_weight()
         self._loss = asymmetric_loss if args.concept_loss == "asymmetric" else self._weighted_bce
-        self._positive_weights = positive_weights
+        counts, labeled = count_concepts(rows["cui"], args.unlabeled_are_negative)
+        numbers = torch.tensor([counts[cui] for cui in captioner.concept_head.concepts], dtype=torch.float64)
+        self._positive_weights = ((labeled - numbers).clamp(min=1) / numbers).sqrt().float()
         self._step, self._seen, self._num_steps = torch.zeros(2), torch.zeros(2), 0  # losses of captions and concepts
 
     def _weighted_bce(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -143,12 +131,9 @@ class CaptionAndConceptLoss:
         return captions + weight * concepts
 
     def _end_step(self, trainer, head: ConceptHead) -> None:
-        """Keep the losses of an optimizer step; the next step's weight follows them if it is `auto`.
-
-        That of its own would depend on how its batch is split: some of it is learned before the rest is seen.
-        """
+        """Keep the losses of an optimizer step; if it is `auto`, the weight of the next one follows them."""
         step, self._step = self._step, torch.zeros(2)
-        if self.weight is None:
+        if self.weight is None:  # the weight of this step would depend on how its batch is split
             captions, concepts = self._of_all_processes(trainer, step)
             if concepts > 0:
                 head.loss_weight.copy_((AUTO_SHARE * captions / concepts).clamp(*AUTO_RANGE))
@@ -170,17 +155,3 @@ class CaptionAndConceptLoss:
         means = dict(zip(("caption_loss", "concept_loss"), (seen / number).tolist(), strict=True))
         weight = self.captioner.concept_head.loss_weight.item() if self.weight is None else self.weight
         return means | {"concept_loss_weight": weight}
-
-
-def caption_and_concept_loss(captioner: Captioner, args, rows: Dataset | None) -> CaptionAndConceptLoss | None:
-    """Return the objective of a run that trains on `rows` and learns concepts, else None.
-
-    A label 1 weighs sqrt((N - n) / n) in `bce`, for a concept of n among N images: the whole ratio of a rare one would
-    outweigh all others.
-    """
-    if not (args.do_train and args.learns_concepts):
-        return None
-    counts, labeled = count_concepts(rows["cui"], args.unlabeled_are_negative)
-    numbers = np.array([counts[cui] for cui in captioner.concept_head.concepts])
-    weights = np.sqrt(np.maximum(labeled - numbers, 1) / numbers)
-    return CaptionAndConceptLoss(captioner, args, torch.from_numpy(weights).float())

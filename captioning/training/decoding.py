@@ -23,13 +23,13 @@ LIMITS = {
     "no_repeat_ngram_size": (0, math.inf),
     "length_penalty": (-100, 100),  # the exponent of a length of some hundreds, which beyond this overflows a double
 }
-# Nine with those of the run: one change at a time, and other length penalties, which cost little
+# Nine with those of the run; other length penalties cost little
 DEFAULT_GRID = ("num_beams=1", "length_penalty=0.5,2", "num_beams=5 length_penalty=1,2")
 DEFAULT_GRID += ("no_repeat_ngram_size=3 length_penalty=1,2", "min_new_tokens=8")
 
 
 def check_range(name: str, value: float, lowest: float, highest: float) -> None:
-    """Raise a UserError if a field of a recipe is outside of its range, both ends included, or NaN."""
+    """Raise a UserError if a field of a recipe is NaN or outside of its range, both ends included."""
     if not lowest <= value <= highest:
         limits = f"from {lowest} to {highest}" if math.isfinite(highest) else f"to {lowest} or more"
         raise UserError(f"{name} is {value}; set --{name} {limits}")
@@ -58,10 +58,9 @@ def generation_config(fields: Mapping[str, Any]) -> GenerationConfig:
 
 
 def settings_of_grid(fields: Mapping[str, Any], grid: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the decode settings of a recipe, and those that each combination of values in a part of a grid makes.
+    """Return the decode settings of a recipe, and those of each combination of values in each part of a grid.
 
-    Raises:
-        UserError: a part is not like 'num_beams=3,5 length_penalty=1,2', or has more than 100 combinations.
+    A part that is not like 'num_beams=3,5 length_penalty=1,2', or has more than 100 combinations, is a UserError.
     """
     own = {name: fields[name] for name in DEFAULTS if name != "max_new_tokens"}
     found = {repr(decode_settings(fields)): own}
@@ -92,10 +91,8 @@ def in_words(config: GenerationConfig) -> str:
 
 def warn_of_other_settings(recorded: GenerationConfig, config: GenerationConfig) -> None:
     """Log each setting with which a checkpoint was evaluated, by its own record, otherwise than in this run."""
-    if not recorded.num_beams:
-        return
     message = "The model's own scores are with %s %s, not %s; for them, --%s %s"
     for name, default in DEFAULTS.items():
         was, now = getattr(recorded, name) or default, getattr(config, name) or default
-        if was != now:
+        if was != now and recorded.num_beams:
             logger.warning(message, name, was, now, name, was)

@@ -13,7 +13,6 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset, DatasetDict
 
-from captioning.data.sources import SPLITS
 from captioning.data.streaming import is_streamed
 from captioning.data.zenodo import UNUSABLE
 from captioning.errors import UserError, as_user_error
@@ -31,13 +30,9 @@ BATCH_SIZE = 1000
 def fingerprint(
     dataset: DatasetDict, captioner: Captioner, model_args: ModelArguments, retriever: str | None = None
 ) -> dict[str, Any]:
-    """Return the digests of a run: of each split, of the vocabulary and, where it is known, of the start.
+    """Return the digests of a run: of each unchecked split, of the vocabulary and, where it is known, of the start.
 
-    Args:
-        dataset: unchecked splits, as `select_splits` returned them.
-        captioner: as it was loaded or built.
-        model_args: with the commit or the config that it came from.
-        retriever: the digest of what finds captions for the prompts; None: nothing does.
+    `model_args` have the commit or config of the start; `retriever` is the digest of what finds captions for prompts.
     """
     found: dict[str, Any] = {split: _of_rows(rows) for split, rows in dataset.items()}
     found["tokenizer"] = _digest(sorted(captioner.tokenizer.get_vocab().items()))
@@ -47,30 +42,27 @@ def fingerprint(
     elif COMMIT_HASH.fullmatch(revision or ""):
         found["model"] = revision
     elif os.path.isdir(name):
-        found["model"] = _of_files(sorted(path for pattern in START_FILES for path in Path(name).glob(pattern)))
+        files = sorted(path for pattern in START_FILES for path in Path(name).glob(pattern))
+        found["model"] = hashlib.blake2b(b"".join(map(_of_file, files)), digest_size=16).hexdigest()
     return found | ({"retriever": retriever} if retriever else {})
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Say in words what differs of two fingerprints, of the parts that both have."""
     found = []
-    for split in SPLITS:
-        old, new = before.get(split), now.get(split)
-        if isinstance(old, dict) and isinstance(new, dict):
+    for name in before.keys() & now.keys():
+        old, new = before[name], now[name]
+        if not isinstance(new, dict):
+            found += [f"the {name} is another"] if old != new else []
+        elif isinstance(old, dict):  # a recipe may come from anyone
             parts = [part for part in sorted(old.keys() & new.keys() - {"rows"}) if old[part] != new[part]]
-            if parts:
-                rows = f"{old.get('rows')} rows before, {new['rows']} now"
-                found.append(f"split '{split}' has changed ({rows}; other {', '.join(parts)})")
-    parts = [part for part in ("tokenizer", "model", "retriever") if part in before]
-    return found + [f"the {part} is another" for part in parts if before[part] != now.get(part, before[part])]
+            rows = f"{old.get('rows')} rows before, {new['rows']} now"
+            found += [f"split '{name}' has changed ({rows}; other {', '.join(parts)})"] if parts else []
+    return sorted(found)
 
 
 def refuse_changes(checkpoint: str, now: Mapping[str, Any]) -> None:
-    """Compare with the fingerprint in a checkpoint, if it has one.
-
-    Raises:
-        UserError: saying what has changed.
-    """
+    """Raise a UserError that says what has changed since a checkpoint, if that has a fingerprint."""
     path = Path(checkpoint) / FINGERPRINT_FILE
     if path.is_file():
         with as_user_error(f"'{path}' cannot be read", "delete it to resume without this check"):
@@ -107,19 +99,14 @@ def _of_image(image: pa.StructScalar, is_hashed: bool) -> bytes:
         path = image["path"].as_py()
         if not os.path.isfile(path):  # reading a pipe might never end
             return b"-"
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            return b"%d " % size + (hashlib.file_digest(file, "blake2b").digest() if is_hashed else b"")
+        return b"%d " % os.path.getsize(path) + (_of_file(path) if is_hashed else b"")
     except (OSError, TypeError, ValueError):  # `check_rows` will say what is wrong with it
         return b"-"
 
 
-def _of_files(paths: list[Path]) -> str:
-    whole = hashlib.blake2b(digest_size=16)
-    for path in paths:
-        with open(path, "rb") as file:
-            whole.update(hashlib.file_digest(file, "blake2b").digest())
-    return whole.hexdigest()
+def _of_file(path: str | Path) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "blake2b").digest()
 
 
 def _digest(value: Any) -> str:

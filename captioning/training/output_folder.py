@@ -1,8 +1,11 @@
-"""The output folder of a run: whether it may be written, what it is resumed from, and the recipe of what was run."""
+"""The output folder of a run: who may write to it, what is resumed there, and the recipe of what was run."""
 
+import fcntl
 import json
 import logging
+import os
 import re
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -17,8 +20,7 @@ from captioning.files import to_json, write_whole
 from captioning.models.lora import WEIGHT_FILES
 from captioning.training.arguments import CaptioningArguments, DataArguments, ModelArguments
 from captioning.training.checkpoints import checkpoint_fault, last_complete_checkpoint
-from captioning.training.fingerprint import changes, refuse_changes
-from captioning.training.folder_lock import LOCK_FILE, FolderInUse, hold_folder
+from captioning.training.fingerprint import changes
 from captioning.training.recipe import resolved_recipe
 
 
@@ -30,17 +32,75 @@ RESULT_FILES += ("surface_form.json", "concept_head.*", "retrieval/*")  # a run 
 STAGE_FIELDS = (
     "do_train", "do_eval", "do_predict", "write_submission", "package_versions", "hardware", "code", "fingerprint",
 )  # fmt: skip
+LOCK_FILE = ".lock"  # says who writes to the folder; a killed run leaves it, without its lock
+_held: set[int] = set()  # file descriptors of this process
+# A worker that outlives its killed parent must not keep the folder locked
+os.register_at_fork(after_in_child=lambda: [os.close(file) for file in _held] and _held.clear())
+
+
+# --- Who may write to it --------------------------------------------------------------------------------------
+
+
+class FolderInUse(UserError):
+    """Another process writes to the folder."""
+
+
+@contextmanager
+def hold_folder(folder: str | os.PathLike) -> Iterator[None]:
+    """Keep other runs out of a folder, also those of machines that share it; the lock ends with the process.
+
+    Raises a FolderInUse that names the holder, or a UserError if the block fails and the folder was removed meanwhile.
+    """
+    path, file = Path(folder) / LOCK_FILE, None
+    with ExitStack() as stack:
+        try:
+            file = _open_locked(path, stack)
+        except BlockingIOError:
+            holder = "another process"
+            with suppress(OSError):
+                holder = path.read_bytes()[:200].decode(errors="replace").strip() or holder
+            mend = "wait until it has ended, or set another --output_dir"
+            raise FolderInUse(f"output folder '{folder}' is being written by {holder}; {mend}") from None
+        except OSError as error:
+            if path.parent.is_dir():  # read-only, or on a file system without locks
+                logger.warning("'%s' cannot be locked (%s): let no other run write to it", folder, error)
+        try:
+            yield
+        except Exception as error:
+            if file is None or isinstance(error, UserError) or _is_at(path, file):
+                raise
+            what = f"output folder '{folder}' was removed while the run wrote to it"
+            raise UserError(f"{what}; run again, with --resume_from_checkpoint true if it trains") from error
+
+
+def _open_locked(path: Path, stack: ExitStack) -> int:
+    """Return the locked file, which the end of `stack` removes."""
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        stack.callback(os.close, file)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _is_at(path, file):  # else the run that held it has just removed it
+            break
+    _held.add(file)
+    stack.callback(_held.discard, file)
+    stack.callback(lambda: _is_at(path, file) and path.unlink())
+    with suppress(OSError):  # a full disk
+        os.ftruncate(file, 0)
+        os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    return file
+
+
+def _is_at(path: Path, file: int) -> bool:
+    return path.exists() and os.path.samestat(os.fstat(file), os.stat(path))
 
 
 @contextmanager
 def own_output_dir(args: CaptioningArguments) -> Iterator[str | None]:
     """Hold the output folder for this run; the value is the checkpoint to resume from, if any.
 
-    A run whose folder has the default name gets one of its own, with a number behind the name if need be, and resumes
-    in the last of these in which a training has begun. `args.output_dir` is set to it, in all processes.
-
-    Raises:
-        UserError: the folder cannot be written, is in use, holds another run, or the checkpoint is incomplete.
+    A run that names no folder gets one of its own, with a number behind the default name if need be, or resumes in the
+    last of these in which a training has begun. `args.output_dir` is set to it, in all processes. A folder that cannot
+    be written, is in use or holds another run, and a checkpoint that is incomplete, are UserErrors.
     """
     with ExitStack() as stack:
         if args.process_index == 0:
@@ -49,7 +109,7 @@ def own_output_dir(args: CaptioningArguments) -> Iterator[str | None]:
             names = [args.output_dir]
             torch.distributed.broadcast_object_list(names, device=args.device)
             args.output_dir = names[0]
-        yield checkpoint_to_resume(args)
+        yield _checkpoint_to_resume(args)
 
 
 def _take_folder(args: CaptioningArguments, stack: ExitStack) -> str:
@@ -80,11 +140,9 @@ def _folder_to_resume(name: str, checkpoint: str) -> str | None:
 
     A run that was killed before its first checkpoint must not go on from that of another run.
     """
-    number = re.compile(re.escape(Path(name).name) + r"-(\d+)")
-    found = {
-        int(match[1]): str(path) for path in Path(name).parent.glob("*") if (match := number.fullmatch(path.name))
-    }
-    folders = [name, *(found[key] for key in sorted(found))]
+    number = re.compile(re.escape(Path(name).name) + r"-\d+")
+    found = [path for path in Path(name).parent.glob("*") if number.fullmatch(path.name)]
+    folders = [name, *map(str, sorted(found, key=lambda path: int(path.name.rpartition("-")[2])))]
     if checkpoint.lower() != "true":
         there = Path(checkpoint).resolve().parent
         return next((folder for folder in folders if Path(folder).resolve() == there), None)
@@ -95,17 +153,23 @@ def _folder_to_resume(name: str, checkpoint: str) -> str | None:
 
 
 def _holds_training(folder: str) -> bool:
-    with suppress(OSError, ValueError, AttributeError):  # missing or damaged
-        return json.loads((Path(folder) / "recipe.json").read_text(encoding="utf-8")).get("do_train", True)
-    return last_complete_checkpoint(folder) is not None
+    recipe = _recipe_in(folder)
+    return bool(recipe) and recipe.get("do_train", True)
 
 
-def checkpoint_to_resume(args: CaptioningArguments) -> str | None:
-    """Return the checkpoint to resume from, if any.
+def _recipe_in(folder: str) -> dict[str, Any]:
+    """Return what a run has written into its folder, {} if there is none."""
+    path = Path(folder) / "recipe.json"
+    if not path.is_file():
+        return {}
+    with as_user_error(f"'{path}' cannot be read", "delete it, or set another --output_dir"):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
 
-    Raises:
-        UserError: the output folder holds another run, or the checkpoint is incomplete.
-    """
+
+# --- What is resumed there ------------------------------------------------------------------------------------
+
+
+def _checkpoint_to_resume(args: CaptioningArguments) -> str | None:
     folder, resume = Path(args.output_dir), args.resume_from_checkpoint
     if not args.do_train:
         if any((folder / name).is_file() for name in WEIGHT_FILES):
@@ -127,90 +191,72 @@ def checkpoint_to_resume(args: CaptioningArguments) -> str | None:
     return resume
 
 
+# --- The recipe of what was run -------------------------------------------------------------------------------
+
+
 def write_recipe(
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    args: CaptioningArguments,
-    found: dict[str, Any],
-    checkpoint: str | None = None,
+    model_args: ModelArguments, data_args: DataArguments, args: CaptioningArguments, digests: dict[str, Any]
 ) -> None:
-    """Write `recipe.json`: what was run, at which commits, with which packages, on which hardware.
+    """Write `recipe.json`, and log what differs from the given recipe, or from the run that is resumed.
 
-    What differs from the given recipe, or from the run that is resumed, is logged.
-
-    Args:
-        model_args: the model.
-        data_args: the data.
-        args: all else. Its `fingerprint`, so far that of the given recipe, is set to that of the run.
-        found: the fingerprint of the run.
-        checkpoint: what is resumed from.
-
-    Raises:
-        UserError: the run that is to be resumed has another model, tokenizer, or other data.
+    `args.fingerprint`, so far of the given recipe, becomes the `digests` of the run. Another model is a UserError.
     """
-    if checkpoint and not args.resume_despite_changes:
-        refuse_changes(checkpoint, found)
     given = {name: part for name, part in (args.fingerprint or {}).items() if args.do_train or name != "model"}
-    for change in (unlike := changes(given, found)):
+    for change in (unlike := changes(given, digests)):
         logger.warning("The recipe ran with something else: %s; the numbers will differ", change)
     if given and not unlike:
         logger.info("Data, tokenizer and model are those that the recipe ran with")
     if args.changed_on_resume:
         keys = ", ".join(args.changed_on_resume)
         logger.warning("The recipe's run was resumed with other values of %s; the numbers will differ", keys)
-    args.fingerprint = found
-    recipe = resolved_recipe(model_args, data_args, args) | {"fingerprint": found}
-    _log_differences("package", args.package_versions, recipe["package_versions"])
-    _log_differences("hardware", args.hardware, recipe["hardware"])
-    _log_differences("code", args.code, recipe["code"])
-    folder = Path(args.output_dir)
-    path = folder / "recipe.json"
-    resumes = args.do_train and args.resume_from_checkpoint
-    if args.should_save and not resumes:
-        remove_other_results(path, recipe)
-    if resumes and path.is_file():
-        with as_user_error(f"'{path}' of the run to resume cannot be read", "delete it"):
-            before = json.loads(path.read_text(encoding="utf-8"))
-        history = before.pop("changed_on_resume", None) or {}
-        if args.tune_decoding and (tuned := before.pop("tuned_decoding", None)):  # at its end, which comes again
-            before |= tuned["before"] | {name: value for name, value in recipe.items() if name.startswith("tune_")}
-        other = {key for key in recipe.keys() | before.keys() if recipe.get(key) != before.get(key)}
-        # Fields of the model are missing where an earlier version wrote the recipe, which had but their defaults
-        new = {name for name, item in model_args.__dataclass_fields__.items() if recipe[name] == item.default}
-        for key in sorted(other - {"fingerprint"} - ((new | {"model_config"}) - before.keys())):
-            if hasattr(model_args, key) and key != "label_smoothing":
-                change = f"{key} was {before.get(key)}, is {recipe.get(key)}"
-                raise UserError(f"cannot resume in '{folder}': {change}; set it back, or another --output_dir")
-            logger.warning("Resuming with another recipe: %s was %s, is %s", key, before.get(key), recipe.get(key))
-            if key not in (*STAGE_FIELDS, "code"):
-                history[key] = [*history.get(key, [before.get(key)]), recipe.get(key)]
-        recipe |= {"changed_on_resume": history} if history else {}
+    args.fingerprint = digests
+    recipe = resolved_recipe(model_args, data_args, args) | {"fingerprint": digests}
+    for part in ("package_versions", "hardware", "code"):
+        _log_differences(part.removesuffix("_versions"), getattr(args, part), recipe[part])
+    before = _recipe_in(args.output_dir)
+    if before and args.do_train and args.resume_from_checkpoint:
+        _compare_with_resumed(before, recipe, model_args, args)
+    elif args.should_save:
+        remove_other_results(args.output_dir, before, recipe)
     if args.should_save:
-        write_whole(path, to_json(recipe, indent=2) + "\n")
+        write_whole(Path(args.output_dir) / "recipe.json", to_json(recipe, indent=2) + "\n")
 
 
-def remove_other_results(path: Path, recipe: dict[str, object]) -> None:
-    """Remove scores, predictions and page that a run of another recipe left beside its recipe at `path`.
+def _compare_with_resumed(
+    before: dict[str, Any], recipe: dict[str, Any], model_args: ModelArguments, args: CaptioningArguments
+) -> None:
+    """Refuse another model, log each other change, and add the history of changes to `recipe`."""
+    history = before.pop("changed_on_resume", {})
+    if args.tune_decoding and (tuned := before.pop("tuned_decoding", None)):  # at its end, which comes again
+        before |= tuned["before"] | {name: value for name, value in recipe.items() if name.startswith("tune_")}
+    for key in sorted((recipe.keys() | before.keys()) - {"fingerprint"}):
+        was, now = before.get(key), recipe.get(key)
+        if was == now:
+            continue
+        if hasattr(model_args, key) and key != "label_smoothing":
+            mend = "set it back, or another --output_dir"
+            raise UserError(f"cannot resume in '{args.output_dir}': {key} was {was}, is {now}; {mend}")
+        logger.warning("Resuming with another recipe: %s was %s, is %s", key, was, now)
+        if key not in STAGE_FIELDS:
+            history[key] = [*history.get(key, [was]), now]
+    recipe |= {"changed_on_resume": history} if history else {}
 
-    A run of the same recipe keeps them, so that one split after the other can be scored into one folder; but not a run
-    that trains, whose weights are new.
+
+def remove_other_results(folder: str, before: dict[str, Any], recipe: dict[str, Any]) -> None:
+    """Remove scores, predictions and page of the run before if its recipe is another.
+
+    A run of the same recipe that only scores keeps them: one split after the other can be scored into one folder.
     """
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        same = not recipe.get("do_train", True) and all(
-            before.get(key) == recipe.get(key) for key in before.keys() | recipe.keys() if key not in STAGE_FIELDS
-        )
-    except (OSError, ValueError, AttributeError):
-        same = False
-    found = [] if same else [file for pattern in RESULT_FILES for file in path.parent.glob(pattern)]
+    keys = (before.keys() | recipe.keys()) - set(STAGE_FIELDS)
+    same = not recipe.get("do_train", True) and all(before.get(key) == recipe.get(key) for key in keys)
+    found = [] if same else [file for pattern in RESULT_FILES for file in Path(folder).glob(pattern)]
     for file in found:
         file.unlink()
     if found:
-        logger.info("Removed the results of an earlier run from '%s'", path.parent)
+        logger.info("Removed the results of an earlier run from '%s'", folder)
 
 
-def _log_differences(kind: str, given: dict[str, object] | None, here: dict[str, object]) -> None:
-    """Log where the given recipe was run otherwise than here: only the same machine repeats a run bit for bit."""
+def _log_differences(kind: str, given: dict[str, Any] | None, here: dict[str, Any]) -> None:
     message = "The recipe ran with %s %s '%s', here is '%s': the numbers may differ"
     for name, wanted in (given or {}).items():
         if here.get(name, "none") != wanted:

@@ -1,7 +1,4 @@
-"""From a recipe (JSON) and flags to the three dataclasses of `arguments.py`, and back to a recipe.
-
-Flags win over the recipe, the recipe over the defaults.
-"""
+"""From a recipe (JSON) and flags, which win, to the three dataclasses of `arguments.py`, and back to a recipe."""
 
 import argparse
 import json
@@ -12,14 +9,13 @@ import subprocess
 import sys
 import types
 import typing
-from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import Field, asdict, fields
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from transformers import HfArgumentParser
@@ -31,20 +27,40 @@ from captioning.errors import UserError, as_user_error, did_you_mean
 from captioning.files import PROJECT
 from captioning.hub.foreign_recipe import refuse_local_names
 from captioning.hub.revisions import download_recipe
-from captioning.training.arguments import (
-    MAX_RECIPE,
-    OTHER_NAMES,
-    REPLACED_FIELDS,
-    CaptioningArguments,
-    DataArguments,
-    ModelArguments,
-    PushArguments,
-)
+from captioning.training.arguments import CaptioningArguments, DataArguments, ModelArguments, PushArguments
 from captioning.training.decoding import DEFAULTS
 
 
+MAX_RECIPE = 2**20  # bytes
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "evaluate", "rouge_score", "pillow")
 DATACLASSES = (ModelArguments, DataArguments, CaptioningArguments)
+# Fields of `Seq2SeqTrainingArguments` that would have no effect or do harm here, and what to do instead
+REPLACED_FIELDS = {
+    "hub_token": "it would be stored in clear text in training_args.bin: run `hf auth login` or set HF_TOKEN",
+    "label_smoothing_factor": "the Trainer does not shift the labels before it smooths: set --label_smoothing",
+    "generation_num_beams": "set --num_beams",
+    "generation_max_length": "set --max_new_tokens",
+    "generation_config": "set --num_beams, --max_new_tokens and the other decode settings",
+    "hub_revision": "a run is pushed to the main branch",
+    "batch_eval_metrics": "scores are computed over the whole split",
+    "dataloader_drop_last": "it would drop rows of the evaluation too",
+    "use_liger_kernel": "Liger has no kernels for captioning models such as BLIP",
+    "save_only_model": "a run cannot be resumed from a checkpoint without the optimizer",
+    "deepspeed": "evaluation calls parts of the model one by one; see docs/distributed.md",
+    "fsdp": "evaluation calls parts of the model one by one, whose weights are not gathered; see docs/distributed.md",
+    "fsdp_config": "see fsdp",
+}
+# What other programs call a field, without dashes and underscores
+OTHER_NAMES = {
+    "per_device_train_batch_size": "batchsize batch bs trainbatchsize", "per_device_eval_batch_size": "evalbatchsize",
+    "learning_rate": "lr", "weight_decay": "wd", "num_train_epochs": "epochs epoch numepochs", "max_steps": "steps",
+    "warmup_steps": "warmup warmupratio", "output_dir": "output out outputfolder outputpath savedir",
+    "model_name_or_path": "model modelname modelpath", "tokenizer_name": "tokenizer", "config_name": "config",
+    "dataset_name": "dataset data datadir datapath trainfile", "caption_column": "textcolumn",
+    "image_folder": "imagedir images imageroot", "max_caption_length": "maxlength", "num_beams": "beams beamsize",
+    "dataloader_num_workers": "workers numworkers", "eval_strategy": "evaluationstrategy", "use_cpu": "cpu",
+    "resume_from_checkpoint": "resume checkpoint", "hub_model_id": "repo repoid", "push_to_hub": "push",
+}  # fmt: skip
 # By flag, the keys of a recipe that belong to what the flag replaces
 REPLACED_BY_FLAG = {
     "model_name_or_path": ("model_revision", "config_name", "model_config", "tokenizer_name"),
@@ -86,11 +102,7 @@ class RecipeParser(OneLineParser, HfArgumentParser):
 
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, CaptioningArguments]:
-    """Parse `[recipe.json] [--flag value ...]` into the three dataclasses.
-
-    Raises:
-        UserError: the recipe is missing or malformed, a key or flag is unknown, a value has the wrong type or range.
-    """
+    """Parse `[recipe.json] [--flag value ...]` into the three dataclasses; a mistake is a UserError that names it."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = RecipeParser(
         DATACLASSES,
@@ -111,10 +123,9 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
     try:
         model_args, data_args, args = parser.parse_dict(values)
         args.has_default_output_dir = not given
-        if args.objective == "self_critical" and model_args.config_name:
-            raise UserError("objective self_critical starts from a trained model; give one by --model_name_or_path")
-        if args.retrieved_captions and model_args.config_name:
-            raise UserError("retrieved_captions goes with --model_name_or_path: no model of a config takes them")
+        if model_args.config_name and (args.objective == "self_critical" or args.retrieved_captions):
+            wanted = "retrieved_captions" if args.retrieved_captions else "objective self_critical"
+            raise UserError(f"{wanted} starts from a trained model; give one by --model_name_or_path")
         if args.retrieved_captions and data_args.streaming:
             raise UserError("retrieved_captions needs the features of all images first; leave out --streaming")
         return model_args, data_args, args
@@ -123,11 +134,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, Data
 
 
 def parse_push_arguments(argv: list[str] | None = None) -> PushArguments | None:
-    """Parse `--push_only <output folder> ...`; return None where that flag is not given.
-
-    Raises:
-        UserError: another flag is given that has no effect on a push.
-    """
+    """Parse `--push_only <output folder> ...`; return None where that flag is not given."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if "push_only" not in _flags(argv):
         return None
@@ -149,7 +156,7 @@ def _parse(parser: RecipeParser, argv: list[str], known: Iterable[str]) -> dict[
 
 
 def _meant(name: str, known: Iterable[str]) -> str:
-    """Return `"; did you mean 'x'?"` for the field that other programs call `name`, or a similar one, else ""."""
+    """Return `"; did you mean 'x'?"` for the field that other programs call `name`, or for a similar one."""
     fields_of = {other: field for field, others in OTHER_NAMES.items() for other in (*others.split(), _plain(field))}
     field = fields_of.get(_plain(name))
     return f"; did you mean '{field}'?" if field in known else did_you_mean(name, set(known) - REPLACED_FIELDS.keys())
@@ -174,21 +181,17 @@ def _default_output_dir(values: dict[str, Any]) -> str:
 
 
 def read_recipe(path: str) -> dict[str, Any]:
-    """Read a recipe and check that each key is a field of the three dataclasses and its value of the field's type.
+    """Read a recipe, a file or `hf://<user>/<model>[@<revision>]/recipe.json`.
 
-    Args:
-        path: a file, or `hf://<user>/<model>[@<revision>]/recipe.json`.
-
-    Raises:
-        UserError: naming the file and the key.
+    A key that is no field of the three dataclasses, and a value of another type than its, are UserErrors.
     """
     from_hub = path.startswith("hf://")
-    recipe = _read_json_object(Path(download_recipe(path) if from_hub else path), name=path)
+    recipe = _read_json_object(Path(download_recipe(path) if from_hub else path), path)
     known = recipe_fields()
     for key, value in recipe.items():
         if key not in known:
             raise UserError(f"recipe '{path}': unknown key '{key}'{_meant(key, known)}")
-        if key in REPLACED_FIELDS:  # before the type is checked: no value of it is right
+        if key in REPLACED_FIELDS:
             raise UserError(f"recipe '{path}': {key} is not used here; {REPLACED_FIELDS[key]}")
         if not _fits(value, known[key].type):
             wanted = _type_name(known[key].type)
@@ -202,23 +205,11 @@ def _read_json_object(file: Path, name: str) -> dict[str, Any]:
     with as_user_error(f"recipe '{name}' cannot be read", "recipes are in recipes/"):
         if file.exists() and (not file.is_file() or file.stat().st_size > MAX_RECIPE):
             raise UserError(f"recipe '{name}' is not a file of at most {MAX_RECIPE:,} bytes; recipes are in recipes/")
-        text = file.read_text(encoding="utf-8-sig")
-    with as_user_error(f"recipe '{name}' is not valid JSON"):
-        content = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
         json.dumps(content, ensure_ascii=False).encode()  # fails for half of a surrogate pair
     if not isinstance(content, dict):
         raise UserError(f"recipe '{name}' must be one JSON object of names and values")
     return content
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number")
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if repeated := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
-        raise ValueError(f"key '{repeated[0]}' occurs twice")
-    return dict(pairs)
 
 
 def recipe_fields() -> dict[str, Field]:
@@ -274,26 +265,23 @@ def resolved_recipe(model_args: ModelArguments, data_args: DataArguments, args: 
 
 
 def code_version() -> dict[str, Any]:
-    """Return the address of this project by `CITATION.cff`, its commit, and whether files were modified since.
-
-    The last two are missing outside of a git repository.
-    """
-    citation = (PROJECT / "CITATION.cff").read_text(encoding="utf-8") if (PROJECT / "CITATION.cff").is_file() else ""
-    stated = re.search(r"""^repository-code: *["']?([^\s"']+)""", citation, re.MULTILINE)
-    found: dict[str, Any] = {"address": stated[1]} if stated else {}
+    """Return the address of this project by `CITATION.cff`, and its commit where it is a git repository."""
+    found: dict[str, Any] = {}
+    with suppress(OSError):
+        citation = (PROJECT / "CITATION.cff").read_text(encoding="utf-8")
+        if stated := re.search(r"""^repository-code: *["']?([^\s"']+)""", citation, re.MULTILINE):
+            found["address"] = stated[1]
     with suppress(OSError, subprocess.SubprocessError):
         if (PROJECT / ".git").exists():  # not a repository that the project merely lies in
-            git = ["git", "--no-optional-locks", "-C", str(PROJECT), "describe", "--always", "--dirty", "--abbrev=40"]
-            git = subprocess.run([*git, "--exclude=*"], capture_output=True, check=True, text=True, timeout=30)
-            commit = git.stdout.strip()
-            found |= {"commit": commit.removesuffix("-dirty"), "modified": commit.endswith("-dirty")}
+            git = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+            commit = subprocess.run(git, cwd=PROJECT, capture_output=True, check=True, text=True, timeout=30).stdout
+            found |= {"commit": commit.split("-")[0].strip(), "modified": "-dirty" in commit}
     return found
 
 
 def _hardware(args: CaptioningArguments) -> dict[str, Any]:
     """Return the properties of this machine that the last digits of a run depend on."""
-    kind = args.device.type
-    device = torch.cuda.get_device_name(args.device) if kind == "cuda" else kind
+    device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
     threads = torch.get_num_threads()
     return {"device": device, "processor": _processor_name(), "processes": args.world_size, "threads": threads}
 

@@ -1,7 +1,6 @@
 """What ends a training early: NaN or infinity, full memory, a full disk, a signal, too many unreadable images.
 
-Each becomes a `UserError`, one line that says what happened, where, and how to go on from the last checkpoint.
-`command_line.py` prints it, and handles signals outside of the training.
+Each becomes a line that says how to go on from the last checkpoint. `command_line.py` handles signals elsewhere.
 """
 
 import json
@@ -9,23 +8,21 @@ import logging
 import multiprocessing
 import os
 import signal
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
 
 from captioning.command_line import full_disk
-from captioning.errors import UserError, causes, is_disk_full, is_out_of_memory
+from captioning.errors import UserError, is_disk_full, is_out_of_memory
 from captioning.training.checkpoints import last_complete_checkpoint
 
 
 logger = logging.getLogger(__name__)
 
 FEW_UNREADABLE = 20  # images that may be unreadable whatever their share: the first batches are too small a sample
-TORCH_CANNOT_WRITE = ("PytorchStreamWriter failed", "unexpected pos")  # torch does not say why
 SMALLER_BATCH = {
     "train": "a lower --per_device_train_batch_size with more --gradient_accumulation_steps, "
     "--auto_find_batch_size true, or --gradient_checkpointing true",
@@ -41,45 +38,22 @@ def not_finite(what: str, output_dir: str) -> UserError:
     return UserError(f"{what}; {go_on}, with a lower --learning_rate or --max_grad_norm, or --bf16 instead of --fp16")
 
 
-# --- Memory and disk ------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def full_is_user_error(output_dir: str, batch_size: int, what: str) -> Iterator[None]:
-    """Turn a full memory or disk into a `UserError`; other errors pass.
-
-    Args:
-        output_dir: where the block writes.
-        batch_size: of this process, in the block.
-        what: `train` or `eval`, as in the flag for the batch size.
-    """
+    """Turn a full memory or disk into a `UserError`; `what` is `train` or `eval`, as in the flag of the batch size."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        if is_disk_full(error) or _torch_found_disk_full(error, output_dir):
+        if is_disk_full(error):
             where = full_disk(error, output_dir, "free some, or set a lower --save_total_limit,")
-            kept = "complete checkpoints are kept"
-            raise UserError(
-                f"no space left {where} and run again with --resume_from_checkpoint true: {kept}"
-            ) from error
+            go_on = "run again with --resume_from_checkpoint true: complete checkpoints are kept"
+            raise UserError(f"no space left {where} and {go_on}") from error
         if is_out_of_memory(error):
             size = f"per_device_{what}_batch_size {batch_size}"
             raise UserError(f"out of memory with {size}; set {SMALLER_BATCH[what]}") from error
         raise
-
-
-def _torch_found_disk_full(error: Exception, folder: str) -> bool:
-    """Tell whether torch failed to write, and a megabyte cannot be written either: nothing else shows a quota."""
-    if not any(text in str(cause) for cause in causes(error) for text in TORCH_CANNOT_WRITE):
-        return False
-    with suppress(OSError), tempfile.TemporaryFile(dir=folder, buffering=0) as probe:
-        return probe.write(bytes(2**20)) < 2**20
-    return True
-
-
-# --- Signals --------------------------------------------------------------------------------------------------
 
 
 class StopOnSignal(TrainerCallback):
@@ -115,17 +89,10 @@ class StopOnSignal(TrainerCallback):
         control.should_save |= self.stopping
 
 
-# --- Unreadable images ----------------------------------------------------------------------------------------
-
-
 class UnreadableImages(TrainerCallback):
-    """Handle streamed training images that cannot be read: no check has opened them before they are needed.
+    """List streamed training images that cannot be read, which the collator masks from the loss; too many end the run.
 
-    Each is logged and listed in `rejected.jsonl`; the collator masks it from the loss. Too many end the run.
-
-    Args:
-        max_fraction: of the rows trained on so far, from 0 to 1; `FEW_UNREADABLE` images are always allowed.
-        rejected_file: list of the rows that cannot be used, one JSON object a line.
+    `max_fraction` is of the rows trained on so far, from 0 to 1; `FEW_UNREADABLE` images are always allowed.
     """
 
     def __init__(self, max_fraction: float, rejected_file: str | os.PathLike):
@@ -151,11 +118,7 @@ class UnreadableImages(TrainerCallback):
         self._first_step, self._count.value = state.global_step, 0
 
     def on_step_end(self, args, state, control, **kwargs):
-        """End the run if there are too many.
-
-        Raises:
-            UserError: here and not in a worker, whose errors arrive wrapped in the text of a traceback.
-        """
+        """Raise a UserError if there are too many; that of a worker would be the text of a traceback."""
         steps = state.global_step - self._first_step
         seen = steps * args.train_batch_size * args.gradient_accumulation_steps
         if self._count.value > max(FEW_UNREADABLE, self.max_fraction * seen):

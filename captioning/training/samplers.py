@@ -1,7 +1,7 @@
 """The order in which rows are trained on: the same in one process and in several, and streamed.
 
-Accelerate fills the last global batch of an epoch with rows from the epoch's beginning, which then count twice: the
-loss of that step differs from that of one process. Here blank rows fill it, whose tokens are all masked from the loss.
+Accelerate fills the last global batch of an epoch with rows that then count twice. Here blank rows fill it, whose
+tokens are masked from the loss, as if one process had trained.
 """
 
 import math
@@ -18,14 +18,8 @@ from transformers import TrainerCallback
 from captioning.data.streaming import CACHE_BYTES, WINDOW_GROUPS
 
 
-# --- Several processes ----------------------------------------------------------------------------------------
-
-
 class PaddedRows:
-    """The N `rows` of a tokenized split; every index from N up is a blank row.
-
-    A blank row has a black image and the tokens `prompt_row`, without a caption, so that all its labels are -100.
-    """
+    """The N `rows` of a tokenized split; index N is a blank row: a black image, and `prompt_row` without a caption."""
 
     def __init__(self, rows: Dataset, prompt_row: list[int]):
         self.rows = rows
@@ -33,7 +27,7 @@ class PaddedRows:
         self.blank = {"image_id": "(blank)", "image": Image.new("L", (64, 64)), "input_ids": prompt_row}
 
     def __len__(self) -> int:
-        """Return N; blank rows are not counted."""
+        """Return N."""
         return len(self.rows)
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
@@ -44,13 +38,10 @@ class PaddedRows:
 
 
 class PaddedSampler(Sampler[int]):
-    """The indices of another sampler, then those of blank rows up to a whole number of global batches.
+    """The indices of a sampler of `num_rows` rows, then that of the blank row up to a whole number of global batches.
 
-    Args:
-        sampler: of N rows; a `RandomSampler` gets the order that accelerate gives it in one process.
-        num_rows: N, which is also the index of a blank row.
-        multiple: rows of a global batch.
-        data_seed: the Trainer's; None for torch's.
+    A `RandomSampler` gets the order that accelerate gives it in one process. `multiple`: rows of a global batch;
+    `data_seed`: the Trainer's, None for torch's.
     """
 
     def __init__(self, sampler: Sampler[int], num_rows: int, multiple: int, data_seed: int | None = None):
@@ -73,19 +64,12 @@ class PaddedSampler(Sampler[int]):
             self.sampler.set_epoch(epoch)
 
 
-# --- Streaming ------------------------------------------------------------------------------------------------
-
-
-class StreamingSampler(Sampler[int]):
-    """The rows of a streamed split in a random order in which each row group is in use for a short part of an epoch.
+class StreamingSampler(Sampler[int], TrainerCallback):
+    """The `rows` of a streamed split in a random order in which each row group is in use for a short part of an epoch.
 
     Row groups are shuffled, and the rows of each are spread at random over the places of those around it, of as many
-    as fit in the memory that `data.streaming` allows. The order follows from seed and epoch alone: it is the same for
-    any number of processes and workers, which share what they read, and a resumed run skips rows without reading them.
-
-    Args:
-        rows: a streamed split.
-        seed: of the order, together with the epoch.
+    as fit in the memory that `data.streaming` allows. The order follows from `seed` and epoch alone, whatever the
+    number of processes and workers, and a resumed run skips rows without reading them.
     """
 
     def __init__(self, rows: Dataset, seed: int):
@@ -99,9 +83,9 @@ class StreamingSampler(Sampler[int]):
     def __len__(self) -> int:
         return sum(len(rows) for rows in self._rows)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of an epoch, counted from 0."""
-        self.epoch = epoch
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        """Choose the order of the epoch: the Trainer's `set_epoch` does not get through accelerate's wrappers."""
+        self.epoch = int(state.epoch)
 
     def __iter__(self) -> Iterator[int]:
         rng = np.random.default_rng((self.seed, self.epoch))
@@ -115,14 +99,3 @@ class StreamingSampler(Sampler[int]):
             rows.append(rng.permutation(self._rows[group]))
             places.append(low + (high - low) * (np.arange(number) + rng.random(number)) / number)
         yield from np.concatenate(rows)[np.argsort(np.concatenate(places), kind="stable")].tolist()
-
-
-class SetEpoch(TrainerCallback):
-    """Tell a sampler its epoch: after a resume the Trainer's own call does not get through accelerate's wrappers."""
-
-    def __init__(self, sampler: StreamingSampler):
-        self.sampler = sampler
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        """Choose the order of the epoch that begins, or that the run resumes in."""
-        self.sampler.set_epoch(int(state.epoch))

@@ -28,8 +28,7 @@ from metrics import rouge_tokens, wording_scores
 
 
 REWARDS = ("rouge1", "rouge2", "rougeL", "imageclef_rouge1", *(f"{name}_f1" for name in ATTRIBUTES), "concept_f1")
-# A training has collapsed if more than this share of the images since the last log, or of `MIN_JUDGED`, has the same
-# greedy caption, or one that does not end
+# Collapse: so many of the images since the last log, or of `MIN_JUDGED`, have one greedy caption, or one without end
 COLLAPSED, MIN_JUDGED = 0.9, 64
 MEASURED = ("greedy_reward", "reward", "sample_length", "repeated_trigrams")  # means over images, and over samples
 
@@ -37,8 +36,7 @@ MEASURED = ("greedy_reward", "reward", "sample_length", "repeated_trigrams")  # 
 def parse_reward(text: str) -> dict[str, float]:
     """Return the weight of each score of a reward such as "imageclef_rouge1=0.5,concept_f1=0.5"; the default is 1.
 
-    Raises:
-        UserError: a score is unknown or a weight is not a positive number.
+    An unknown score, and a weight that is not a positive number, are UserErrors.
     """
     parts = [part.partition("=") for part in text.split(",")]
     with as_user_error(f"reward '{text}'", "write it as rougeL=0.5,concept_f1=0.5"):
@@ -54,8 +52,7 @@ def parse_reward(text: str) -> dict[str, float]:
 class Reward:
     """A weighted sum of scores of captions of the training split `rows`; each score is from 0 to 1.
 
-    Raises:
-        UserError: ids are not unique, or concepts are rewarded that cannot be learned from the split.
+    Ids that are not unique, and rewarded concepts that cannot be learned from the split, are UserErrors.
     """
 
     def __init__(self, weights: dict[str, float], rows: Dataset):
@@ -85,12 +82,9 @@ class Reward:
 
 
 class SelfCritical:
-    """The objective of a `CaptioningTrainer`, in place of its own loss.
+    """The objective of a `CaptioningTrainer`, in place of its own loss, with the `args` of a run.
 
-    Args:
-        captioner: the trainer's.
-        args: a run's `CaptioningArguments`, of which it reads the fields for self-critical training.
-        reward: called with N captions and the ids of their images; returns float `[N]`.
+    `reward` is called with N captions and the ids of their images, and returns float `[N]`.
     """
 
     def __init__(self, captioner: Captioner, args, reward: Callable[[Sequence[str], Sequence[str]], np.ndarray]):
@@ -102,10 +96,9 @@ class SelfCritical:
         return (batch["labels"] != IGNORE_INDEX).any(dim=1).sum()
 
     def loss(self, trainer, model: torch.nn.Module, batch: Batch, beside: Mapping, num_items: torch.Tensor):
-        """Return the loss of a micro-batch of B images, whose ids are in `beside`.
+        """Return the loss of a micro-batch of B images, whose ids are in `beside`; those without labels do not count.
 
-        `num_items` are the caption tokens and the images of the whole accumulated batch, in all processes. Images
-        whose labels are all masked do not count.
+        `num_items` are the caption tokens and the images of the whole accumulated batch, in all processes.
         """
         captioner, labels, image_ids = self.captioner, batch["labels"].cpu().numpy(), beside["image_id"]
         tokens = self._sample(trainer, batch, image_ids)  # [B, 1 + K, T], greedy search first
@@ -138,8 +131,8 @@ class SelfCritical:
         for of_image, image_id in zip(uniforms, image_ids, strict=True):
             seed = (args.seed, trainer.state.global_step, zlib.crc32(image_id.encode()))
             of_image[1:] = np.random.default_rng(seed).random(shape, dtype=np.float32)
-        truncated = {"top_k": args.sampling_top_k, "top_p": args.sampling_top_p}
-        settings = GenerationConfig(do_sample=True, temperature=args.sampling_temperature, **truncated)
+        temperature, top_k, top_p = args.sampling_temperature, args.sampling_top_k, args.sampling_top_p
+        settings = GenerationConfig(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p)
         captioner.model.eval()
         with trainer.accelerator.autocast(), captioner.evaluation():
             uniforms = torch.from_numpy(uniforms).to(batch["labels"].device)
@@ -148,11 +141,7 @@ class SelfCritical:
         return tokens.cpu().numpy()
 
     def measured(self, trainer=None) -> dict[str, float]:
-        """Return what all processes have seen since the last call, which all of them make.
-
-        Raises:
-            UserError: nearly all images have the same caption, or captions that do not end.
-        """
+        """Return what all processes have seen since the last call, which all make; a collapse is a UserError."""
         seen, self._seen = gather_object(self._seen), []
         if not seen:
             return {}
@@ -161,22 +150,14 @@ class SelfCritical:
         unended = f"a caption that does not end within {self.args.max_new_tokens} tokens"
         number, what = max((number, f"the caption '{caption[:80]}'"), (ends.count(False), unended))
         if number > COLLAPSED * max(len(seen), MIN_JUDGED):
-            raise UserError(
-                f"self-critical training has collapsed: {number} of the last {len(seen)} images get {what}; start "
-                "again with a lower --learning_rate, a --caption_loss_weight, or from a better trained model"
-            )
+            mend = "start again with a lower --learning_rate, a --caption_loss_weight, or from a better trained model"
+            images = f"{number} of the last {len(seen)} images"
+            raise UserError(f"self-critical training has collapsed: {images} get {what}; {mend}")
         means = dict(zip(MEASURED, np.mean(values, axis=0).tolist(), strict=True))
         return means | {"distinct_captions": len(set(captions)) / len(seen)}
 
 
 def _repeated_trigrams(caption: str) -> float:
-    """Return the share of the trigrams of words that have occurred before in the caption."""
+    """Return the share of the trigrams of words that occurred before."""
     trigrams = list(pairwise(pairwise(rouge_tokens(caption))))
     return 1 - len(set(trigrams)) / len(trigrams) if trigrams else 0.0
-
-
-def self_critical(captioner: Captioner, args, rows: Dataset | None) -> SelfCritical | None:
-    """Return the objective of a run that trains on `rows`, None for the usual loss of the captions."""
-    if args.objective != "self_critical" or not args.do_train:
-        return None
-    return SelfCritical(captioner, args, Reward(parse_reward(args.reward), rows))

@@ -4,8 +4,8 @@ import json
 import os
 import shutil
 import signal
+import textwrap
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,50 +24,33 @@ from captioning.command_line import on_stop_signals
 from captioning.data.streaming import is_streamed
 from captioning.errors import Stopped, UserError, as_user_error
 from captioning.files import to_json, without_nan, write_whole
+from captioning.models import lora
 from captioning.models.captioner import Captioner
 from captioning.models.concept_head import WEIGHTS_FILE
-from captioning.models.lora import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    BASE_CONFIG,
-    WEIGHT_FILES,
-    is_adapted,
-    merge_adapter,
-    save_config,
-)
 from captioning.models.weights import nan_weights, refuse_nan_weights
 from captioning.stages import stage
 from captioning.training.checkpoints import last_complete_checkpoint
 from captioning.training.concept_loss import CaptionAndConceptLoss
 from captioning.training.fingerprint import FINGERPRINT_FILE
 from captioning.training.safeguards import StopOnSignal, full_is_user_error, not_finite
-from captioning.training.samplers import PaddedRows, PaddedSampler, SetEpoch, StreamingSampler
+from captioning.training.samplers import PaddedRows, PaddedSampler, StreamingSampler
 from captioning.training.self_critical import SelfCritical
 
 
 BESIDE = ("image_id", "concept_labels")  # in a batch of `CaptioningCollator`, and no input of the model
-SHOWN_IDS = 8  # of the batch whose loss is NaN or infinite
+SHOWN_IDS = 200  # characters, of the batch whose loss is NaN or infinite
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What an evaluation returns for the N images of a split; without generation only the first two.
+    """What an evaluation returns for the N images of a split; without generation only the first two."""
 
-    Attributes:
-        nll: float64 `[N]`, the negative log-likelihood of each reference in nats, summed over its tokens.
-        num_tokens: int `[N]`, the number of these tokens.
-        tokens: int `[N, T]`, the new tokens, padded.
-        num_new_tokens: int `[N]`, the number of new tokens without padding.
-        captions: the N texts.
-        features: float32 `[N, D]`, those of the images.
-    """
-
-    nll: np.ndarray
-    num_tokens: np.ndarray
-    tokens: np.ndarray | None = None
-    num_new_tokens: np.ndarray | None = None
+    nll: np.ndarray  # float64 `[N]`, negative log-likelihood of each reference in nats, summed over its tokens
+    num_tokens: np.ndarray  # int `[N]`, of the references
+    tokens: np.ndarray | None = None  # int `[N, T]`, the new ones, padded
+    num_new_tokens: np.ndarray | None = None  # int `[N]`, without padding
     captions: list[str] | None = None
-    features: np.ndarray | None = None
+    features: np.ndarray | None = None  # float32 `[N, D]`, of the images
 
 
 class CaptioningTrainer(Seq2SeqTrainer):
@@ -78,9 +61,8 @@ class CaptioningTrainer(Seq2SeqTrainer):
     Args:
         captioner: the model and its processor.
         generation_config: the decode settings of evaluation.
-        compute_metrics: called after an evaluation with an `EvalPrediction` whose `predictions` are an `Evaluated`,
-            and whose `label_ids` are the N full reference captions, since the labels are truncated and would flatter
-            the scores (T9).
+        compute_metrics: called with an `EvalPrediction` whose `predictions` are an `Evaluated`, and whose `label_ids`
+            are the N full reference captions: the labels are truncated, which would flatter the scores (T9).
         publish: called by `push_to_hub`.
         objective: what is learned in place of the reference captions, or beside them.
         kwargs: those of `Seq2SeqTrainer`; datasets have the columns of a tokenized split.
@@ -103,14 +85,13 @@ class CaptioningTrainer(Seq2SeqTrainer):
         self.captioner, self.generation_config = captioner, generation_config
         self._metrics_of_texts, self._publish = compute_metrics, publish
         self.objective, self._beside = objective, {}
-        # `compute_loss` normalizes over the accumulated batch: the Trainer shall count the labels of that batch and
-        # not divide by the accumulation steps again
+        # The Trainer shall count the labels of the accumulated batch and not divide by its steps: `compute_loss` does
         self.model_accepts_loss_kwargs, self._loss_shifts_labels = True, False
         # Tied weights are stored once; without this, loading a checkpoint warns that they are missing
         self.model._keys_to_ignore_on_save = list(self.model.all_tied_weights_keys)
         self.stop_on_signal = StopOnSignal()
-        self.add_callback(self.stop_on_signal)
-        self.add_callback(LogBeforeCheckpoint())
+        for callback in (self.stop_on_signal, LogBeforeCheckpoint()):
+            self.add_callback(callback)
 
     # --- Training ---------------------------------------------------------------------------------------------
 
@@ -118,13 +99,8 @@ class CaptioningTrainer(Seq2SeqTrainer):
         """Return the stock loader; several processes share the global batches that one process would have."""
         if self.args.world_size == 1:
             return super().get_train_dataloader()
-        return self._get_dataloader(
-            dataset=PaddedRows(self.train_dataset, self.captioner.prompt_row),
-            description="Training",
-            batch_size=self._train_batch_size,
-            sampler_fn=self._padded_sampler,
-            is_training=True,
-        )
+        rows, size = PaddedRows(self.train_dataset, self.captioner.prompt_row), self._train_batch_size
+        return self._get_dataloader(rows, "Training", size, sampler_fn=self._padded_sampler, is_training=True)
 
     def _padded_sampler(self, rows: PaddedRows) -> PaddedSampler:
         global_batch = self._train_batch_size * self.args.world_size
@@ -167,8 +143,8 @@ class CaptioningTrainer(Seq2SeqTrainer):
         if not is_streamed(rows) or args.train_sampling_strategy == "sequential":
             return super()._get_train_sampler(train_dataset)
         sampler = StreamingSampler(rows, args.seed if args.data_seed is None else args.data_seed)
-        self.remove_callback(SetEpoch)  # that of an earlier training
-        self.add_callback(SetEpoch(sampler))
+        self.remove_callback(StreamingSampler)  # that of an earlier training
+        self.add_callback(sampler)
         return sampler
 
     def create_optimizer(self, *args, **kwargs):
@@ -190,27 +166,23 @@ class CaptioningTrainer(Seq2SeqTrainer):
         self._beside = {name: inputs.pop(name) for name in BESIDE if name in inputs}
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
-            image_ids = self._beside.get("image_id", [])
-            ids = ", ".join(image_ids[:SHOWN_IDS]) + (", ..." if len(image_ids) > SHOWN_IDS else "")
-            what = f"the loss of step {self.state.global_step + 1} is {loss.item()}, at the images {ids or 'unknown'}"
+            ids = textwrap.shorten(", ".join(self._beside.get("image_id", ["unknown"])), SHOWN_IDS, placeholder=" ...")
+            what = f"the loss of step {self.state.global_step + 1} is {loss.item()}, at the images {ids}"
             raise not_finite(what, self.args.output_dir)
         return loss
 
     def train(self, *args, **kwargs) -> TrainOutput:
         """Train; the `train_loss` returned is the mean over all steps of the run, also of those before a resume.
 
-        Raises:
-            UserError: the loss is NaN or infinity, or memory or disk are full.
-            Stopped: a signal came; a checkpoint is saved.
+        NaN, infinity, full memory or disk raise a UserError, a signal `Stopped` when a checkpoint is saved.
         """
-        stop = self.stop_on_signal
         full = full_is_user_error(self.args.output_dir, self._train_batch_size, "train")
-        with on_stop_signals(stop.receive), full:
+        with on_stop_signals(self.stop_on_signal.receive), full:
             output = super().train(*args, **kwargs)
-            if stop.stopping:
+            if self.stop_on_signal.stopping:
                 raise self._stopped()
-        output.metrics["train_loss"] = mean_training_loss(self.state.log_history)
-        return output._replace(training_loss=output.metrics["train_loss"])
+        loss = mean_training_loss(self.state.log_history)
+        return output._replace(training_loss=loss, metrics=output.metrics | {"train_loss": loss})
 
     # --- Files ------------------------------------------------------------------------------------------------
 
@@ -242,44 +214,40 @@ class CaptioningTrainer(Seq2SeqTrainer):
             staged.rmdir()
 
     def _save_parts(self, folder: str | Path) -> None:
-        if self.args.should_save and is_adapted(self.model):
-            save_config(self.captioner, folder)
-        if self.args.should_save and self.captioner.surface_form:
-            self.captioner.surface_form.save(folder)
-        if self.args.should_save and self.captioner.concept_head:
-            self.captioner.concept_head.save(folder)
+        if not self.args.should_save:
+            return
+        if lora.is_adapted(self.model):
+            lora.save_config(self.captioner, folder)
+        for part in (self.captioner.surface_form, self.captioner.concept_head):
+            if part:
+                part.save(folder)
 
     def merge_adapter(self) -> None:
         """Make the saved adapter a part of the weights, and save the whole model; the adapter goes into `adapter/`."""
+        lora.merge_adapter(self.captioner)
+        self.model = self.model_wrapped = self.captioner.model
         folder = Path(self.args.output_dir)
         if self.args.should_save:
             (folder / "adapter").mkdir(exist_ok=True)
-            for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_CONFIG):
+            for name in (lora.ADAPTER_CONFIG, lora.ADAPTER_WEIGHTS, lora.BASE_CONFIG):
                 os.replace(folder / name, folder / "adapter" / name)
-            if self.captioner.surface_form:
-                self.captioner.surface_form.save(folder / "adapter")
-            if self.captioner.concept_head:
-                self.captioner.concept_head.save(folder / "adapter")
-        merge_adapter(self.captioner)
-        self.model = self.model_wrapped = self.captioner.model
+        self._save_parts(folder / "adapter")
         self.save_model()
 
     @stage("saving")
     def _save_checkpoint(self, model, trial) -> None:
         """Save as the stock Trainer does; a run that is to stop ends here, before old checkpoints are deleted.
 
-        Raises:
-            UserError: a weight is NaN or infinity after the last update, which no loss has shown yet.
-            Stopped: a signal came.
+        A weight may be NaN or infinity after the last update, which no loss has shown yet: that is a UserError.
         """
         if nan_weights(self.model):
             what = f"step {self.state.global_step} made weights NaN or infinite, and no checkpoint is saved"
             raise not_finite(what, self.args.output_dir)
-        folder, was_there = self.args.output_dir, os.path.isdir(self.args.output_dir)
+        was_there = os.path.isdir(self.args.output_dir)
         super()._save_checkpoint(model, trial)
         if not was_there:
             go_on = "a checkpoint is saved there: go on from it with --resume_from_checkpoint true"
-            raise UserError(f"output folder '{folder}' was removed during the training; {go_on}")
+            raise UserError(f"output folder '{self.args.output_dir}' was removed during the training; {go_on}")
         if self.stop_on_signal.stopping:
             raise self._stopped()
 
@@ -291,23 +259,16 @@ class CaptioningTrainer(Seq2SeqTrainer):
     def _stopped(self) -> Stopped:
         self.accelerator.wait_for_everyone()
         last, number = last_complete_checkpoint(self.args.output_dir), self.stop_on_signal.received
-        return Stopped(
-            f"stopped by {signal.Signals(number).name} after step {self.state.global_step} of {self.state.max_steps}; "
-            f"go on with the same command and --resume_from_checkpoint true{f', from {last}' if last else ''}",
-            number,
-        )
+        step = f"step {self.state.global_step} of {self.state.max_steps}"
+        go_on = f"go on with the same command and --resume_from_checkpoint true{f', from {last}' if last else ''}"
+        return Stopped(f"stopped by {signal.Signals(number).name} after {step}; {go_on}", number)
 
-    def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
+    def save_metrics(self, split: str, metrics: dict[str, float]) -> None:
         """Write `<split>_results.json`, and into `all_results.json`, each whole or not at all."""
-        if not self.is_world_process_zero():
-            return
-        folder = Path(self.args.output_dir)
-        write_whole(folder / f"{split}_results.json", to_json(metrics, indent=4, sort_keys=True))
-        if combined:
-            path = folder / "all_results.json"
-            known = {}
-            with suppress(OSError, ValueError):  # missing or damaged: no reason to lose the new metrics
-                known = json.loads(path.read_text(encoding="utf-8"))
+        if self.is_world_process_zero():
+            own, path = (Path(self.args.output_dir) / f"{name}_results.json" for name in (split, "all"))
+            known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            write_whole(own, to_json(metrics, indent=4, sort_keys=True))
             write_whole(path, to_json(known | metrics, indent=4, sort_keys=True))
 
     def save_state(self) -> None:
@@ -330,7 +291,6 @@ class CaptioningTrainer(Seq2SeqTrainer):
         return is_new
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        """Load the weights as the stock Trainer does; those of another model, or of NaN, are a one-line error."""
         mend = "resume from another checkpoint, or set another --output_dir"
         with as_user_error(f"the weights in '{resume_from_checkpoint}' are not those of this model", mend):
             if not self._loads_by_old_names(resume_from_checkpoint):
@@ -353,8 +313,8 @@ class CaptioningTrainer(Seq2SeqTrainer):
         `save_pretrained` writes many families under the names that transformers 4 gave them, which `from_pretrained`
         knows. The Trainer does not: it would load none of them, warn, and go on from the weights that are there.
         """
-        file = Path(folder) / WEIGHT_FILES[0]
-        if is_adapted(self.model) or not file.is_file():
+        file = Path(folder) / lora.WEIGHT_FILES[0]
+        if lora.is_adapted(self.model) or not file.is_file():
             return False
         with safe_open(file, "pt") as weights:
             if set(weights.keys()) <= self.model.state_dict().keys():
@@ -371,7 +331,6 @@ class CaptioningTrainer(Seq2SeqTrainer):
             raise KeyError(f"{len(unlike)} are missing or unknown, such as {unlike[0]}")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load them as the stock Trainer does, with torch's `weights_only`; a failure is a one-line error."""
         with as_user_error(f"'{checkpoint}' cannot be resumed", "resume from another checkpoint"):
             super()._load_optimizer_and_scheduler(checkpoint)
 
@@ -383,8 +342,6 @@ class CaptioningTrainer(Seq2SeqTrainer):
         """Wait until each process has saved its state: then the first writes `trainer_state.json`."""
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()
-
-    # --- Hub --------------------------------------------------------------------------------------------------
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Do nothing: the card is written after the run; the Trainer's own has no scores (T16)."""
@@ -401,10 +358,7 @@ class CaptioningTrainer(Seq2SeqTrainer):
         return super()._prepare_inputs({name: value for name, value in inputs.items() if name not in BESIDE})
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):
-        """Score and caption one batch, encoding its images once.
-
-        Captions are generated from the images and the fixed prompt; stock `prediction_step` passes the reference as
-        a prompt (T1).
+        """Score and caption one batch, encoding its images once; the reference is no prompt, as it is in stock (T1).
 
         Returns:
             `(None, (nll, num_tokens[, tokens, features]), labels)`, see `Evaluated`. None instead of the batch's loss,
@@ -464,15 +418,10 @@ class CaptioningTrainer(Seq2SeqTrainer):
         return captioner.decode(tokens.cpu().numpy())[0]
 
     def word_attention(self, rows: Dataset, tokens: np.ndarray) -> list[list[tuple[str, np.ndarray]]]:
-        """Return the words of each caption with their attention maps.
+        """Return the words of the captions `tokens` of N rows, int `[N, T]` and padded, with their attention maps.
 
-        Args:
-            rows: N rows of a tokenized split.
-            tokens: int `[N, T]`, the new tokens generated for them, padded.
-
-        Returns:
-            N lists of words, each with its map `[H, W]`: see `Captioner.word_attention`. The lists are empty if the
-            model has no such maps.
+        These are N lists of words, each with its map `[H, W]`, see `Captioner.word_attention`; they are empty if the
+        model has no such maps.
         """
         self.model.eval()
         found = []

@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 def tune_decoding(trainer: CaptioningTrainer, rows: Dataset) -> None:
     """Caption validation images by each of the settings to try, and go on with the best by `metric_for_best_model`.
 
-    Of scores that are the same to four digits, that with the fewest beams wins, then that with the shortest captions.
-    The winner goes into trainer, arguments, `recipe.json`, and the saved model of a run that trains.
+    Of scores equal to four digits, that with the fewest beams wins, then that with the shortest captions. The winner
+    goes into trainer, arguments, `recipe.json`, and the saved model of a run that trains.
     """
     args, path = trainer.args, Path(trainer.args.output_dir) / "recipe.json"
     metric = args.metric_for_best_model.removeprefix("eval_")
@@ -58,19 +58,18 @@ def tune_decoding(trainer: CaptioningTrainer, rows: Dataset) -> None:
 def score_settings(trainer: CaptioningTrainer, rows: Dataset, configs: list[GenerationConfig]) -> list[dict[str, Any]]:
     """Return decode settings in words with their `CaptionMetric` and `gen_len`, the same in each process."""
     captioner, accelerator = trainer.captioner, trainer.accelerator
-    captions, lengths = ([[] for _ in configs] for _ in range(2))
+    table = [{"decoding": in_words(config), "captions": [], "lengths": []} for config in configs]
     trainer.model.eval()
     for inputs in trainer.get_test_dataloader(rows):
         with torch.no_grad(), accelerator.autocast(), captioner.evaluation():
             encoded = captioner.encode_images(trainer._prepare_inputs(inputs))
             generated = captioner.generate_each(encoded, configs)
-        for i, tokens in enumerate(generated):
+        for row, tokens in zip(table, generated, strict=True):
             tokens = accelerator.pad_across_processes(tokens, dim=1, pad_index=-100)
             tokens = accelerator.gather_for_metrics(tokens).cpu().numpy()
-            captions[i] += captioner.decode(tokens)
-            lengths[i] += captioner.num_new_tokens(tokens).tolist()
-    scores = [CaptionMetric().compute(predictions=found, references=list(rows["caption"])) for found in captions]
-    facts = [
-        {"decoding": in_words(c), "gen_len": float(np.mean(own))} for c, own in zip(configs, lengths, strict=True)
-    ]
-    return [fact | score for fact, score in zip(facts, scores, strict=True)]
+            row["captions"] += captioner.decode(tokens)
+            row["lengths"] += captioner.num_new_tokens(tokens).tolist()
+    for row in table:
+        row["gen_len"] = float(np.mean(row.pop("lengths")))
+        row.update(CaptionMetric().compute(predictions=row.pop("captions"), references=list(rows["caption"])))
+    return table

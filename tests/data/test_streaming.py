@@ -30,7 +30,7 @@ from captioning.errors import UserError
 from captioning.training import safeguards, samplers
 from captioning.training.arguments import CaptioningArguments
 from captioning.training.safeguards import UnreadableImages
-from captioning.training.samplers import SetEpoch, StreamingSampler
+from captioning.training.samplers import StreamingSampler
 from captioning.training.trainer import CaptioningTrainer
 
 
@@ -213,11 +213,11 @@ def test_each_row_comes_once_an_epoch_in_another_order_each_time(rows):
     sampler = StreamingSampler(rows, seed=0)
     orders = []
     for epoch in range(3):
-        sampler.set_epoch(epoch)
+        sampler.epoch = epoch
         orders.append(list(sampler))
         assert sorted(orders[-1]) == list(range(len(rows))) and len(sampler) == len(rows)
     assert len({tuple(order) for order in orders}) == 3
-    sampler.set_epoch(1)
+    sampler.epoch = 1
     assert list(sampler) == orders[1], "the order follows from seed and epoch"
     assert list(StreamingSampler(rows, seed=1)) != orders[0]
 
@@ -247,8 +247,8 @@ def train_batches(rows, captioner, tmp_path, batch_size: int, workers: int, resu
     )  # fmt: skip
     loader = trainer.get_train_dataloader()
     loader.set_epoch(1)  # as the Trainer does
-    set_epoch = next(found for found in trainer.callback_handler.callbacks if isinstance(found, SetEpoch))
-    set_epoch.on_epoch_begin(args, SimpleNamespace(epoch=1.3), None)
+    sampler = next(found for found in trainer.callback_handler.callbacks if isinstance(found, StreamingSampler))
+    sampler.on_epoch_begin(args, SimpleNamespace(epoch=1.3), None)
     return [batch["image_id"] for batch in skip_first_batches(loader, resumed_at)]
 
 

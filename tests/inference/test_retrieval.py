@@ -158,7 +158,10 @@ def test_concept_neighbors_take_the_features_of_the_retrieval(trained, train_fla
         ({"retriever": None}, r"retrieved_captions needs a model that does not change .*; set --retriever"),
         ({"streaming": True}, r"retrieved_captions needs the features of all images first; leave out --streaming"),
         ({"retrieved_captions": -1}, r"retrieved_captions is -1"),
-        ({"model_name_or_path": None, "config_name": "recipes/configs/blip_small.json"}, "no model of a config takes"),
+        (
+            {"model_name_or_path": None, "config_name": "recipes/configs/blip_small.json"},
+            "starts from a trained model",
+        ),
     ],
 )
 def test_what_cannot_work_is_a_line_before_anything_is_loaded(train_flags, tmp_path, values, fault):

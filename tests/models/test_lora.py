@@ -153,7 +153,7 @@ def test_two_processes_learn_the_adapter_that_one_does(blip, parquet_folder, tmp
         ({"use_peft": False, "merge_lora": True}, "merge_lora goes with use_peft"),
         ({"use_peft": False, "lora_r": 8}, "lora_r goes with use_peft, without which all weights learn"),
         ({"use_peft": False, "torch_dtype": "bfloat16"}, "torch_dtype bfloat16 is for weights that do not learn"),
-        ({"torch_dtype": "float8"}, "torch_dtype is 'float8'; set float32 or bfloat16"),
+        ({"torch_dtype": "float8"}, "invalid choice: 'float8'"),
         ({"lora_r": 0}, "lora_r is 0; set --lora_r from 1 to 4096"),
         ({"gradient_checkpointing_kwargs": '{"use_reentrant": true}'}, "use_reentrant must be false with use_peft"),
     ],

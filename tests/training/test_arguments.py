@@ -10,6 +10,7 @@ import pytest
 import torch
 from families import save_tiny
 from helpers import flags, save_captioner
+from processes import ROOT
 from safetensors.torch import load_file
 from transformers import GenerationConfig
 
@@ -17,8 +18,10 @@ import run_captioning
 from captioning.errors import UserError
 from captioning.models.load import build_captioner
 from captioning.training import recipe as recipe_module
-from captioning.training.arguments import FIXED_FIELDS, OTHER_NAMES, REPLACED_FIELDS, CaptioningArguments
+from captioning.training.arguments import FIXED_FIELDS, RANGES, CaptioningArguments
 from captioning.training.recipe import (
+    OTHER_NAMES,
+    REPLACED_FIELDS,
     parse_arguments,
     parse_push_arguments,
     read_recipe,
@@ -27,10 +30,8 @@ from captioning.training.recipe import (
 )
 
 
-ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.json"))
 MODEL = ["--model_name_or_path", "some/model"]
-CHECKPOINTING = "--gradient_checkpointing_kwargs"
 FAMILIES = {"blip2": "blip-2-opt", "qwen3_vl_4b": "qwen3_vl", "medgemma_4b": "gemma3", "llava": "llava"}
 # The size of a short run; all else is the recipe's
 SHORT = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, num_train_epochs=1, max_train_samples=8)
@@ -107,12 +108,10 @@ def test_the_defaults_are_the_contract():
     _, data_args, args = parse_arguments(["--model_name_or_path", "Salesforce/blip-image-captioning-base"])
     assert data_args.dataset_name == "eltorio/ROCOv2-radiology"
     assert (args.do_train, args.do_eval, args.do_predict, args.predict_with_generate) == (True,) * 4
-    assert (args.num_beams, args.max_new_tokens) == (3, 64)
+    assert (args.num_beams, args.max_new_tokens, args.lr_scheduler_type) == (3, 64, "linear")
+    assert 0 < args.warmup_steps < 1 and args.optim.startswith("adamw")
     assert args.output_dir == "outputs/blip-image-captioning-base-ROCOv2-radiology"
     assert parse_arguments([*MODEL, "--dataset_name", "a/labels.csv"])[2].output_dir == "outputs/model-labels"
-    assert args.lr_scheduler_type == "linear"
-    assert 0 < args.warmup_steps < 1
-    assert args.optim.startswith("adamw")
 
 
 def test_flags_win_over_the_recipe_and_the_recipe_over_the_defaults(recipe):
@@ -122,22 +121,27 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_the_defaults(recipe):
     assert (args.num_beams, args.max_new_tokens, args.do_predict) == (2, 20, True)
 
 
-def test_stages_that_are_off_switch_off_what_needs_them():
-    args = parse_arguments([*MODEL, "--do_eval", "false"])[2]
-    assert (args.do_eval, args.eval_strategy, args.load_best_model_at_end) == (False, "no", False)
-    args = parse_arguments([*MODEL, "--predict_with_generate", "false"])[2]
-    assert (args.metric_for_best_model, args.greater_is_better) == ("loss", False)
-    assert parse_arguments(MODEL)[2].greater_is_better
-    assert parse_arguments([*MODEL, "--metric_for_best_model", "perplexity"])[2].greater_is_better is False
-    assert parse_arguments([*MODEL, "--save_strategy", "no"])[2].load_best_model_at_end is False
+@pytest.mark.parametrize(
+    ("flag", "fields"),
+    [
+        ("--report_to=none", {"metric_for_best_model": "rougeL", "greater_is_better": True}),
+        ("--do_eval=false", {"do_eval": False, "eval_strategy": "no", "load_best_model_at_end": False}),
+        ("--predict_with_generate=false", {"metric_for_best_model": "loss", "greater_is_better": False}),
+        ("--metric_for_best_model=perplexity", {"greater_is_better": False}),
+        ("--save_strategy=no", {"load_best_model_at_end": False}),
+    ],
+)
+def test_stages_that_are_off_switch_off_what_needs_them(flag, fields):
+    args = parse_arguments([*MODEL, flag])[2]
+    assert {name: getattr(args, name) for name in fields} == fields
 
 
 def test_decode_settings_that_do_nothing_are_left_out():
     args = parse_arguments([*MODEL, "--num_beams", "1", "--length_penalty", "2"])[2]
     settings = {"num_beams": 1, "max_new_tokens": 64, "do_sample": False}
     assert args.decoding() == GenerationConfig(**settings)
-    flags = ["--length_penalty", "2", "--no_repeat_ngram_size", "3", "--min_new_tokens", "4"]
     changed = {"num_beams": 3, "length_penalty": 2.0, "no_repeat_ngram_size": 3, "min_new_tokens": 4}
+    flags = [f"--{name}={value}" for name, value in changed.items()]
     assert parse_arguments([*MODEL, *flags])[2].decoding() == GenerationConfig(**settings | changed)
 
 
@@ -151,18 +155,13 @@ def test_decode_settings_that_do_nothing_are_left_out():
         ({"zzz": 3}, "unknown key 'zzz'$"),
         ({"num_beams": "3"}, "'num_beams' is \"3\", which is not of type int"),
         ({"num_beams": True}, "'num_beams' is true, which is not of type int"),
-        ({"num_beams": 3.0}, "which is not of type int"),
         ({"learning_rate": "1e-5"}, "'learning_rate' is \"1e-5\", which is not of type float"),
         ({"do_train": "yes"}, "which is not of type bool"),
-        ({"do_train": 1}, "which is not of type bool"),
         ({"max_train_samples": [1]}, "which is not of type int or null"),
         ({"seed": None}, "'seed' is null, which is not of type int"),
-        ({"fsdp": True}, "fsdp is not used here; .*docs/distributed.md"),
-        ({"deepspeed": 7}, "deepspeed is not used here"),
-        ("{", "not valid JSON"),
-        ("[" * 100_000, "not valid JSON"),
+        ("{", "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
         ("[]", "must be one JSON object"),
-        ('{"seed": 1, "seed": 2}', "key 'seed' occurs twice"),
     ],
 )
 def test_a_bad_recipe_is_named_with_its_key(recipe, content, message):
@@ -187,30 +186,22 @@ def test_a_missing_recipe_is_named():
         ([*MODEL, "stray"], "'stray' is not a flag"),
         ([*MODEL, "--num_beams", "three"], "invalid int value: 'three'"),
         ([*MODEL, "--num_beams", "0"], "num_beams is 0; set --num_beams from 1 to 256"),
-        ([*MODEL, "--max_new_tokens", "0"], "max_new_tokens is 0"),
         ([*MODEL, "--min_new_tokens", "9", "--max_new_tokens", "8"], "min_new_tokens 9 exceeds max_new_tokens 8"),
-        ([*MODEL, "--max_predict_samples", "0"], "max_predict_samples is 0"),
         ([*MODEL, "--max_rejected_fraction", "2"], "set --max_rejected_fraction from 0 to 1"),
-        ([*MODEL, "--label_smoothing", "1"], "label_smoothing is 1.0"),
         ([*MODEL, "--tokenizer_name", "x"], "tokenizer_name goes with config_name"),
         ([*MODEL, "--eval_strategy", "sometimes"], "sometimes"),
         ([*MODEL, "--eval_strategy", "steps"], "load_best_model_at_end requires the save and eval strategy to match"),
         ([*MODEL, "--metric_for_best_model", "rougel"], "'rougel' is not measured; did you mean 'rougeL'"),
         ([*MODEL, "--metric_for_best_model", "bleu"], "there are loss, perplexity"),
         ([*MODEL, "--learning_rate", "nan"], "learning_rate is nan"),
-        ([*MODEL, "--learning_rate", "-1"], "learning_rate is -1"),
         ([*MODEL, "--max_grad_norm", "inf"], "max_grad_norm is inf; set --max_grad_norm to 0 to clip nothing"),
         ([*MODEL, "--adam_epsilon", "nan"], "adam_epsilon is nan; set --adam_epsilon to a finite number"),
-        ([*MODEL, "--seed", "-1"], "seed is -1"),
         ([*MODEL, "--seed", str(10**30)], "set --seed from 0 to 4294967295"),
         ([*MODEL, "--length_penalty", "nan"], "length_penalty is nan"),
-        ([*MODEL, "--vocab_size", "1"], "vocab_size is 1"),
-        ([*MODEL, "--train_sampling_strategy", "group_by_length"], "set random or sequential"),
+        ([*MODEL, "--train_sampling_strategy", "group_by_length"], "invalid choice: 'group_by_length'"),
         ([*MODEL, "--dataloader_drop_last", "true"], "drop rows of the evaluation"),
         ([*MODEL, "--remove_unused_columns", "true"], "remove_unused_columns must stay false"),
-        ([*MODEL, CHECKPOINTING, '{"use_reentrance": false}'], "Unexpected keyword.*use_reentrance"),
-        ([*MODEL, CHECKPOINTING, '{"context_fn": 1}'], "gradient_checkpointing_kwargs: .*context_fn"),
-        ([*MODEL, CHECKPOINTING, "yes"], "gradient_checkpointing_kwargs: .* must be a mapping"),
+        ([*MODEL, "--gradient_checkpointing_kwargs", '{"reentrant": 0}'], "Unexpected keyword.*reentrant"),
         ([*MODEL, "--length_penalty", "1e308"], "length_penalty is 1e\\+308; set --length_penalty from -100 to 100"),
         ([*MODEL, "--dataloader_persistent_workers", "true"], "dataloader_persistent_workers needs workers"),
     ],
@@ -221,31 +212,25 @@ def test_a_bad_flag_is_named_with_its_mend(flags, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "instead"),
-    [
-        ("hub_token", "hf_secret", "HF_TOKEN"),
-        ("label_smoothing_factor", 0.1, "--label_smoothing"),
-        ("generation_num_beams", 4, "--num_beams"),
-        ("generation_max_length", 40, "--max_new_tokens"),
-        # Every value is refused, also those that mean "no" or "none"
-        *((name, 0, re.escape(instead)) for name, instead in REPLACED_FIELDS.items() if "config" not in name),
-        *((name, "", re.escape(instead)) for name, instead in REPLACED_FIELDS.items() if "config" in name),
-    ],
-)
-def test_trainer_fields_that_would_mislead_are_refused(recipe, name, value, instead):
-    """T5, T7, T15: each would be ignored, be wrong for BLIP, or end in clear text in `training_args.bin`."""
-    for argv in ([*MODEL, f"--{name}", str(value)], [recipe({name: value}), *MODEL]):
-        with pytest.raises(UserError, match=instead) as error:
-            parse_arguments(argv)
-        assert "hf_secret" not in str(error.value)
+@pytest.mark.parametrize("name", RANGES)
+def test_a_number_below_its_range_is_named(name):
+    with pytest.raises(UserError, match=f"^{name} is -?[0-9.]+; set --{name} "):
+        parse_arguments([*MODEL, "--use_peft", f"--{name}={RANGES[name][0] - 1}"])
 
 
-@pytest.mark.parametrize("values", [["none"], ["{}"], [""], []])
 @pytest.mark.parametrize("name", REPLACED_FIELDS)
-def test_a_refused_flag_is_refused_before_its_value_is_read(name, values):
-    with pytest.raises(UserError, match=f"^{name} is not used here"):
-        parse_arguments([*MODEL, f"--{name}", *values])
+def test_trainer_fields_that_would_mislead_are_refused(recipe, name):
+    """T5, T7, T15: each would be ignored, be wrong for BLIP, or end in clear text in `training_args.bin`.
+
+    Every value is refused, also those that mean "no" or "none", and before it is read.
+    """
+    said = re.escape(f"{name} is not used here; {REPLACED_FIELDS[name]}")
+    for value in ("hf_secret", "none", "{}", "", 0, 0.1, None):
+        flag = [f"--{name}", *([] if value is None else [str(value)])]
+        for argv in ([*MODEL, *flag], [recipe({name: value}), *MODEL]):
+            with pytest.raises(UserError, match=said) as error:
+                parse_arguments(argv)
+            assert "hf_secret" not in str(error.value)
 
 
 def test_no_hint_leads_to_a_field_that_is_refused(recipe):
@@ -258,14 +243,10 @@ def test_no_hint_leads_to_a_field_that_is_refused(recipe):
 
 def test_a_field_that_is_fixed_is_refused_at_every_other_value(recipe):
     for name, (needed, _) in FIXED_FIELDS.items():
-        for value in (not needed, int(not needed), None):
-            with pytest.raises(UserError, match=f"{name}"):
-                parse_arguments([recipe({name: value}), *MODEL])
-        with pytest.raises(UserError, match=f"{name} must stay"):
-            parse_arguments([*MODEL, f"--{name}={int(not needed)}"])
+        for argv in ([recipe({name: not needed}), *MODEL], [*MODEL, f"--{name}={int(not needed)}"]):
+            with pytest.raises(UserError, match=f"{name} must stay"):
+                parse_arguments(argv)
         assert getattr(parse_arguments([recipe({name: needed}), *MODEL, f"--{name}", str(needed)])[2], name) is needed
-    with pytest.raises(UserError, match="generation_num_beams is not used here"):
-        CaptioningArguments(output_dir="x", generation_num_beams=0)
 
 
 @pytest.mark.parametrize(
@@ -273,13 +254,11 @@ def test_a_field_that_is_fixed_is_refused_at_every_other_value(recipe):
     [
         ("batch_size", "per_device_train_batch_size"),
         ("lr", "learning_rate"),
-        ("learning_rate_", "learning_rate"),
         ("Learning-Rate", "learning_rate"),
         ("epochs", "num_train_epochs"),
         ("output", "output_dir"),
         ("output-folder", "output_dir"),
         ("model", "model_name_or_path"),
-        ("dataset", "dataset_name"),
         ("data", "dataset_name"),
         ("text_column", "caption_column"),
     ],

@@ -1,15 +1,17 @@
 """Runs that are killed, stopped or out of space leave whole files, and resume as if nothing had happened."""
 
 import json
-import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
+from functools import partial
 from multiprocessing import popen_fork
 from pathlib import Path
 
@@ -47,10 +49,7 @@ def assert_whole(folder: Path) -> None:
 def test_a_run_killed_at_any_moment_leaves_whole_files_and_resumes(config_file, parquet_folder, tmp_path):
     """One moment, in the middle of training, is also in `test_end_to_end.py`."""
     options = {"num_train_epochs": 3, "resume_from_checkpoint": True, "num_beams": 2, "neighbor_samples": 8}
-
-    def arguments(folder):
-        return flags(config_file, parquet_folder, folder, save_total_limit=1, **options)
-
+    arguments = partial(flags, config_file, parquet_folder, save_total_limit=1, **options)
     run(arguments(tmp_path / "first"))  # fills the caches of the data
     began = time.monotonic()
     run(arguments(tmp_path / "whole"))
@@ -74,7 +73,8 @@ def test_a_run_killed_at_any_moment_leaves_whole_files_and_resumes(config_file, 
 
 
 def error_line(errors: str) -> str:
-    """Return the one line that tells of an error, which stands on a line of its own."""
+    """Return the one line that tells of an error, which stands on a line of its own, without a traceback."""
+    assert "Traceback" not in errors
     lines = [line for line in errors.splitlines() if line.startswith("error")]
     assert len(lines) == 1, errors
     return lines[0]
@@ -86,7 +86,6 @@ def terminate_when(condition, arguments: list[str]) -> str:
     signal_when(condition, signal.SIGTERM, process)
     errors = process.communicate(timeout=120)[1]
     assert process.returncode == 128 + signal.SIGTERM, errors
-    assert "Traceback" not in errors
     return error_line(errors)
 
 
@@ -96,9 +95,7 @@ def test_sigterm_saves_a_checkpoint_and_says_how_to_go_on(config_file, parquet_f
     run(flags(config_file, parquet_folder, whole, **options))
     arguments = flags(config_file, parquet_folder, stopped, **options)
     last = terminate_when(lambda: any(stopped.glob("checkpoint-*/trainer_state.json")), arguments)
-    assert last.startswith("error: stopped by SIGTERM after step ")
-    assert "--resume_from_checkpoint true" in last
-    step = int(last.split("after step ")[1].split()[0])
+    step = re.match(r"error: stopped by SIGTERM after step (\d+) of .*--resume_from_checkpoint true", last)[1]
     assert last_complete_checkpoint(str(stopped)) == str(stopped / f"checkpoint-{step}")
     assert not (stopped / "model.safetensors").exists()
     run([*arguments, "--resume_from_checkpoint", "true"])
@@ -115,26 +112,33 @@ def heard(monkeypatch):
 
 
 @pytest.fixture
-def signal_at(monkeypatch, heard):
+def do_at(monkeypatch):
+    """Return a function that has another called before a method of the Trainer, and given its result."""
+
+    def do(method: str, before=lambda trainer: None, after=lambda trainer, result: result) -> None:
+        original = getattr(CaptioningTrainer, method)
+
+        def replacement(self, *args, **kwargs):
+            before(self)
+            return after(self, original(self, *args, **kwargs))
+
+        monkeypatch.setattr(CaptioningTrainer, method, replacement)
+
+    return do
+
+
+@pytest.fixture
+def signal_at(do_at, heard):
     """Return a function that has a signal sent when a method of the Trainer is called in a step."""
 
     def send_at(method: str, step: int | None = None, number: int = signal.SIGTERM) -> None:
-        original = getattr(CaptioningTrainer, method)
-
-        def sending(self, *args, **kwargs):
-            if step in (None, self.state.global_step):
-                os.kill(os.getpid(), number)
-            return original(self, *args, **kwargs)
-
-        monkeypatch.setattr(CaptioningTrainer, method, sending)
+        do_at(method, lambda trainer: step in (None, trainer.state.global_step) and os.kill(os.getpid(), number))
 
     return send_at
 
 
 @pytest.mark.parametrize(
-    ("number", "step", "evaluated"),
-    [("TERM", 2, []), ("INT", 2, []), ("HUP", 2, []), ("USR1", 5, [6])],
-    ids=["terminated", "Ctrl-C", "terminal closed", "Slurm, at the end of an epoch"],
+    ("number", "step", "evaluated"), [("TERM", 2, []), ("INT", 2, []), ("HUP", 2, []), ("USR1", 5, [6])]
 )
 def test_a_signal_stops_before_the_next_step_and_after_the_evaluation_of_a_finished_epoch(
     make_trainer, signal_at, capfd, number, step, evaluated
@@ -145,8 +149,7 @@ def test_a_signal_stops_before_the_next_step_and_after_the_evaluation_of_a_finis
     signal_at("training_step", step, number)
     with pytest.raises(Stopped, match=rf"{number.name} after step {step + 1} of 12.*checkpoint-{step + 1}") as stopped:
         trainer.train()
-    assert stopped.value.number == number
-    assert signal.getsignal(number) == signal.SIG_DFL
+    assert (stopped.value.number, signal.getsignal(number)) == (number, signal.SIG_DFL)
     assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == evaluated
     assert trainer.state.best_global_step == (evaluated[0] if evaluated else None)
     assert last_complete_checkpoint(trainer.args.output_dir).endswith(f"checkpoint-{step + 1}")
@@ -185,27 +188,28 @@ def test_processes_that_check_rows_end_with_the_command_and_without_a_word(heard
         exit_on_user_error(lambda: make_rows(4).map(lambda row: time.sleep(60), num_proc=2))
     assert len(processes) > 1
     assert not any(process.is_alive() for process in processes)
-    errors = capfd.readouterr().err
-    assert "Traceback" not in errors
-    assert error_line(errors).startswith("error: stopped by SIGINT; ")
+    assert error_line(capfd.readouterr().err).startswith("error: stopped by SIGINT; ")
+
+
+def start_main(code: str):
+    """Start a process whose `main` is this code."""
+    head = """
+import multiprocessing, os, signal, threading, time
+from captioning.command_line import exit_on_user_error, on_stop_signals
+def main():
+"""
+    return server().start(["-c", f"{head}{textwrap.indent(code, '    ')}\nexit_on_user_error(main)"])
 
 
 def test_a_second_ctrl_c_ends_the_process_at_once():
-    code = """
-import time
-from captioning.command_line import exit_on_user_error, on_stop_signals
-def main():
-    with on_stop_signals(lambda number: print("first", flush=True)):
-        print("ready", flush=True)
-        time.sleep(60)
-exit_on_user_error(main)
-"""
-    process = server().start(["-c", code])
+    process = start_main("""
+with on_stop_signals(lambda number: print("first", flush=True)):
+    print("ready", flush=True)
+    time.sleep(60)
+""")
     for word in (b"ready", b"first"):
         signal_when(lambda word=word: word in process.output(), signal.SIGINT, process)
-    began = time.monotonic()
-    output, errors = process.communicate(timeout=30)
-    assert time.monotonic() - began < 10
+    output, errors = process.communicate(timeout=10)
     assert (process.returncode, output.split()) == (128 + signal.SIGINT, ["ready", "first"])
     assert error_line(errors).startswith("error: ended by a second SIGINT; complete checkpoints are kept")
 
@@ -217,50 +221,37 @@ def test_an_output_folder_that_is_removed_is_one_line_beside_tensorboard(config_
     folder.rename(tmp_path / "removed")
     errors = process.communicate(timeout=120)[1]
     assert process.returncode == 2
-    assert "Traceback" not in errors
     assert " was removed " in error_line(errors)
 
 
 def test_a_signal_while_a_process_is_forked_is_one_line():
     """Python prints and drops an exception that is raised there."""
-    code = """
-import multiprocessing, os, signal, time
-from captioning.command_line import exit_on_user_error
+    process = start_main("""
 mask = signal.pthread_sigmask
 def send_and_unblock(how, numbers):
     if how == signal.SIG_UNBLOCK and numbers:
         os.kill(os.getpid(), signal.SIGINT)
     mask(how, numbers)
-def main():
-    signal.pthread_sigmask = send_and_unblock
-    multiprocessing.get_context("fork").Process(target=os.getpid).start()
-    time.sleep(60)
-exit_on_user_error(main)
-"""
-    process = server().start(["-c", code])
+signal.pthread_sigmask = send_and_unblock
+multiprocessing.get_context("fork").Process(target=os.getpid).start()
+time.sleep(60)
+""")
     errors = process.communicate(timeout=30)[1]
     assert process.returncode == 128 + signal.SIGINT
-    assert "Traceback" not in errors
     assert error_line(errors).startswith("error: stopped by SIGINT; ")
 
 
 def test_an_upload_goes_on_after_a_signal_and_ends_by_another():
-    code = """
-import threading, time
-from captioning.command_line import exit_on_user_error
-def main():
-    threading.Thread(target=time.sleep, args=(60,)).start()
-    print("ready", flush=True)
-    time.sleep(60)
-exit_on_user_error(main)
-"""
-    process = server().start(["-c", code])
+    process = start_main("""
+threading.Thread(target=time.sleep, args=(60,)).start()
+print("ready", flush=True)
+time.sleep(60)
+""")
     signal_when(lambda: b"ready" in process.output(), signal.SIGINT, process)
     signal_when(lambda: b"error: " in process.output(error=True), signal.SIGINT, process)
     errors = process.communicate(timeout=30)[1]
     assert process.returncode == 128 + signal.SIGINT
     assert error_line(errors).endswith("an upload still goes on, a signal ends it")
-    assert "Traceback" not in errors
 
 
 def test_what_nohup_ignores_stays_ignored(heard):
@@ -317,37 +308,6 @@ def test_a_signal_ends_any_command_and_its_handler_is_restored(heard, capsys, nu
     assert signal.getsignal(number) == signal.SIG_DFL
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_process_whose_peer_is_gone_says_so_in_a_line(monkeypatch, capsys, processes):
-    def main():
-        raise RuntimeError("[../gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:3145")
-
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
-    with pytest.raises(RuntimeError if processes == 1 else SystemExit):
-        exit_on_user_error(main)
-    expected = "error: another process of the run has ended" if processes == 2 else ""
-    assert capsys.readouterr().err.startswith(expected)
-
-
-def test_a_forked_worker_dies_of_sigterm_without_a_line(capfd):
-    def work(started):
-        started.set()
-        time.sleep(60)
-
-    def main():
-        context = multiprocessing.get_context("fork")
-        started = context.Event()
-        worker = context.Process(target=work, args=(started,))
-        worker.start()
-        assert started.wait(30)
-        worker.terminate()
-        worker.join(30)
-        assert worker.exitcode == 143
-
-    exit_on_user_error(main)
-    assert "SIGTERM" not in capfd.readouterr().err
-
-
 # --- Full disk and memory -------------------------------------------------------------------------------------
 
 
@@ -366,14 +326,10 @@ def small_disk(tmp_path):
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_resumes(config_file, parquet_folder, tmp_path, small_disk):
     folder = small_disk / "run"
     arguments = flags(config_file, parquet_folder, folder, num_train_epochs=8, save_total_limit=20)
-    failed = run(arguments, code=2)
-    assert "Traceback" not in failed.stderr
-    line = error_line(failed.stderr)
-    assert line.startswith("error: no space left to write '")
-    assert str(folder) in line
+    assert error_line(run(arguments, code=2).stderr).startswith(f"error: no space left to write '{folder}")
     checkpoint = last_complete_checkpoint(str(folder))
     assert checkpoint
-    assert subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)]).returncode == 0
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     resumed = run([*arguments, "--resume_from_checkpoint", "true"])
     assert f"Resuming from {checkpoint}" in resumed.stderr
 
@@ -386,40 +342,18 @@ def test_a_full_cache_is_named_as_that(small_disk, capsys):
 
     with pytest.raises(SystemExit):
         exit_on_user_error(main)
-    line = error_line(capsys.readouterr().err)
-    assert line.startswith(f"error: no space left in the cache '{small_disk}'; free some, or set HF_DATASETS_CACHE to")
+    assert error_line(capsys.readouterr().err).startswith(f"error: no space left in the cache '{small_disk}'; ")
 
 
-def test_an_output_folder_that_is_removed_gets_the_next_checkpoint_and_one_line(make_trainer, monkeypatch):
-    step = CaptioningTrainer.training_step
-
-    def remove_and_step(self, *args, **kwargs):
-        if self.state.global_step == 1:
-            shutil.rmtree(self.args.output_dir)
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(CaptioningTrainer, "training_step", remove_and_step)
+def test_an_output_folder_that_is_removed_gets_the_next_checkpoint_and_one_line(make_trainer, do_at):
+    do_at("training_step", lambda trainer: trainer.state.global_step == 1 and shutil.rmtree(trainer.args.output_dir))
     trainer = make_trainer(num_train_epochs=2, per_device_train_batch_size=4)
     with pytest.raises(UserError, match=r"output folder '.*' was removed during the training; a checkpoint is saved"):
         trainer.train()
     assert last_complete_checkpoint(trainer.args.output_dir).endswith("checkpoint-6")
 
 
-def damage(value: object, *keys: str):
-    """Return a function that sets a field of `trainer_state.json`."""
-
-    def edit(checkpoint: Path) -> None:
-        path = checkpoint / "trainer_state.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | dict.fromkeys(keys, value)))
-
-    return edit
-
-
-def other_weights(checkpoint: Path) -> None:
-    save_file({"weight": torch.ones(9)}, checkpoint / "model.safetensors")
-
-
-def smaller_weights(checkpoint: Path) -> None:
+def cut_weights(checkpoint: Path) -> None:
     weights = load_file(checkpoint / "model.safetensors")
     save_file({name: value[:1].clone() for name, value in weights.items()}, checkpoint / "model.safetensors")
 
@@ -427,26 +361,27 @@ def smaller_weights(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
-        (damage("abc", "global_step"), "trainer_state.json is missing or damaged"),
-        (damage([1], "log_history"), "trainer_state.json is missing or damaged"),
-        (damage(1, "unknown"), "trainer_state.json is missing or damaged"),
-        (damage("x", "epoch"), "trainer_state.json is missing or damaged"),
-        (damage(None, "max_steps"), "trainer_state.json is missing or damaged"),
-        (damage("x", "train_batch_size"), "trainer_state.json is missing or damaged"),
-        (damage([], "stateful_callbacks"), "trainer_state.json is missing or damaged"),
-        (lambda checkpoint: (checkpoint / "tokenizer.json").write_text("{"), "tokenizer.json is missing or damaged"),
-        (lambda checkpoint: (checkpoint / "scheduler.pt").unlink(), "scheduler.pt is missing"),
-        (other_weights, "the weights in '.*' are not those of this model: .* missing or unknown, such as "),
-        (smaller_weights, "the weights in '.*' are not those of this model: RuntimeError"),
+        (lambda folder: (folder / "trainer_state.json").write_text("{"), "trainer_state.json is missing or damaged"),
+        (
+            lambda folder: (folder / "trainer_state.json").write_text('{"x": 1}'),
+            "trainer_state.json is missing or dam",
+        ),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer.json is missing or damaged"),
+        (lambda folder: (folder / "scheduler.pt").unlink(), "scheduler.pt is missing"),
+        (
+            lambda folder: save_file({"weight": torch.ones(9)}, folder / "model.safetensors"),
+            "the weights in '.*' are not those of this model: .* missing or unknown, such as ",
+        ),
+        (cut_weights, "the weights in '.*' are not those of this model: RuntimeError"),
     ],
 )
 def test_a_damaged_checkpoint_is_one_line(short_run, tmp_path, edit, said):
     arguments, checkpoint = short_run
     shutil.copytree(checkpoint, tmp_path / "checkpoint-2")
     edit(tmp_path / "checkpoint-2")
-    options = {"output_dir": tmp_path / "run", "resume_from_checkpoint": tmp_path / "checkpoint-2"}
+    options = ["--output_dir", str(tmp_path / "run"), "--resume_from_checkpoint", str(tmp_path / "checkpoint-2")]
     with pytest.raises(UserError, match=said):
-        main([*arguments, *(str(item) for name, value in options.items() for item in (f"--{name}", value))])
+        main([*arguments, *options])
 
 
 @pytest.fixture(scope="module")
@@ -463,33 +398,27 @@ def short_run(config_file, parquet_folder, tmp_path_factory):
     ("error", "expected"),
     [
         (OSError(28, "No space left on device", "a/b.bin"), "no space left to write 'a/b.bin'"),
-        (RuntimeError("I/O error: No space left on device (os error 28)"), "no space left to write "),
+        (RuntimeError("PytorchStreamWriter failed writing file"), "no space left to write "),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "per_device_train_batch_size 4"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "--gradient_checkpointing true"),
     ],
 )
-def test_full_memory_and_disk_are_one_line(tmp_path, error, expected):
+def test_full_memory_and_disk_are_one_line_and_other_errors_pass(tmp_path, error, expected):
     with pytest.raises(UserError, match=expected), safeguards.full_is_user_error(str(tmp_path), 4, "train"):
         raise error
+    with pytest.raises(KeyError), safeguards.full_is_user_error(str(tmp_path), 4, "train"):
+        raise KeyError
 
 
-def test_other_errors_keep_their_traceback(tmp_path):
-    error = RuntimeError("PytorchStreamWriter failed writing file")  # while there is space
-    with pytest.raises(RuntimeError) as passed, safeguards.full_is_user_error(str(tmp_path), 4, "train"):
-        raise error
-    assert passed.value is error
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_gpu_out_of_memory_names_batch_size_and_flags(make_trainer, monkeypatch):
+def test_a_gpu_out_of_memory_names_batch_size_and_flags(make_trainer, do_at):
     """No GPU here: torch's own error is raised in its place."""
 
-    def out_of_memory(*args, **kwargs):
+    def out_of_memory(trainer):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
 
     trainer = make_trainer(per_device_train_batch_size=3, per_device_eval_batch_size=5)
     for method in ("compute_loss", "prediction_step"):
-        monkeypatch.setattr(CaptioningTrainer, method, out_of_memory)
+        do_at(method, out_of_memory)
     with pytest.raises(UserError, match=r"per_device_train_batch_size 3; .*--auto_find_batch_size"):
         trainer.train()
     with pytest.raises(UserError, match=r"per_device_eval_batch_size 5; .*--num_beams"):
@@ -504,33 +433,24 @@ STEPS |= {"load_best_model_at_end": False}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_of_nan_or_infinity_ends_the_run_and_names_its_images(make_trainer, monkeypatch, value):
+def test_a_loss_of_nan_or_infinity_ends_the_run_and_names_its_images(make_trainer, do_at, value):
     trainer = make_trainer(max_steps=6, save_steps=2, train_sampling_strategy="sequential", **STEPS)
     trainer.data_collator.with_ids = True
-    compute_loss = CaptioningTrainer.compute_loss
-
-    def spoilt(self, model, inputs, *args, **kwargs):
-        loss = compute_loss(self, model, inputs, *args, **kwargs)
-        return loss * value if self.state.global_step == 4 else loss
-
-    monkeypatch.setattr(CaptioningTrainer, "compute_loss", spoilt)
+    do_at("compute_loss", after=lambda trainer, loss: loss * value if trainer.state.global_step == 4 else loss)
     image_ids = ", ".join(trainer.train_dataset["image_id"][16:20])
     with pytest.raises(UserError, match=rf"the loss of step 5 is (nan|inf), at the images {image_ids};.*checkpoint-4"):
         trainer.train()
     assert all(torch.isfinite(parameter).all() for parameter in trainer.model.parameters())
 
 
-def test_a_checkpoint_never_holds_weights_that_are_nan(make_trainer, monkeypatch):
-    trainer = make_trainer(num_train_epochs=1, save_steps=1, **STEPS)
-    compute_loss = CaptioningTrainer.compute_loss
-
-    def spoil_gradients(self, model, inputs, *args, **kwargs):
-        loss = compute_loss(self, model, inputs, *args, **kwargs)
-        if self.state.global_step == 2:
+def test_a_checkpoint_never_holds_weights_that_are_nan(make_trainer, do_at):
+    def spoil_gradients(trainer, loss):
+        if trainer.state.global_step == 2:
             loss.register_hook(lambda gradient: gradient * float("nan"))
         return loss
 
-    monkeypatch.setattr(CaptioningTrainer, "compute_loss", spoil_gradients)
+    trainer = make_trainer(num_train_epochs=1, save_steps=1, **STEPS)
+    do_at("compute_loss", after=spoil_gradients)
     with pytest.raises(UserError, match=r"step 3 made weights NaN or infinite.*checkpoint-2"):
         trainer.train()
     assert last_complete_checkpoint(trainer.args.output_dir).endswith("checkpoint-2")

@@ -10,13 +10,8 @@ from helpers import flags, run_ranks, signal_when
 from processes import server
 
 from captioning.errors import UserError
-from captioning.training.folder_lock import LOCK_FILE, FolderInUse, hold_folder
-from captioning.training.output_folder import own_output_dir
+from captioning.training.output_folder import LOCK_FILE, FolderInUse, hold_folder, own_output_dir
 from run_captioning import main
-
-
-def held_by(pid: int) -> str:
-    return rf"output folder '.*' is being written by process {pid} on \S+; wait until it has ended"
 
 
 @pytest.fixture
@@ -25,7 +20,7 @@ def holder(tmp_path):
     (tmp_path / "run").mkdir()
     code = f"""
 import os, time
-from captioning.training.folder_lock import hold_folder
+from captioning.training.output_folder import hold_folder
 with hold_folder({str(tmp_path / "run")!r}):
     worker = os.fork()
     print("held", flush=True)
@@ -37,15 +32,11 @@ with hold_folder({str(tmp_path / "run")!r}):
     process.send_signal(signal.SIGKILL)
 
 
-def test_a_folder_that_a_run_writes_is_neither_written_nor_pushed_by_another(
-    holder, config_file, parquet_folder, tmp_path
-):
-    for arguments in (
-        flags(config_file, parquet_folder, tmp_path / "run"),
-        flags(config_file, parquet_folder, tmp_path / "run", resume_from_checkpoint=True),
-        ["--push_only", str(tmp_path / "run")],
-    ):
-        with pytest.raises(FolderInUse, match=held_by(holder.pid)):
+def test_a_folder_that_a_run_writes_is_neither_written_nor_pushed_by_another(holder, tmp_path):
+    new = flags(None, "phantoms", tmp_path / "run", model_name_or_path="some/model")
+    said = rf"output folder '.*' is being written by process {holder.pid} on \S+; wait until it has ended"
+    for arguments in (new, [*new, "--resume_from_checkpoint", "true"], ["--push_only", str(tmp_path / "run")]):
+        with pytest.raises(FolderInUse, match=said):
             main(arguments)
 
 
@@ -61,7 +52,7 @@ def test_a_folder_without_a_lock_is_written_with_a_warning(tmp_path, monkeypatch
     def refuse(*args):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr("captioning.training.folder_lock.fcntl.flock", refuse)
+    monkeypatch.setattr("captioning.training.output_folder.fcntl.flock", refuse)
     with hold_folder(tmp_path):
         assert "cannot be locked ([Errno 95] Operation not supported)" in caplog.text
 
@@ -93,11 +84,14 @@ def test_runs_without_a_folder_of_their_own_get_one_each(tmp_path, caplog):
 def test_a_run_without_a_folder_of_its_own_resumes_in_the_last_that_has_trained(tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO", "captioning")
     name = tmp_path / "model-data"
-    for folder in ("model-data", "model-data-2", "model-data-10", "model-data-11", "model-data-set"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "rejected.jsonl").write_text("")
-    for folder in ("model-data", "model-data-2", "model-data-10"):
-        (tmp_path / folder / "recipe.json").write_text("{}")
+
+    def begin(number: str, **recipe) -> None:
+        Path(f"{name}{number}").mkdir(exist_ok=True)
+        Path(f"{name}{number}", "recipe.json" if recipe else "rejected.jsonl").write_text(json.dumps(recipe))
+
+    for number in ("", "-2", "-10", "-set"):
+        begin(number, do_train=True)
+    begin("-11")
     with_checkpoint = {str(name): "a", f"{name}-2": "b", f"{name}-10": "c", f"{name}-set": "d"}
     monkeypatch.setattr("captioning.training.output_folder.last_complete_checkpoint", with_checkpoint.get)
     monkeypatch.setattr("captioning.training.output_folder.checkpoint_fault", lambda folder: None)
@@ -110,10 +104,8 @@ def test_a_run_without_a_folder_of_its_own_resumes_in_the_last_that_has_trained(
         with own_output_dir(args := arguments_for(name, resume)) as checkpoint:
             assert (args.output_dir, checkpoint) == (expected, "c" if resume == "true" else resume)
     assert f"Of '{name}' to '{name}-11', '{name}-10' is continued; set --output_dir for another" in caplog.text
-    # A run that was killed before its first checkpoint, and one that only scores
-    for number, recipe in ((11, {}), (12, {"do_train": False})):
-        (tmp_path / f"model-data-{number}").mkdir(exist_ok=True)
-        (tmp_path / f"model-data-{number}" / "recipe.json").write_text(json.dumps(recipe))
+    begin("-11", do_train=True)  # a run that was killed before its first checkpoint
+    begin("-12", do_train=False)
     with own_output_dir(args := arguments_for(name, "true")) as checkpoint:
         assert (args.output_dir, checkpoint) == (f"{name}-11", None)
 

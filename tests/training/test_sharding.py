@@ -7,17 +7,16 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from datasets import DatasetDict
 from helpers import (
-    ROOT,
     flags,
     losses,
     make_rows,
     outcome,
+    predictions,
     read_json,
-    read_lines,
     run,
     run_ranks,
     score_flags,
@@ -25,6 +24,7 @@ from helpers import (
     start_ranks,
     without_times,
 )
+from processes import ROOT
 from torch.utils.data import RandomSampler, SequentialSampler
 
 from captioning.training.samplers import PaddedRows, PaddedSampler
@@ -48,9 +48,7 @@ def launch(launcher: str, number: int, arguments: list, script="run_captioning.p
 def odd_folder(tmp_path_factory) -> Path:
     """Splits whose sizes no number of processes divides."""
     folder = tmp_path_factory.mktemp("odd")
-    (folder / "data").mkdir()
-    for split, number, first in (("train", 23, 0), ("validation", 11, 100), ("test", 7, 200)):
-        make_rows(number, first).to_parquet(str(folder / "data" / f"{split}-00000-of-00001.parquet"))
+    DatasetDict(train=make_rows(23), validation=make_rows(11, 100), test=make_rows(7, 200)).save_to_disk(folder)
     return folder
 
 
@@ -118,17 +116,15 @@ def test_training_in_several_processes_is_that_of_one(
         assert result.returncode == 0, result.stderr
     else:
         run_ranks(number, arguments)
-    found, expected = losses(folder), losses(alone)
-    assert len(found) == len(expected) == 8
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-    results = [read_json(path / "all_results.json") for path in (folder, alone)]
-    for name in without_times(results[1]):
+    runs = folder, alone
+    assert losses(folder) == pytest.approx(losses(alone), rel=1e-5) and len(losses(folder)) == 8
+    found, expected = (read_json(run / "all_results.json") for run in runs)
+    for name in without_times(expected):
         tolerance = 1e-5 if "loss" in name or "perplexity" in name else 1e-9
-        assert results[0][name] == pytest.approx(results[1][name], rel=tolerance, abs=1e-9), name
+        assert found[name] == pytest.approx(expected[name], rel=tolerance, abs=1e-9), name
     for split in ("validation", "test"):
-        rows = [read_lines(path / "predictions" / f"{split}.jsonl") for path in (folder, alone)]
-        assert [row["image_id"] for row in rows[0]] == [row["image_id"] for row in rows[1]]
-        assert [row["prediction"] for row in rows[0]] == [row["prediction"] for row in rows[1]]
+        found, expected = ([(row["image_id"], row["prediction"]) for row in predictions(run, split)] for run in runs)
+        assert found == expected
     assert {path.name for path in folder.iterdir()} == {path.name for path in alone.iterdir()}
     assert read_json(folder / "recipe.json")["hardware"]["processes"] == number
 
@@ -137,9 +133,8 @@ def test_training_in_several_processes_is_that_of_one(
 def test_scores_of_a_model_are_the_same_in_every_digit(odd_folder, alone, tmp_path, number):
     one, several = tmp_path / "one", tmp_path / "several"
     options = {"num_beams": 2, "neighbor_samples": 6}
-    sized = {"per_device_eval_batch_size": 6}, {"per_device_eval_batch_size": 6 // number}
-    run(score_flags(alone, odd_folder, one, **options | sized[0]))
-    run_ranks(number, score_flags(alone, odd_folder, several, **options | sized[1]))
+    run(score_flags(alone, odd_folder, one, per_device_eval_batch_size=6, **options))
+    run_ranks(number, score_flags(alone, odd_folder, several, per_device_eval_batch_size=6 // number, **options))
     for name in ("scores.json", "predictions/validation.jsonl", "predictions/test.jsonl"):
         assert (one / name).read_text() == (several / name).read_text(), name
     found, expected = (read_json(path / "all_results.json") for path in (several, one))
@@ -188,7 +183,7 @@ def test_no_process_hangs_when_another_fails(failing, fails):
     (script, *arguments), began = failing, time.monotonic()
     errors = run_ranks(2, arguments, code=2, script=script, FAILS=str(fails))
     assert time.monotonic() - began < 120
-    assert "error: this one fails" in errors[0] if fails == 0 else "error (process 1): this one fails" in errors[1]
+    assert ("error: this one fails", "error (process 1): this one fails")[fails] in errors[fails]
     assert "another process of the run has ended: its error is above" in errors[1 - fails]
 
 
@@ -202,6 +197,5 @@ def test_torchrun_ends_when_one_of_its_processes_fails(failing):
 
 def test_the_first_process_alone_reports_a_mistake(config_file, tmp_path):
     errors = run_ranks(2, flags(config_file, tmp_path / "nothing", tmp_path / "run"), code=2)
-    lines = [line for text in errors for line in text.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    assert "does not exist" in lines[0]
+    (line,) = [line for text in errors for line in text.splitlines() if line.startswith("error: ")]
+    assert "does not exist" in line
