@@ -5,7 +5,7 @@
 
 As on a GPU, an operation on tensors of both devices fails, and so does `numpy()`. The last line of standard error
 counts what the CPU would wait for. It shows nothing of speed, memory, streams or graphs, nor of autocast, which has no
-rules for such a device.
+rules for such a device. `--without_float64`, as the first word, plays a GPU of Apple's.
 
 The device is PyTorch's `PrivateUse1`, whose tensors wrap those of the CPU. Read in torch 2.13:
 `torch/utils/backend_registration.py`, and its test `test_privateuseone_python_backend.py`.
@@ -27,6 +27,7 @@ READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2")
 INDEXING = ("index", "index_put", "index_put_")  # indices may be on the CPU; a mask is counted first
 COPIES = ("_to_copy", "copy_")
 waits: Counter[str] = Counter()
+has_float64 = True
 
 
 class SimulatedTensor(torch.Tensor):
@@ -94,6 +95,8 @@ def compute(func, args, kwargs):
     def placed(result):
         if not isinstance(result, torch.Tensor) or not (on_gpu or id(result) in given):
             return result
+        if on_gpu and result.dtype == torch.float64 and not has_float64:
+            raise TypeError(f"{name}: cannot convert a {NAME} tensor to float64")
         return given[id(result)] if id(result) in given else SimulatedTensor(result)
 
     return tree_map(placed, found)
@@ -130,14 +133,18 @@ def register() -> torch.library.Library:
 
 
 def main(words: list[str]) -> None:
+    global has_float64
     os.environ["ACCELERATE_TORCH_DEVICE"] = f"{NAME}:0"  # where the Trainer trains
     kernels = register()
     torch.inference_mode = torch.no_grad  # whose tensors cannot wrap others
     torch.__future__.set_swap_module_params_on_conversion(True)  # else two modules do not share a weight any more
     save = torch.save
     torch.save = lambda found, *args, **kwargs: save(tree_map(values_of, found), *args, **kwargs)
+    from captioning.models import captioner
     from captioning.models.fast_blip import decoder
 
+    if words[0] == "--without_float64":
+        words, has_float64, captioner.WITHOUT_FLOAT64 = words[1:], False, {NAME}
     decoder.FIXED_SHAPE_ON, decoder.GRAPHS_ON = {NAME}, set()
     as_module = words[0] == "-m"
     sys.argv = words[as_module:]

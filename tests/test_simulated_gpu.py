@@ -24,6 +24,7 @@ def run_on_gpu(words, code=0):
         ("torch.cat([x, x.cpu()])", "cat: expected all tensors to be on the same device"),
         ("x[torch.tensor([0])] * 2.0 + torch.tensor(1.0)", "waits: {'_to_copy': 1}"),
         ("x[x > 0].tolist()", "'index': 1"),
+        ("x.double()", "waits: {'_to_copy': 1}"),
     ],
 )
 def test_what_a_gpu_refuses_the_simulated_one_refuses(tmp_path, line, fault):
@@ -31,11 +32,17 @@ def test_what_a_gpu_refuses_the_simulated_one_refuses(tmp_path, line, fault):
     assert fault in run_on_gpu([tmp_path / "script.py"], code=0 if fault.startswith(("waits", "'")) else 1).stderr
 
 
+def test_a_gpu_without_float64_refuses_it(tmp_path):
+    (tmp_path / "script.py").write_text("import torch\ntorch.zeros(2, dtype=torch.float64, device='simulated')\n")
+    assert "cannot convert" in run_on_gpu(["--without_float64", tmp_path / "script.py"], code=1).stderr
+
+
 @pytest.mark.slow
-def test_a_run_on_a_gpu_has_the_scores_of_one_on_a_cpu(config_file, raw_dataset, parquet_folder, tmp_path):
+@pytest.mark.parametrize("options", [[], ["--without_float64"]])
+def test_a_run_on_a_gpu_has_the_scores_of_one_on_a_cpu(config_file, raw_dataset, parquet_folder, tmp_path, options):
     for name, device in {"cpu": ON_CPU, "gpu": ON_GPU}.items():
         words = ["run_captioning.py", *flags(config_file, parquet_folder, tmp_path / name, **device)]
-        run_on_gpu(words) if name == "gpu" else server().run(words)
+        run_on_gpu([*options, *words]) if name == "gpu" else server().run(words)
     results = {name: read_json(tmp_path / name / "all_results.json") for name in ("cpu", "gpu")}
     for key in ("train_loss", "eval_loss", "predict_loss"):
         assert results["gpu"][key] == pytest.approx(results["cpu"][key], rel=1e-4)

@@ -27,6 +27,7 @@ from captioning.models.surface_form import SurfaceForm
 
 
 IGNORE_INDEX = -100  # the label that `torch.nn.functional.cross_entropy` leaves out
+WITHOUT_FLOAT64 = {"mps"}  # types of devices: Apple's GPUs; tests set it
 
 Batch = dict[str, torch.Tensor]
 Rows = Sequence[Sequence[int]]  # of tokens
@@ -405,11 +406,13 @@ class Captioner(ABC):
 
 
 def sum_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the negative log-likelihood of each caption, float64 `[B]`, in nats, without label smoothing.
+    """Return the negative log-likelihood of each caption, `[B]`, in nats, without label smoothing.
 
-    `logits` `[N, V]` predict, in order, the N targets among `labels` `[B, L]`.
+    `logits` `[N, V]` predict, in order, the N targets among `labels` `[B, L]`. They are summed in float64 where the
+    device has it.
     """
     is_target = labels != IGNORE_INDEX
-    nll = torch.zeros(labels.shape, dtype=torch.float64, device=labels.device)
-    nll[is_target] = F.cross_entropy(logits.float(), labels[is_target], reduction="none").double()
+    dtype = torch.float32 if labels.device.type in WITHOUT_FLOAT64 else torch.float64
+    nll = torch.zeros(labels.shape, dtype=dtype, device=labels.device)
+    nll[is_target] = F.cross_entropy(logits.float(), labels[is_target], reduction="none").to(nll)
     return nll.sum(dim=1)
