@@ -153,6 +153,8 @@ def resume(arguments, folder: Path) -> list[dict]:
         while process.poll() is None and not (folder / f"killed/checkpoint-{STEPS // 2}/trainer_state.json").exists():
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
+    if process.returncode != -signal.SIGKILL or (folder / f"killed/checkpoint-{STEPS}").exists():
+        raise RuntimeError("the run ended before it was killed; nothing is left to resume")
     finish([*killed, "--resume_from_checkpoint", "true"])
     return [
         {"what": f"killed with exit status {process.returncode}, resumed", "value": ""},

@@ -2,12 +2,14 @@
 
     python benchmarks/memory.py [--device cuda --dtype bfloat16] [--json memory.json]
 
-Each variant and batch size is a process of its own: forward and backward of BLIP-base at 384 pixels, twice. What an
-image takes is the slope of the peak between two batch sizes, so weights, gradients and the libraries cancel out. On a
+Forward and backward of BLIP-base at 384 pixels, twice; on a CPU each variant and batch size is a process of its own. What
+an image takes is the slope of the peak between two batch sizes, so weights, gradients and the libraries cancel out. On a
 CPU the peak is that of the resident memory, on a GPU that of what is allocated. Beside it, what autograd keeps for the
 backward pass by its own account: the bytes of the tensors it saves, each storage once, parameters left out.
 """
 
+import argparse
+import gc
 import json
 import os
 import resource
@@ -45,7 +47,11 @@ def main(arguments) -> bool:
 
 
 def measure_apart(arguments, variant: str, batch_size: int) -> tuple[int, int]:
-    """Return `measure_here` of a process of its own."""
+    """Return `measure_here` of a process of its own; a GPU counts what is allocated, so that one process will do."""
+    if arguments.device == "cuda":
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
+        return measure_here(argparse.Namespace(**vars(arguments) | {"variant": variant, "batch_size": batch_size}))
     command = [sys.executable, __file__, "--device", arguments.device, "--dtype", arguments.dtype]
     command += ["--model", arguments.model]
     command += ["--batch_size", str(batch_size), "--variant", variant] + ["--quick"] * arguments.quick

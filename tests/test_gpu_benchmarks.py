@@ -50,6 +50,22 @@ def test_a_part_that_takes_too_long_is_ended_and_reported(tmp_path):
     assert "| memory_base | not run: no time left |" in report
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_parts_run_without_graphs_where_tokens_fail_with_them(tmp_path, monkeypatch, fails):
+    seen = []
+
+    def run(name, limit, words, arguments):
+        seen.append((name, gpu.os.environ.get("CUDA_GRAPHS")))
+        return "failed: exit status 1" if fails and seen == [("tokens", None)] else "1 s"
+
+    monkeypatch.setattr(gpu, "run", run)
+    monkeypatch.setattr(gpu.os, "environ", {})
+    arguments = gpu.argparse.Namespace(out=tmp_path, device="cpu", quick=True, seconds=9, only=["tokens", "profile"])
+    assert gpu.main(arguments) == fails
+    again = [("tokens", "0"), ("profile", "0")] if fails else [("profile", None)]
+    assert seen == [("tokens", None), *again]
+
+
 @pytest.mark.slow
 def test_no_gpu_is_one_line(tmp_path):
     status, errors = run_gpu_sh(tmp_path, CUDA_VISIBLE_DEVICES="")

@@ -446,6 +446,23 @@ def test_recorded_steps_write_the_tokens_of_stock(build, decoded, graphs, settin
     assert len(graphs) == 3 and all(graph.replays > 3 for graph in graphs)
 
 
+def test_a_recording_that_runs_out_of_memory_is_made_again_when_pytorch_has_freed_its_own(build, graphs, monkeypatch):
+    freed, step, calls = [], FixedShapeDecoder._step, []
+
+    def fail_once(self):
+        calls.append(self)
+        if len(calls) == 2:  # the first is not recorded
+            raise torch.OutOfMemoryError
+        return step(self)
+
+    monkeypatch.setattr(FixedShapeDecoder, "_step", fail_once)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(len(calls)))
+    model, settings = build(1), {"num_beams": 3, "max_new_tokens": 12}
+    pixel_values = images(model, 3)
+    assert torch.equal(decode(model, pixel_values, **settings), model.generate(pixel_values, **settings))
+    assert freed == [2] and len(graphs) == 2
+
+
 def test_slots_that_are_not_written_yet_may_hold_anything(build, monkeypatch):
     monkeypatch.setattr(decoders, "FIXED_SHAPE_ON", {"cpu"})
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *shape: self.new_full(shape, float("nan")))

@@ -5,6 +5,7 @@ token is too little work to launch some 20 kernels a layer for: `FixedShapeDecod
 is recorded once a batch as a CUDA graph and launched whole.
 """
 
+import os
 from typing import ClassVar
 
 import torch
@@ -15,6 +16,8 @@ from transformers.models.blip.modeling_blip_text import BlipTextLayer, BlipTextL
 CrossAttention = list[tuple[torch.Tensor, torch.Tensor]]
 
 FIXED_SHAPE_ON = GRAPHS_ON = {"cuda"}  # types of devices with a `FixedShapeDecoder`, and with graphs; tests set both
+if os.environ.get("CUDA_GRAPHS") == "0":  # where a driver cannot record
+    GRAPHS_ON = set()
 
 
 def project_images(text_decoder: BlipTextLMHeadModel, image_embeds: torch.Tensor) -> CrossAttention:
@@ -201,18 +204,27 @@ class FixedShapeDecoder(CaptionDecoder):
         # In the memory of the last graph, which is kept for that: a pool that no graph uses cannot be used again
         stream, *last = self._last.get(device) or (torch.cuda.Stream(device),)
         stream.wait_stream(current)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(stream):
-            first = self._step()
-            # Not by `torch.cuda.graph`, which gives unused memory back to the driver. A loader's thread may pin memory
-            self._graph.capture_begin(*(graph.pool() for graph in last), capture_error_mode="thread_local")
-            try:
-                self._logits = self._step()
-            finally:
-                self._graph.capture_end()
-        current.wait_stream(stream)
+        try:
+            with torch.cuda.stream(stream):
+                first = self._step()
+                try:
+                    self._capture(*last)
+                except torch.OutOfMemoryError:  # a recording cannot take the memory that PyTorch holds for others
+                    torch.cuda.empty_cache()
+                    self._capture(*last)
+        finally:
+            current.wait_stream(stream)
         self._last[device] = (stream, self._graph)
         return first
+
+    def _capture(self, *last: torch.cuda.CUDAGraph) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        # Not by `torch.cuda.graph`, which gives unused memory back to the driver. A loader's thread may pin memory
+        self._graph.capture_begin(*(graph.pool() for graph in last), capture_error_mode="thread_local")
+        try:
+            self._logits = self._step()
+        finally:
+            self._graph.capture_end()
 
     def _look_at_image(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         return F.scaled_dot_product_attention(query, keys.mT, values)
