@@ -1,11 +1,13 @@
 """Where a GPU's time goes in evaluation, how large a batch may be, and what `torch.compile` gives in training.
 
-    python benchmarks/gpu_measure.py profile|batch_sizes|compile [--device cuda --dtype bfloat16] [--model large]
+    python benchmarks/gpu_measure.py profile|batch_sizes|new_lengths|compile [--device cuda --dtype bfloat16]
 
 profile: the kernels of an evaluation by `torch.profiler`, with steps of decoding recorded as a CUDA graph and without.
 batch_sizes: images a second of evaluation and training, doubled until memory is full.
+new_lengths: what the first loss of captions of a new length costs; cuDNN's attention plans for each shape anew.
 """
 
+import statistics
 import sys
 
 import torch
@@ -117,6 +119,28 @@ def batch_sizes(arguments) -> list[dict]:
     return rows
 
 
+@torch.no_grad()
+def new_lengths(arguments) -> list[dict]:
+    captioner, rows = setting(arguments)[0], []
+    number = arguments.batch_size or (2 if arguments.quick else 32)
+    with autocast(arguments):
+        encoded = captioner.encode_images(make_batch(captioner.model, number))
+        for name, first_length in {"with cuDNN's attention": 20, "without": 21}.items():
+            torch.backends.cuda.enable_cudnn_sdp(name != "without")
+            found = []
+            for length in range(first_length, first_length + (4 if arguments.quick else 20), 2):
+                batch, times = make_batch(captioner.model, number, length), []
+                for _ in range(2):
+                    started = now(arguments.device)
+                    captioner.caption_nll(encoded, batch)
+                    times.append(now(arguments.device) - started)
+                found.append(times)
+            new, known = (statistics.median(column) for column in zip(*found[1:], strict=True))
+            what = f"loss of {number} captions of a new length, {name}, ms; again"
+            rows.append({"what": what, "value": f"{1e3 * new:.1f}; {1e3 * known:.1f}"})
+    return rows
+
+
 def compile(arguments) -> list[dict]:
     model = setting(arguments)[0].model.train()
     batch = make_batch(model, arguments.batch_size or (2 if arguments.quick else 32))
@@ -135,7 +159,7 @@ def compile(arguments) -> list[dict]:
     return [*rows, {"what": "first compiled step, s", "value": f"{first:.1f}"}]
 
 
-PARTS = {part.__name__: part for part in (profile, batch_sizes, compile)}
+PARTS = {part.__name__: part for part in (profile, batch_sizes, new_lengths, compile)}
 
 if __name__ == "__main__":
     flags = parser(__doc__)

@@ -2,10 +2,11 @@
 
     python benchmarks/memory.py [--device cuda --dtype bfloat16] [--json memory.json]
 
-Forward and backward of BLIP-base at 384 pixels, twice; on a CPU each variant and batch size is a process of its own. What
-an image takes is the slope of the peak between two batch sizes, so weights, gradients and the libraries cancel out. On a
-CPU the peak is that of the resident memory, on a GPU that of what is allocated. Beside it, what autograd keeps for the
-backward pass by its own account: the bytes of the tensors it saves, each storage once, parameters left out.
+Forward and backward of BLIP-base at 384 pixels, twice; on a CPU each variant and batch size has its own process.
+What an image takes is the slope of the peak between two batch sizes, so weights, gradients and the libraries cancel
+out. On a CPU the peak is that of the resident memory, on a GPU that of what is allocated. Beside it, what autograd
+keeps for the backward pass by its own account: the bytes of the tensors it saves, each storage once, parameters left
+out.
 """
 
 import argparse
