@@ -416,8 +416,12 @@ def test_a_folder_that_prepare_did_not_finish_names_itself(tmp_path, capsys):
     process.wait(60)
     with pytest.raises(UserError, match="is half written: the command that wrote it was stopped; delete it"):
         load(folder)
+    words = ["prepare", str(table), str(folder)]
+    (folder / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    with pytest.raises(UserError, match=r"is half written: .*delete it and run again"):
+        main(words)
     shutil.rmtree(folder)
-    main(["prepare", str(table), str(folder)])
+    main(words)
     assert set(load(folder)) == {"train", "validation", "test"}
 
 
