@@ -115,8 +115,9 @@ def read_rejected(rejected_file: str | os.PathLike) -> list[dict[str, Any]]:
     """Return the entries of a list of rejected rows, none if there is no list."""
     entries, path = [], Path(rejected_file)
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError):  # a killed run may leave half a line
-            entries.append(json.loads(line))
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # of half a line, or one that is no entry
+            entry = json.loads(line)
+            entries.append(entry | {key: str(entry[key]) for key in ("split", "reason")})
     return entries
 
 
@@ -188,8 +189,10 @@ def _depends(rows: Dataset, open_images: bool) -> list[Any]:
 
 def _check_row(row: Mapping[str, Any], open_images: bool) -> dict[str, Any]:
     """Return the texts of a row, the reason to reject it if there is one, and what is known of its opened image."""
-    clean: dict[str, Any] = {name: "" if row[name] is None else str(row[name]) for name in ("image_id", "caption")}
-    clean |= {"cui": _clean_cui(row.get("cui")), "pixels": None} | dict.fromkeys(ABOUT_IMAGES)
+    clean: dict[str, Any] = dict.fromkeys(CLEAN_COLUMNS)
+    for name in ("image_id", "caption"):
+        clean[name] = "" if row[name] is None else str(row[name])
+    clean["cui"] = _clean_cui(row.get("cui"))
     clean["rejected"] = _fault_of_texts(clean["image_id"], clean["caption"]) or row.get(UNUSABLE)
     if open_images and not clean["rejected"]:
         try:
@@ -197,8 +200,8 @@ def _check_row(row: Mapping[str, Any], open_images: bool) -> dict[str, Any]:
         except ValueError as error:
             clean["rejected"] = MISSING if str(error) == MISSING else f"unreadable image: {error}"
         else:
-            about = (burned_in(image), *image.size, image.mode)
-            clean |= {"pixels": pixel_hash(image)} | dict(zip(ABOUT_IMAGES, about, strict=True))
+            clean["pixels"], clean["burned_in"] = pixel_hash(image), burned_in(image)
+            (clean["width"], clean["height"]), clean["mode"] = image.size, image.mode
     return clean
 
 

@@ -172,19 +172,20 @@ def _read_header(content: BinaryIO) -> _File:
         syntax = uid.ExplicitVRLittleEndian
     if syntax not in uid.UID_dictionary or not uid.UID(syntax).is_transfer_syntax:
         raise UnusableDicom("has an unknown transfer syntax")
-    last: list[tuple[int, str | None, int]] = []
+    found: list[tuple[int, str | None, int]] = []
 
-    def is_pixels(*element: Any) -> bool:
-        last[:] = [element]
-        return element[0] in PIXELS
+    def is_pixels(tag: int, vr: str | None, length: int) -> bool:
+        if tag in PIXELS:
+            found.append((tag, vr, length))
+        return tag in PIXELS
 
     order = (syntax.is_implicit_VR, syntax.is_little_endian)
     header = read_dataset(content, *order, stop_when=is_pixels, specific_tags=TAGS)
-    tag, vr, length = last[0] if last else (0, None, 0)
-    if tag not in PIXELS:
+    if not found:
         kind = uid.UID(header.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID") or "")
         name = f": it is {kind.name}" if kind in uid.UID_dictionary else ""
         raise UnusableDicom(f"is a DICOM without pixels{name}")
+    tag, vr, length = found[-1]
     content.seek(12 if vr in EXPLICIT_VR_LENGTH_32 else 8, os.SEEK_CUR)
     place = content.tell()
     left = content.seek(0, os.SEEK_END) - place

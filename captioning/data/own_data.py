@@ -128,8 +128,9 @@ def rows_by_split(rows: Dataset, where: str) -> dict[str, Dataset]:
     named = [_normal(value) for value in rows.select_columns(key)[:][key]]
     _refuse_other_splits(named, key, where)
     found = _by_name(SPLIT_NAMES[name] for name in named)
-    # Flattened, since what follows reads the Arrow columns themselves
-    return {split: rows.select(numbers).flatten_indices() for split, numbers in found.items()}
+    parts = {split: rows.select(numbers) for split, numbers in found.items()}
+    # What follows reads the Arrow columns themselves. Flattening copies the images; adjacent rows need none
+    return {split: part if part._indices is None else part.flatten_indices() for split, part in parts.items()}
 
 
 def _by_name(names: Iterable[str]) -> dict[str, list[int]]:

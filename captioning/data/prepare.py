@@ -35,6 +35,8 @@ def prepare(arguments: argparse.Namespace) -> None:
     folder = arguments.folder and Path(arguments.folder)
     there = {path.name for path in folder.iterdir()} if folder and folder.is_dir() else set()
     if there - BEFORE_STORING or (folder and folder.is_file()):
+        if UNFINISHED in there:
+            raise UserError(f"'{folder}' is half written: an earlier `prepare` was stopped; delete it and run again")
         raise UserError(f"'{folder}' exists and is not an empty folder; name a new one")
     limit_waiting()
     dataset = load_source(arguments.source, arguments.revision, layout=layout)

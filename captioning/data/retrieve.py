@@ -3,6 +3,8 @@
 A vision model, the retriever, says which images look alike. Its features are cached by the pixels of an image.
 """
 
+import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets
 from datasets.config import HF_DATASETS_CACHE
 from huggingface_hub.utils import WeakFileLock
-from safetensors import numpy
+from safetensors import SafetensorError, numpy
 from tqdm import tqdm
 
 from captioning.data.checks import usable_rows
@@ -21,6 +23,8 @@ from captioning.errors import UserError
 from captioning.files import write_whole
 from captioning.models.retriever import Retriever
 
+
+logger = logging.getLogger(__name__)
 
 CACHE = Path(HF_DATASETS_CACHE) / "retriever_features"
 COLUMNS = Features({"retrieved": List(Value("string")), "retrieved_ids": List(Value("string"))})
@@ -40,18 +44,26 @@ def cached_features(retriever: Retriever, rows: Dataset) -> np.ndarray:
         images = rows.select_columns("image").select(missing.values())
         shown = tqdm(images, "Encoding images for the retriever", unit=" images", disable=None)  # only on a terminal
         known |= zip(missing, retriever.features(open_image(row["image"]) for row in shown), strict=True)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(file.with_suffix(".lock")):
-            found = _read_cache(file) | {key: known[key] for key in missing if not isinstance(key, tuple)}
-            if found:
-                content = {"pixels": np.array([*found], dtype=np.int64), "features": np.stack([*found.values()])}
-                write_whole(file, numpy.save(content))
+        try:
+            _add_to_cache(file, {key: known[key] for key in missing if not isinstance(key, tuple)})
+        except OSError as error:  # a cache of others, or a full disk
+            logger.warning("features of images cannot be cached, the next run computes them again: %s", error)
     return np.stack([known[key] for key in keys])
 
 
+def _add_to_cache(file: Path, features: dict[int, np.ndarray]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(file.with_suffix(".lock")):
+        if known := _read_cache(file) | features:
+            content = {"pixels": np.array([*known], dtype=np.int64), "features": np.stack([*known.values()])}
+            write_whole(file, numpy.save(content))
+
+
 def _read_cache(file: Path) -> dict[int, np.ndarray]:
-    content = numpy.load_file(file) if file.exists() else {"pixels": np.array([]), "features": ()}
-    return dict(zip(content["pixels"].tolist(), content["features"], strict=True))
+    with suppress(OSError, SafetensorError, KeyError, ValueError):  # there is none, or it is damaged: written anew
+        content = numpy.load_file(file)
+        return dict(zip(content["pixels"].tolist(), content["features"], strict=True))
+    return {}
 
 
 def retrieve(dataset: DatasetDict, args, max_samples: dict[str, int | None]) -> tuple[DatasetDict, Pool | None]:

@@ -10,6 +10,7 @@ One process of a machine reads a row group and leaves it in a file that the othe
 
 import atexit
 import hashlib
+import logging
 import os
 import shutil
 import warnings
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, Features, load_dataset_builder
 from datasets.config import HF_DATASETS_CACHE
@@ -32,6 +34,8 @@ from huggingface_hub.utils import WeakFileLock
 
 from captioning.errors import UserError, as_user_error
 
+
+logger = logging.getLogger(__name__)
 
 TEXT_COLUMNS = ("image_id", "caption", "cui")
 HUB = "hf://"
@@ -90,6 +94,10 @@ def index_shards(shards: dict[str, list[str]]) -> DatasetDict:
         features |= Features.from_arrow_schema(pa.schema({"image": StreamedImage.pa_type}))
         arguments = {"files": tuple(files), "state": tuple(_shard_state(file) for file in files)}
         rows = Dataset.from_generator(_index_rows, features=Features(features), gen_kwargs=arguments, split=split)
+        largest = pc.max(pc.struct_field(rows.data.column("image"), "group_bytes")).as_py() or 0
+        if largest > CACHE_BYTES:
+            message = "%s: a row group holds %d MB, which are read together; write row groups of about 100 rows"
+            logger.warning(message, split, largest / 1e6)
         splits[split] = rows.cast_column("image", StreamedImage(list(files)))
     return DatasetDict(splits)
 

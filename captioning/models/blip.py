@@ -1,5 +1,6 @@
 """BLIP behind the interface of `captioner.py`; stock `BlipForConditionalGeneration` loads what is saved."""
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -28,6 +29,8 @@ from captioning.models.tokenizer import add_blip_tokens, load_tokenizer, match_s
 from captioning.models.weights import refuse_missing_weights
 
 
+logger = logging.getLogger(__name__)
+
 # BLIP initializes its position embedding like a weight, at less than a tenth of the patch embeddings that it is added
 # to, so a model trained from random weights learns late where in the image something is. Without this factor the
 # quickstart ends with the right side in .83 and the right place in .45 of the test captions.
@@ -50,8 +53,10 @@ CARD = CardFacts(
   booktitle = {International Conference on Machine Learning},
   year      = {2022}
 }""",
-    # Stock `generate` takes the end token, which the processor adds to the prompt, off again
-    usage="{% set tokens, arguments, num_unread = None, prompt and 'text=' ~ prompt, 1 %}" + USAGE,
+    usage="{% set tokens = None %}"
+    "{% set arguments = prompt and 'text=' ~ prompt %}"
+    "{% set num_unread = 1 %}"  # stock `generate` takes the end token, which the processor adds to the prompt, off
+    + USAGE,
     plain_generate=f"{{% if suffices %}}{SUFFICES}{{% else %}}{BY_DECODER}{{% endif %}}",
 )
 
@@ -89,8 +94,11 @@ class BlipCaptioner(Captioner):
             )
             image_processor = BlipImageProcessorPil.from_pretrained(name, revision=revision)
         refuse_missing_weights(loading["missing_keys"], f"model '{name}'")
-        side = model.config.vision_config.image_size  # the position embedding decides, whatever the processor says
-        image_processor.size = {"height": side, "width": side}
+        side, size = model.config.vision_config.image_size, image_processor.size
+        if size != {"height": side, "width": side}:
+            # The position embedding decides: the model cannot take images of another size
+            logger.warning("the processor of '%s' is for %s; images are resized to %d pixels", name, size, side)
+            image_processor.size = {"height": side, "width": side}
         tokenizer = match_special_tokens(load_tokenizer(name, revision), model.config)
         return cls(model, BlipProcessor(image_processor, tokenizer))
 

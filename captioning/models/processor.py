@@ -45,9 +45,16 @@ def load_processor(name: str, revision: str | None, config: PreTrainedConfig) ->
         path = optional_file(name, "video_preprocessor_config.json", revision)
         video = content.get(VIDEO) or (path and json.loads(Path(path).read_text(encoding="utf-8")))
         vars(processor).update({VIDEO: video} if video else {})
-    if getattr(processor, "num_query_tokens", 0) is None:
-        # Old checkpoints lack it: BLIP-2 would caption without having seen the image, and report nothing (T19)
-        processor.num_query_tokens = config.num_query_tokens
+    # What old checkpoints lack here is in the model's config. Without the first, BLIP-2 would caption without having
+    # seen the image, and report nothing (T19)
+    owners = {"num_query_tokens": config, "vision_feature_select_strategy": config}
+    owners["patch_size"] = getattr(config, "vision_config", None)
+    for attribute, owner in owners.items():
+        if getattr(processor, attribute, 0) is None:
+            setattr(processor, attribute, getattr(owner, attribute, None))
+    if hasattr(processor, "num_additional_image_tokens") and "num_additional_image_tokens" not in content:
+        # Stock takes 0 of them; CLIP has one before those of the patches
+        processor.num_additional_image_tokens = int(config.vision_config.model_type == "clip_vision_model")
     return processor
 
 

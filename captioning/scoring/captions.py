@@ -135,6 +135,8 @@ def _read_json_lines(path: str) -> dict[str, dict[str, Any]]:
     what = "is not a JSON object of strings image_id, prediction and reference, and a list cui"
     with as_user_error(f"'{path}' cannot be read", mend), open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
             where = f"'{path}', line {number}"
             with as_user_error(f"{where} {what}", mend):
                 row = json.loads(line)

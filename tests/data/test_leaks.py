@@ -147,7 +147,7 @@ def test_rows_left_out_are_counted_in_the_record(tmp_path):
     entries = [{"split": "train", "image_id": "a", "reason": reason} for reason in reasons]
     entries.append({"split": "test", "row": 3, "image_id": "b", "reason": "blank caption"})
     lines = [json.dumps(entry) for entry in entries]
-    (tmp_path / "rejected.jsonl").write_text("\n".join([*lines, '{"split": "tr']))
+    (tmp_path / "rejected.jsonl").write_text("\n".join([*lines, "5", "{}", "[null]", '{"split": "tr']))
     assert record.left_out == [
         "train: rows left out: 3 (2 x unreadable image, 1 x blank caption)",
         "test: rows left out: 1 (1 x blank caption)",

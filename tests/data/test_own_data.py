@@ -157,6 +157,15 @@ def test_a_column_of_splits_is_obeyed_in_any_source(tmp_path, source):
         load(tmp_path / "other")
 
 
+def test_splits_of_adjacent_rows_are_not_copied(tmp_path, monkeypatch):
+    rows = make_rows(6).add_column("split", ["train"] * 3 + ["val"] * 2 + ["test"])
+    rows.save_to_disk(str(tmp_path / "data"))
+    monkeypatch.delattr(Dataset, "flatten_indices")
+    dataset = load(tmp_path / "data")
+    assert {split: len(rows) for split, rows in dataset.items()} == {"train": 3, "validation": 2, "test": 1}
+    assert not reasons(dataset, tmp_path)
+
+
 def test_parquet_of_paths_finds_its_images(tmp_path):
     write_images(tmp_path / "data" / "scans", "a.png", "b.png")
     paths = ["scans/a.png", str(tmp_path / "data" / "scans" / "b.png"), "/etc/passwd"]
@@ -416,8 +425,12 @@ def test_a_folder_that_prepare_did_not_finish_names_itself(tmp_path, capsys):
     process.wait(60)
     with pytest.raises(UserError, match="is half written: the command that wrote it was stopped; delete it"):
         load(folder)
+    words = ["prepare", str(table), str(folder)]
+    (folder / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    with pytest.raises(UserError, match=r"is half written: .*delete it and run again"):
+        main(words)
     shutil.rmtree(folder)
-    main(["prepare", str(table), str(folder)])
+    main(words)
     assert set(load(folder)) == {"train", "validation", "test"}
 
 

@@ -9,6 +9,7 @@ import pytest
 from datasets import DatasetDict, load_from_disk
 from families import save_vision_model
 from helpers import make_png, make_rows
+from safetensors.numpy import load_file, save_file
 from source_files import undecoded, write_images, write_table
 
 from captioning.__main__ import main
@@ -100,6 +101,30 @@ def test_another_retriever_has_features_of_its_own(checked, retriever, tmp_path)
     larger = copy.deepcopy(retriever)
     larger.processor.image_mean = [0.1, 0.1, 0.1]
     assert larger.digest() != retriever.digest() != other.digest()
+
+
+def test_a_damaged_cache_is_written_anew(checked, retriever, encoded, tmp_path):
+    rows = usable(checked["test"])
+    found = cached_features(retriever, rows)
+    file = next((tmp_path / "cache").glob("*.safetensors"))
+    for damage in (
+        lambda: file.write_bytes(file.read_bytes()[:99]),
+        lambda: save_file({"pixels": np.arange(3), "features": found[:2]}, file),
+    ):
+        damage()
+        del encoded[:]
+        for _ in range(2):
+            np.testing.assert_array_equal(cached_features(retriever, rows), found)
+        assert encoded == [len(rows)] and len(load_file(file)["features"]) == len(rows)
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(checked, retriever, tmp_path, monkeypatch, caplog):
+    rows = usable(checked["test"])
+    found = cached_features(retriever, rows)
+    (tmp_path / "file").write_text("no folder can be made here")
+    monkeypatch.setattr(module, "CACHE", tmp_path / "file/cache")
+    np.testing.assert_array_equal(cached_features(retriever, rows), found)
+    assert "features of images cannot be cached, the next run computes them again: [Errno 20]" in caplog.text
 
 
 def run_args(folder, **values):

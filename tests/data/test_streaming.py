@@ -162,13 +162,14 @@ def test_a_changed_shard_is_indexed_again(tmp_path):
         assert len(sources.load_source(str(tmp_path), streaming=True)["train"]) == number
 
 
-def test_images_as_bare_bytes_and_row_groups_that_are_not_kept(tmp_path, monkeypatch, reads):
+def test_images_as_bare_bytes_and_row_groups_that_are_not_kept(tmp_path, monkeypatch, reads, caplog):
     monkeypatch.setattr(streaming, "CACHE_BYTES", 1)
     (tmp_path / "data").mkdir()
     images = [image["bytes"] for image in make_rows(8).cast_column("image", Image(decode=False))["image"]]
     table = pa.table({"image": images, "image_id": [str(i) for i in range(8)], "caption": ["a"] * 8})
     pq.write_table(table, tmp_path / "data" / "test-0.parquet", row_group_size=4)
     rows = sources.load_source(str(tmp_path), streaming=True)["test"]
+    assert caplog.text.count("a row group holds 0 MB, which are read together") == 1
     assert [row["image"] for row in rows] == [{"bytes": image, "path": None} for image in images]
     assert len(reads()) == 2, "the one that is read last is kept, however large"
     rows[0], rows[7], rows[0]

@@ -89,10 +89,11 @@ def test_a_damaged_model_folder_is_named(saved, files, content, message):
         load_captioner(str(saved))
 
 
-def test_a_processor_of_another_size_gives_way_to_the_model(saved, processor):
+def test_a_processor_of_another_size_gives_way_to_the_model(saved, processor, caplog):
     processor.image_processor.size = {"height": 48, "width": 48}
     processor.save_pretrained(saved)
     assert load_captioner(str(saved)).processor.image_processor.size == {"height": 32, "width": 32}
+    assert "images are resized to 32 pixels" in caplog.text
 
 
 @pytest.mark.parametrize(

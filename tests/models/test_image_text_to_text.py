@@ -258,14 +258,17 @@ def test_a_decoder_without_an_end_token_of_its_own_ends_by_that_of_bert(tmp_path
     assert len(generate(captioner, [make_noise(0)])) == 1
 
 
-def test_a_processor_that_makes_no_prompt_is_one_line(tmp_path):
-    save_tiny("llava", tmp_path)
-    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].role + messages[0].content }}")
-    with pytest.raises(UserError, match=r"its processor makes no prompt: .*; it needs .* a chat template of images"):
-        load_captioner(str(tmp_path))
-    content = read_json(tmp_path / "processor_config.json")
-    (tmp_path / "processor_config.json").unlink()  # as in old checkpoints
-    images = content["image_processor"] | {"processor_class": content["processor_class"]}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(images))
+def test_an_old_checkpoint_without_a_processor_config_is_completed_or_refused(tmp_path):
+    for family in ("llava", "llava_onevision"):
+        folder = save_tiny(family, tmp_path / family)
+        content = read_json(folder / "processor_config.json")
+        (folder / "processor_config.json").unlink()
+        images = content["image_processor"] | {"processor_class": content["processor_class"]}
+        (folder / "preprocessor_config.json").write_text(json.dumps(images))
+    captioner = load_captioner(str(tmp_path / "llava"))
+    assert len(generate(captioner, [make_noise(0)])) == 1, "as many image tokens as features"
     with pytest.raises(UserError, match=r"its processor makes no prompt: .*; it needs a whole processor_config.json"):
-        load_captioner(str(tmp_path))
+        load_captioner(str(tmp_path / "llava_onevision"))
+    (tmp_path / "llava/chat_template.jinja").write_text("{{ messages[0].role + messages[0].content }}")
+    with pytest.raises(UserError, match=r"its processor makes no prompt: .*; it needs .* a chat template of images"):
+        load_captioner(str(tmp_path / "llava"))

@@ -67,7 +67,7 @@ def test_a_csv_is_read_as_others_write_it(write, content):
 
 def test_json_lines_are_read_as_others_write_them(write):
     row = {"image_id": "a", "prediction": "x \ud800 y", "reference": "z", "cui": "C0040405;C0817096"}
-    content = json_lines(row, row | {"image_id": "b", "cui": None})
+    content = json_lines(row, row | {"image_id": "b", "cui": None}).replace("\n", "\n \n")
     captions = read_captions(write("run.jsonl", f"\ufeff{content}"))
     assert captions.image_ids == ["a", "b"]
     assert captions.predictions == ["x \ufffd y"] * 2, "an unpaired surrogate is replaced"
