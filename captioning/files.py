@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from captioning.errors import UserError
+
 
 PROJECT = Path(__file__).parents[1]
 
@@ -17,6 +19,12 @@ def write_whole(path: Path, content: str | bytes) -> None:
     unfinished = path.with_name(f"{path.name}.tmp")
     unfinished.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
     os.replace(unfinished, path)
+
+
+def refuse_to_replace(read: Iterable[str | None], html: str | None) -> None:
+    """Raise a UserError if the page to write is one of the files that are read."""
+    if html and any(os.path.realpath(html) == os.path.realpath(path) for path in read if path):
+        raise UserError(f"--html would overwrite '{html}', which is read; name another file")
 
 
 def to_json(value: Any, **options: Any) -> str:

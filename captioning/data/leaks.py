@@ -37,9 +37,10 @@ def find_leaks(splits: Mapping[str, Dataset], log: bool = True) -> dict[str, dic
         for split, others in EARLIER.items()
         if split in keys
     }
-    for split, leaks in found.items() if log else ():
-        for sentence in leaks_in_words(split, len(splits[split]), leaks):
-            logger.warning("%s", sentence)
+    if log:
+        for split, leaks in found.items():
+            for sentence in leaks_in_words(split, len(splits[split]), leaks):
+                logger.warning("%s", sentence)
     return found
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from threading import Event, Lock
 from types import ModuleType
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 from PIL import Image
@@ -126,6 +127,11 @@ class _Policy:
         await self.app(scope, receive, send_with_policy)
 
 
+# Images on the page of any user, by the path of the file. Gradio names it by its content: of two users who send the
+# same at the same moment, one finds it deleted
+_OPENED: WeakValueDictionary[str, Image.Image] = WeakValueDictionary()
+
+
 @dataclass(frozen=True, eq=False)
 class _Shown:
     """An image on the page of a user."""
@@ -228,11 +234,15 @@ def _read_upload(path: str) -> tuple[Image.Image | None, str]:
     """Return the image of an upload, None if it is none, and what is wrong; the file is deleted."""
     try:
         content = Path(path).read_bytes()
-        Path(path).unlink(missing_ok=True)
-        return open_image({"bytes": content, "path": None}), ""
-    except OSError:  # Gradio names a file by its content: another user, who sent the same just now, has deleted it
-        return None, "the file did not arrive; choose it again"
+    except OSError:
+        image = _OPENED.get(path)
+        return image, "" if image else "the file did not arrive; choose it again"
+    try:
+        image = _OPENED[path] = open_image({"bytes": content, "path": None})
+        return image, ""
     except ValueError as error:
         return None, f"unusable file: {printable(str(error), MAX_MESSAGE)}"
     except Exception as error:  # a parser's fault must not end the session; its message may quote the file
         return None, f"unusable file: {type(error).__name__}"
+    finally:  # not before the image is in `_OPENED`, where another user looks then
+        Path(path).unlink(missing_ok=True)

@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from captioning.data.dicom import burned_in
 from captioning.errors import UserError, as_user_error, is_out_of_memory, printable
+from captioning.files import refuse_to_replace
 from captioning.hub.client import limit_waiting
 from captioning.inference.caption_file import CaptionFile
 from captioning.inference.find_images import OwnImage, find_files, own_images
@@ -35,6 +36,7 @@ def caption_images(arguments: argparse.Namespace) -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal whose encoding lacks a character
     found = find_files(arguments.images)
     images, faults = own_images(found.paths, arguments.frame), Faults()
+    refuse_to_replace(found.paths, arguments.html)
     for name, reason in found.faults.items():
         faults.add(name, reason)
     if found.passed_over:
@@ -48,7 +50,9 @@ def caption_images(arguments: argparse.Namespace) -> None:
     if arguments.output:
         made_by = {"model": model.digest(), "decoding": in_words(model.generation_config)}
         with CaptionFile(arguments.output, made_by | {"prompt": model.prompt, "frame": arguments.frame}) as file:
-            for captions in _in_batches(model, file.missing(images), arguments.batch_size, faults, shows_bar=True):
+            images = file.with_known_ids(images)
+            missing = [image for image in images if image.id not in file.captions]
+            for captions in _in_batches(model, missing, arguments.batch_size, faults, shows_bar=True):
                 file.add(captions)
         captions = {image: file.captions[image.id] for image in images if image.id in file.captions}
         say(f"'{arguments.output}': {len(captions):,} of these images, {len(file.captions):,} in all")
@@ -139,8 +143,16 @@ def write_gallery(file: str, model: InferenceModel, captions: Mapping[OwnImage, 
         render_page(
             Path(file),
             {"systems": ["Caption"], "rows": rows},
-            lambda size: image_blocks((image.open() for image in captions), len(rows), PAGE_BUDGET - size),
+            lambda size: image_blocks(_opened_again(captions), len(rows), PAGE_BUDGET - size),
             name=f"Captions by {name}",
             unscored=True,
             facts={key: value for key, value in facts.items() if value},
         )
+
+
+def _opened_again(images: Iterable[OwnImage]) -> Iterator[Image.Image | None]:
+    for image in images:
+        try:
+            yield image.open()
+        except ValueError:  # it is no longer there, or has changed
+            yield None

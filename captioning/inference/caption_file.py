@@ -1,7 +1,8 @@
 """A file of captions that grows batch by batch, and that a later call completes.
 
 Beside `captions.csv` lies `captions.csv.state`: a line on model and settings, then a line with the id and the digest
-of each image, which is written before its caption. So the CSV stays one of `ID,Caption`.
+of each image, which is written before its caption. So the CSV stays one of `ID,Caption`, and a later call knows which
+images are done, also those that it calls otherwise.
 """
 
 import csv
@@ -48,11 +49,14 @@ class CaptionFile:
             header, *images = [json.loads(line) for line in _whole_lines(self._state)] or [{}]
             self._digests = {image["id"]: image["digest"] for image in images}
             self.captions = self._read_rows()
-        for key, now in made_by.items() if self.captions else ():
-            if header.get(key) != now:
-                values = "" if key == "model" else f" ('{header.get(key)}', now '{now}')"
-                raise UserError(f"'{path}' holds captions by another {key}{values}; {OTHER}")
-        if not self.captions:  # also where the file was deleted
+        if unknown := self.captions.keys() - self._digests.keys():
+            raise UserError(f"'{path}' has a row '{min(unknown)}' that this command did not write; {OTHER}")
+        if self.captions:
+            for key, now in made_by.items():
+                if header.get(key) != now:
+                    values = "" if key == "model" else f" ('{header.get(key)}', now '{now}')"
+                    raise UserError(f"'{path}' holds captions by another {key}{values}; {OTHER}")
+        else:  # also where the file was deleted
             for file in (self._state, self._rows):
                 file.truncate(0)
             _append(self._state, json.dumps(made_by) + "\n")
@@ -70,17 +74,23 @@ class CaptionFile:
             return {image_id: Description(text) for image_id, text in csv.reader(map(bytes.decode, lines[1:]))}
         return {row["id"]: Description(row["caption"], row.get("concepts")) for row in map(json.loads, lines)}
 
-    def missing(self, images: Sequence[OwnImage]) -> list[OwnImage]:
-        """Return the images that have no caption yet.
+    def with_known_ids(self, images: Sequence[OwnImage]) -> list[OwnImage]:
+        """Return the images, with the earlier id where the file has the caption under one: other images change ids.
 
         Raises:
             UserError: the caption of an id is that of another image.
         """
+        others = self.captions.keys() - {image.id for image in images}
+        earlier = {(_stem(name), self._digests[name]): name for name in others}
+        found = []
         for image in images:
-            if image.id in self.captions and _digest_of(image) not in (None, self._digests.get(image.id)):
+            is_known = image.id in self.captions
+            digest = _digest_of(image) if is_known or earlier else None
+            if is_known and digest not in (None, self._digests[image.id]):
                 what = f"'{self.path}' holds the caption of another image '{image.id}' than '{image}'"
                 raise UserError(f"{what}, or that has changed; {OTHER}")
-        return [image for image in images if image.id not in self.captions]
+            found.append(image if is_known else image._replace(id=earlier.pop((_stem(image.id), digest), image.id)))
+        return found
 
     def add(self, captions: Mapping[OwnImage, Description]) -> None:
         """Append the captions of some images; they are on their way to the disk when this returns."""
@@ -111,6 +121,11 @@ def _append(file: BinaryIO, text: str) -> None:
     except OSError as error:
         error.filename = file.name
         raise
+
+
+def _stem(image_id: str) -> str:
+    """Return what an id keeps when other images come: the name of the file, without folders and ending."""
+    return os.path.splitext(image_id.rpartition("/")[2])[0]
 
 
 def _digest_of(image: OwnImage) -> str | None:

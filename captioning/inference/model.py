@@ -28,9 +28,10 @@ logger = logging.getLogger(__name__)
 RECIPE = "recipe.json"
 INNER_FOLDER = re.compile(r"checkpoint-\d+|adapter")  # of a run, whose recipe is beside it
 UNRECORDED = DEFAULTS | {"num_beams": 3, "max_new_tokens": 64}  # a run's, for a model that says nothing
-# What is read of a recipe
-RECORDED = {*DEFAULTS, "prompt", "torch_dtype", "bf16", "fp16"}
-RECORDED |= {"retrieved_captions", "retriever", "retriever_revision"}
+# What is read of a recipe, with its types in JSON
+RECORDED = dict.fromkeys([*DEFAULTS, "retrieved_captions"], (int,)) | {"length_penalty": (int, float)}
+RECORDED |= dict.fromkeys(["prompt", "torch_dtype", "retriever", "retriever_revision"], (str,))
+RECORDED |= dict.fromkeys(["bf16", "fp16"], (bool,))
 
 
 class Description(NamedTuple):
@@ -170,7 +171,12 @@ def recorded_recipe(name: str, revision: str | None = None) -> dict[str, Any]:
         return {}
     with as_user_error(f"model '{name}': {RECIPE} cannot be read", "correct it or leave it out"):
         recipe = json.loads(Path(path).read_text(encoding="utf-8"))
-        return {key: value for key, value in recipe.items() if key in RECORDED and value is not None}
+        found = {key: recipe[key] for key in RECORDED if recipe.get(key) is not None}
+        if wrong := [key for key, value in found.items() if type(value) not in RECORDED[key]]:
+            raise TypeError(f"'{wrong[0]}' has a value of another type")
+        if found.get("torch_dtype", "float32") not in ("float32", "bfloat16"):
+            raise ValueError(f"torch_dtype is '{found['torch_dtype']}'")
+    return found
 
 
 def _run_of(name: str) -> str:

@@ -17,15 +17,26 @@ const payload = JSON.parse(element("payload").textContent);
 const {rows, unscored} = payload;
 const cards = element("cards"), dialog = element("dialog"), search = element("search"), view = element("view");
 
+/** `Map.groupBy` of the rows, which Firefox before 119 lacks. */
+function groupRows(keyOf) {
+  const groups = new Map();
+  for (const row of rows) {
+    const key = keyOf(row);
+    if (!groups.has(key)) groups.set(key, []);
+    groups.get(key).push(row);
+  }
+  return groups;
+}
+
 const byAddress = new Map();
 rows.forEach((row, index) => {
   row.index = index;
   const tags = [...row.concepts, ...row.tags.flat()].map(([text]) => text);
   row.text = [row.id, row.reference, ...row.predictions, ...tags].join("\n").toLowerCase();
-  row.address = `#${encodeURIComponent(row.id.toWellFormed())}`;
+  row.address = `#${encodeURIComponent(row.id.toWellFormed?.() ?? row.id)}`;
   byAddress.set(row.address, row);
 });
-for (const same of Map.groupBy(rows, (row) => row.predictions[0]).values()) {
+for (const same of groupRows((row) => row.predictions[0]).values()) {
   for (const row of same) row.same = same;  // those with the same prediction
 }
 
@@ -168,7 +179,7 @@ const end = new IntersectionObserver(
 
 function fillControls() {
   const counted = (text, own) => `${text} (${own.length.toLocaleString("en")})`;
-  const byModality = unscored ? [] : [...Map.groupBy(rows, (row) => row.modality)];
+  const byModality = unscored ? [] : [...groupRows((row) => row.modality)];
   const add = (text, modality) => element("modality").add(Object.assign(new Option(text), {modality}));
   add("all");
   for (const [modality, own] of byModality.sort(([, a], [, b]) => b.length - a.length)) {

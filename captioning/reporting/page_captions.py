@@ -41,8 +41,9 @@ def caption_payload(
         scores[NLL_PER_TOKEN] = [None if value is None else value / number for value, number in pairs]
     rows = []
     for row, modality, *values in zip(predictions, modalities, *scores.values(), strict=True):
-        more = modality, row.get("cui", ()), values, row.get("concepts"), names
-        rows.append(caption_row(row["image_id"], row["reference"], [row["prediction"]], *more))
+        image_id, reference, captions = row["image_id"], row["reference"], [row["prediction"]]
+        cuis, detected = row.get("cui", ()), row.get("concepts")
+        rows.append(caption_row(image_id, reference, captions, modality, cuis, values, detected, names))
     for row, own in zip(rows, retrieved, strict=bool(retrieved)):
         row["retrieved"] = own
     labels = [key if key in (NLL, NLL_PER_TOKEN) else score_label(key, full=True) for key in scores]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageChops
 
 
 IMAGES_PER_BLOCK = 50  # the page parses the images in such portions, as they come into view
@@ -15,6 +15,7 @@ LEAST_SHARE = 1500  # characters: a smaller image shows nothing, so beyond 30,00
 SIDES = (512, 384, 320, 256, 224, 192, 160, 128, 96, 64, 48, 32)  # longer side of a stored image, pixels
 QUALITIES = (80, 65, 50, 35)  # JPEG; below 35 blocks show, and a smaller side looks better
 BYTES_PER_PIXEL = 0.1  # what a radiograph takes at quality 80, so that most images fit at once
+GRAY_TOLERANCE = 6  # levels: channels of a gray image that was stored as a color JPEG differ by a few
 WORD = re.compile(r"\w")
 
 Words = Sequence[tuple[str, np.ndarray]]  # of a caption, each with its attention map
@@ -37,7 +38,7 @@ def image_blocks(images: Iterable[Image.Image | None], number: int, budget: int)
 
 
 def encode_image(image: Image.Image | None, max_bytes: int) -> bytes | None:
-    """Return an image as a JPEG of at most `max_bytes`, None for None.
+    """Return an image as a JPEG of at most `max_bytes`, gray where the image is; None for None.
 
     Quality is lowered before the side is. What is transparent becomes white, as for the model, and nothing but pixels
     is kept: a comment in the file may name a patient.
@@ -50,6 +51,9 @@ def encode_image(image: Image.Image | None, max_bytes: int) -> bytes | None:
     small.info.clear()
     for side in [side for side in SIDES if side * side * BYTES_PER_PIXEL <= max_bytes] or SIDES[-1:]:
         small.thumbnail((side, side), Image.Resampling.LANCZOS)
+        gray = small.convert("L")
+        color = ImageChops.difference(small, gray.convert(small.mode))
+        small = gray if np.max(color.getextrema()) <= GRAY_TOLERANCE else small
         for quality in QUALITIES:
             buffer = io.BytesIO()
             small.save(buffer, "JPEG", quality=quality, optimize=True)

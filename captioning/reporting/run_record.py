@@ -22,7 +22,8 @@ ROCOV2 = "eltorio/ROCOv2-radiology"
 SPLITS = {"test": "predict", "validation": "eval"}  # with the prefix of their metrics; where one is shown, the first
 # Which a recipe lacks
 RECIPE_DEFAULTS = {"do_train": True, "use_peft": False, "merge_lora": False, "torch_dtype": "float32"}
-RECIPE_DEFAULTS |= {"language": "en", "license": None, "publish_images": False, "tuned_decoding": {}}
+RECIPE_DEFAULTS |= {"language": "en", "license": None, "publish_images": False, "tuned_decoding": {}, "code": {}}
+RECIPE_DEFAULTS |= {"hardware": {"device": "cpu", "processor": "unknown", "threads": "unknown", "processes": 1}}
 
 
 @dataclass(frozen=True)

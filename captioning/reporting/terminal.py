@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from captioning.errors import UserError, printable
-from captioning.files import to_json
+from captioning.files import refuse_to_replace, to_json
 from captioning.reporting.comparison_page import write_comparison
 from captioning.reporting.score_table import comparison_table, concepts_table, score_table
 from captioning.scoring.captions import in_order_of, read_captions
@@ -16,6 +16,7 @@ from captioning.scoring.submission import check_submission
 from captioning.scoring.training_split import read_training
 
 
+READ = ("predictions", "against", "references", "concepts", "train", "train_concepts")  # the files of `score`
 SHOWN_FAULTS = 20
 
 
@@ -24,6 +25,7 @@ def score_captions(arguments: argparse.Namespace) -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal whose encoding lacks a character
     if arguments.html and not arguments.against:
         raise UserError("--html compares two systems; add --against with the captions of the other")
+    refuse_to_replace([getattr(arguments, name) for name in READ], arguments.html)
     if any(path and holds_concepts(path) for path in (arguments.predictions, arguments.references)):
         _score_concepts(arguments)
         return

@@ -115,10 +115,10 @@ def concept_table(predicted: Concepts, truth: Concepts) -> list[dict[str, Any]]:
     right = Counter(cui for ours, theirs in pairs for cui in ours & theirs)
     found = Counter(cui for ours, _ in pairs for cui in ours)
     support = Counter(cui for _, theirs in pairs for cui in theirs)
-    rows = [
-        {"cui": cui, "tp": tp, "fp": found[cui] - tp, "fn": support[cui] - tp, "support": support[cui]}
-        for cui, tp in ((cui, right[cui]) for cui in found | support)
-    ]
+    rows = []
+    for cui in found | support:
+        wrong, missed = found[cui] - right[cui], support[cui] - right[cui]
+        rows.append({"cui": cui, "tp": right[cui], "fp": wrong, "fn": missed, "support": support[cui]})
     return sorted(rows, key=lambda row: (-row["support"], row["cui"]))
 
 

@@ -24,6 +24,7 @@ import run_captioning
 from captioning.__main__ import main
 from captioning.data.images import open_image
 from captioning.errors import UserError
+from captioning.inference.caption import write_gallery
 from captioning.inference.caption_file import CaptionFile
 from captioning.inference.find_images import OwnImage, find_files, own_images
 from captioning.inference.model import UNRECORDED, Description, InferenceModel
@@ -115,7 +116,16 @@ def test_settings_are_those_of_the_record_then_of_flags_and_a_checkpoint_has_the
 
 @pytest.mark.parametrize(
     "recipe, fault",
-    [('{"num_beams": "3"}', "cannot be used"), ("[", "cannot be read"), ('{"num_beams": 999}', "from 1 to 256")],
+    [
+        ("[", "cannot be read"),
+        ('{"num_beams": 999}', "from 1 to 256"),
+        ('{"num_beams": "3"}', "'num_beams' has a value"),
+        ('{"max_new_tokens": 5.5}', "'max_new_tokens' has a value"),
+        ('{"prompt": ["a"]}', "'prompt' has a value"),
+        ('{"torch_dtype": 5}', "'torch_dtype' has a value"),
+        ('{"torch_dtype": "float64"}', "torch_dtype is 'float64'"),
+        ('{"retrieved_captions": "x"}', "'retrieved_captions' has a value"),
+    ],
 )
 def test_a_recipe_from_elsewhere_that_is_broken_is_one_line(model, tmp_path, recipe, fault):
     broken = Path(shutil.copytree(model, tmp_path / "broken"))
@@ -182,7 +192,6 @@ def test_captions_go_to_standard_output_line_by_line(model, scans, monkeypatch, 
 
 
 def test_the_csv_is_a_submission_and_a_second_call_does_what_is_missing(model, scans):
-    (scans / "below" / "a.png").rename(scans / "below" / "e.png")
     caption(model, scans / "b.png", scans / "below", "--output", "own.csv")
     first = Path("own.csv").read_text()
     assert first.startswith("ID,Caption\n") and check_submission("own.csv") == []
@@ -245,6 +254,9 @@ def test_files_of_others_of_other_settings_and_of_other_images_are_refused(model
     assert "another image 'b'" in caption(model, scans / "b.png", "--output", "own.csv", code=2).stderr
     assert (Path("own.csv").read_text(), Path("theirs.csv").read_text()) == (before, "ID,Caption\nx,y\n")
     assert not Path("theirs.csv.state").exists()
+    with open("own.csv", "a") as file:
+        file.write("theirs,row\n")
+    assert "a row 'theirs'" in caption(model, scans / "c.png", "--output", "own.csv", code=2).stderr
 
 
 def test_a_full_disk_ends_in_one_line_and_the_file_can_be_completed(scans):
@@ -277,6 +289,16 @@ def test_captions_whose_state_is_lost_are_refused_and_stay(scans):
         assert Path("own.jsonl").read_text() == before
 
 
+def test_an_image_is_the_earlier_one_only_if_its_file_has_the_same_name(scans):
+    shutil.copy(scans / "a.png", scans / "copy.png")
+    with CaptionFile("own.jsonl", {"model": "x"}) as file:
+        file.add({images_of("scans/a.png")[0]: Description("first")})
+    with CaptionFile("own.jsonl", {"model": "x"}) as file:
+        named = [image.id for image in file.with_known_ids(images_of("scans"))]
+        assert named == ["a", "scans/b", "scans/c", "scans/copy", "below/a", "below/d"]
+        assert [image.id for image in file.with_known_ids(images_of("scans/copy.png"))] == ["copy"]
+
+
 def test_a_file_whose_name_is_not_text_has_a_row_that_any_reader_takes(scans):
     path = os.fsdecode(b"scans/M\xfcller.png")
     shutil.copy(scans / "a.png", path)
@@ -304,6 +326,14 @@ def test_the_page_shows_images_and_captions_and_no_scores(model, scans, browser)
     assert "no references" in text and "Not for clinical use" in text
     assert not re.search(r"Reference|ROUGE|NLL|\bScore\b|Marked|\(unknown\)", text) and not page.query_selector("mark")
     assert str(Path.cwd()) not in Path("own.html").read_text()
+
+
+def test_an_image_that_is_gone_when_the_page_is_written_has_a_card_without_it(model, scans):
+    one, two = images_of("scans/a.png", "scans/b.png")
+    (scans / "a.png").unlink()
+    write_gallery("own.html", InferenceModel(str(model)), {one: Description("first"), two: Description("second")})
+    images = re.search(r'id="images-0">(.*?)</script>', Path("own.html").read_text())[1]
+    assert [bool(image) for image in json.loads(images)] == [False, True]
 
 
 # --- Bad input --------------------------------------------------------------------------------------------------
@@ -351,9 +381,11 @@ def test_a_folder_that_cannot_be_read_is_one_line(scans, monkeypatch):
         (["m", "scans", "--num_beams", "0"], "num_beams is 0"),
         (["m", "scans", "--device", "tpu"], "device 'tpu' cannot be used"),
         (["m", "scans", "--html", "scans/b.png"], "must end with .html"),
+        (["m", "scans/b.png", "page.html", "--html", "page.html"], "would overwrite"),
     ],
 )
 def test_a_mistake_in_the_arguments_is_found_before_the_model_is_loaded(scans, arguments, fault):
+    Path("page.html").write_text("mine")
     with pytest.raises(UserError, match=fault):
         main(["caption", *arguments])
 

@@ -25,6 +25,7 @@ from pydicom.data import get_testdata_file
 from captioning.__main__ import main
 from captioning.data.images import open_image
 from captioning.errors import UserError
+from captioning.inference import app
 from captioning.inference.app import _read_upload, _Shown, _write
 from captioning.inference.model import InferenceModel
 from captioning.inference.page_parts import banner, caption_text, details, fault
@@ -337,10 +338,15 @@ def test_two_users_at_once_get_their_own_captions(open_demo, model):
         expected.reverse()
 
 
-def test_a_file_that_another_user_sent_just_before_is_asked_for_again(tmp_path):
-    file = tmp_path / "image.png"
+def test_two_users_can_send_the_same_file_at_once(tmp_path, monkeypatch):
+    file, seen = tmp_path / "image.png", []
     file.write_bytes(png(make_noise()))
-    assert _read_upload(str(file))[0].size == (60, 40) and not file.exists()
+    with monkeypatch.context() as patch:  # the second reads it while that of the first is decoded
+        patch.setattr(app, "open_image", lambda image: seen.append(file.exists()) or open_image(image))
+        first, _ = _read_upload(str(file))
+    assert seen == [True] and not file.exists()
+    assert _read_upload(str(file)) == (first, ""), "both were sent before the first was read"
+    del first
     assert _read_upload(str(file)) == (None, "the file did not arrive; choose it again")
 
 

@@ -75,3 +75,13 @@ def test_a_single_caption_has_a_page_without_an_interval(runs, capsys):
     assert "95 % interval –, p = 1.0000" in page and ">1 caption<" in page
     main(["score", str(runs / "one" / "predictions" / "test.jsonl"), "--tokenizer", "none"])
     assert "state 1, the references 1" in (printed := capsys.readouterr().out) and "1 captions" not in printed
+
+
+@pytest.mark.parametrize("flag", ["--against", "--references"])
+def test_a_page_does_not_replace_a_file_that_is_read(runs, tmp_path, flag):
+    run, read = str(runs / "good" / "predictions" / "test.jsonl"), tmp_path / "read.html"
+    read.write_text("mine")
+    arguments = {"--against": run, "--tokenizer": "none", "--html": str(read)} | {flag: str(read)}
+    with pytest.raises(UserError, match="--html would overwrite"):
+        main(["score", run, *(word for pair in arguments.items() for word in pair)])
+    assert read.read_text() == "mine"

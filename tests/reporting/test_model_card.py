@@ -212,6 +212,14 @@ def test_a_run_that_only_scored_has_its_own_settings(finished, parquet_folder, t
     assert "alone does not" in render(check), "its config was not written by this run"
 
 
+def test_a_recipe_from_before_it_had_hardware_and_code_has_a_card(folder):
+    recipe = read_json(folder / "recipe.json")
+    kept = {key: value for key, value in recipe.items() if key not in ("hardware", "code", "language", "license")}
+    (folder / "recipe.json").write_text(json.dumps(kept))
+    card = render(folder)
+    assert "unknown threads" in card and "by the code of the run:" in card
+
+
 def test_text_of_the_data_shows_as_it_is_in_a_markdown_table(folder):
     hostile = "a|b\n<script>x</script> `c` [d](https://e) $f$ \u202ereversed @g www.h.i " + "long " * 100
     shown = markdown(hostile)

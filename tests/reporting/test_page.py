@@ -539,6 +539,16 @@ def odd_run(tmp_path_factory):
     return make_page(folder, rows, (), scores, modalities=modalities, attention=attention)
 
 
+def test_a_browser_without_the_functions_of_2023_shows_the_page(run, browser):
+    """Firefox before 119 lacks both; either would end the page's script."""
+    old = browser.new_page()
+    old.add_init_script("delete Map.groupBy; delete String.prototype.toWellFormed")
+    old.goto((run / "report.html").as_uri())
+    assert texts(old, "#cards .meta a")[0] == "image_0" and len(ids(old)) == 6
+    assert old.inner_text("#modality option:checked").startswith("all")
+    old.close()
+
+
 def test_odd_texts_and_numbers_do_not_break_the_page(odd_run, open_page):
     page = open_page(odd_run)
     captions = texts(page, "#cards .caption")[1::2]

@@ -31,9 +31,17 @@ def test_images_of_every_mode_are_shown(modes):
     image = gray
     for mode in modes.split():
         image = image.convert(mode)
-    jpeg = PIL.open(io.BytesIO(encode_image(image, 20_000))).convert("L")
+    jpeg = PIL.open(io.BytesIO(encode_image(image, 20_000)))
+    assert jpeg.mode == "L", "a gray image is stored gray"
     if modes != "1":
         assert np.abs(np.asarray(jpeg, dtype=int) - np.asarray(gray, dtype=int)).mean() < 4
+
+
+def test_a_gray_image_that_was_stored_as_a_color_jpeg_is_stored_gray():
+    buffer = io.BytesIO()
+    make_noise(0, (300, 200), "L").convert("RGB").save(buffer, "JPEG", quality=75)
+    image = PIL.open(buffer)
+    assert (image.mode, PIL.open(io.BytesIO(encode_image(image, 20_000))).mode) == ("RGB", "L")
 
 
 def test_nothing_but_the_pixels_of_an_image_is_kept():
