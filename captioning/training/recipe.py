@@ -52,14 +52,16 @@ REPLACED_FIELDS = {
 }
 # What other programs call a field, without dashes and underscores
 OTHER_NAMES = {
-    "per_device_train_batch_size": "batchsize batch bs trainbatchsize", "per_device_eval_batch_size": "evalbatchsize",
-    "learning_rate": "lr", "weight_decay": "wd", "num_train_epochs": "epochs epoch numepochs", "max_steps": "steps",
+    "per_device_train_batch_size": "batchsize batch bs b trainbatchsize", "weight_decay": "wd",
+    "per_device_eval_batch_size": "evalbatchsize", "learning_rate": "lr", "max_steps": "steps",
+    "num_train_epochs": "epochs epoch e numepochs", "validation_fraction": "valsplit validationsplit",
+    "gradient_accumulation_steps": "gradaccum accumulationsteps", "push_to_hub": "push",
     "warmup_steps": "warmup warmupratio", "output_dir": "output out outputfolder outputpath savedir",
     "model_name_or_path": "model modelname modelpath", "tokenizer_name": "tokenizer", "config_name": "config",
     "dataset_name": "dataset data datadir datapath trainfile", "caption_column": "textcolumn",
     "image_folder": "imagedir images imageroot", "max_caption_length": "maxlength", "num_beams": "beams beamsize",
     "dataloader_num_workers": "workers numworkers", "eval_strategy": "evaluationstrategy", "use_cpu": "cpu",
-    "resume_from_checkpoint": "resume checkpoint", "hub_model_id": "repo repoid", "push_to_hub": "push",
+    "resume_from_checkpoint": "resume checkpoint", "hub_model_id": "repo repoid",
 }  # fmt: skip
 # By flag, the keys of a recipe that belong to what the flag replaces
 REPLACED_BY_FLAG = {

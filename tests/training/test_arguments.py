@@ -261,6 +261,9 @@ def test_a_field_that_is_fixed_is_refused_at_every_other_value(recipe):
         ("model", "model_name_or_path"),
         ("data", "dataset_name"),
         ("text_column", "caption_column"),
+        ("grad_accum", "gradient_accumulation_steps"),
+        ("val_split", "validation_fraction"),
+        ("e", "num_train_epochs"),
     ],
 )
 def test_names_of_other_programs_lead_to_the_field(recipe, name, field):
