@@ -9,6 +9,7 @@ import subprocess
 import sys
 import types
 import typing
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import Field, asdict, fields
@@ -207,11 +208,19 @@ def _read_json_object(file: Path, name: str) -> dict[str, Any]:
     with as_user_error(f"recipe '{name}' cannot be read", "recipes are in recipes/"):
         if file.exists() and (not file.is_file() or file.stat().st_size > MAX_RECIPE):
             raise UserError(f"recipe '{name}' is not a file of at most {MAX_RECIPE:,} bytes; recipes are in recipes/")
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
-        json.dumps(content, ensure_ascii=False).encode()  # fails for half of a surrogate pair
+        content = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique_keys)
+        # Fails for NaN, and for half of a surrogate pair
+        json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
     if not isinstance(content, dict):
         raise UserError(f"recipe '{name}' must be one JSON object of names and values")
     return content
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    for key, times in Counter(key for key, _ in pairs).items():
+        if times > 1:
+            raise ValueError(f"key '{key}' occurs twice")
+    return dict(pairs)
 
 
 def recipe_fields() -> dict[str, Field]:

@@ -162,6 +162,9 @@ def test_decode_settings_that_do_nothing_are_left_out():
         ("{", "cannot be read"),
         ("[" * 100_000, "cannot be read"),
         ("[]", "must be one JSON object"),
+        ('{"seed": 1, "seed": 2}', "key 'seed' occurs twice"),
+        ('{"lr_scheduler_kwargs": {"a": 1, "a": 2}}', "key 'a' occurs twice"),
+        ('{"lr_scheduler_kwargs": {"a": NaN}}', "not JSON compliant"),
     ],
 )
 def test_a_bad_recipe_is_named_with_its_key(recipe, content, message):
