@@ -353,6 +353,16 @@ def test_an_output_folder_that_is_removed_gets_the_next_checkpoint_and_one_line(
     assert last_complete_checkpoint(trainer.args.output_dir).endswith("checkpoint-6")
 
 
+def state(**fields):
+    """Return a function that sets fields of a checkpoint's `trainer_state.json`."""
+
+    def edit(checkpoint: Path) -> None:
+        path = checkpoint / "trainer_state.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return edit
+
+
 def cut_weights(checkpoint: Path) -> None:
     weights = load_file(checkpoint / "model.safetensors")
     save_file({name: value[:1].clone() for name, value in weights.items()}, checkpoint / "model.safetensors")
@@ -362,10 +372,13 @@ def cut_weights(checkpoint: Path) -> None:
     ("edit", "said"),
     [
         (lambda folder: (folder / "trainer_state.json").write_text("{"), "trainer_state.json is missing or damaged"),
-        (
-            lambda folder: (folder / "trainer_state.json").write_text('{"x": 1}'),
-            "trainer_state.json is missing or dam",
-        ),
+        (state(global_step="abc"), "trainer_state.json is missing or damaged"),
+        (state(log_history=[1]), "trainer_state.json is missing or damaged"),
+        (state(unknown=1), "trainer_state.json is missing or damaged"),
+        (state(epoch="x"), "trainer_state.json is missing or damaged"),
+        (state(max_steps=None), "trainer_state.json is missing or damaged"),
+        (state(train_batch_size="x"), "trainer_state.json is missing or damaged"),
+        (state(stateful_callbacks=[]), "trainer_state.json is missing or damaged"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer.json is missing or damaged"),
         (lambda folder: (folder / "scheduler.pt").unlink(), "scheduler.pt is missing"),
         (
