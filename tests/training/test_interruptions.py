@@ -1,5 +1,6 @@
 """Runs that are killed, stopped or out of space leave whole files, and resume as if nothing had happened."""
 
+import errno
 import json
 import os
 import random
@@ -411,16 +412,29 @@ def short_run(config_file, parquet_folder, tmp_path_factory):
     ("error", "expected"),
     [
         (OSError(28, "No space left on device", "a/b.bin"), "no space left to write 'a/b.bin'"),
-        (RuntimeError("PytorchStreamWriter failed writing file"), "no space left to write "),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "no space left to write "),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "per_device_train_batch_size 4"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "--gradient_checkpointing true"),
     ],
 )
-def test_full_memory_and_disk_are_one_line_and_other_errors_pass(tmp_path, error, expected):
+def test_full_memory_and_disk_are_one_line(tmp_path, error, expected):
     with pytest.raises(UserError, match=expected), safeguards.full_is_user_error(str(tmp_path), 4, "train"):
         raise error
-    with pytest.raises(KeyError), safeguards.full_is_user_error(str(tmp_path), 4, "train"):
-        raise KeyError
+
+
+@pytest.mark.parametrize("probe", [None, errno.EIO, errno.ENOSPC])
+def test_what_torch_cannot_write_is_a_full_disk_only_if_nothing_else_fits(tmp_path, monkeypatch, probe):
+    def refuse(**kwargs):
+        raise OSError(probe, "refused")
+
+    if probe:
+        monkeypatch.setattr(safeguards.tempfile, "TemporaryFile", refuse)
+    error = RuntimeError("PytorchStreamWriter failed writing file")
+    full = safeguards.full_is_user_error(str(tmp_path), 4, "train")
+    with pytest.raises((RuntimeError, UserError)) as raised, full:
+        raise error
+    assert (raised.value is error) == (probe != errno.ENOSPC)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_gpu_out_of_memory_names_batch_size_and_flags(make_trainer, do_at):
