@@ -4,8 +4,8 @@ import json
 import os
 import shutil
 import signal
-import textwrap
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -267,8 +267,10 @@ class CaptioningTrainer(Seq2SeqTrainer):
         """Write `<split>_results.json`, and into `all_results.json`, each whole or not at all."""
         if self.is_world_process_zero():
             own, path = (Path(self.args.output_dir) / f"{name}_results.json" for name in (split, "all"))
-            known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
             write_whole(own, to_json(metrics, indent=4, sort_keys=True))
+            known = {}
+            with suppress(OSError, ValueError, TypeError):  # missing or damaged
+                known = dict(json.loads(path.read_text(encoding="utf-8")))
             write_whole(path, to_json(known | metrics, indent=4, sort_keys=True))
 
     def save_state(self) -> None:

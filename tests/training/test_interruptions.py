@@ -398,6 +398,16 @@ def test_a_damaged_checkpoint_is_one_line(short_run, tmp_path, edit, said):
         main([*arguments, *options])
 
 
+@pytest.mark.parametrize("damaged", ["{", "[1]", "5"])
+def test_metrics_are_written_whatever_all_results_holds(make_trainer, damaged):
+    trainer = make_trainer()
+    files = [Path(trainer.args.output_dir) / f"{name}_results.json" for name in ("all", "eval")]
+    files[0].parent.mkdir(exist_ok=True)
+    files[0].write_text(damaged)
+    trainer.save_metrics("eval", {"eval_loss": 1.5})
+    assert [json.loads(file.read_text()) for file in files] == [{"eval_loss": 1.5}] * 2
+
+
 @pytest.fixture(scope="module")
 def short_run(config_file, parquet_folder, tmp_path_factory):
     """The flags of a run, and its checkpoint."""
