@@ -24,6 +24,7 @@ from helpers import flags, make_rows, outcome, run, signal_when, start
 from processes import server
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import Seq2SeqTrainer
 
 from captioning import files
 from captioning.command_line import STOP_SIGNALS, exit_on_user_error, on_stop_signals
@@ -478,6 +479,12 @@ def test_a_loss_of_nan_or_infinity_ends_the_run_and_names_its_images(make_traine
     with pytest.raises(UserError, match=rf"the loss of step 5 is (nan|inf), at the images {image_ids};.*checkpoint-4"):
         trainer.train()
     assert all(torch.isfinite(parameter).all() for parameter in trainer.model.parameters())
+
+
+def test_a_long_image_id_is_cut_and_not_left_out(make_trainer, monkeypatch):
+    monkeypatch.setattr(Seq2SeqTrainer, "training_step", lambda *args: torch.tensor(float("nan")))
+    with pytest.raises(UserError, match=rf"at the images {'x' * 199}…;"):
+        make_trainer().training_step(None, {"image_id": ["x" * 999]})
 
 
 def test_a_checkpoint_never_holds_weights_that_are_nan(make_trainer, do_at):
