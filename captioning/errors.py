@@ -7,9 +7,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
-# How libraries written in Rust and C++ say it, without an `errno`; the last two are torch's when it cannot write
+# How libraries written in Rust and C++ say it, without an `errno`
 DISK_FULL = ("No space left on device", "Disk quota exceeded", "File too large", "Not enough disk space")
-DISK_FULL += ("PytorchStreamWriter failed", "unexpected pos")
 MEMORY_FULL = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "No executable batch size")
 # Instead of torch's message, which advises to run what the file brings
 PICKLED = "a pickled file holds other things than tensors, could run code and is not read; take weights in safetensors"

@@ -56,8 +56,11 @@ def keep_stages(folder: str, resumed: bool, should_save: bool) -> Iterator[None]
         yield
     finally:
         if should_save and _spent.keys() & BEGUN:
+            before = None
+            with suppress(OSError, ValueError):  # missing or damaged
+                before = json.loads(path.read_text()) if resumed else None
+            runs = before if isinstance(before, list) else []
             with suppress(OSError):  # it must not hide the error of the block
-                runs = json.loads(path.read_text()) if resumed and path.is_file() else []
                 write_whole(path, json.dumps([*runs, stage_times()], indent=2) + "\n")
 
 

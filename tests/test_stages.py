@@ -55,6 +55,18 @@ def test_an_interrupted_run_keeps_its_times_and_those_before_it(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("before", ["[{", "5", '{"training": {}}', "", "\ud800"])
+def test_a_broken_file_of_the_run_before_is_replaced_and_hides_no_error(before, tmp_path):
+    (tmp_path / "stages.json").write_bytes(before.encode(errors="surrogatepass"))
+    with (
+        pytest.raises(KeyError, match="own"),
+        keep_stages(tmp_path, resumed=True, should_save=True),
+        stage("training"),
+    ):
+        raise KeyError("own")
+    assert ["training" in each for each in read_json(tmp_path / "stages.json")] == [True]
+
+
 def test_a_folder_that_is_full_or_gone_hides_no_error_and_is_no_error(tmp_path):
     with pytest.raises(ValueError, match="the first"), keep_stages(tmp_path / "gone", False, True), stage("training"):
         raise ValueError("the first")

@@ -6,7 +6,7 @@ transformers and datasets call the Hub by it too, and many of these calls have n
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -60,7 +60,7 @@ def _refuse_long_wait(response: httpx2.Response) -> None:
 
 # --- Silence --------------------------------------------------------------------------------------------------
 
-_reached = threading.Event()  # a host has sent a byte
+_heard: dict[str, float] = {}  # by host, when its last byte came
 _silent: dict[str, float] = {}  # by host, when it was found to be silent
 
 
@@ -76,11 +76,11 @@ class _PatientTransport(httpx2.BaseTransport):
             raise wait.silent()
         # Whatever limits the client gives: a call that is repeated after a shorter one waits no less
         request.extensions |= {"timeout": dict.fromkeys(("connect", "read", "write", "pool"), TIMEOUT)}
-        request.stream = _Body(request.stream, wait, nullcontext())
+        request.stream = _Body(request.stream, wait, nullcontext(), wait.pause)
         with wait:
             response = self._transport.handle_request(request)
-            wait.since = None
-        response.stream = _Body(response.stream, wait, wait)
+            wait.receive()
+        response.stream = _Body(response.stream, wait, wait, wait.receive)
         return response
 
 
@@ -95,18 +95,27 @@ class _Wait:
     def silent(self) -> SilentHub:
         return SilentHub(f"the Hub has been silent for {TIMEOUT:g} s: {self._what}")
 
+    def pause(self) -> None:
+        self.since = None
+
+    def receive(self) -> None:
+        _heard[self.host] = time.monotonic()
+        _silent.pop(self.host, None)
+        self.pause()
+
     def __enter__(self) -> None:
         self.since, self._over = time.monotonic(), threading.Event()
         threading.Thread(target=self._report, args=(self._over,), daemon=True).start()
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self._over.set()
-        if error is None:
-            _reached.set()
-        elif isinstance(error, httpx2.TimeoutException):
-            _silent[self.host] = time.monotonic()
+        if isinstance(error, httpx2.TimeoutException):
+            # Other timeouts are of our sending, and another connection may have had a byte
+            is_silence = isinstance(error, httpx2.ConnectTimeout | httpx2.ReadTimeout)
+            if is_silence and self.since and _heard.get(self.host, 0.0) <= self.since:
+                _silent[self.host] = time.monotonic()
             raise self.silent() from error
-        elif isinstance(error, httpx2.ConnectError) and not _reached.is_set():  # there is no network
+        if isinstance(error, httpx2.ConnectError) and not _heard:  # there is no network
             raise SilentHub(f"the Hub cannot be reached ({error})") from error
 
     def _report(self, over: threading.Event) -> None:
@@ -120,15 +129,17 @@ class _Wait:
 
 
 class _Body(httpx2.SyncByteStream):
-    """The body of a request or response, each chunk of which ends a silence."""
+    """The body of a request or response, which calls `on_chunk` at each chunk."""
 
-    def __init__(self, stream: httpx2.SyncByteStream, wait: _Wait, context: AbstractContextManager):
-        self._stream, self._wait, self._context = stream, wait, context
+    def __init__(
+        self, stream: httpx2.SyncByteStream, wait: _Wait, context: AbstractContextManager, on_chunk: Callable[[], None]
+    ):
+        self._stream, self._wait, self._context, self._on_chunk = stream, wait, context, on_chunk
 
     def __iter__(self) -> Iterator[bytes]:
         with self._context:
             for chunk in self._stream:
-                self._wait.since = None
+                self._on_chunk()
                 yield chunk
                 self._wait.since = time.monotonic()
 

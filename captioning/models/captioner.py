@@ -220,7 +220,7 @@ class Captioner(ABC):
                 mends += ["set fewer --retrieved_captions"] if self.retrieved_captions else []
                 mends += ["shorten --prompt"] if self.prompt else []
                 exceeds = f"{flag} {number}{after} exceeds the model's {positions} text positions"
-                raise UserError(f"{exceeds}; {' or '.join(mends)}")
+                raise UserError(f"{exceeds}; {' or '.join(mends) or 'take a model with more'}")
 
     @abstractmethod
     def set_generation_config(self, config: GenerationConfig) -> None:

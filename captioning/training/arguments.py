@@ -199,6 +199,7 @@ class CaptioningArguments(Seq2SeqTrainingArguments):
     bertscore_model: str | None = HfArg(default=None, help="For BERTScore, e.g. microsoft/deberta-xlarge-mnli.")
     write_submission: bool = HfArg(default=False, help="Write submission.csv and .zip for ImageCLEF (test split).")
 
+    accelerator_config: dict | str | None = HfArg(default=None, help="A JSON object of accelerate's settings.")
     push_to_hub: bool = HfArg(default=False, help="Push checkpoints during training, and the whole run at its end.")
     tuned_decoding: dict | None = HfArg(default=None, help="Written into recipe.json: settings tried, with scores.")
     package_versions: dict | None = HfArg(default=None, help="Written into recipe.json: the packages of the run.")

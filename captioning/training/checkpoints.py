@@ -40,8 +40,12 @@ def checkpoint_fault(folder: Path, step: int | None = None) -> str | None:
         for path in folder.glob("*.json"):
             json.loads(path.read_text(encoding="utf-8"))
         path = folder / "trainer_state.json"
-        found = TrainerState.load_from_json(str(path)).global_step
-    except (OSError, ValueError, TypeError):
+        state = TrainerState.load_from_json(str(path))
+        found = state.global_step
+        # Both lines fail for fields of other types
+        sum([found, state.epoch, state.max_steps, state.train_batch_size, *(log["step"] for log in state.log_history)])
+        state.stateful_callbacks["TrainerControl"].keys()
+    except Exception:  # whatever a damaged file makes of the fields
         return f"{path.name} is missing or damaged"
     if step is not None and found != step:
         return f"trainer_state.json is of step {found}"

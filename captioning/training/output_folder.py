@@ -153,8 +153,10 @@ def _folder_to_resume(name: str, checkpoint: str) -> str | None:
 
 
 def _holds_training(folder: str) -> bool:
-    recipe = _recipe_in(folder)
-    return bool(recipe) and recipe.get("do_train", True)
+    with suppress(UserError):  # damaged
+        if recipe := _recipe_in(folder):
+            return recipe.get("do_train", True)
+    return last_complete_checkpoint(folder) is not None
 
 
 def _recipe_in(folder: str) -> dict[str, Any]:
@@ -226,9 +228,12 @@ def _compare_with_resumed(
     before: dict[str, Any], recipe: dict[str, Any], model_args: ModelArguments, args: CaptioningArguments
 ) -> None:
     """Refuse another model, log each other change, and add the history of changes to `recipe`."""
-    history = before.pop("changed_on_resume", {})
+    history = before.pop("changed_on_resume", None) or {}
     if args.tune_decoding and (tuned := before.pop("tuned_decoding", None)):  # at its end, which comes again
         before |= tuned["before"] | {name: value for name, value in recipe.items() if name.startswith("tune_")}
+    # Fields that an earlier version did not have, and did not write, had their defaults
+    defaults = {name: item.default for name, item in ModelArguments.__dataclass_fields__.items()}
+    before = defaults | {"model_config": recipe["model_config"]} | before
     for key in sorted((recipe.keys() | before.keys()) - {"fingerprint"}):
         was, now = before.get(key), recipe.get(key)
         if was == now:

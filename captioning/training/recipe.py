@@ -9,6 +9,7 @@ import subprocess
 import sys
 import types
 import typing
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import Field, asdict, fields
@@ -52,14 +53,16 @@ REPLACED_FIELDS = {
 }
 # What other programs call a field, without dashes and underscores
 OTHER_NAMES = {
-    "per_device_train_batch_size": "batchsize batch bs trainbatchsize", "per_device_eval_batch_size": "evalbatchsize",
-    "learning_rate": "lr", "weight_decay": "wd", "num_train_epochs": "epochs epoch numepochs", "max_steps": "steps",
+    "per_device_train_batch_size": "batchsize batch bs b trainbatchsize", "weight_decay": "wd",
+    "per_device_eval_batch_size": "evalbatchsize", "learning_rate": "lr", "max_steps": "steps",
+    "num_train_epochs": "epochs epoch e numepochs", "validation_fraction": "valsplit validationsplit",
+    "gradient_accumulation_steps": "gradaccum accumulationsteps", "push_to_hub": "push",
     "warmup_steps": "warmup warmupratio", "output_dir": "output out outputfolder outputpath savedir",
     "model_name_or_path": "model modelname modelpath", "tokenizer_name": "tokenizer", "config_name": "config",
     "dataset_name": "dataset data datadir datapath trainfile", "caption_column": "textcolumn",
     "image_folder": "imagedir images imageroot", "max_caption_length": "maxlength", "num_beams": "beams beamsize",
     "dataloader_num_workers": "workers numworkers", "eval_strategy": "evaluationstrategy", "use_cpu": "cpu",
-    "resume_from_checkpoint": "resume checkpoint", "hub_model_id": "repo repoid", "push_to_hub": "push",
+    "resume_from_checkpoint": "resume checkpoint", "hub_model_id": "repo repoid",
 }  # fmt: skip
 # By flag, the keys of a recipe that belong to what the flag replaces
 REPLACED_BY_FLAG = {
@@ -205,11 +208,19 @@ def _read_json_object(file: Path, name: str) -> dict[str, Any]:
     with as_user_error(f"recipe '{name}' cannot be read", "recipes are in recipes/"):
         if file.exists() and (not file.is_file() or file.stat().st_size > MAX_RECIPE):
             raise UserError(f"recipe '{name}' is not a file of at most {MAX_RECIPE:,} bytes; recipes are in recipes/")
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
-        json.dumps(content, ensure_ascii=False).encode()  # fails for half of a surrogate pair
+        content = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique_keys)
+        # Fails for NaN, and for half of a surrogate pair
+        json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
     if not isinstance(content, dict):
         raise UserError(f"recipe '{name}' must be one JSON object of names and values")
     return content
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    for key, times in Counter(key for key, _ in pairs).items():
+        if times > 1:
+            raise ValueError(f"key '{key}' occurs twice")
+    return dict(pairs)
 
 
 def recipe_fields() -> dict[str, Field]:

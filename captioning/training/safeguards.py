@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,13 +17,14 @@ import torch
 from transformers import TrainerCallback
 
 from captioning.command_line import full_disk
-from captioning.errors import UserError, is_disk_full, is_out_of_memory
+from captioning.errors import UserError, causes, is_disk_full, is_out_of_memory
 from captioning.training.checkpoints import last_complete_checkpoint
 
 
 logger = logging.getLogger(__name__)
 
 FEW_UNREADABLE = 20  # images that may be unreadable whatever their share: the first batches are too small a sample
+TORCH_CANNOT_WRITE = ("PytorchStreamWriter failed", "unexpected pos")  # torch does not say why
 SMALLER_BATCH = {
     "train": "a lower --per_device_train_batch_size with more --gradient_accumulation_steps, "
     "--auto_find_batch_size true, or --gradient_checkpointing true",
@@ -46,7 +48,7 @@ def full_is_user_error(output_dir: str, batch_size: int, what: str) -> Iterator[
     except UserError:
         raise
     except Exception as error:
-        if is_disk_full(error):
+        if is_disk_full(error) or _torch_found_disk_full(error, output_dir):
             where = full_disk(error, output_dir, "free some, or set a lower --save_total_limit,")
             go_on = "run again with --resume_from_checkpoint true: complete checkpoints are kept"
             raise UserError(f"no space left {where} and {go_on}") from error
@@ -54,6 +56,17 @@ def full_is_user_error(output_dir: str, batch_size: int, what: str) -> Iterator[
             size = f"per_device_{what}_batch_size {batch_size}"
             raise UserError(f"out of memory with {size}; set {SMALLER_BATCH[what]}") from error
         raise
+
+
+def _torch_found_disk_full(error: Exception, folder: str) -> bool:
+    """Tell whether torch failed to write, and a megabyte does not fit either: nothing else shows a quota."""
+    if not any(text in str(cause) for cause in causes(error) for text in TORCH_CANNOT_WRITE):
+        return False
+    try:
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as probe:
+            return probe.write(bytes(2**20)) < 2**20
+    except OSError as fault:
+        return is_disk_full(fault)
 
 
 class StopOnSignal(TrainerCallback):

@@ -4,8 +4,8 @@ import json
 import os
 import shutil
 import signal
-import textwrap
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from transformers.utils import ModelOutput
 
 from captioning.command_line import on_stop_signals
 from captioning.data.streaming import is_streamed
-from captioning.errors import Stopped, UserError, as_user_error
+from captioning.errors import Stopped, UserError, as_user_error, printable
 from captioning.files import to_json, without_nan, write_whole
 from captioning.models import lora
 from captioning.models.captioner import Captioner
@@ -38,7 +38,7 @@ from captioning.training.self_critical import SelfCritical
 
 
 BESIDE = ("image_id", "concept_labels")  # in a batch of `CaptioningCollator`, and no input of the model
-SHOWN_IDS = 200  # characters, of the batch whose loss is NaN or infinite
+MAX_IDS_WIDTH = 200  # characters, of the image ids of a batch whose loss is NaN or infinite
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class CaptioningTrainer(Seq2SeqTrainer):
         self._beside = {name: inputs.pop(name) for name in BESIDE if name in inputs}
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
-            ids = textwrap.shorten(", ".join(self._beside.get("image_id", ["unknown"])), SHOWN_IDS, placeholder=" ...")
+            ids = printable(", ".join(self._beside.get("image_id", ["unknown"])), MAX_IDS_WIDTH)
             what = f"the loss of step {self.state.global_step + 1} is {loss.item()}, at the images {ids}"
             raise not_finite(what, self.args.output_dir)
         return loss
@@ -267,8 +267,10 @@ class CaptioningTrainer(Seq2SeqTrainer):
         """Write `<split>_results.json`, and into `all_results.json`, each whole or not at all."""
         if self.is_world_process_zero():
             own, path = (Path(self.args.output_dir) / f"{name}_results.json" for name in (split, "all"))
-            known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
             write_whole(own, to_json(metrics, indent=4, sort_keys=True))
+            known = {}
+            with suppress(OSError, ValueError, TypeError):  # missing or damaged
+                known = dict(json.loads(path.read_text(encoding="utf-8")))
             write_whole(path, to_json(known | metrics, indent=4, sort_keys=True))
 
     def save_state(self) -> None:

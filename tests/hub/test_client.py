@@ -92,11 +92,52 @@ def test_a_download_that_makes_progress_may_take_longer_than_the_limit(hub, serv
     assert "waiting" not in result.stderr
 
 
-def test_an_old_silence_is_forgotten(monkeypatch):
-    request = httpx2.Request("GET", "http://host/")
-    transport = client._PatientTransport(httpx2.MockTransport(lambda _: httpx2.Response(200)))
+REQUEST = httpx2.Request("GET", "http://host/")
+
+
+@pytest.fixture
+def transport(monkeypatch):
+    """Return a function that makes a transport whose host answers by a function, and was not heard before."""
+    monkeypatch.setattr(client, "_heard", {})
+    monkeypatch.setattr(client, "_silent", {})
+    return lambda answer: client._PatientTransport(httpx2.MockTransport(answer))
+
+
+def test_an_old_silence_is_forgotten(monkeypatch, transport):
+    transport = transport(lambda _: httpx2.Response(200))
     monkeypatch.setitem(client._silent, "host", time.monotonic())
     with pytest.raises(client.SilentHub):
-        transport.handle_request(request)
+        transport.handle_request(REQUEST)
     monkeypatch.setattr(client, "FORGOTTEN", 0.0)
-    assert transport.handle_request(request).status_code == 200
+    assert transport.handle_request(REQUEST).status_code == 200
+
+
+def test_a_byte_ends_the_silence_of_its_host(monkeypatch, transport):
+    chunks = iter([b"1", b"2"])
+    response = transport(lambda _: httpx2.Response(200, content=chunks)).handle_request(REQUEST)
+    parts = iter(response.stream)
+    next(parts)
+    client._silent["host"] = client._silent["other"] = time.monotonic()
+    next(parts)
+    assert client._silent.keys() == {"other"}
+
+
+@pytest.mark.parametrize(
+    ("error", "answers_others", "is_silent"),
+    [
+        (httpx2.ReadTimeout, False, True),
+        (httpx2.ConnectTimeout, False, True),
+        (httpx2.ReadTimeout, True, False),
+        (httpx2.PoolTimeout, False, False),
+        (httpx2.WriteTimeout, False, False),
+    ],
+)
+def test_a_host_is_silent_if_it_answers_on_no_connection(transport, error, answers_others, is_silent):
+    def time_out(request):
+        if answers_others:
+            transport(lambda _: httpx2.Response(200)).handle_request(REQUEST)
+        raise error("timed out")
+
+    with pytest.raises(client.SilentHub):
+        transport(time_out).handle_request(REQUEST)
+    assert ("host" in client._silent) == is_silent

@@ -221,6 +221,9 @@ def test_lengths_are_held_against_the_positions(captioner):
     captioner.prompt_ids = [7, 8, 9]
     with pytest.raises(UserError, match=r"max_new_tokens 61 after 4 tokens of the prompt .* to 60 or less"):
         captioner.check_lengths(64, 61)
+    captioner.prompt_ids = [7] * 63  # as many as tokens of an image may be
+    with pytest.raises(UserError, match=r"the model's 64 text positions; take a model with more$"):
+        captioner.check_lengths(64, 1)
 
 
 def test_decode_settings_are_written_beside_the_model(captioner, tmp_path):

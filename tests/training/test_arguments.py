@@ -162,6 +162,9 @@ def test_decode_settings_that_do_nothing_are_left_out():
         ("{", "cannot be read"),
         ("[" * 100_000, "cannot be read"),
         ("[]", "must be one JSON object"),
+        ('{"seed": 1, "seed": 2}', "key 'seed' occurs twice"),
+        ('{"lr_scheduler_kwargs": {"a": 1, "a": 2}}', "key 'a' occurs twice"),
+        ('{"lr_scheduler_kwargs": {"a": NaN}}', "not JSON compliant"),
     ],
 )
 def test_a_bad_recipe_is_named_with_its_key(recipe, content, message):
@@ -261,6 +264,9 @@ def test_a_field_that_is_fixed_is_refused_at_every_other_value(recipe):
         ("model", "model_name_or_path"),
         ("data", "dataset_name"),
         ("text_column", "caption_column"),
+        ("grad_accum", "gradient_accumulation_steps"),
+        ("val_split", "validation_fraction"),
+        ("e", "num_train_epochs"),
     ],
 )
 def test_names_of_other_programs_lead_to_the_field(recipe, name, field):

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from captioning.data.sources import load_source
 from captioning.errors import UserError
 from captioning.training.arguments import ModelArguments
-from captioning.training.fingerprint import changes, fingerprint
+from captioning.training.fingerprint import FINGERPRINT_FILE, changes, fingerprint
 from captioning.training.recipe import code_version
 from run_captioning import main
 
@@ -109,6 +109,19 @@ def test_a_resume_from_a_changed_start_is_an_error(tiny_captioner, copied, edit,
     with pytest.raises(UserError, match=rf"cannot resume from '.*checkpoint-3': {said}; "):
         resume(None, copied, **options)
     resume(None, copied, **options, resume_despite_changes=True)
+
+
+def test_a_run_of_an_earlier_version_resumes(config_file, copied):
+    recipe = read_json(copied / "run" / "recipe.json")
+    new = {"fingerprint", "model_config", "code", "use_peft", "freeze_vision_model"}
+    assert new <= recipe.keys()
+    known = {key: recipe[key] for key in recipe.keys() - new} | {"changed_on_resume": None}
+    (copied / "run" / "recipe.json").write_text(json.dumps(known))
+    (copied / "run" / "checkpoint-3" / FINGERPRINT_FILE).unlink()
+    with pytest.raises(UserError, match="freeze_vision_model was False, is True; set it back"):
+        resume(config_file, copied, freeze_vision_model=True)
+    resume(config_file, copied)
+    assert new <= read_json(copied / "run" / "recipe.json").keys()
 
 
 def test_a_rerun_says_what_differs_and_goes_on(copied, caplog):

@@ -1,5 +1,6 @@
 """Runs that are killed, stopped or out of space leave whole files, and resume as if nothing had happened."""
 
+import errno
 import json
 import os
 import random
@@ -23,6 +24,7 @@ from helpers import flags, make_rows, outcome, run, signal_when, start
 from processes import server
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import Seq2SeqTrainer
 
 from captioning import files
 from captioning.command_line import STOP_SIGNALS, exit_on_user_error, on_stop_signals
@@ -353,6 +355,16 @@ def test_an_output_folder_that_is_removed_gets_the_next_checkpoint_and_one_line(
     assert last_complete_checkpoint(trainer.args.output_dir).endswith("checkpoint-6")
 
 
+def state(**fields):
+    """Return a function that sets fields of a checkpoint's `trainer_state.json`."""
+
+    def edit(checkpoint: Path) -> None:
+        path = checkpoint / "trainer_state.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return edit
+
+
 def cut_weights(checkpoint: Path) -> None:
     weights = load_file(checkpoint / "model.safetensors")
     save_file({name: value[:1].clone() for name, value in weights.items()}, checkpoint / "model.safetensors")
@@ -362,10 +374,13 @@ def cut_weights(checkpoint: Path) -> None:
     ("edit", "said"),
     [
         (lambda folder: (folder / "trainer_state.json").write_text("{"), "trainer_state.json is missing or damaged"),
-        (
-            lambda folder: (folder / "trainer_state.json").write_text('{"x": 1}'),
-            "trainer_state.json is missing or dam",
-        ),
+        (state(global_step="abc"), "trainer_state.json is missing or damaged"),
+        (state(log_history=[1]), "trainer_state.json is missing or damaged"),
+        (state(unknown=1), "trainer_state.json is missing or damaged"),
+        (state(epoch="x"), "trainer_state.json is missing or damaged"),
+        (state(max_steps=None), "trainer_state.json is missing or damaged"),
+        (state(train_batch_size="x"), "trainer_state.json is missing or damaged"),
+        (state(stateful_callbacks=[]), "trainer_state.json is missing or damaged"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer.json is missing or damaged"),
         (lambda folder: (folder / "scheduler.pt").unlink(), "scheduler.pt is missing"),
         (
@@ -384,6 +399,16 @@ def test_a_damaged_checkpoint_is_one_line(short_run, tmp_path, edit, said):
         main([*arguments, *options])
 
 
+@pytest.mark.parametrize("damaged", ["{", "[1]", "5"])
+def test_metrics_are_written_whatever_all_results_holds(make_trainer, damaged):
+    trainer = make_trainer()
+    files = [Path(trainer.args.output_dir) / f"{name}_results.json" for name in ("all", "eval")]
+    files[0].parent.mkdir(exist_ok=True)
+    files[0].write_text(damaged)
+    trainer.save_metrics("eval", {"eval_loss": 1.5})
+    assert [json.loads(file.read_text()) for file in files] == [{"eval_loss": 1.5}] * 2
+
+
 @pytest.fixture(scope="module")
 def short_run(config_file, parquet_folder, tmp_path_factory):
     """The flags of a run, and its checkpoint."""
@@ -398,16 +423,29 @@ def short_run(config_file, parquet_folder, tmp_path_factory):
     ("error", "expected"),
     [
         (OSError(28, "No space left on device", "a/b.bin"), "no space left to write 'a/b.bin'"),
-        (RuntimeError("PytorchStreamWriter failed writing file"), "no space left to write "),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "no space left to write "),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "per_device_train_batch_size 4"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "--gradient_checkpointing true"),
     ],
 )
-def test_full_memory_and_disk_are_one_line_and_other_errors_pass(tmp_path, error, expected):
+def test_full_memory_and_disk_are_one_line(tmp_path, error, expected):
     with pytest.raises(UserError, match=expected), safeguards.full_is_user_error(str(tmp_path), 4, "train"):
         raise error
-    with pytest.raises(KeyError), safeguards.full_is_user_error(str(tmp_path), 4, "train"):
-        raise KeyError
+
+
+@pytest.mark.parametrize("probe", [None, errno.EIO, errno.ENOSPC])
+def test_what_torch_cannot_write_is_a_full_disk_only_if_nothing_else_fits(tmp_path, monkeypatch, probe):
+    def refuse(**kwargs):
+        raise OSError(probe, "refused")
+
+    if probe:
+        monkeypatch.setattr(safeguards.tempfile, "TemporaryFile", refuse)
+    error = RuntimeError("PytorchStreamWriter failed writing file")
+    full = safeguards.full_is_user_error(str(tmp_path), 4, "train")
+    with pytest.raises((RuntimeError, UserError)) as raised, full:
+        raise error
+    assert (raised.value is error) == (probe != errno.ENOSPC)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_gpu_out_of_memory_names_batch_size_and_flags(make_trainer, do_at):
@@ -441,6 +479,12 @@ def test_a_loss_of_nan_or_infinity_ends_the_run_and_names_its_images(make_traine
     with pytest.raises(UserError, match=rf"the loss of step 5 is (nan|inf), at the images {image_ids};.*checkpoint-4"):
         trainer.train()
     assert all(torch.isfinite(parameter).all() for parameter in trainer.model.parameters())
+
+
+def test_a_long_image_id_is_cut_and_not_left_out(make_trainer, monkeypatch):
+    monkeypatch.setattr(Seq2SeqTrainer, "training_step", lambda *args: torch.tensor(float("nan")))
+    with pytest.raises(UserError, match=rf"at the images {'x' * 199}…;"):
+        make_trainer().training_step(None, {"image_id": ["x" * 999]})
 
 
 def test_a_checkpoint_never_holds_weights_that_are_nan(make_trainer, do_at):

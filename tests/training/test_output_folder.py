@@ -110,6 +110,20 @@ def test_a_run_without_a_folder_of_its_own_resumes_in_the_last_that_has_trained(
         assert (args.output_dir, checkpoint) == (f"{name}-11", None)
 
 
+@pytest.mark.parametrize("recipe", [None, "{", "[]", "[1]"])
+def test_a_folder_whose_recipe_is_missing_or_damaged_is_resumed_if_it_holds_a_checkpoint(
+    tmp_path, monkeypatch, recipe
+):
+    for number in ("", "-2", "-3"):
+        (tmp_path / f"run{number}").mkdir()
+        if recipe:
+            (tmp_path / f"run{number}" / "recipe.json").write_text(recipe)
+    checkpoints = {str(tmp_path / "run"): "a", str(tmp_path / "run-2"): "b"}
+    monkeypatch.setattr("captioning.training.output_folder.last_complete_checkpoint", checkpoints.get)
+    with own_output_dir(args := arguments_for(tmp_path / "run", "true")) as checkpoint:
+        assert (args.output_dir, checkpoint) == (str(tmp_path / "run-2"), "b")
+
+
 def test_all_processes_of_a_run_write_to_the_folder_that_the_first_chose(config_file, parquet_folder, tmp_path):
     script = Path("run_captioning.py").resolve()
     code = f"import os, runpy; os.chdir({str(tmp_path)!r}); runpy.run_path({str(script)!r}, run_name='__main__')"
