@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import make_batch, stock_copy
+from processes import server
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -444,6 +445,13 @@ def test_recorded_steps_write_the_tokens_of_stock(build, decoded, graphs, settin
         assert torch.equal(decode(model, pixel_values, max_new_tokens=20, **settings), expected)
         assert len(decoded) == 3, "the prompt, the first step, and the recording of the second"
     assert len(graphs) == 3 and all(graph.replays > 3 for graph in graphs)
+
+
+@pytest.mark.parametrize(("value", "devices"), [("0", "set()"), ("1", "{'cuda'}")])
+def test_recordings_can_be_switched_off(value, devices):
+    code = "import importlib; from captioning.models.fast_blip import decoder; importlib.reload(decoder)"
+    done = server().run(["-c", f"{code}; print(decoder.GRAPHS_ON)"], environment={"CUDA_GRAPHS": value})
+    assert done.stdout.strip() == devices
 
 
 def test_a_recording_that_runs_out_of_memory_is_made_again_when_pytorch_has_freed_its_own(build, graphs, monkeypatch):
